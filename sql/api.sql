@@ -1,0 +1,94 @@
+-- Functions that are better in SQL than in Rust, comments, and grants.
+
+-- PL/pgSQL: STABLE gives it the caller's snapshot (so it agrees with the rest of the statement), its plans are kept
+-- for the session, and it answers even when the library cannot be loaded. Until a rollup covers the days asked for,
+-- the raw rows are added up: slow, and as exact.
+CREATE FUNCTION monthly_global_spend(days integer DEFAULT 30)
+RETURNS TABLE (date date, spend double precision)
+LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE ROWS 31
+AS $monthly$
+#variable_conflict use_column
+DECLARE
+    raw regclass;
+BEGIN
+    IF days < 0 THEN
+        RAISE EXCEPTION 'days must not be negative'
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = format('It is %s.', days),
+                  HINT = 'Pass 30 for what "MonthlyGlobalSpend" shows.';
+    END IF;
+    IF EXISTS (SELECT FROM litellm_spend.coverage c
+               WHERE c.rollup = 'daily_spend' AND c.covered_from <= CURRENT_DATE - make_interval(days => days)) THEN
+        RETURN QUERY SELECT d.date, d.spend::double precision FROM litellm_spend.daily_spend d
+                     WHERE d.date >= CURRENT_DATE - days ORDER BY d.date;
+        RETURN;
+    END IF;
+    SELECT c.captured INTO raw FROM litellm_spend.coverage c WHERE c.rollup = 'daily_spend';
+    IF raw IS NULL THEN
+        RAISE EXCEPTION 'litellm_spend is not attached to a table'
+            USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = 'Nothing is captured in this database.',
+                  HINT = 'Call spend_attach() first.';
+    END IF;
+    RETURN QUERY EXECUTE format(
+        'SELECT date("startTime"), sum(spend) FROM %s
+         WHERE "startTime" >= CURRENT_DATE - make_interval(days => $1) GROUP BY 1 ORDER BY 1', raw) USING days;
+END
+$monthly$;
+
+-- A procedure over a step function, because only PL/pgSQL can commit between steps.
+CREATE PROCEDURE spend_backfill(source regclass DEFAULT NULL)
+LANGUAGE plpgsql
+AS $backfill$
+DECLARE
+    more boolean := true;
+    progress record;
+BEGIN
+    WHILE more LOOP
+        more := litellm_spend.backfill_step(source);
+        FOR progress IN
+            SELECT s.rollup, s.backfill_progress, s.covered_from FROM @extschema@.spend_rollup_status s
+            WHERE s.covered_from NOT IN ('infinity', '-infinity')
+        LOOP
+            RAISE NOTICE 'rollup %: % %% (days from % on)',
+                progress.rollup, progress.backfill_progress, progress.covered_from::date;
+        END LOOP;
+        COMMIT;
+    END LOOP;
+END
+$backfill$;
+
+-- What a reader of monthly_global_spend() has to know, without the rest of the state.
+CREATE VIEW litellm_spend.coverage AS
+SELECT r.name AS rollup, r.covered_from, c.relation AS captured
+FROM litellm_spend.rollup r LEFT JOIN litellm_spend.capture c ON c.source = r.source;
+
+COMMENT ON SCHEMA litellm_spend IS 'State, change log and rollups of the extension litellm_spend';
+COMMENT ON TABLE litellm_spend.source IS 'Relations whose rows are numbered by a sequence, and what is known of it';
+COMMENT ON TABLE litellm_spend.rollup IS 'Rollups: definition, watermark, coverage, last merge';
+COMMENT ON TABLE litellm_spend.capture IS 'The table that triggers capture into the change log';
+COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of time in which capture failed, and whether they are repaired';
+COMMENT ON TABLE litellm_spend.public_view IS 'LiteLLM''s views that are answered from rollups, with their own definitions';
+COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
+COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
+COMMENT ON VIEW spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
+COMMENT ON VIEW spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
+COMMENT ON FUNCTION litellm_spend.tail(regclass, bigint) IS 'Rows of a source above a watermark (at most a million) and the age of the oldest';
+COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): true while something is not covered';
+COMMENT ON FUNCTION spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
+COMMENT ON FUNCTION spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
+COMMENT ON PROCEDURE spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day a transaction, newest first';
+COMMENT ON FUNCTION monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
+COMMENT ON FUNCTION spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
+COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp) IS 'Recomputes whole days of a rollup from the raw rows; returns the groups written';
+COMMENT ON FUNCTION spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
+
+REVOKE ALL ON FUNCTION
+    litellm_spend.tail(regclass, bigint), litellm_spend.backfill_step(regclass),
+    spend_attach(regclass, text), spend_detach(regclass, boolean), monthly_global_spend(integer),
+    spend_rollup_run(text), spend_rollup_rebuild(text, timestamp, timestamp),
+    spend_rollup_verify(text, timestamp, timestamp)
+FROM PUBLIC;
+REVOKE ALL ON PROCEDURE spend_backfill(regclass) FROM PUBLIC;
+
+GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
+GRANT EXECUTE ON FUNCTION litellm_spend.tail(regclass, bigint) TO pg_monitor;
+GRANT SELECT ON spend_rollup_status, spend_worker_status TO pg_monitor;

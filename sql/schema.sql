@@ -1,0 +1,88 @@
+-- State of litellm_spend. Rollup tables, live views, the change log and the capture functions are made by
+-- spend_attach() in the same schema. They are not members of the extension, so that DROP EXTENSION is refused
+-- while billing history exists and pg_dump dumps it.
+
+CREATE SCHEMA litellm_spend;
+
+-- A relation whose rows are numbered by a sequence.
+CREATE TABLE litellm_spend.source (
+    name           text PRIMARY KEY,
+    relation       regclass NOT NULL,
+    sequence       regclass NOT NULL,
+    -- Sequence values that are not known to be safe yet, with the transactions each waits for.
+    candidates     jsonb NOT NULL DEFAULT '[]',
+    -- Rows numbered up to here were merged everywhere and removed (only where the rows are ours).
+    trimmed_to     bigint NOT NULL DEFAULT 0,
+    -- Older buckets have lost raw rows: they are history and never recomputed.
+    frozen_before  timestamp NOT NULL DEFAULT '-infinity'
+);
+
+CREATE TABLE litellm_spend.rollup (
+    name            text PRIMARY KEY,
+    source          text NOT NULL REFERENCES litellm_spend.source,
+    definition      jsonb NOT NULL,
+    watermark       bigint NOT NULL DEFAULT 0,
+    -- Buckets from here on equal the truth; backfill moves it down to -infinity.
+    covered_from    timestamp NOT NULL DEFAULT 'infinity',
+    -- Oldest and newest bucket when backfill began: its progress is measured against them.
+    backfill_first  timestamp,
+    backfill_last   timestamp,
+    merged_at       timestamptz,
+    merged_rows     bigint,
+    merged_groups   bigint,
+    merged_ms       double precision,
+    last_error      text,
+    last_error_at   timestamptz
+);
+
+-- The one table that triggers capture into the change log.
+CREATE TABLE litellm_spend.capture (
+    source           text PRIMARY KEY REFERENCES litellm_spend.source,
+    table_schema     name NOT NULL,
+    table_name       name NOT NULL,
+    relation         regclass NOT NULL,
+    columns          text[] NOT NULL,
+    on_delete        text NOT NULL CHECK (on_delete IN ('keep', 'subtract')),
+    -- The table that had the name before it was replaced, while it exists, and the end of its rows.
+    predecessor      regclass,
+    predecessor_end  timestamp,
+    -- Failures of capture up to here are repaired; candidates as in source.
+    failures_seen    bigint NOT NULL DEFAULT 0,
+    candidates       jsonb NOT NULL DEFAULT '[]',
+    last_error       text,
+    last_error_at    timestamptz
+);
+
+-- Ranges in which capture failed. A row commits with the statement that it concerns.
+CREATE TABLE litellm_spend.dirty_range (
+    -- Value of capture_failures; NULL when nothing failed (TRUNCATE).
+    failure      bigint,
+    range_start  timestamp NOT NULL,
+    range_end    timestamp NOT NULL,
+    -- rebuild: recompute the range. freeze: raw rows are gone, keep what the rollups say.
+    repair       text NOT NULL CHECK (repair IN ('rebuild', 'freeze')),
+    operation    text NOT NULL,
+    sqlstate     text,
+    message      text,
+    noticed_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    repaired_at  timestamptz
+);
+
+-- Counts failures of capture. A sequence, because no rollback takes it back and it needs no space.
+CREATE SEQUENCE litellm_spend.capture_failures;
+
+-- LiteLLM's views that we answer.
+CREATE TABLE litellm_spend.public_view (
+    name       text PRIMARY KEY,
+    -- LiteLLM's own query, to give back. Every name in it is qualified.
+    original   text NOT NULL,
+    -- Ours, while it is in place.
+    installed  text
+);
+
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.rollup', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.dirty_range', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture_failures', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.public_view', '');

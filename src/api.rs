@@ -1,0 +1,235 @@
+//! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
+
+use crate::catalog::{self, Elevated, Failure, Patience, attempt};
+use crate::error::Error;
+use crate::rebuild::Range;
+use crate::tick::{self, Runner, Subject};
+use crate::{capture, error, guc, rebuild, views};
+use pgrx::JsonB;
+use pgrx::datum::Timestamp;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::pgrx_sql_entity_graph::metadata::{
+    ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
+};
+use pgrx::prelude::*;
+
+/// A `regclass` argument. pgrx's own PgRelation opens the relation, which fails without a useful SQLSTATE.
+pub struct Regclass(pg_sys::Oid);
+
+// SAFETY: a regclass is an Oid.
+unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for Regclass {
+    unsafe fn unbox_arg_unchecked(arg: pgrx::callconv::Arg<'_, 'fcx>) -> Self {
+        Regclass(unsafe { arg.unbox_arg_using_from_datum() }.unwrap_or(pg_sys::InvalidOid))
+    }
+}
+
+unsafe impl SqlTranslatable for Regclass {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(Regclass);
+    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+    const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("regclass"));
+    const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
+        Ok(ReturnsRef::One(SqlMappingRef::literal("regclass")));
+}
+
+fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
+    source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))
+}
+
+/// The caller may change what belongs to the captured table.
+fn require_rights() -> error::Result<()> {
+    match catalog::capture()? {
+        Some(state) => capture::require_owner(state.relation),
+        None => Err(Error::NotAttached("any table".into())),
+    }
+}
+
+/// Captures the table and sets the built-in rollups up. See docs/reference.md.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_attach(
+    source: default!(Option<Regclass>, "NULL"),
+    on_delete: default!(Option<&str>, "NULL"),
+) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
+    let attach = || {
+        catalog::require_writable()?;
+        catalog::require_read_committed()?;
+        catalog::require_utf8()?;
+        let subtract = match on_delete {
+            None => None,
+            Some("keep") => Some(false),
+            Some("subtract") => Some(true),
+            Some(other) => return Err(Error::Policy(other.into())),
+        };
+        let source = source_or_default(source)?;
+        capture::require_owner(source)?;
+        let _owner = Elevated::enter()?;
+        capture::attach(source, subtract)
+    };
+    Ok(TableIterator::new(attach().map_err(ErrorReport::from)?))
+}
+
+/// Gives LiteLLM's own views back and removes the triggers.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_detach(
+    source: default!(Option<Regclass>, "NULL"),
+    drop_history: default!(bool, "false"),
+) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
+    let detach = || {
+        catalog::require_writable()?;
+        catalog::require_read_committed()?;
+        let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
+        if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
+            return Err(Error::NotAttached(catalog::relation_name(oid)?));
+        }
+        capture::require_owner(state.relation)?;
+        let _owner = Elevated::enter()?;
+        capture::detach(&state, drop_history)
+    };
+    Ok(TableIterator::new(detach().map_err(ErrorReport::from)?))
+}
+
+/// The steps of a round, each in a subtransaction of the caller's.
+struct Subtransactions {
+    patience: Patience,
+    cancelled: Option<Failure>,
+}
+
+impl Runner for Subtransactions {
+    fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> error::Result<T>) -> Option<T> {
+        if self.cancelled.is_some() {
+            return None;
+        }
+        match attempt(work) {
+            Ok(value) => Some(value),
+            Err(failure) if failure.is_cancel() => {
+                self.cancelled = Some(failure);
+                None
+            }
+            Err(failure) => {
+                warning!("litellm_spend: {}", failure.message);
+                drop(attempt(|| tick::record(&subject, &failure)));
+                None
+            }
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        self.patience
+    }
+}
+
+/// Does what the worker does in one round: merges what is safe, repairs, backfills a day, switches views.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_rollup_run(
+    name: default!(Option<&str>, "NULL"),
+) -> Result<
+    TableIterator<
+        'static,
+        (
+            name!(rollup, String),
+            name!(window_start, Option<i64>),
+            name!(window_end, Option<i64>),
+            name!(rows, i64),
+            name!(groups, i64),
+            name!(outcome, String),
+        ),
+    >,
+    ErrorReport,
+> {
+    let mut run = Subtransactions { patience: Patience::within(guc::window_wait()), cancelled: None };
+    let mut round = || {
+        catalog::require_writable()?;
+        catalog::require_read_committed()?;
+        require_rights()?;
+        let _owner = Elevated::enter()?;
+        if let Some(name) =
+            name.filter(|name| !catalog::rollup_names(None).is_ok_and(|all| all.iter().any(|n| n == name)))
+        {
+            return Err(Error::NoRollup(name.into()));
+        }
+        let round = tick::tick(&mut run);
+        tick::tidy(&mut run);
+        Ok(round)
+    };
+    let round = round().map_err(ErrorReport::from)?;
+    if let Some(failure) = run.cancelled {
+        return Err(ErrorReport::new(failure.sqlstate, failure.message, "spend_rollup_run"));
+    }
+    let wanted = name.map(str::to_string);
+    let outcomes = round.outcomes.into_iter().filter(move |o| wanted.as_ref().is_none_or(|w| *w == o.rollup));
+    Ok(TableIterator::new(outcomes.map(|outcome| {
+        let merge = outcome.merge;
+        (
+            outcome.rollup,
+            merge.as_ref().map(|m| m.window_start),
+            merge.as_ref().map(|m| m.window_end),
+            merge.as_ref().map_or(0, |m| m.rows),
+            merge.as_ref().map_or(0, |m| m.groups),
+            outcome.text.to_string(),
+        )
+    })))
+}
+
+#[pg_schema]
+mod litellm_spend {
+    use super::*;
+
+    /// One step of spend_backfill(): `true` while something is not covered.
+    #[pg_extern(volatile, parallel_unsafe)]
+    fn backfill_step(source: Option<Regclass>) -> Result<bool, ErrorReport> {
+        let step = || {
+            catalog::require_writable()?;
+            catalog::require_read_committed()?;
+            let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
+            if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
+                return Err(Error::NotAttached(catalog::relation_name(oid)?));
+            }
+            capture::require_owner(state.relation)?;
+            let _owner = Elevated::enter()?;
+            let patience = Patience::within(guc::window_wait());
+            for rollup in catalog::uncovered_rollups()? {
+                rebuild::backfill_step(&rollup, patience)?;
+            }
+            views::switch_covered()?;
+            Ok(!catalog::uncovered_rollups()?.is_empty())
+        };
+        step().map_err(ErrorReport::from)
+    }
+}
+
+/// Recomputes whole days of a rollup from the raw rows, in the caller's transaction. Returns the groups written.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_rollup_rebuild(
+    name: &str,
+    range_start: Timestamp,
+    range_end: default!(Option<Timestamp>, "NULL"),
+) -> Result<i64, ErrorReport> {
+    let rebuild = || {
+        catalog::require_writable()?;
+        catalog::require_read_committed()?;
+        require_rights()?;
+        let _owner = Elevated::enter()?;
+        let range = Range { start: range_start, end: range_end };
+        rebuild::rebuild_range(name, range, Patience::within(guc::window_wait()))
+    };
+    rebuild().map_err(ErrorReport::from)
+}
+
+/// Compares a rollup and its tail with the truth, in one snapshot: a row for each group that differs.
+#[pg_extern(stable, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_rollup_verify(
+    name: &str,
+    range_start: default!(Option<Timestamp>, "NULL"),
+    range_end: default!(Option<Timestamp>, "NULL"),
+) -> Result<
+    TableIterator<'static, (name!(key, JsonB), name!(rollup, Option<JsonB>), name!(truth, Option<JsonB>))>,
+    ErrorReport,
+> {
+    let verify = || {
+        require_rights()?;
+        let _owner = Elevated::enter()?;
+        rebuild::verify(name, range_start, range_end)
+    };
+    Ok(TableIterator::new(verify().map_err(ErrorReport::from)?))
+}

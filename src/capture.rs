@@ -1,0 +1,476 @@
+//! Attaches LiteLLM's spend log to the change log, watches that it stays attached, and detaches it.
+//!
+//! Locks on the user's table, each waited for at most `litellm_spend.lock_timeout`:
+//! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE (writers wait, readers do not), from the
+//!   creation of the triggers to the end of the transaction, a few milliseconds. Everything else is done before.
+//! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
+//!   got before we noticed.
+//! - detach: ACCESS EXCLUSIVE, for dropping the triggers and merging what is left.
+
+use crate::catalog::{self, CaptureState, Patience, Table};
+use crate::definition::{Definition, SCHEMA, qualified, quoted};
+use crate::error::{Error, Result};
+use crate::litellm::{self, CHANGE_LOG, Capture, OPERATIONS, SPEND_LOGS};
+use crate::views::Action;
+use crate::{guc, rebuild, rollup, views};
+use pgrx::datum::Timestamp;
+use pgrx::prelude::*;
+
+/// The table that a NULL source means, on the caller's search_path.
+pub fn default_source() -> Result<pg_sys::Oid> {
+    let name = quoted(SPEND_LOGS);
+    catalog::find_relation(&name)?.ok_or(Error::NoTable(SPEND_LOGS.into()))
+}
+
+/// The table to attach or detach: it exists, can have triggers, and is the caller's.
+fn open(oid: pg_sys::Oid) -> Result<Table> {
+    let table = Table::find(oid)?.ok_or_else(|| Error::NoTable(oid.to_u32().to_string()))?;
+    let kind = match (table.kind.as_str(), table.persistence.as_str()) {
+        ("r" | "p", "p") => None,
+        ("r" | "p", "t") => Some("a temporary table"),
+        ("r" | "p", _) => Some("an unlogged table, which a crash empties"),
+        ("v", _) => Some("a view"),
+        ("m", _) => Some("a materialized view"),
+        ("f", _) => Some("a foreign table"),
+        _ => Some("not a table"),
+    };
+    match kind {
+        Some(kind) => Err(Error::NotATable { relation: table.name, kind }),
+        None => Ok(table),
+    }
+}
+
+pub fn require_owner(oid: pg_sys::Oid) -> Result<()> {
+    let owns = catalog::query(
+        "SELECT relname::text, pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
+        &[oid.into()],
+        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<bool>(r, 2)?)),
+    )?;
+    match owns.into_iter().next() {
+        Some((_, true)) => Ok(()),
+        Some((name, false)) => Err(Error::NotOwner(name)),
+        None => Err(Error::NoTable(oid.to_u32().to_string())),
+    }
+}
+
+/// The columns of the table that can be captured; an error names one that is missing or of another type.
+fn captured_columns(table: &Table) -> Result<Vec<String>> {
+    let mut found = vec![];
+    for expected in litellm::source_columns() {
+        match table.columns.iter().find(|(name, _)| name == expected.name) {
+            Some((name, r#type)) if r#type == expected.r#type => found.push(name.clone()),
+            Some((column, r#type)) => {
+                return Err(Error::ColumnType {
+                    relation: table.name.clone(),
+                    column: column.clone(),
+                    found: r#type.clone(),
+                    expected: expected.r#type.into(),
+                });
+            }
+            None if expected.required => {
+                return Err(Error::NoColumn { relation: table.name.clone(), column: expected.name.into() });
+            }
+            None => {}
+        }
+    }
+    Ok(found)
+}
+
+// ---- attach ----------------------------------------------------------------------------------------------
+
+pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+    let table = open(oid)?;
+    let columns = captured_columns(&table)?;
+    if let Some(current) = catalog::capture()?.filter(|current| current.relation != oid) {
+        return Err(Error::AttachedElsewhere(qualified(&current.schema, &current.table)));
+    }
+    let current = catalog::capture()?;
+    let again = current.is_some();
+    let subtract = subtract.unwrap_or(current.is_some_and(|current| current.subtract));
+
+    // 1. everything that needs no lock on the table.
+    let mut actions = create_log()?;
+    for definition in litellm::rollups() {
+        actions.push(ensure_rollup(&definition, again)?);
+    }
+    store_state(&table, &columns, subtract)?;
+    if !again {
+        // What the rollups hold from an earlier time cannot be told from what was missed since.
+        freeze_history(&table)?;
+        rebuild::uncover_all(CHANGE_LOG)?;
+    }
+    actions.extend(views::adopt(&table)?);
+    let state = attached_to(&table)?;
+    actions.push(create_functions(&state)?);
+
+    // 2. the triggers, last: from here on writers wait until the transaction ends.
+    let created = create_triggers(&state)?;
+    if created > 0 && again {
+        rebuild::uncover_all(CHANGE_LOG)?;
+    }
+    let text = if created > 0 { "capturing" } else { "already capturing" };
+    actions.push((format!("table {}", table.qualified()), text.into()));
+    Ok(actions)
+}
+
+fn attached_to(table: &Table) -> Result<CaptureState> {
+    catalog::capture()?.ok_or_else(|| Error::NotAttached(table.qualified()))
+}
+
+/// Makes the change log and the ledger where they are missing.
+fn create_log() -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for (name, sql) in
+        ["change_log_seq", "change_log", "retired"].into_iter().zip(litellm::create_log_tables())
+    {
+        let full = qualified(SCHEMA, name);
+        if catalog::find_relation(&full)?.is_none() {
+            catalog::execute(&sql, &[])?;
+            actions.push((full, "created".into()));
+        }
+    }
+    catalog::execute(&format!("GRANT SELECT ON {SCHEMA}.change_log_seq TO pg_monitor"), &[])?;
+    // A log that was dropped and made again goes on above what has been merged.
+    catalog::execute(
+        &format!(
+            "SELECT pg_catalog.setval('{SCHEMA}.change_log_seq', merged)
+             FROM (SELECT max(watermark) AS merged FROM {SCHEMA}.rollup WHERE source = $1) AS w,
+                  {SCHEMA}.change_log_seq AS s
+             WHERE merged > 0 AND (s.last_value < merged OR NOT s.is_called)"
+        ),
+        &[CHANGE_LOG.into()],
+    )?;
+    catalog::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.source (name, relation, sequence)
+             VALUES ($1, '{SCHEMA}.change_log', '{SCHEMA}.change_log_seq')
+             ON CONFLICT (name) DO UPDATE SET relation = excluded.relation, sequence = excluded.sequence"
+        ),
+        &[CHANGE_LOG.into()],
+    )?;
+    Ok(actions)
+}
+
+/// Makes a rollup's table, live view and state, or brings them up to the definition at hand. New measures start
+/// as 0 and every day is computed again; days whose raw rows are gone keep 0.
+fn ensure_rollup(definition: &Definition, keep_coverage: bool) -> Result<Action> {
+    let table = definition.table();
+    let mut action = "already there";
+    match catalog::find_relation(&table)?.map(Table::find).transpose()?.flatten() {
+        None => {
+            catalog::execute(&definition.create_table(), &[])?;
+            action = "created";
+        }
+        Some(found) => {
+            for measure in &definition.measures {
+                if !found.columns.iter().any(|(name, _)| *name == measure.name) {
+                    let column = Definition::measure_column(measure);
+                    catalog::execute(&format!("ALTER TABLE {table} ADD COLUMN {column}"), &[])?;
+                    action = "columns added";
+                }
+            }
+        }
+    }
+    catalog::execute(&definition.create_live_view(), &[])?;
+    // A new rollup begins at a watermark that is known to be safe.
+    catalog::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark)
+             SELECT $1, $2, $3::jsonb, coalesce(min(watermark), 0) FROM {SCHEMA}.rollup WHERE source = $2
+             ON CONFLICT (name) DO UPDATE SET definition = excluded.definition"
+        ),
+        &[definition.name.as_str().into(), CHANGE_LOG.into(), serde_json::to_string(definition)?.into()],
+    )?;
+    if keep_coverage && action != "already there" {
+        rebuild::uncover_all(CHANGE_LOG)?;
+    }
+    Ok((format!("rollup {}", definition.name), action.into()))
+}
+
+fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
+    catalog::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, columns, on_delete, failures_seen)
+             VALUES ($1, $2::name, $3::name, $4, $5, $6, (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
+                                                          FROM {SCHEMA}.capture_failures))
+             ON CONFLICT (source) DO UPDATE SET table_schema = excluded.table_schema,
+                 table_name = excluded.table_name, columns = excluded.columns, on_delete = excluded.on_delete,
+                 last_error = NULL, last_error_at = NULL"
+        ),
+        &[
+            CHANGE_LOG.into(),
+            table.schema.as_str().into(),
+            table.name.as_str().into(),
+            table.oid.into(),
+            columns.to_vec().into(),
+            (if subtract { "subtract" } else { "keep" }).into(),
+        ],
+    )?;
+    Ok(())
+}
+
+/// The rows that rollups kept from an earlier attachment stay as history where the raw rows are gone: up to the
+/// first day that still has some, which may have lost others.
+fn freeze_history(table: &Table) -> Result<()> {
+    for definition in litellm::rollups() {
+        catalog::execute(
+            &format!(
+                "UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
+                     SELECT least(max(\"{bucket}\"), max(first) + 1)::timestamp
+                     FROM {rollup}, (SELECT min(\"startTime\")::date AS first FROM {table}) AS raw
+                     HAVING min(\"{bucket}\") <= max(first) OR max(first) IS NULL))
+                 WHERE name = $1",
+                bucket = definition.bucket.name,
+                rollup = definition.table(),
+                table = table.qualified(),
+            ),
+            &[CHANGE_LOG.into()],
+        )?;
+    }
+    Ok(())
+}
+
+fn create_functions(state: &CaptureState) -> Result<Action> {
+    let name = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), catalog::relation_name(oid)?));
+    let predecessor = state.predecessor.map(name).transpose()?;
+    let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
+    for (name, text) in (Capture { columns: &state.columns }).functions(state.subtract, predecessor) {
+        catalog::execute(&text, &[])?;
+        catalog::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;
+    }
+    Ok((format!("functions {SCHEMA}.capture_*"), "made for the table's columns".into()))
+}
+
+/// Creates the triggers that are missing on the table and its partitions. Returns how many.
+fn create_triggers(state: &CaptureState) -> Result<usize> {
+    let missing = missing_triggers(state.relation)?;
+    if missing.is_empty() {
+        return Ok(0);
+    }
+    let name = catalog::relation_name(state.relation)?;
+    catalog::lock_against_writers(&name, state.relation, guc::lock_timeout())?;
+    for (relation, operation) in &missing {
+        let name = catalog::relation_name(*relation)?;
+        let (trigger, text) = Capture::trigger(operation, &name);
+        // It may be there but disabled.
+        catalog::execute(&format!("DROP TRIGGER IF EXISTS {trigger} ON {name}"), &[])?;
+        catalog::execute(&text, &[])?;
+    }
+    Ok(missing.len())
+}
+
+/// The enabled capture triggers that the table and its partitions lack.
+fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
+    let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
+    catalog::query(
+        &format!(
+            "SELECT r.oid, o.operation FROM unnest($1::oid[]) AS r(oid), unnest($2::text[]) AS o(operation)
+             WHERE NOT EXISTS (
+                 SELECT FROM pg_catalog.pg_trigger t
+                 WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
+                   AND t.tgenabled IN ('O', 'A')
+                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation))"
+        ),
+        &[catalog::relation_tree(relation)?.into(), operations.into()],
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
+    )
+}
+
+// ---- watch -----------------------------------------------------------------------------------------------
+
+/// Notices what happened to the table since the last look and mends it. `true`: something was mended.
+pub fn watch() -> Result<bool> {
+    let Some(state) = catalog::capture()? else { return Ok(false) };
+    let named = catalog::find_relation(&qualified(&state.schema, &state.table))?;
+    if let Some(replacement) = named.filter(|oid| *oid != state.relation) {
+        follow(&state, replacement)?;
+        return Ok(true);
+    }
+    let Some(table) = Table::find(state.relation)? else {
+        return Err(Error::NoTable(qualified(&state.schema, &state.table)));
+    };
+    if state.predecessor.is_some_and(|p| matches!(Table::find(p), Ok(None))) {
+        forget_predecessor()?;
+        create_functions(&attached_to(&table)?)?;
+        return Ok(true);
+    }
+    let log_gone = ["change_log", "change_log_seq", "retired"]
+        .iter()
+        .map(|name| catalog::find_relation(&qualified(SCHEMA, name)))
+        .collect::<Result<Vec<_>>>()?
+        .contains(&None);
+    let rollup_gone = litellm::rollups()
+        .iter()
+        .map(|d| {
+            Ok(catalog::find_relation(&d.table())?.is_none()
+                || catalog::find_relation(&d.live_view())?.is_none())
+        })
+        .collect::<Result<Vec<_>>>()?
+        .contains(&true);
+    let missing = missing_triggers(state.relation)?;
+    let columns = captured_columns(&table)?;
+    if !log_gone && !rollup_gone && missing.is_empty() && columns == state.columns {
+        return Ok(false);
+    }
+    if missing.iter().all(|(oid, _)| *oid != state.relation)
+        && !log_gone
+        && !rollup_gone
+        && columns == state.columns
+    {
+        adopt_partitions(&state, &missing)?;
+        return Ok(true);
+    }
+    attach(state.relation, None)?;
+    // Rows may have come and gone unseen.
+    rebuild::uncover_all(CHANGE_LOG)?;
+    Ok(true)
+}
+
+/// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
+fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
+    let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
+    partitions.dedup();
+    create_triggers(state)?;
+    for partition in partitions {
+        let name = catalog::relation_name(partition)?;
+        catalog::execute(
+            &format!(
+                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+                 SELECT date_trunc('day', min(\"startTime\")), date_trunc('day', max(\"startTime\")) + interval '1 day',
+                        'rebuild', 'ATTACH'
+                 FROM {name} HAVING count(*) > 0"
+            ),
+            &[],
+        )?;
+    }
+    Ok(())
+}
+
+/// The name belongs to another table now (upstream's partition script renames and recreates it). Capture moves
+/// there; the rows that it got meanwhile, except copies from the old table, go to the change log as one batch.
+fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
+    let table = open(replacement)?;
+    let columns = captured_columns(&table)?;
+    if state.predecessor.is_some() {
+        forget_predecessor()?;
+    }
+    let old = Table::find(state.relation)?;
+    let old_name = old.as_ref().map(Table::qualified);
+    // 1. where its rows end: up to there only both tables together are the truth.
+    let end = match &old_name {
+        Some(name) => last_day_of(name, "startTime")?,
+        None => last_day_of(&litellm::rollups()[0].live_view(), "date")?,
+    };
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.capture SET relation = $2, columns = $3, predecessor = $4, predecessor_end = $5
+             WHERE source = $1"
+        ),
+        &[
+            state.source.as_str().into(),
+            replacement.into(),
+            columns.into(),
+            old.as_ref().map(|old| old.oid).into(),
+            end.into(),
+        ],
+    )?;
+    if old.is_none() {
+        forget_predecessor()?;
+    }
+    let state = attached_to(&table)?;
+    create_functions(&state)?;
+    // 2. no writer from here on, so that each row is either in the gap or captured.
+    create_triggers(&state)?;
+    catalog::execute(
+        &(Capture { columns: &state.columns }).insert_gap(&table.qualified(), old_name.as_deref()),
+        &[],
+    )?;
+    Ok(())
+}
+
+/// The end of the last day of a relation, by its column `time`.
+fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
+    let sql = format!("SELECT date_trunc('day', max(\"{time}\")) + interval '1 day' FROM {relation}");
+    Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+}
+
+/// The replaced table is gone: its days are history.
+fn forget_predecessor() -> Result<()> {
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.source s SET frozen_before = greatest(s.frozen_before, c.predecessor_end)
+             FROM {SCHEMA}.capture c WHERE c.source = s.name"
+        ),
+        &[],
+    )?;
+    catalog::execute(
+        &format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL"),
+        &[],
+    )?;
+    Ok(())
+}
+
+// ---- detach ----------------------------------------------------------------------------------------------
+
+pub fn detach(state: &CaptureState, drop_history: bool) -> Result<Vec<Action>> {
+    let table = Table::find(state.relation)?;
+    // 1. LiteLLM's views first: they read the table only.
+    let mut actions = match &table {
+        Some(table) => views::restore(&table.schema)?,
+        None => vec![],
+    };
+    // 2. no writer from here on: what is in the change log is all there will be.
+    for relation in state.relations() {
+        if Table::find(relation)?.is_none() {
+            continue;
+        }
+        for partition in catalog::relation_tree(relation)? {
+            let name = catalog::relation_name(partition)?;
+            for operation in OPERATIONS {
+                let trigger = litellm::trigger_name(operation);
+                let sql = format!("DROP TRIGGER IF EXISTS {trigger} ON {name}");
+                catalog::lock(&sql, &name, partition, guc::lock_timeout())?;
+            }
+        }
+    }
+    let name = qualified(&state.schema, &state.table);
+    let text =
+        if table.is_some() { "no longer captured" } else { "was dropped; its views are left as they are" };
+    actions.push((format!("table {name}"), text.into()));
+    // 3. merge it, so that the rollups say what the live views said.
+    if !drop_history {
+        merge_all()?;
+    }
+    for operation in OPERATIONS {
+        catalog::execute(&format!("DROP FUNCTION {}()", litellm::function_name(operation)), &[])?;
+    }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
+    for definition in litellm::rollups() {
+        let text = if drop_history { "dropped with its history" } else { "kept as history" };
+        if drop_history {
+            catalog::execute(&format!("DROP VIEW {}", definition.live_view()), &[])?;
+            catalog::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
+        }
+        actions.push((format!("rollup {}", definition.name), text.into()));
+    }
+    if drop_history {
+        catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
+        catalog::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
+        catalog::execute(&format!("DROP TABLE {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
+        catalog::execute(&format!("DROP SEQUENCE {SCHEMA}.change_log_seq"), &[])?;
+    }
+    Ok(actions)
+}
+
+/// Merges the whole change log, whose writers are locked out.
+fn merge_all() -> Result<()> {
+    let patience = Patience::within(guc::window_wait());
+    for mut source in catalog::sources()? {
+        let safe = rollup::find_safe_end(&mut source, patience)?;
+        for name in catalog::rollup_names(Some(&source.name))? {
+            while rollup::merge(&name, safe, patience)?.is_some() {}
+        }
+    }
+    Ok(())
+}

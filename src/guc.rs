@@ -1,0 +1,101 @@
+//! The settings, `litellm_spend.*`. All take effect on reload.
+
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+use std::time::Duration;
+
+static MERGE_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(1_000_000);
+static DISCOVERY_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
+
+/// Time between two looks of a worker at its sources. Live views are exact whatever it is; it only bounds their
+/// tail. One second keeps the tail of a busy gateway (2,000 rows/s) at about 2,000 rows.
+pub fn merge_interval() -> Duration {
+    millis(&MERGE_INTERVAL)
+}
+
+/// How long a statement of ours waits for a lock on a user's table or view before it gives up. Writers queue
+/// behind a waiting lock, so this is also the longest stall that we can cause.
+pub fn lock_timeout() -> Duration {
+    millis(&LOCK_TIMEOUT)
+}
+
+/// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next call.
+pub fn window_wait() -> Duration {
+    millis(&WINDOW_WAIT)
+}
+
+/// Most sequence values merged in one transaction: bounds its time and memory after an outage.
+pub fn max_window() -> i64 {
+    i64::from(MAX_WINDOW.get())
+}
+
+/// How often the launcher looks for databases that got the extension unnoticed (a restore, CREATE DATABASE from a
+/// template). CREATE EXTENSION itself is noticed within a second.
+pub fn discovery_interval() -> Duration {
+    Duration::from_secs(DISCOVERY_INTERVAL.get() as u64)
+}
+
+fn millis(setting: &GucSetting<i32>) -> Duration {
+    Duration::from_millis(setting.get() as u64)
+}
+
+pub fn register() {
+    let (ms, s) = (GucFlags::UNIT_MS, GucFlags::UNIT_S);
+    GucRegistry::define_int_guc(
+        c"litellm_spend.merge_interval",
+        c"Time between two merges of the worker.",
+        c"Live views are exact whatever this is: it bounds the number of rows that they add up themselves.",
+        &MERGE_INTERVAL,
+        10,
+        3_600_000,
+        GucContext::Sighup,
+        ms,
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.lock_timeout",
+        c"Longest wait for a lock on a user's table or view.",
+        c"Writers queue behind a waiting lock, so this also bounds the stall that attach and detach can cause.",
+        &LOCK_TIMEOUT,
+        1,
+        60_000,
+        GucContext::Userset,
+        ms,
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.window_wait",
+        c"Longest wait of spend_rollup_run() for running writers.",
+        c"What is not safe to merge by then is left to the next call.",
+        &WINDOW_WAIT,
+        0,
+        60_000,
+        GucContext::Userset,
+        ms,
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.max_window",
+        c"Most sequence values merged in one transaction.",
+        c"Bounds time and memory of a merge after an outage.",
+        &MAX_WINDOW,
+        1,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.discovery_interval",
+        c"Time between two searches for databases that have the extension.",
+        c"CREATE EXTENSION is noticed at once; this is for restores and databases made from a template.",
+        &DISCOVERY_INTERVAL,
+        1,
+        86_400,
+        GucContext::Sighup,
+        s,
+    );
+    #[cfg(not(feature = "pg14"))]
+    // SAFETY: called once from _PG_init with a static, NUL-terminated string.
+    unsafe {
+        pgrx::pg_sys::MarkGUCPrefixReserved(c"litellm_spend".as_ptr());
+    }
+}

@@ -1,0 +1,41 @@
+//! litellm_spend: exact, always-fresh spend rollups for LiteLLM, inside Postgres.
+//!
+//! ```text
+//!  enter    api (SQL functions)                 worker (launcher, loop)
+//!           tick (one round of everything)
+//!  act      capture   views   rollup   rebuild
+//!  decide   window   definition   litellm          pure Rust, no pgrx
+//!  base     catalog (state, locks)   guc   error
+//! ```
+//! Calls go downward only. Words: see docs/reference.md.
+
+mod api;
+mod capture;
+mod catalog;
+mod definition;
+mod error;
+mod guc;
+mod litellm;
+mod rebuild;
+mod rollup;
+mod tick;
+mod views;
+mod window;
+mod worker;
+
+use pgrx::prelude::*;
+
+::pgrx::pg_module_magic!(name, version);
+
+extension_sql_file!("../sql/schema.sql", name = "schema", bootstrap);
+extension_sql_file!("../sql/views.sql", name = "views", requires = ["schema"]);
+extension_sql_file!("../sql/api.sql", name = "api", finalize);
+
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    guc::register();
+    // SAFETY: a flag of the postmaster.
+    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+        worker::register();
+    }
+}

@@ -1,0 +1,365 @@
+//! What is particular to LiteLLM: the columns of its spend log, how a row becomes a row of the change log, the
+//! built-in rollups and LiteLLM's views over them. Pure text, like `definition`.
+//!
+//! Columns are found by name: their order differs between installs, and older versions lack some.
+
+use crate::definition::{Column, Definition, SCHEMA, qualified, quoted};
+
+/// LiteLLM's spend log, as its migrations name it.
+pub const SPEND_LOGS: &str = "LiteLLM_SpendLogs";
+
+/// The name of the change log as a source.
+pub const CHANGE_LOG: &str = "change_log";
+
+/// A column of the spend log that capture reads.
+pub struct SourceColumn {
+    pub name: &'static str,
+    pub r#type: &'static str,
+    pub required: bool,
+}
+
+const fn required(name: &'static str, r#type: &'static str) -> SourceColumn {
+    SourceColumn { name, r#type, required: true }
+}
+
+const fn optional(name: &'static str, r#type: &'static str) -> SourceColumn {
+    SourceColumn { name, r#type, required: false }
+}
+
+const TIME: &str = "startTime";
+
+/// Identifies a request; not captured, but it tells copied rows from new ones when the table is replaced.
+const REQUEST_ID: &str = "request_id";
+
+const REQUIRED: [SourceColumn; 6] = [
+    required(REQUEST_ID, "text"),
+    required(TIME, "timestamp without time zone"),
+    required("spend", "double precision"),
+    required("total_tokens", "integer"),
+    required("prompt_tokens", "integer"),
+    required("completion_tokens", "integer"),
+];
+
+/// Captured as they are, NULL and '' apart. The change log has a column of the same name for each.
+pub const DIMENSIONS: [SourceColumn; 13] = [
+    required("api_key", "text"),
+    optional("user", "text"),
+    optional("team_id", "text"),
+    optional("organization_id", "text"),
+    optional("end_user", "text"),
+    required("model", "text"),
+    optional("model_group", "text"),
+    optional("custom_llm_provider", "text"),
+    optional("status", "text"),
+    optional("cache_hit", "text"),
+    optional("call_type", "text"),
+    optional("request_tags", "jsonb"),
+    optional("agent_id", "text"),
+];
+
+/// Name, type in the change log, and value of a spend log row `r`. Money is numeric: sums must not depend on the
+/// order of addition. NaN and the infinities count as 0, or one bad row would make its day unreadable for ever.
+const MEASURES: [(&str, &str, &str); 6] = [
+    (
+        "spend",
+        "numeric",
+        "CASE WHEN r.spend > '-Infinity' AND r.spend < 'Infinity' THEN r.spend::numeric ELSE 0 END",
+    ),
+    ("prompt_tokens", "bigint", "coalesce(r.prompt_tokens, 0)::bigint"),
+    ("completion_tokens", "bigint", "coalesce(r.completion_tokens, 0)::bigint"),
+    ("total_tokens", "bigint", "coalesce(r.total_tokens, 0)::bigint"),
+    ("requests", "bigint", "1::bigint"),
+    ("failed_requests", "bigint", "(r.status IS NOT DISTINCT FROM 'failure')::int::bigint"),
+];
+
+/// All columns that capture knows of.
+pub fn source_columns() -> impl Iterator<Item = &'static SourceColumn> {
+    REQUIRED.iter().chain(&DIMENSIONS)
+}
+
+/// The spend log's columns that this install has, and the SQL that depends on them.
+pub struct Capture<'a> {
+    /// Names of the captured columns that the table has.
+    pub columns: &'a [String],
+}
+
+impl Capture<'_> {
+    fn has(&self, column: &str) -> bool {
+        self.columns.iter().any(|c| c == column)
+    }
+
+    /// Turns rows of `relation` into rows of the change log, one for one. `sign` is `1` or `-1`.
+    fn rows(&self, relation: &str, sign: i32, condition: &str) -> String {
+        let hour = format!("date_trunc('hour', r.{}) AS hour", quoted(TIME));
+        let dimensions = DIMENSIONS.iter().map(|d| {
+            let name = quoted(d.name);
+            if self.has(d.name) { format!("r.{name}") } else { format!("NULL::{} AS {name}", d.r#type) }
+        });
+        let measures = MEASURES.iter().map(|(name, _, value)| {
+            let value = if *name == "failed_requests" && !self.has("status") { "0::bigint" } else { value };
+            let value = if sign < 0 { format!("- ({value})") } else { value.to_string() };
+            format!("{value} AS {}", quoted(name))
+        });
+        let columns: Vec<String> = std::iter::once(hour).chain(dimensions).chain(measures).collect();
+        format!("SELECT {} FROM {relation} AS r {condition}", columns.join(", "))
+    }
+
+    /// The raw rows as the change log would hold them, and the ledger of deleted ones: what rollups must equal.
+    pub fn truth(&self, relation: &str, predecessor: Option<&str>) -> String {
+        let range = format!("r.{0} >= $1 AND ($2 IS NULL OR r.{0} < $2)", quoted(TIME));
+        let mut parts = vec![self.rows(relation, 1, &format!("WHERE {range}"))];
+        if let Some(predecessor) = predecessor {
+            let condition = format!("WHERE {range} AND {}", not_in(relation));
+            parts.push(self.rows(predecessor, 1, &condition));
+        }
+        parts.push(format!("SELECT {} FROM {SCHEMA}.retired", log_columns()));
+        parts.join(" UNION ALL ")
+    }
+
+    /// Writes to the change log what the rows of `relation` that `predecessor` does not hold add.
+    pub fn insert_gap(&self, relation: &str, predecessor: Option<&str>) -> String {
+        let condition = predecessor.map(|p| format!("WHERE {}", not_in(p))).unwrap_or_default();
+        write_sums("change_log", &self.rows(relation, 1, &condition))
+    }
+
+    /// The trigger functions, as (name, `CREATE OR REPLACE FUNCTION …`).
+    ///
+    /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. SECURITY
+    /// DEFINER, because the writer is LiteLLM's role and owns nothing of ours; hence the pinned search_path.
+    /// A failure is caught, counted in a sequence (which no rollback takes back) and, if that can be written,
+    /// its days are marked dirty; the user's statement succeeds.
+    pub fn functions(
+        &self,
+        subtract_deleted: bool,
+        predecessor: Option<(u32, &str)>,
+    ) -> Vec<(String, String)> {
+        let inserted = self.rows("new_rows", 1, "");
+        let insert = match predecessor {
+            None => write_sums("change_log", &inserted) + ";",
+            // The old table may be dropped at any time: what names it is planned only while it exists.
+            Some((oid, name)) => format!(
+                "IF EXISTS (SELECT FROM pg_class WHERE oid = {oid}) THEN {}; ELSE {}; END IF;",
+                write_sums("change_log", &self.rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
+                write_sums("change_log", &inserted),
+            ),
+        };
+        let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
+        let delete = if subtract_deleted {
+            write_sums("change_log", &self.rows("old_rows", -1, ""))
+        } else {
+            write_sums("retired", &self.rows("old_rows", 1, ""))
+        };
+        // A kept row that could not be written to the ledger makes its days impossible to recompute.
+        let delete_repair = if subtract_deleted { "rebuild" } else { "freeze" };
+        vec![
+            self.function("insert", &insert, "new_rows", "rebuild"),
+            self.function("update", &format!("{};", write_sums("change_log", &updated)), "both", "rebuild"),
+            self.function("delete", &format!("{delete};"), "old_rows", delete_repair),
+            (function_name("truncate"), truncate_function()),
+        ]
+    }
+
+    fn function(&self, operation: &str, body: &str, rows: &str, repair: &str) -> (String, String) {
+        let time = quoted(TIME);
+        let rows = match rows {
+            "both" => format!("(SELECT {time} FROM old_rows UNION ALL SELECT {time} FROM new_rows)"),
+            one => one.to_string(),
+        };
+        let name = function_name(operation);
+        let text = format!(
+            "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '{LOCK_TIMEOUT}'
+AS $capture$
+DECLARE
+    failure bigint;
+BEGIN
+    {body}
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    BEGIN
+        failure := nextval('{SCHEMA}.capture_failures');
+        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate, message)
+        SELECT DISTINCT failure, date_trunc('day', {time}), date_trunc('day', {time}) + interval '1 day',
+               '{repair}', TG_OP, SQLSTATE, SQLERRM
+        FROM {rows} AS r;
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    RAISE WARNING 'litellm_spend could not capture % on %: %', TG_OP, TG_TABLE_NAME, SQLERRM
+        USING HINT = 'The statement itself is not affected; the days concerned are rebuilt.';
+    RETURN NULL;
+END
+$capture$"
+        );
+        (name, text)
+    }
+
+    /// One trigger, as (name, `CREATE TRIGGER …`).
+    pub fn trigger(operation: &str, relation: &str) -> (String, String) {
+        let name = trigger_name(operation);
+        let transition = match operation {
+            "insert" => "REFERENCING NEW TABLE AS new_rows",
+            "update" => "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
+            "delete" => "REFERENCING OLD TABLE AS old_rows",
+            _ => "",
+        };
+        let text = format!(
+            "CREATE TRIGGER {name} AFTER {operation} ON {relation} {transition} FOR EACH STATEMENT EXECUTE FUNCTION {}()",
+            function_name(operation)
+        );
+        (name, text)
+    }
+}
+
+/// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
+const LOCK_TIMEOUT: &str = "1s";
+
+pub const OPERATIONS: [&str; 4] = ["insert", "update", "delete", "truncate"];
+
+pub fn trigger_name(operation: &str) -> String {
+    format!("litellm_spend_capture_{operation}")
+}
+
+pub fn function_name(operation: &str) -> String {
+    format!("{SCHEMA}.capture_{operation}")
+}
+
+/// TRUNCATE never subtracts: what was counted becomes history.
+fn truncate_function() -> String {
+    format!(
+        "CREATE OR REPLACE FUNCTION {}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '{LOCK_TIMEOUT}'
+AS $capture$
+BEGIN
+    INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+    VALUES ('-infinity', 'infinity', 'freeze', TG_OP);
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    RAISE WARNING 'litellm_spend could not record TRUNCATE of %: %', TG_TABLE_NAME, SQLERRM
+        USING HINT = 'Do not call spend_rollup_rebuild() for days that were truncated.';
+    RETURN NULL;
+END
+$capture$",
+        function_name("truncate")
+    )
+}
+
+fn not_in(relation: &str) -> String {
+    let id = quoted(REQUEST_ID);
+    format!("NOT EXISTS (SELECT FROM {relation} AS other WHERE other.{id} = r.{id})")
+}
+
+/// The columns that change log and ledger share.
+fn log_columns() -> String {
+    let names = std::iter::once("hour")
+        .chain(DIMENSIONS.iter().map(|d| d.name))
+        .chain(MEASURES.iter().map(|(name, ..)| *name));
+    names.map(quoted).collect::<Vec<_>>().join(", ")
+}
+
+/// Adds up `rows` and writes what is not nothing: an update of metadata leaves no trace. request_tags group as
+/// text, because jsonb calls 1.0 and 1 equal, which are two tags.
+fn write_sums(table: &str, rows: &str) -> String {
+    let keys: Vec<String> =
+        std::iter::once("hour").chain(DIMENSIONS.iter().map(|d| d.name)).map(quoted).collect();
+    let group: Vec<String> =
+        keys.iter().map(|k| k.replace("\"request_tags\"", "\"request_tags\"::text")).collect();
+    let output: Vec<String> =
+        group.iter().map(|k| k.replace("\"request_tags\"::text", "\"request_tags\"::text::jsonb")).collect();
+    let sums: Vec<String> =
+        MEASURES.iter().map(|(name, r#type, _)| format!("sum({})::{}", quoted(name), r#type)).collect();
+    let nonzero: Vec<String> =
+        MEASURES.iter().map(|(name, ..)| format!("sum({}) <> 0", quoted(name))).collect();
+    format!(
+        "INSERT INTO {SCHEMA}.{table} ({}) SELECT {}, {} FROM ({rows}) AS changes GROUP BY {} HAVING {}",
+        log_columns(),
+        output.join(", "),
+        sums.join(", "),
+        group.join(", "),
+        nonzero.join(" OR ")
+    )
+}
+
+/// The tables that capture writes. The change log is never truncated by vacuum (that takes an exclusive lock,
+/// which writers would wait for) and vacuumed by count, because its rows come and go.
+pub fn create_log_tables() -> [String; 3] {
+    let dimensions = DIMENSIONS.iter().map(|d| format!("{} {}", quoted(d.name), d.r#type));
+    let measures = MEASURES.iter().map(|(name, r#type, _)| format!("{} {type} NOT NULL", quoted(name)));
+    let columns = dimensions.chain(measures).collect::<Vec<_>>().join(", ");
+    [
+        format!("CREATE SEQUENCE {SCHEMA}.change_log_seq"),
+        format!(
+            "CREATE TABLE {SCHEMA}.change_log (
+                 seq bigint PRIMARY KEY DEFAULT nextval('{SCHEMA}.change_log_seq'),
+                 captured_at timestamptz NOT NULL DEFAULT now(), hour timestamp NOT NULL, {columns})
+             WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)"
+        ),
+        format!("CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns})"),
+    ]
+}
+
+/// The built-in rollups: today the one that MonthlyGlobalSpend reads.
+pub fn rollups() -> Vec<Definition> {
+    vec![Definition {
+        name: "daily_spend".into(),
+        source: qualified(SCHEMA, CHANGE_LOG),
+        source_sequence: "seq".into(),
+        source_time: "hour".into(),
+        bucket: Column::new("date", "hour::date", "date"),
+        dimensions: vec![],
+        measures: MEASURES.iter().map(|(name, r#type, _)| Column::new(name, &quoted(name), r#type)).collect(),
+        presence: "requests".into(),
+    }]
+}
+
+/// One of LiteLLM's views, live.
+pub struct PublicView {
+    pub name: &'static str,
+    /// Column names and types, which CREATE OR REPLACE VIEW must keep.
+    pub columns: &'static [(&'static str, &'static str)],
+    /// What it reads.
+    pub rollup: &'static str,
+    /// How many days before CURRENT_DATE it reaches.
+    pub days: i32,
+    /// The live query.
+    pub live: &'static str,
+    /// LiteLLM's own query over `%s`, for a view that did not exist when we came.
+    pub original: &'static str,
+}
+
+pub const VIEWS: [PublicView; 1] = [PublicView {
+    name: "MonthlyGlobalSpend",
+    columns: &[("date", "date"), ("spend", "double precision")],
+    rollup: "daily_spend",
+    days: 30,
+    live: "SELECT date, spend::double precision AS spend FROM litellm_spend.daily_spend WHERE date >= CURRENT_DATE - 30",
+    original: "SELECT date(\"startTime\") AS date, sum(spend) AS spend FROM %s \
+               WHERE \"startTime\" >= (CURRENT_DATE - INTERVAL '30 days') GROUP BY date(\"startTime\")",
+}];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_optional_column_is_captured_as_null() {
+        let columns = vec!["api_key".to_string(), "model".into()];
+        let rows = Capture { columns: &columns }.rows("t", 1, "");
+        assert!(rows.contains(r#"NULL::jsonb AS "request_tags""#), "{rows}");
+        assert!(rows.contains(r#"0::bigint AS "failed_requests""#), "{rows}");
+        assert!(rows.contains(r#"r."api_key""#), "{rows}");
+    }
+
+    #[test]
+    fn an_update_subtracts_the_old_row_and_adds_the_new_one() {
+        let columns = vec![];
+        let functions = Capture { columns: &columns }.functions(false, None);
+        let update = &functions.iter().find(|(name, _)| name.ends_with("update")).unwrap().1;
+        assert!(update.contains("- (1::bigint) AS \"requests\""), "{update}");
+        assert!(update.contains("FROM old_rows") && update.contains("FROM new_rows"), "{update}");
+    }
+}

@@ -1,0 +1,371 @@
+//! Recomputes ranges of a rollup from the truth while writers go on: backfill, repair, and the check that neither
+//! is needed.
+//!
+//! *Truth* is the raw rows plus the ledger of rows that retention deleted. Under the fence, and on one snapshot
+//! taken after it, a range becomes `truth − tail`; the tail is what the later merges add. So rollup + tail equals
+//! truth at that snapshot, and every change after it arrives through the change log like any other.
+//!
+//! Days before `frozen_before` have lost raw rows: the rollup is their only record. They are never recomputed.
+
+use crate::catalog::{self, CaptureState, Fence, Patience};
+use crate::definition::{Definition, SCHEMA};
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::litellm::Capture;
+use pgrx::JsonB;
+use pgrx::datum::Timestamp;
+
+/// The days `[start, end)`; no end means everything that follows, `infinity` included.
+#[derive(Clone, Copy, Debug)]
+pub struct Range {
+    pub start: Timestamp,
+    pub end: Option<Timestamp>,
+}
+
+/// What the rollups must equal, as a query with the change log's columns over the range `[$1, $2)`.
+fn truth(capture: &CaptureState) -> Result<String> {
+    let relation = catalog::relation_name(capture.relation)?;
+    let predecessor = capture.predecessor.map(catalog::relation_name).transpose()?;
+    Ok(Capture { columns: &capture.columns }.truth(&relation, predecessor.as_deref()))
+}
+
+fn attached() -> Result<CaptureState> {
+    catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))
+}
+
+/// Recomputes `range` under the fence. Returns the number of groups written.
+fn rebuild(fence: &Fence, capture: &CaptureState, range: Range) -> Result<i64> {
+    let (start, end) = (range.start, range.end);
+    // 1. a read lock on the raw rows: from here to the commit nobody can truncate them or drop a partition.
+    for relation in capture.relations() {
+        let name = catalog::relation_name(relation)?;
+        let sql = format!("LOCK TABLE {name} IN ACCESS SHARE MODE");
+        catalog::lock(&sql, &name, relation, guc::lock_timeout())?;
+    }
+    // 2. has that happened already? Then the rollup is the only record.
+    if freeze_pending()? {
+        return Err(Error::RawVanished(fence.definition.name.clone()));
+    }
+    if fence.covered_from <= start {
+        check_raw_reaches_back(fence, capture, range)?;
+    }
+    // 3. the range's rows go; readers still see them.
+    catalog::execute(&fence.definition.clear(), &[start.into(), end.into()])?;
+    // 4. truth − tail, in one statement: one snapshot, newer than the fence.
+    catalog::execute(
+        &fence.definition.refill(&truth(capture)?),
+        &[start.into(), end.into(), fence.watermark.into()],
+    )
+}
+
+/// Refuses to recompute days that the rollup knows and that are older than every raw row.
+fn check_raw_reaches_back(fence: &Fence, capture: &CaptureState, range: Range) -> Result<()> {
+    let first = start_of_raw(capture)?.unwrap_or_else(Timestamp::positive_infinity);
+    let bucket = &fence.definition.bucket.name;
+    let history = catalog::exists(
+        &format!(
+            "SELECT FROM {} WHERE \"{bucket}\" >= $1 AND ($2 IS NULL OR \"{bucket}\" < $2) AND \"{bucket}\" < $3",
+            fence.definition.table()
+        ),
+        &[range.start.into(), range.end.into(), first.into()],
+    )?;
+    if history { Err(frozen(fence, first)) } else { Ok(()) }
+}
+
+fn frozen(fence: &Fence, before: Timestamp) -> Error {
+    Error::Frozen { rollup: fence.definition.name.clone(), frozen_before: before.to_string() }
+}
+
+fn freeze_pending() -> Result<bool> {
+    catalog::exists(
+        &format!("SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL"),
+        &[],
+    )
+}
+
+/// The first day that has raw rows.
+fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
+    let firsts = capture
+        .relations()
+        .into_iter()
+        .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", catalog::relation_name(r)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
+    Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+}
+
+// ---- backfill --------------------------------------------------------------------------------------------
+
+/// Covers one more day, the newest that is not covered yet. `false`: all is covered, or the fence is taken.
+pub fn backfill_step(name: &str, patience: Patience) -> Result<bool> {
+    let Some(fence) = Fence::take(name, patience)? else { return Ok(false) };
+    let capture = attached()?;
+    if fence.covered_from.is_neg_infinity() {
+        return Ok(false);
+    }
+    let days = days_with_rows(&fence, &capture)?;
+    let next = days.filter(|days| days.last >= fence.frozen_before);
+    let covered_from = match next {
+        None => Timestamp::negative_infinity(),
+        Some(days) => {
+            let end = if fence.covered_from.is_infinity() { None } else { Some(fence.covered_from) };
+            rebuild(&fence, &capture, Range { start: days.last, end })?;
+            days.last
+        }
+    };
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup SET covered_from = $2, backfill_first = coalesce(backfill_first, $3),
+                 backfill_last = coalesce(backfill_last, $4)
+             WHERE name = $1"
+        ),
+        &[
+            name.into(),
+            covered_from.into(),
+            next.map(|days| days.first).into(),
+            next.map(|days| days.last).into(),
+        ],
+    )?;
+    Ok(!covered_from.is_neg_infinity())
+}
+
+#[derive(Clone, Copy)]
+struct Days {
+    first: Timestamp,
+    last: Timestamp,
+}
+
+/// The first and the last day below the covered range that has raw, retired or merged rows.
+fn days_with_rows(fence: &Fence, capture: &CaptureState) -> Result<Option<Days>> {
+    let mut parts = vec![
+        ("\"hour\"".to_string(), format!("{SCHEMA}.retired")),
+        (format!("\"{}\"::timestamp", fence.definition.bucket.name), fence.definition.table()),
+    ];
+    for relation in capture.relations() {
+        parts.push(("\"startTime\"".into(), catalog::relation_name(relation)?));
+    }
+    let ends: Vec<String> = parts
+        .iter()
+        .map(|(time, relation)| {
+            format!("SELECT min({time}) AS first, max({time}) AS last FROM {relation} WHERE {time} < $1")
+        })
+        .collect();
+    let sql = format!(
+        "SELECT date_trunc('day', min(first)), date_trunc('day', max(last)) FROM ({}) AS ends",
+        ends.join(" UNION ALL ")
+    );
+    let ends = catalog::fresh(&sql, &[fence.covered_from.into()], |r| {
+        Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?))
+    })?;
+    Ok(ends.into_iter().next().flatten().map(|(first, last)| Days { first, last }))
+}
+
+/// Everything has to be computed again: capture was interrupted and nobody can say for which rows.
+pub fn uncover_all(source: &str) -> Result<()> {
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL
+             WHERE source = $1"
+        ),
+        &[source.into()],
+    )?;
+    Ok(())
+}
+
+// ---- repair ----------------------------------------------------------------------------------------------
+
+/// Repairs the oldest failure of capture that has committed. `false`: there is none.
+pub fn repair_step(patience: Patience) -> Result<bool> {
+    let Some(mut capture) = catalog::capture()? else { return Ok(false) };
+    if !unrepaired()? {
+        return find_lost_failures(&mut capture, patience);
+    }
+    let Some(fences) = take_all(&capture.source, patience)? else { return Ok(false) };
+    // What may not be recomputed is frozen before anything is.
+    if freeze_pending()? {
+        freeze(&capture, &fences)?;
+        return Ok(true);
+    }
+    // Marked before the rebuild's snapshot: what is noticed after it stays for the next step.
+    let ranges = catalog::fresh(
+        &format!(
+            "UPDATE {SCHEMA}.dirty_range d SET repaired_at = clock_timestamp()
+             FROM (SELECT range_start, range_end FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL
+                   ORDER BY noticed_at LIMIT 1) AS oldest
+             WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end AND d.repaired_at IS NULL
+             RETURNING d.range_start, d.range_end"
+        ),
+        &[],
+        |r| Ok((catalog::value::<Timestamp>(r, 1)?, catalog::value::<Timestamp>(r, 2)?)),
+    )?;
+    // All of them are the same range.
+    if let Some((start, end)) = ranges.into_iter().next() {
+        let end = if end.is_infinity() { None } else { Some(end) };
+        for fence in &fences {
+            let outcome = if start < fence.frozen_before {
+                Err(frozen(fence, fence.frozen_before))
+            } else {
+                rebuild(fence, &capture, Range { start, end })
+            };
+            match outcome {
+                Err(error @ Error::Frozen { .. }) => {
+                    let message = format!("capture failed on {start} and cannot be repaired: {error}");
+                    catalog::record_error(&fence.definition.name, &message)?;
+                }
+                other => drop(other?),
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn unrepaired() -> Result<bool> {
+    let sql = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL)");
+    Ok(catalog::query(&sql, &[], |r| catalog::value(r, 1))?.contains(&true))
+}
+
+/// A failure that could not even be noted left only its number in the sequence. Once every writer of that time has
+/// ended, a number without a note is either rolled back or lost: then everything is computed again.
+fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<bool> {
+    let sequence = format!("{SCHEMA}.capture_failures");
+    let sequence = catalog::find_relation(&sequence)?.ok_or(Error::NoTable(sequence))?;
+    let last = catalog::last_value(sequence)?;
+    if last == capture.failures_seen {
+        return Ok(false);
+    }
+    let writers = catalog::writers(catalog::relation_tree(capture.relation)?)?;
+    let safe = capture.window.look(last, &writers);
+    catalog::store_failure_window(&capture.source, &capture.window)?;
+    let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };
+    let Some(_fences) = take_all(&capture.source, patience)? else { return Ok(false) };
+    let noted = catalog::fresh(
+        &format!(
+            "SELECT count(DISTINCT failure) FROM {SCHEMA}.dirty_range WHERE failure > $1 AND failure <= $2"
+        ),
+        &[capture.failures_seen.into(), safe.into()],
+        |r| catalog::value::<i64>(r, 1),
+    )?;
+    if noted.first().copied().unwrap_or(0) < safe - capture.failures_seen {
+        uncover_all(&capture.source)?;
+    }
+    catalog::execute(
+        &format!("UPDATE {SCHEMA}.capture SET failures_seen = $2 WHERE source = $1"),
+        &[capture.source.as_str().into(), safe.into()],
+    )?;
+    catalog::execute(
+        &format!("DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1"),
+        &[safe.into()],
+    )?;
+    Ok(true)
+}
+
+/// The fences of all rollups of a source, in the order of their names: no deadlocks.
+fn take_all(source: &str, patience: Patience) -> Result<Option<Vec<Fence>>> {
+    let mut fences = vec![];
+    for name in catalog::rollup_names(Some(source))? {
+        match Fence::take(&name, patience)? {
+            Some(fence) => fences.push(fence),
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(fences))
+}
+
+/// Raw rows were truncated, or a deleted one could not be kept in the ledger: all days that the rollups know become
+/// history.
+fn freeze(capture: &CaptureState, fences: &[Fence]) -> Result<()> {
+    let ends: Vec<String> = fences
+        .iter()
+        .map(|f| {
+            format!(
+                "SELECT max(\"{}\")::timestamp AS last FROM {}",
+                f.definition.bucket.name,
+                f.definition.live_view()
+            )
+        })
+        .collect();
+    catalog::execute(
+        &format!(
+            "WITH frozen AS (UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
+                 WHERE repair = 'freeze' AND repaired_at IS NULL RETURNING range_end)
+             UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
+                 SELECT least((SELECT max(range_end) FROM frozen), max(last) + interval '1 day')
+                 FROM ({}) AS ends))
+             WHERE name = $1",
+            ends.join(" UNION ALL ")
+        ),
+        &[capture.source.as_str().into()],
+    )?;
+    Ok(())
+}
+
+/// Freezes the days before the oldest raw row and prunes their ledger: nothing can recompute them any more.
+pub fn freeze_expired(patience: Patience) -> Result<bool> {
+    let Some(capture) = catalog::capture()? else { return Ok(false) };
+    let Some(fences) = take_all(&capture.source, patience)? else { return Ok(false) };
+    if fences.is_empty() || !fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
+        return Ok(false);
+    }
+    let Some(first) = start_of_raw(&capture)?.filter(|first| *first > fences[0].frozen_before) else {
+        return Ok(false);
+    };
+    catalog::execute(
+        &format!("UPDATE {SCHEMA}.source SET frozen_before = $2 WHERE name = $1"),
+        &[capture.source.as_str().into(), first.into()],
+    )?;
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.retired WHERE hour < $1"), &[first.into()])?;
+    Ok(true)
+}
+
+// ---- SQL calls -------------------------------------------------------------------------------------------
+
+/// `spend_rollup_rebuild()`: the whole range in the caller's transaction.
+pub fn rebuild_range(name: &str, range: Range, patience: Patience) -> Result<i64> {
+    let fence = Fence::take(name, patience)?.ok_or_else(|| Error::RollupBusy(name.into()))?;
+    let capture = attached()?;
+    check_range(&fence, range)?;
+    rebuild(&fence, &capture, range)
+}
+
+fn check_range(fence: &Fence, range: Range) -> Result<()> {
+    let name = &fence.definition.name;
+    let whole_days = catalog::query(
+        "SELECT $1 < coalesce($2, 'infinity') AND ($1 = date_trunc('day', $1))
+                AND ($2 IS NULL OR $2 = date_trunc('day', $2))",
+        &[range.start.into(), range.end.into()],
+        |r| catalog::value::<bool>(r, 1),
+    )?;
+    if whole_days.first() != Some(&true) {
+        return Err(Error::Range(name.clone()));
+    }
+    if range.start < fence.frozen_before {
+        return Err(frozen(fence, fence.frozen_before));
+    }
+    Ok(())
+}
+
+/// A group in which rollup + tail and truth differ: its key and both sides.
+pub type Difference = (JsonB, Option<JsonB>, Option<JsonB>);
+
+/// `spend_rollup_verify()`: the groups that differ, in one snapshot. None is the only pass.
+pub fn verify(name: &str, start: Option<Timestamp>, end: Option<Timestamp>) -> Result<Vec<Difference>> {
+    let states = catalog::query(
+        &format!(
+            "SELECT r.definition::text, s.frozen_before FROM {SCHEMA}.rollup r
+             JOIN {SCHEMA}.source s ON s.name = r.source WHERE r.name = $1"
+        ),
+        &[name.into()],
+        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<Timestamp>(r, 2)?)),
+    )?;
+    let (definition, frozen_before) =
+        states.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))?;
+    let definition: Definition = serde_json::from_str(&definition)?;
+    let start = start.unwrap_or(frozen_before);
+    if start < frozen_before {
+        return Err(Error::Frozen { rollup: name.into(), frozen_before: frozen_before.to_string() });
+    }
+    let sql = definition.compare(&truth(&attached()?)?);
+    catalog::query(&sql, &[start.into(), end.into()], |r| {
+        Ok((catalog::value::<JsonB>(r, 1)?, r.get(2)?, r.get(3)?))
+    })
+}

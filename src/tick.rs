@@ -1,0 +1,133 @@
+//! One round of all that has to be done, in order: the same for the worker, where each step is a transaction, and
+//! for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is recorded and
+//! does not stop the others.
+
+use crate::catalog::{self, Failure, Patience};
+use crate::error::Result;
+use crate::litellm::CHANGE_LOG;
+use crate::rollup::{self, Merge};
+use crate::{capture, rebuild, views};
+
+/// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Subject {
+    Capture,
+    Source(String),
+    Rollup(String),
+}
+
+/// Runs a step so that its failure does not reach the others.
+pub trait Runner {
+    /// `None`: the step failed, or is not due yet after an earlier failure.
+    fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
+    fn patience(&self) -> Patience;
+}
+
+/// What a round did to one rollup.
+pub struct Outcome {
+    pub rollup: String,
+    pub merge: Option<Merge>,
+    pub text: &'static str,
+}
+
+pub struct Round {
+    pub outcomes: Vec<Outcome>,
+    /// Another round would find work at once.
+    pub more: bool,
+}
+
+pub fn tick(run: &mut impl Runner) -> Round {
+    let mut more = run.step(Subject::Capture, capture::watch).unwrap_or(false);
+    let outcomes = merge_all(run);
+    let patience = run.patience();
+    more |= run.step(Subject::Capture, || rebuild::repair_step(patience)).unwrap_or(false);
+    more |= backfill_all(run);
+    run.step(Subject::Capture, views::switch_covered);
+    Round { outcomes, more }
+}
+
+/// The rounds' slow part: what needs to be done now and then only.
+pub fn tidy(run: &mut impl Runner) {
+    let patience = run.patience();
+    run.step(Subject::Capture, || rebuild::freeze_expired(patience));
+}
+
+fn merge_all(run: &mut impl Runner) -> Vec<Outcome> {
+    let mut outcomes = vec![];
+    let patience = run.patience();
+    for mut source in run.step(Subject::Capture, catalog::sources).unwrap_or_default() {
+        let subject = Subject::Source(source.name.clone());
+        let looked = run.step(subject.clone(), || {
+            let safe = rollup::find_safe_end(&mut source, patience)?;
+            Ok((safe, catalog::last_value(source.sequence)?, catalog::rollup_names(Some(&source.name))?))
+        });
+        let Some((safe, last_value, names)) = looked else {
+            let names = run.step(subject, || catalog::rollup_names(Some(&source.name))).unwrap_or_default();
+            outcomes.extend(names.into_iter().map(|rollup| Outcome { rollup, merge: None, text: "failed" }));
+            continue;
+        };
+        for rollup in names {
+            let mut merge = None;
+            let mut text = if safe < last_value { "waiting for writers" } else { "up to date" };
+            // With nothing new the fences are not touched: an idle source writes no WAL.
+            while safe != source.merged_to {
+                let step =
+                    run.step(Subject::Rollup(rollup.clone()), || rollup::merge(&rollup, safe, patience));
+                match step {
+                    Some(Some(next)) => merge = Some(joined(merge, next)),
+                    Some(None) => break,
+                    None => {
+                        text = "failed";
+                        break;
+                    }
+                }
+            }
+            if merge.is_some() && text == "up to date" {
+                text = "merged";
+            }
+            outcomes.push(Outcome { rollup, merge, text });
+        }
+        if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
+            run.step(subject, || rollup::trim(&source));
+        }
+    }
+    outcomes
+}
+
+fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
+    match earlier {
+        None => later,
+        Some(earlier) => Merge {
+            window_start: earlier.window_start,
+            window_end: later.window_end,
+            rows: earlier.rows + later.rows,
+            groups: earlier.groups + later.groups,
+        },
+    }
+}
+
+/// One bucket of each rollup that is not covered. `true`: there is more.
+pub fn backfill_all(run: &mut impl Runner) -> bool {
+    let patience = run.patience();
+    let uncovered = run.step(Subject::Capture, catalog::uncovered_rollups).unwrap_or_default();
+    let mut more = false;
+    for rollup in uncovered {
+        let step = run.step(Subject::Rollup(rollup.clone()), || rebuild::backfill_step(&rollup, patience));
+        more |= step.unwrap_or(false);
+    }
+    more
+}
+
+/// Where a failure is kept for the status view.
+pub fn record(subject: &Subject, failure: &Failure) -> Result<()> {
+    match subject {
+        Subject::Capture => catalog::record_capture_error(CHANGE_LOG, &failure.message),
+        Subject::Rollup(name) => catalog::record_error(name, &failure.message),
+        Subject::Source(name) => {
+            for rollup in catalog::rollup_names(Some(name))? {
+                catalog::record_error(&rollup, &failure.message)?;
+            }
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given back by
+//! detach.
+//!
+//! A view is replaced with CREATE OR REPLACE VIEW, so its OID, owner, grants and dependents stay. That takes ACCESS
+//! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
+
+use crate::catalog::{self, Table};
+use crate::definition::{SCHEMA, qualified, quoted};
+use crate::error::Result;
+use crate::guc;
+use crate::litellm::{PublicView, VIEWS};
+
+/// What was done to an object, for the caller to read.
+pub type Action = (String, String);
+
+/// Notes LiteLLM's definition of every view that we can answer, so that it can be given back. `source` is the table.
+pub fn adopt(source: &Table) -> Result<Vec<Action>> {
+    VIEWS.iter().map(|view| adopt_one(view, source)).collect()
+}
+
+fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
+    let name = qualified(&source.schema, view.name);
+    let action = |text: &str| Ok((format!("view {name}"), text.to_string()));
+    let found = find(&name)?;
+    let ours = found.as_ref().map(definition).transpose()?.is_some_and(|text| text.contains(view.rollup));
+    if let Some(installed) = installed(view)?.filter(|_| ours) {
+        // An upgrade may have changed our query: it takes effect here.
+        if installed != live(view) {
+            replace(&name, &live(view))?;
+            note_installed(view, Some(&live(view)))?;
+            return action("replaced by the new definition");
+        }
+        return action("already live");
+    }
+    let original = match found {
+        None => {
+            let original = view.original.replace("%s", &source.qualified());
+            catalog::execute(&format!("CREATE VIEW {name} AS {original}"), &[])?;
+            catalog::execute(&format!("ALTER VIEW {name} OWNER TO {}", quoted(&source.owner)), &[])?;
+            original
+        }
+        Some(found) => match unusable(view, &found) {
+            Some(reason) => return action(&reason),
+            None => definition(&found)?,
+        },
+    };
+    catalog::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.public_view (name, original) VALUES ($1, $2)
+             ON CONFLICT (name) DO UPDATE SET original = excluded.original, installed = NULL"
+        ),
+        &[view.name.into(), original.into()],
+    )?;
+    action("goes live when its days are covered")
+}
+
+/// Switches each adopted view whose rollup covers the days it shows. `true`: one was switched.
+pub fn switch_covered() -> Result<bool> {
+    let Some(capture) = catalog::capture()? else { return Ok(false) };
+    for view in &VIEWS {
+        // One day more than the view shows: CURRENT_DATE depends on the session's time zone.
+        let ready = catalog::query(
+            &format!(
+                "SELECT FROM {SCHEMA}.public_view v, {SCHEMA}.rollup r
+                 WHERE v.name = $1 AND v.installed IS NULL AND r.name = $2 AND r.covered_from <= CURRENT_DATE - $3::int"
+            ),
+            &[view.name.into(), view.rollup.into(), (view.days + 1).into()],
+            |_| Ok(()),
+        )?;
+        if ready.is_empty() {
+            continue;
+        }
+        let name = qualified(&capture.schema, view.name);
+        let Some(found) = find(&name)?.filter(|found| unusable(view, found).is_none()) else { continue };
+        // The view runs with its owner's rights.
+        let owner = quoted(&found.owner);
+        catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
+        catalog::execute(&format!("GRANT SELECT ON {} TO {owner}", qualified(SCHEMA, view.rollup)), &[])?;
+        replace(&name, &live(view))?;
+        note_installed(view, Some(&live(view)))?;
+        return Ok(true);
+    }
+    Ok(false)
+}
+
+/// Gives LiteLLM's definitions back, over the table that now has its name.
+pub fn restore(schema: &str) -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for view in &VIEWS {
+        let name = qualified(schema, view.name);
+        let original = catalog::query(
+            &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
+            &[view.name.into()],
+            |r| catalog::value::<String>(r, 1),
+        )?;
+        let Some(original) = original.into_iter().next() else { continue };
+        if find(&name)?.is_some_and(|found| unusable(view, &found).is_none()) {
+            replace(&name, &original)?;
+            actions.push((format!("view {name}"), "LiteLLM's own definition restored".into()));
+        }
+    }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
+    Ok(actions)
+}
+
+fn live(view: &PublicView) -> String {
+    view.live.to_string()
+}
+
+fn installed(view: &PublicView) -> Result<Option<String>> {
+    let installed = catalog::query(
+        &format!("SELECT installed FROM {SCHEMA}.public_view WHERE name = $1"),
+        &[view.name.into()],
+        |r| Ok(r.get::<String>(1)?),
+    )?;
+    Ok(installed.into_iter().next().flatten())
+}
+
+fn note_installed(view: &PublicView, definition: Option<&str>) -> Result<()> {
+    catalog::execute(
+        &format!("UPDATE {SCHEMA}.public_view SET installed = $2 WHERE name = $1"),
+        &[view.name.into(), definition.map(str::to_string).into()],
+    )?;
+    Ok(())
+}
+
+fn find(name: &str) -> Result<Option<Table>> {
+    catalog::find_relation(name)?.map(Table::find).transpose().map(Option::flatten)
+}
+
+/// Why the relation cannot become ours with CREATE OR REPLACE VIEW.
+fn unusable(view: &PublicView, found: &Table) -> Option<String> {
+    let expected = view.columns.iter().map(|(name, r#type)| (name.to_string(), r#type.to_string()));
+    match found.kind.as_str() {
+        "v" if found.options.contains("security_invoker=true") => {
+            Some("left alone: with security_invoker its readers would need rights on the rollups".into())
+        }
+        "v" if found.columns.iter().cloned().eq(expected) => None,
+        "v" => Some("left alone: its columns are not LiteLLM's".into()),
+        "m" => Some("left alone: it is a materialized view; drop it and attach again".into()),
+        _ => Some("left alone: it is not a view".into()),
+    }
+}
+
+fn definition(view: &Table) -> Result<String> {
+    let text = catalog::query(
+        "SELECT pg_catalog.rtrim(pg_catalog.pg_get_viewdef($1), ';')",
+        &[view.oid.into()],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    Ok(text.into_iter().next().unwrap_or_default())
+}
+
+/// Replaces a view's query and keeps its options (security_barrier).
+fn replace(name: &str, query: &str) -> Result<()> {
+    let Some(view) = find(name)? else { return Ok(()) };
+    let with = if view.options.is_empty() { String::new() } else { format!(" WITH ({})", view.options) };
+    let sql = format!("CREATE OR REPLACE VIEW {name}{with} AS {query}");
+    catalog::lock(&sql, name, view.oid, guc::lock_timeout())
+}
