@@ -9,12 +9,13 @@ LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $tail$
 BEGIN
+    -- The change log may have been dropped; the worker makes it again.
+    IF NOT EXISTS (SELECT FROM pg_class WHERE oid = relation) THEN
+        RETURN;
+    END IF;
     EXECUTE format('SELECT count(*), min(captured_at)
                     FROM (SELECT captured_at FROM %s WHERE seq > $1 ORDER BY seq LIMIT 1000000) AS tail', relation)
     INTO tail_rows, oldest USING watermark;
-EXCEPTION WHEN undefined_table THEN
-    -- The change log was dropped; the worker makes it again.
-    tail_rows := NULL;
 END
 $tail$;
 
@@ -54,7 +55,9 @@ CROSS JOIN LATERAL (
            array_agg(DISTINCT p.gid) FILTER (WHERE p.gid IS NOT NULL) AS prepared
     FROM jsonb_array_elements_text(s.candidates -> 0 -> 'waits_for') AS holder(virtual_transaction)
     JOIN pg_catalog.pg_locks l ON l.virtualtransaction = holder.virtual_transaction AND l.relation = s.relation
-    LEFT JOIN pg_catalog.pg_prepared_xacts p ON '-1/' || p.transaction = l.virtualtransaction
+    LEFT JOIN pg_catalog.pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
+        AND x.locktype = 'transactionid'
+    LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = x.transactionid
 ) AS blockers
 CROSS JOIN LATERAL (
     SELECT array_agg(name ORDER BY name) AS live_views FROM litellm_spend.public_view WHERE installed IS NOT NULL

@@ -14,9 +14,10 @@
 //! A *candidate* is such an `S` with the holders it still waits for. It is remembered between looks, so that
 //! nobody has to wait with a transaction open, and a source that always has some writer still advances.
 //!
-//! A holder is a virtual transaction, as `pg_locks` prints it. `PREPARE TRANSACTION` gives its locks to a new
-//! one, `-1/<xid>`, so a remembered session that vanished may have become any prepared holder that is there
-//! now: while a candidate waits for sessions, it also waits for every prepared transaction it meets.
+//! A holder is a virtual transaction, as `pg_locks` prints it. PREPARE TRANSACTION keeps it (from PostgreSQL 14 on),
+//! but a restart recovers a prepared transaction as another one, `-1/<xid>`. So a remembered session that vanished
+//! may have become any of those: while a candidate waits for sessions, it also waits for every recovered
+//! transaction it meets.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -27,7 +28,7 @@ use std::collections::BTreeSet;
 pub struct Holder(pub String);
 
 impl Holder {
-    fn is_prepared(&self) -> bool {
+    fn is_recovered(&self) -> bool {
         self.0.starts_with("-1/")
     }
 }
@@ -50,11 +51,11 @@ impl Window {
     /// Takes one look: `last_value` was read before `holders`. Returns the newest value that is safe now.
     pub fn look(&mut self, last_value: i64, holders: &BTreeSet<Holder>) -> Option<i64> {
         for candidate in &mut self.candidates {
-            let sessions = candidate.waits_for.iter().any(|h| !h.is_prepared());
+            let sessions = candidate.waits_for.iter().any(|h| !h.is_recovered());
             candidate.waits_for.retain(|h| holders.contains(h));
             if sessions {
-                let prepared = holders.iter().filter(|h| h.is_prepared());
-                candidate.waits_for.extend(prepared.cloned());
+                let recovered = holders.iter().filter(|h| h.is_recovered());
+                candidate.waits_for.extend(recovered.cloned());
             }
         }
         if self.candidates.last().is_none_or(|newest| newest.end < last_value) {
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_prepared_is_still_waited_for() {
+    fn a_session_that_prepared_before_a_restart_is_still_waited_for() {
         let mut w = Window::default();
         assert_eq!(w.look(7, &holders(&["3/1"])), None);
         assert_eq!(w.look(7, &holders(&["-1/800"])), None);

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""What capture adds to LiteLLM's writes: multi-row INSERT … ON CONFLICT DO NOTHING, prepared, values bound, autocommit.
+
+Two databases with the same 100,000 rows and all seven indexes, one attached, get the same new rows in blocks of
+statements: attached, plain, plain, attached. Per row inserted:
+
+    cpu    of the inserting backend
+    wall   at the client, commit included
+    wal    of the whole server; nothing else runs
+
+The worker does not merge meanwhile. After each run one spend_rollup_run() merges what was captured (variant "merge",
+per row inserted). Rows are shaped and ordered as in bench/spend_rows.sql: a statement's rows are minutes apart.
+"""
+
+import time
+from contextlib import contextmanager
+
+import harness
+from harness import QUICK, Results, Session, say
+
+RUNS = 2 if QUICK else 7
+BASE = 2_000 if QUICK else 100_000
+BLOCKS = [("attached", 0), ("plain", 0), ("plain", 1), ("attached", 1)]  # variant, which half of the run's statements
+
+# Rows a statement: statements a block. 100 first: its warm-up writes to nearly every page of the indexes, so that
+# no full-page images flatter the later ones.
+SIZES = {100: 5, 1000: 1, 1: 50} if QUICK else {100: 50, 1000: 5, 1: 1000}
+
+COLUMNS = """
+    request_id call_type api_key spend total_tokens prompt_tokens completion_tokens startTime endTime
+    completionStartTime model model_id model_group custom_llm_provider api_base user metadata cache_hit cache_key
+    request_tags team_id organization_id end_user requester_ip_address session_id status request_duration_ms
+    created_at updated_at litellm_call_id
+""".split()
+TIMES = {"startTime", "endTime", "completionStartTime", "created_at", "updated_at"}
+
+
+def statement(rows):
+    """The INSERT with its $1, $2, …"""
+    columns = ", ".join(f'"{c}"' for c in COLUMNS)
+    width = len(COLUMNS)
+    values = ", ".join("(" + ", ".join(f"${r * width + c + 1}" for c in range(width)) + ")" for r in range(rows))
+    return f'INSERT INTO "LiteLLM_SpendLogs" ({columns}) VALUES {values} ON CONFLICT DO NOTHING'
+
+
+class Pool:
+    """New rows in order of time, later than all that the databases have."""
+
+    def __init__(self):
+        rows = BASE + sum(2 * size * block for size, block in SIZES.items()) * (RUNS + 1)
+        self.session = Session(harness.loaded("pool", rows))
+        columns = ", ".join(f'"{c}" + interval \'31 days\'' if c in TIMES else f'"{c}"' for c in COLUMNS)
+        self.session.run(f'BEGIN; DECLARE pool CURSOR FOR SELECT {columns} FROM "LiteLLM_SpendLogs" ORDER BY "startTime"')
+
+    def statements(self, rows, count):
+        """The values of that many statements."""
+        found = self.session.rows(f"FETCH {rows * count} FROM pool")
+        if len(found) < rows * count:
+            raise RuntimeError("the pool is empty")
+        return [[v for row in found[i * rows:(i + 1) * rows] for v in row] for i in range(count)]
+
+    def close(self):
+        self.session.close()
+
+
+class Meter:
+    """Adds up what a session costs while it is measured."""
+
+    def __init__(self, session, observer):
+        self.session, self.observer = session, observer
+        self.cpu = self.wall = self.wal = 0
+
+    @contextmanager
+    def running(self):
+        wal, cpu, wall = self._wal(), self.session.cpu_ns(), time.perf_counter_ns()
+        yield
+        self.wall += time.perf_counter_ns() - wall
+        self.cpu += self.session.cpu_ns() - cpu
+        self.wal += self._wal() - wal
+
+    def _wal(self):
+        return int(self.observer.value("SELECT pg_current_wal_insert_lsn() - '0/0'"))
+
+    def add_to(self, results, run, variant, rows):
+        results.add(run, variant, "cpu", self.cpu / rows / 1000, "us/row")
+        results.add(run, variant, "wall", self.wall / rows / 1000, "us/row")
+        results.add(run, variant, "wal", self.wal / rows, "B/row")
+
+
+def one_run(results, run, size, pool, sessions, observer):
+    meters = {variant: Meter(session, observer) for variant, session in sessions.items()}
+    halves = [pool.statements(size, SIZES[size]) for _ in range(2)]
+    for variant, half in BLOCKS:
+        with meters[variant].running():
+            for values in halves[half]:
+                sessions[variant].execute(f"insert_{size}", values)
+    rows = 2 * size * SIZES[size]
+    label = f"{size} row" + "s" * (size > 1)
+    for variant, meter in meters.items():
+        meter.add_to(results, run, f"{label} {variant}", rows)
+
+    attached = sessions["attached"]
+    merging = Meter(attached, observer)
+    with merging.running():
+        attached.run("SELECT * FROM spend_rollup_run()")
+    if harness.tail_rows(attached):
+        raise RuntimeError("the merge left a tail")
+    merging.add_to(results, run, f"{label} merge", rows)
+    results.write()
+    if run > 0:
+        ratios = [getattr(meters["attached"], m) / getattr(meters["plain"], m) for m in ("cpu", "wall", "wal")]
+        say(f"{label}, run {run} of {RUNS}: attached / plain: cpu {ratios[0]:.2f}, wall {ratios[1]:.2f}, wal {ratios[2]:.2f}")
+
+
+def main():
+    results = Results("capture")
+    pool = Pool()
+    with harness.clone(harness.loaded("base", BASE), "capture_attached", "capture_plain") as (attached, plain):
+        harness.attach(attached)
+        sessions = {"attached": attached, "plain": plain}
+        observer = Session("postgres")
+        observer.run("CHECKPOINT")
+        for size in SIZES:
+            for session in sessions.values():
+                session.prepare(f"insert_{size}", statement(size))
+            for run in range(RUNS + 1):
+                one_run(results, run, size, pool, sessions, observer)
+        counts = [s.value('SELECT count(*) FROM "LiteLLM_SpendLogs"') for s in sessions.values()]
+        if counts[0] != counts[1]:
+            raise RuntimeError(f"the tables have {counts} rows")
+        wrong = attached.rows("SELECT * FROM spend_rollup_verify('daily_spend', NULL, NULL)")
+        if wrong:
+            raise RuntimeError(f"the rollup differs from the raw rows: {wrong}")
+        observer.close()
+    pool.close()
+    harness.drop("pool")
+
+
+if __name__ == "__main__":
+    main()

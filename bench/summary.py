@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Writes SUMMARY.md beside the raw CSVs: medians, extremes, and the ratios that the numbers are for. Prints it too.
+
+A ratio is taken within each run, then its median and extremes over the runs.
+"""
+
+import csv
+import statistics
+from collections import defaultdict
+
+from harness import QUICK, RESULTS
+
+SIZES = ["1 row", "100 rows", "1000 rows"]
+TEN = ", ten times the rows"
+
+TITLES = {
+    "view": 'SELECT SUM(spend) FROM "MonthlyGlobalSpend", 470,000 rows (ten times: 4.7 million)',
+    "capture": "Capture and merge, per row inserted",
+    "stall": "A single-row insert beside a write transaction that stays open for 20 s",
+    "backfill": "Attach and backfill of 470,000 rows",
+}
+
+# Scenario: metric, variants of the numerator (added up), variant of the denominator.
+RATIOS = {
+    "view": [
+        *(("client", [f"view tail {n}"], "materialized view") for n in (0, 100, 1000)),
+        *(("client", [f"function tail {n}"], "materialized view") for n in (0, 100, 1000)),
+        *(("client", ["LiteLLM"], f"view tail {n}") for n in (0, 100, 1000)),
+        *(("client", [f"view tail {n}{TEN}"], f"view tail {n}") for n in (0, 100, 1000)),
+    ],
+    "capture": [
+        *((metric, [f"{size} attached"], f"{size} plain") for size in SIZES for metric in ("cpu", "wall", "wal")),
+        *((metric, [f"{size} attached", f"{size} merge"], f"{size} plain") for size in SIZES for metric in ("cpu", "wal")),
+    ],
+    "stall": [(metric, [variant], "plain") for variant in ("ours", "lock") for metric in ("longest", "p99.9", "median")],
+    "backfill": [("attach + backfill", ["ours"], "scan")],
+}
+
+
+def read(scenario):
+    """(variant, metric): {run: value}; metric: unit. In the order of the file, but for the runs."""
+    values, units = defaultdict(dict), {}
+    with open(RESULTS / f"{scenario}.csv", newline="") as file:
+        for record in csv.DictReader(file):
+            values[record["variant"], record["metric"]][int(record["run"])] = float(record["value"])
+            units[record["metric"]] = record["unit"]
+    return values, units
+
+
+def number(value):
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def spread(values):
+    middle, least, most = statistics.median(values), min(values), max(values)
+    if len(values) == 1:
+        return number(middle)
+    return f"**{number(middle)}** ({number(least)}–{number(most)})"
+
+
+def table(heads, rows):
+    yield "| " + " | ".join(heads) + " |"
+    yield "| --- |" + " ---: |" * (len(heads) - 1)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def medians(values, units):
+    cells = {key: spread(list(runs.values())) for key, runs in values.items()}
+    variants = sorted({variant for variant, _ in values})
+    yield from table(
+        ["", *(f"{metric}, {unit}" for metric, unit in units.items())],
+        ([variant, *(cells.get((variant, metric), "") for metric in units)] for variant in variants))
+
+
+def ratios(scenario, values):
+    for metric, above, below in RATIOS[scenario]:
+        series = [values[variant, metric] for variant in (*above, below)]
+        runs = set.intersection(*(set(s) for s in series))
+        if runs:
+            found = [sum(s[run] for s in series[:-1]) / series[-1][run] for run in sorted(runs)]
+            yield [f"{metric}: {' + '.join(above)} / {below}", spread(found)]
+
+
+def summary():
+    yield "# Measured" + (" (QUICK: tiny sizes, the numbers mean nothing)" if QUICK else "")
+    yield from ("", "Written by `bench/run`. Median (least–most) of the counted runs; the raw numbers are beside this file.", "")
+    yield from ("```", (RESULTS / "machine.txt").read_text().rstrip(), "```")
+    for scenario, title in TITLES.items():
+        if not (RESULTS / f"{scenario}.csv").exists():
+            continue
+        values, units = read(scenario)
+        count = max(len(runs) for runs in values.values())
+        yield from ("", f"## {title}", "", f"`bench/{scenario}.py`, {count} runs.", "")
+        yield from medians(values, units)
+        yield ""
+        yield from table(["ratio", "times"], ratios(scenario, values))
+
+
+def main():
+    text = "\n".join(summary()) + "\n"
+    (RESULTS / "SUMMARY.md").write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

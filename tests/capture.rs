@@ -1,0 +1,323 @@
+//! Capture never fails LiteLLM's statement, and what it missed is repaired.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+
+/// Rows of the first test statement, whose spend adds up to what the view must show.
+fn insert(client: &mut Client, prefix: &str) -> u64 {
+    client.execute(&insert_rows(prefix, 20, 3), &[]).unwrap()
+}
+
+/// The failure was counted, and the worker has mended what it did.
+fn assert_healed(client: &mut Client, errors: i64) {
+    assert!(value::<i64>(client, "SELECT capture_errors FROM spend_rollup_status") >= errors);
+    eventually("the damage is repaired", || {
+        let idle = "SELECT dirty_ranges = 0 AND backfill_progress = 100 AND tail_rows = 0 AND
+                        (SELECT failures_seen FROM litellm_spend.capture) = capture_errors
+                    FROM spend_rollup_status";
+        holds(client, idle)
+    });
+    assert_exact(client);
+}
+
+#[test]
+fn an_unwritable_change_log_does_not_fail_the_statement() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    // As a permission, a constraint or a full disk would.
+    client.batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID").unwrap();
+    assert_eq!(insert(&mut client, "a"), 20);
+    let updated = client.execute(r#"UPDATE "LiteLLM_SpendLogs" SET spend = 7 WHERE request_id = 'a1'"#, &[]).unwrap();
+    assert_eq!(updated, 1);
+    client.batch_execute("ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space").unwrap();
+    assert_healed(&mut client, 2);
+}
+
+#[test]
+fn a_full_disk_does_not_fail_the_statement() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$;
+             CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.change_log FOR EACH ROW EXECUTE FUNCTION no_space();
+             CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.dirty_range FOR EACH ROW EXECUTE FUNCTION no_space()",
+        )
+        .unwrap();
+    // Not even the failure can be noted: only the sequence has counted it.
+    assert_eq!(insert(&mut client, "a"), 20);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
+    client
+        .batch_execute(
+            "DROP TRIGGER no_space ON litellm_spend.change_log; DROP TRIGGER no_space ON litellm_spend.dirty_range",
+        )
+        .unwrap();
+    assert_healed(&mut client, 1);
+}
+
+#[test]
+fn a_failure_that_commits_late_is_repaired_when_it_commits() {
+    let db = shared().database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client.batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID").unwrap();
+    client
+        .batch_execute(
+            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RAISE EXCEPTION 'full' USING ERRCODE = 'disk_full'; END $$;
+             CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.dirty_range FOR EACH ROW EXECUTE FUNCTION no_space()",
+        )
+        .unwrap();
+    writer.batch_execute("BEGIN").unwrap();
+    assert_eq!(insert(&mut writer, "late"), 20);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    // The number of the failure can be seen, its rows cannot: it must not be taken for repaired.
+    assert_eq!(value::<i64>(&mut client, "SELECT failures_seen FROM litellm_spend.capture"), 0);
+    writer.batch_execute("COMMIT").unwrap();
+    client
+        .batch_execute(
+            "ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space; DROP TRIGGER no_space ON litellm_spend.dirty_range",
+        )
+        .unwrap();
+    assert_healed(&mut client, 1);
+}
+
+#[test]
+fn malformed_request_tags_do_not_fail_the_statement() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    for (i, tags) in [r#"'"scalar"'"#, r#"'{"a": 1}'"#, "'null'", "NULL", "'[1, [2], null]'", "'[1.0]'", "'[1]'"].iter().enumerate() {
+        let insert = format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", request_tags)
+               VALUES ('t{i}', 'x', 1, now(), now(), {tags})"#
+        );
+        assert_eq!(client.execute(&insert, &[]).unwrap(), 1, "{tags}");
+    }
+    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn one_statement_with_equal_tags_of_other_text_keeps_them_apart() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    let mut writer = db.connect();
+    // A writer in the way keeps the rows in the change log.
+    writer.batch_execute("BEGIN").unwrap();
+    insert(&mut writer, "open");
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", request_tags)
+               VALUES ('t1', 'x', 1, now(), now(), '[1.0]'), ('t2', 'x', 1, now(), now(), '[1]')"#,
+        )
+        .unwrap();
+    let tags: String = value(
+        &mut client,
+        "SELECT string_agg(request_tags::text, ' ' ORDER BY request_tags::text) FROM litellm_spend.change_log WHERE call_type = 'x'",
+    );
+    assert_eq!(tags, "[1.0] [1]");
+    writer.batch_execute("ROLLBACK").unwrap();
+}
+
+#[test]
+fn a_dropped_change_log_does_not_fail_the_statement_and_is_made_again() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    insert(&mut client, "before");
+    wait_until_merged(&mut client);
+    client.batch_execute("DROP TABLE litellm_spend.change_log CASCADE").unwrap();
+    assert_eq!(insert(&mut client, "gone"), 20);
+    eventually("the change log is back and the view live", || {
+        holds(&mut client, "SELECT to_regclass('litellm_spend.change_log') IS NOT NULL AND 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status")
+    });
+    insert(&mut client, "after");
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn a_capture_that_waits_for_a_lock_gives_up_and_is_repaired() {
+    let db = shared().database().attached();
+    let (mut client, mut dba) = (db.connect(), db.connect());
+    dba.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ACCESS EXCLUSIVE MODE").unwrap();
+    let started = std::time::Instant::now();
+    assert_eq!(insert(&mut client, "a"), 20);
+    assert!(started.elapsed() < std::time::Duration::from_secs(5));
+    dba.batch_execute("COMMIT").unwrap();
+    assert_healed(&mut client, 1);
+}
+
+#[test]
+fn a_dropped_trigger_is_made_again_and_the_gap_is_repaired() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(r#"BEGIN; ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER ALL"#).unwrap();
+    client.batch_execute(&insert_rows("unseen", 50, 5)).unwrap();
+    client.batch_execute("COMMIT").unwrap();
+    eventually("the triggers are enabled", || {
+        holds(&mut client, r#"SELECT bool_and(tgenabled = 'O') AND count(*) = 4 FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#)
+    });
+    wait_until_live(&mut client);
+    insert(&mut client, "seen");
+    assert_exact(&mut client);
+}
+
+#[test]
+fn retention_keeps_history_and_subtract_subtracts() {
+    for (policy, kept) in [("keep", true), ("subtract", false)] {
+        let db = shared().database();
+        let mut client = db.connect();
+        client.batch_execute(&insert_rows("r", 500, 10)).unwrap();
+        client.batch_execute(&format!("SELECT spend_attach(on_delete => '{policy}')")).unwrap();
+        wait_until_live(&mut client);
+        let before: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+        // As LiteLLM deletes.
+        let deleted = client
+            .execute(
+                r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id IN
+                   (SELECT request_id FROM "LiteLLM_SpendLogs" WHERE "startTime" < now() - interval '4 days' LIMIT 1000)"#,
+                &[],
+            )
+            .unwrap();
+        assert!(deleted > 100);
+        let after: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+        if kept {
+            assert!((before - after).abs() < 1e-9, "{before} {after}");
+            // Also when the days are computed again: the ledger stands for the deleted rows.
+            client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 4)").unwrap();
+            let rebuilt: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+            assert!((before - rebuilt).abs() < 1e-9, "{before} {rebuilt}");
+            assert_verified(&mut client);
+        } else {
+            assert!(after < before - 1e-6, "{before} {after}");
+            assert_exact(&mut client);
+        }
+    }
+}
+
+#[test]
+fn history_is_frozen_and_never_computed_again() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("r", 500, 10)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < date_trunc('day', now() - interval '4 days')"#).unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.retired"),
+        0,
+        "the ledger of frozen days is pruned"
+    );
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 8)", "55000");
+    assert_refused(&mut client, "SELECT * FROM spend_rollup_verify('daily_spend', CURRENT_DATE - 8)", "55000");
+    client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)").unwrap();
+    // Late rows still reach their day.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('late', 'x', 100, now() - interval '8 days', now())"#,
+        )
+        .unwrap();
+    assert!((before + 100.0 - value::<f64>(&mut client, total)).abs() < 1e-9);
+}
+
+#[test]
+fn truncate_keeps_history() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    insert(&mut client, "a");
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+    eventually("the days are frozen", || {
+        holds(&mut client, "SELECT frozen_before > CURRENT_DATE FROM spend_rollup_status")
+    });
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)", "55000");
+    insert(&mut client, "b");
+    assert!((2.0 * before - value::<f64>(&mut client, total)).abs() < 1e-9);
+}
+
+#[test]
+fn null_and_empty_dimensions_stay_distinct() {
+    let db = shared().database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    writer.batch_execute("BEGIN").unwrap();
+    insert(&mut writer, "open");
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", end_user, team_id)
+               VALUES ('n1', 'x', 1, now(), now(), NULL, ''), ('n2', 'x', 1, now(), now(), '', NULL), ('n3', 'x', 1, now(), now(), '', NULL)"#,
+        )
+        .unwrap();
+    let rows: i64 = value(&mut client, "SELECT count(*) FROM litellm_spend.change_log WHERE call_type = 'x'");
+    assert_eq!(rows, 2);
+    let nulls: i64 = value(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.change_log WHERE call_type = 'x' AND end_user IS NULL AND team_id = ''");
+    assert_eq!(nulls, 1);
+    writer.batch_execute("ROLLBACK").unwrap();
+}
+
+#[test]
+fn an_update_of_metadata_leaves_no_trace() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    insert(&mut client, "a");
+    wait_until_merged(&mut client);
+    let before: i64 = value(&mut client, "SELECT last_value FROM litellm_spend.change_log_seq");
+    client.batch_execute(r#"UPDATE "LiteLLM_SpendLogs" SET metadata = '{"x": 1}'"#).unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT last_value FROM litellm_spend.change_log_seq"), before);
+}
+
+#[test]
+fn a_row_of_infinite_spend_does_not_poison_its_day() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    insert(&mut client, "a");
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('i', 'x', 'Infinity', now(), now()), ('n', 'x', 'NaN', now(), now());
+               UPDATE "LiteLLM_SpendLogs" SET spend = 1 WHERE request_id = 'i'"#,
+        )
+        .unwrap();
+    assert!((before + 1.0 - value::<f64>(&mut client, total)).abs() < 1e-9);
+    assert_verified(&mut client);
+}
+
+#[test]
+fn an_older_litellm_without_optional_columns_attaches() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"DROP VIEW "Last30dTopEndUsersSpend", "DailyTagSpend";
+               ALTER TABLE "LiteLLM_SpendLogs" DROP COLUMN agent_id, DROP COLUMN organization_id, DROP COLUMN status,
+                   DROP COLUMN request_tags, DROP COLUMN model_group"#,
+        )
+        .unwrap();
+    let insert = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                    SELECT 'o' || i, 'x', 1, now(), now() FROM generate_series(1, 10) i"#;
+    client.batch_execute(insert).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(&insert.replace("'o'", "'p'")).unwrap();
+    assert_exact(&mut client);
+    // LiteLLM is upgraded: the column is captured from then on.
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN agent_id text, ADD COLUMN status text"#).unwrap();
+    eventually("the new columns are captured", || {
+        holds(&mut client, "SELECT columns @> ARRAY['agent_id', 'status'] FROM litellm_spend.capture")
+    });
+    client.batch_execute(&insert.replace("'o'", "'q'").replace("call_type, spend", "call_type, status, spend").replace("'x', 1", "'x', 'failure', 1")).unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    let failed: i64 = value(&mut client, "SELECT sum(failed_requests)::bigint FROM litellm_spend.daily_spend");
+    assert_eq!(failed, 10);
+}

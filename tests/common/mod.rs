@@ -1,0 +1,371 @@
+//! Real clusters for tests with several connections.
+//!
+//! A test binary shares one cluster ([`shared`]); every test has a database of its own with LiteLLM's schema, made by
+//! LiteLLM's migrations. Tests that crash the server start a cluster for themselves. A watchdog process stops each
+//! cluster and removes its folder when the test binary ends, however it ends.
+#![allow(dead_code)]
+
+use postgres::{Client, NoTls, Row};
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+const PORT: u16 = 54320;
+const TEMPLATE: &str = "litellm_template";
+
+pub struct Cluster {
+    pub dir: PathBuf,
+    bin: PathBuf,
+    /// The OS user that runs the server: PostgreSQL refuses root.
+    user: Option<(u32, u32)>,
+    postmaster: Mutex<Child>,
+    _watchdog: Child,
+}
+
+/// The cluster of this test binary.
+pub fn shared() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| Cluster::start(&[]))
+}
+
+impl Cluster {
+    /// A new cluster whose template database has LiteLLM's schema.
+    pub fn start(settings: &[&str]) -> Cluster {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("spend-{}-{number}", std::process::id()));
+        let bin = bin_dir();
+        let user = server_user();
+        fs::create_dir_all(&dir).unwrap();
+        if let Some((uid, gid)) = user {
+            std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
+        }
+        run(as_user(&bin.join("initdb"), user).current_dir(&dir).args([
+            "-N",
+            "-D",
+            "data",
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+        ]));
+        let mut conf = format!(
+            "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\n\
+             shared_preload_libraries = 'litellm_spend'\nfsync = off\nmax_prepared_transactions = 50\n\
+             max_worker_processes = 100\nmax_connections = 150\nshared_buffers = 64MB\n\
+             log_line_prefix = '%m [%p] %b %d '\nlitellm_spend.merge_interval = '50ms'\n\
+             litellm_spend.discovery_interval = '5s'\nautovacuum_naptime = '1s'\n",
+            dir.display()
+        );
+        settings.iter().for_each(|s| conf += &format!("{s}\n"));
+        let path = dir.join("data/postgresql.conf");
+        fs::write(&path, fs::read_to_string(&path).unwrap() + &conf).unwrap();
+        let watchdog = watchdog(&dir, &bin, user);
+        let postmaster = Mutex::new(spawn(&dir, &bin, user));
+        let cluster = Cluster { dir, bin, user, postmaster, _watchdog: watchdog };
+        cluster.wait_ready();
+        cluster.make_template();
+        cluster
+    }
+
+    fn make_template(&self) {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/litellm");
+        self.connect("postgres").batch_execute(&format!("CREATE DATABASE {TEMPLATE}")).unwrap();
+        for file in ["migrations.sql", "views.sql"] {
+            let file = fixtures.join(file);
+            assert!(file.exists(), "{} is missing: scripts/litellm_fixtures.py makes it", file.display());
+            self.psql(TEMPLATE, &["-q", "-v", "ON_ERROR_STOP=1", "-f", file.to_str().unwrap()]);
+        }
+    }
+
+    /// Runs psql; returns what it printed.
+    pub fn psql(&self, database: &str, args: &[&str]) -> String {
+        let output = Command::new(self.bin.join("psql"))
+            .args([
+                "-X",
+                "-h",
+                self.dir.to_str().unwrap(),
+                "-p",
+                &PORT.to_string(),
+                "-U",
+                "postgres",
+                "-d",
+                database,
+            ])
+            .args(args)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "psql {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    pub fn program(&self, name: &str) -> Command {
+        as_user(&self.bin.join(name), self.user)
+    }
+
+    pub fn connect(&self, database: &str) -> Client {
+        self.connect_as(database, "postgres")
+    }
+
+    pub fn connect_as(&self, database: &str, user: &str) -> Client {
+        self.try_connect(database, user)
+            .unwrap_or_else(|e| panic!("connect to {database}: {e}\n{}", self.log_tail()))
+    }
+
+    pub fn try_connect(&self, database: &str, user: &str) -> Result<Client, postgres::Error> {
+        let mut config = Client::configure();
+        config.host_path(&self.dir).port(PORT).user(user).dbname(database);
+        config.connect(NoTls)
+    }
+
+    fn wait_ready(&self) {
+        eventually("the server answers", || self.try_connect("postgres", "postgres").is_ok());
+    }
+
+    /// Kills the postmaster with SIGKILL, waits until every process of the server is gone, and starts it again.
+    pub fn crash_and_restart(&self) {
+        let mut postmaster = self.postmaster.lock().unwrap();
+        postmaster.kill().unwrap();
+        postmaster.wait().unwrap();
+        // Children notice at their next wait; those that compute are killed.
+        let data = self.dir.join("data");
+        eventually("the server's processes are gone", || {
+            let left = processes_in(&data);
+            left.iter().for_each(|pid| drop(Command::new("kill").args(["-9", pid]).status()));
+            left.is_empty()
+        });
+        let _ = fs::remove_file(data.join("postmaster.pid"));
+        let _ = fs::remove_file(self.dir.join(format!(".s.PGSQL.{PORT}.lock")));
+        *postmaster = spawn(&self.dir, &self.bin, self.user);
+        drop(postmaster);
+        self.wait_ready();
+    }
+
+    pub fn log_tail(&self) -> String {
+        let log = fs::read_to_string(self.dir.join("server.log")).unwrap_or_default();
+        log.lines().rev().take(40).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+
+    /// A new database with LiteLLM's schema and the extension.
+    pub fn database(&'static self) -> Database {
+        let database = self.litellm_database();
+        database.connect().batch_execute("CREATE EXTENSION litellm_spend").unwrap();
+        database
+    }
+
+    /// A new database with LiteLLM's schema.
+    pub fn litellm_database(&'static self) -> Database {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        // One at a time: a template may be copied by one session only.
+        static COPYING: Mutex<()> = Mutex::new(());
+        let name = format!("litellm_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let _one = COPYING.lock().unwrap_or_else(|e| e.into_inner());
+        let sql = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}");
+        self.connect("postgres").batch_execute(&sql).unwrap();
+        Database { cluster: self, name }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let mut postmaster = self.postmaster.lock().unwrap();
+        let _ = Command::new("kill").args(["-QUIT", &postmaster.id().to_string()]).status();
+        let _ = postmaster.wait();
+    }
+}
+
+pub struct Database {
+    pub cluster: &'static Cluster,
+    pub name: String,
+}
+
+impl Database {
+    pub fn connect(&self) -> Client {
+        self.cluster.connect(&self.name)
+    }
+
+    /// With the table captured, backfilled, and the view live.
+    pub fn attached(self) -> Database {
+        let mut client = self.connect();
+        client.batch_execute("SELECT spend_attach()").unwrap();
+        wait_until_live(&mut client);
+        self
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.cluster.log_tail());
+            return;
+        }
+        // With its worker still connected: DROP DATABASE has to end it.
+        let sql = format!("DROP DATABASE {}", self.name);
+        self.cluster.connect("postgres").batch_execute(&sql).unwrap();
+    }
+}
+
+fn bin_dir() -> PathBuf {
+    let pg_config = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
+    let output = Command::new(&pg_config).arg("--bindir").output().expect("pg_config");
+    PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+}
+
+fn server_user() -> Option<(u32, u32)> {
+    let id = |args: &[&str]| -> u32 {
+        let output = Command::new("id").args(args).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+    };
+    if id(&["-u"]) == 0 { Some((id(&["-u", "postgres"]), id(&["-g", "postgres"]))) } else { None }
+}
+
+fn as_user(program: &Path, user: Option<(u32, u32)>) -> Command {
+    let mut command = Command::new(program);
+    command.env("LC_ALL", "C.UTF-8").env_remove("RUST_BACKTRACE");
+    if let Some((uid, gid)) = user {
+        command.uid(uid).gid(gid);
+    }
+    command
+}
+
+fn run(command: &mut Command) {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn spawn(dir: &Path, bin: &Path, user: Option<(u32, u32)>) -> Child {
+    let log = fs::OpenOptions::new().create(true).append(true).open(dir.join("server.log")).unwrap();
+    as_user(&bin.join("postgres"), user)
+        .current_dir(dir)
+        .args(["-D", dir.join("data").to_str().unwrap()])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+/// Waits for the end of its standard input, which is the end of this process.
+fn watchdog(dir: &Path, bin: &Path, user: Option<(u32, u32)>) -> Child {
+    let script = format!(
+        "trap '' INT TERM; read -r _; '{0}/pg_ctl' -D '{1}/data' -m immediate stop >/dev/null 2>&1; cd /; rm -rf '{1}'",
+        bin.display(),
+        dir.display()
+    );
+    as_user(Path::new("/bin/sh"), user).args(["-c", &script]).stdin(Stdio::piped()).spawn().unwrap()
+}
+
+/// Processes whose working directory is `dir`: the server's.
+fn processes_in(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter(|e| fs::read_link(e.path().join("cwd")).is_ok_and(|cwd| cwd == dir))
+        .filter_map(|e| e.file_name().into_string().ok())
+        .filter(|name| name.chars().all(|c| c.is_ascii_digit()))
+        .collect()
+}
+
+// ---- what tests say --------------------------------------------------------------------------------------
+
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub fn value<T: for<'a> postgres::types::FromSql<'a>>(client: &mut Client, sql: &str) -> T {
+    client.query_one(sql, &[]).unwrap_or_else(|e| panic!("{sql}: {e:?}")).get(0)
+}
+
+/// NULL is not true.
+pub fn holds(client: &mut Client, sql: &str) -> bool {
+    value::<Option<bool>>(client, sql) == Some(true)
+}
+
+/// The SQLSTATE, message, DETAIL and HINT that a statement fails with.
+pub fn error(client: &mut Client, sql: &str) -> postgres::error::DbError {
+    let error = client.batch_execute(sql).expect_err(sql);
+    error.as_db_error().unwrap_or_else(|| panic!("{sql}: {error}")).clone()
+}
+
+/// Fails with `sqlstate`, and says what is wrong and what to do.
+pub fn assert_refused(client: &mut Client, sql: &str, sqlstate: &str) {
+    let error = error(client, sql);
+    assert_eq!(error.code().code(), sqlstate, "{sql}: {error:?}");
+    assert!(error.detail().is_some_and(|d| !d.is_empty()), "no DETAIL: {error:?}");
+    assert!(error.hint().is_some_and(|h| !h.is_empty()), "no HINT: {error:?}");
+    let message = error.message();
+    assert!(!message.ends_with('.') && !message.starts_with(char::is_uppercase), "style: {message}");
+}
+
+pub fn wait_until_live(client: &mut Client) {
+    eventually("the view is live", || {
+        holds(
+            client,
+            "SELECT 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status",
+        )
+    });
+}
+
+/// The worker has merged everything that was committed.
+pub fn wait_until_merged(client: &mut Client) {
+    eventually("the tail is empty", || holds(client, "SELECT tail_rows = 0 FROM spend_rollup_status"));
+}
+
+/// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as numeric.
+pub const VIEW_AGAINST_RAW: &str = r#"
+    SELECT coalesce(v.date, r.date)::text, v.spend, r.spend
+    FROM "MonthlyGlobalSpend" v
+    FULL JOIN (SELECT date("startTime") AS date, sum(spend::numeric)::float8 AS spend, sum(spend) AS float_spend
+               FROM "LiteLLM_SpendLogs" WHERE "startTime" >= CURRENT_DATE - interval '30 days' GROUP BY 1) r USING (date)
+    WHERE round(v.spend::numeric, 9) IS DISTINCT FROM round(r.spend::numeric, 9)"#;
+
+pub fn assert_no_rows(rows: Vec<Row>, what: &str) {
+    let text: Vec<String> =
+        rows.iter().map(|r| (0..r.len()).map(|i| cell(r, i)).collect::<Vec<_>>().join(" | ")).collect();
+    assert!(rows.is_empty(), "{what}:\n{}", text.join("\n"));
+}
+
+fn cell(row: &Row, i: usize) -> String {
+    row.try_get::<_, Option<String>>(i)
+        .map(|v| format!("{v:?}"))
+        .or_else(|_| row.try_get::<_, Option<f64>>(i).map(|v| format!("{v:?}")))
+        .or_else(|_| row.try_get::<_, Option<serde_json::Value>>(i).map(|v| format!("{v:?}")))
+        .unwrap_or_else(|_| "?".into())
+}
+
+/// The view equals the raw rows, and every measure of every group equals the truth.
+pub fn assert_exact(client: &mut Client) {
+    assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
+    assert_verified(client);
+}
+
+pub fn assert_verified(client: &mut Client) {
+    assert_no_rows(
+        client.query("SELECT * FROM spend_rollup_verify('daily_spend')", &[]).unwrap(),
+        "rollup and truth differ",
+    );
+}
+
+/// `n` rows as LiteLLM writes them, the first called `prefix` 1, with hours spread over the last `days` days.
+pub fn insert_rows(prefix: &str, n: u32, days: u32) -> String {
+    format!(
+        r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, prompt_tokens,
+               completion_tokens, "startTime", "endTime", model, "user", team_id, end_user, status, request_tags, metadata)
+           SELECT '{prefix}' || i, 'acompletion', 'key' || i % 5, (i * 7919 % 1000) / 1e5, 30, 10, 20,
+                  t, t, 'gpt-' || i % 3, 'user' || i % 7, nullif('team' || i % 4, 'team0'), CASE i % 3 WHEN 0 THEN '' END,
+                  CASE i % 10 WHEN 0 THEN 'failure' ELSE 'success' END, '["prod", "prod"]', '{{}}'
+           FROM generate_series(1, {n}) AS i,
+                LATERAL (SELECT now() AT TIME ZONE 'UTC' - (i * 37 % ({days} * 1440)) * interval '1 minute' AS t) AS at
+           ON CONFLICT DO NOTHING"#
+    )
+}

@@ -1,0 +1,267 @@
+//! Live views equal the raw rows at every moment, whatever runs beside them.
+
+mod common;
+
+use common::*;
+use postgres::IsolationLevel;
+use rand::prelude::*;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Writes as LiteLLM does, and worse, until told to stop. Returns the rows it tried to insert.
+fn write(db: &Database, seed: u64, stop: &AtomicBool, inserted: &AtomicU64) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut client = db.connect();
+    let mut round = 0;
+    while !stop.load(Ordering::Relaxed) {
+        round += 1;
+        let prefix = format!("w{seed}-{}-", if rng.random_bool(0.2) { round / 2 } else { round });
+        let rows = rng.random_range(1..=100);
+        let days = *[1, 1, 1, 35].choose(&mut rng).unwrap();
+        let insert = insert_rows(&prefix, rows, days);
+        match rng.random_range(0..10) {
+            0..4 => {
+                inserted.fetch_add(client.execute(&insert, &[]).unwrap(), Ordering::Relaxed);
+            }
+            4 => {
+                let mut tx = client.transaction().unwrap();
+                tx.execute(&insert, &[]).unwrap();
+                tx.rollback().unwrap();
+            }
+            5 => {
+                let mut tx = client.transaction().unwrap();
+                let n = tx.execute(&insert, &[]).unwrap();
+                let mut point = tx.savepoint("s").unwrap();
+                point.execute(&insert_rows(&format!("{prefix}gone"), 30, 3), &[]).unwrap();
+                point.rollback().unwrap();
+                std::thread::sleep(Duration::from_millis(rng.random_range(0..60)));
+                tx.commit().unwrap();
+                inserted.fetch_add(n, Ordering::Relaxed);
+            }
+            6 => {
+                let gid = format!("p{seed}-{round}");
+                client.batch_execute("BEGIN").unwrap();
+                let n = client.execute(&insert, &[]).unwrap();
+                client.batch_execute(&format!("PREPARE TRANSACTION '{gid}'")).unwrap();
+                std::thread::sleep(Duration::from_millis(rng.random_range(0..120)));
+                let end = if rng.random_bool(0.7) { "COMMIT" } else { "ROLLBACK" };
+                client.batch_execute(&format!("{end} PREPARED '{gid}'")).unwrap();
+                if end == "COMMIT" {
+                    inserted.fetch_add(n, Ordering::Relaxed);
+                }
+            }
+            7 | 8 => {
+                // The batch cost take-over: spend 0 -> x, and the time moves.
+                let update = format!(
+                    r#"UPDATE "LiteLLM_SpendLogs" SET spend = spend + 0.125, model = 'batch', status = 'success',
+                           "startTime" = "startTime" - interval '{} hours'
+                       WHERE request_id LIKE 'w{seed}-{}-%'"#,
+                    rng.random_range(0..40),
+                    rng.random_range(1..=round)
+                );
+                client.execute(&update, &[]).unwrap();
+            }
+            _ => {
+                let update = format!(
+                    r#"UPDATE "LiteLLM_SpendLogs" SET metadata = '{{"x": {round}}}' WHERE request_id LIKE 'w{seed}-{}-%'"#,
+                    rng.random_range(1..=round)
+                );
+                client.execute(&update, &[]).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn view_equals_raw_at_every_moment() {
+    let db = shared().database();
+    db.connect().batch_execute(&insert_rows("old", 5000, 60)).unwrap();
+    let (stop, inserted) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut looks = 0;
+    std::thread::scope(|scope| {
+        // Also when an assertion fails, or the scope would wait for ever.
+        struct Stop<'a>(&'a AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let _stop = Stop(&stop);
+        for seed in 1..=4 {
+            let (db, stop, inserted) = (&db, &stop, &inserted);
+            scope.spawn(move || write(db, seed, stop, inserted));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        db.connect().batch_execute("SELECT spend_attach()").unwrap();
+        let mut reader = db.connect();
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(30) || inserted.load(Ordering::Relaxed) < 20_000 {
+            assert!(started.elapsed() < Duration::from_secs(180), "too slow: {inserted:?} rows");
+            let mut tx =
+                reader.build_transaction().isolation_level(IsolationLevel::RepeatableRead).start().unwrap();
+            assert_no_rows(tx.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
+            if looks % 10 == 0 {
+                let covered: bool = tx
+                    .query_one("SELECT backfill_progress = 100 FROM spend_rollup_status", &[])
+                    .unwrap()
+                    .get(0);
+                if covered {
+                    assert_no_rows(
+                        tx.query("SELECT * FROM spend_rollup_verify('daily_spend')", &[]).unwrap(),
+                        "verify",
+                    );
+                }
+            }
+            tx.commit().unwrap();
+            looks += 1;
+        }
+    });
+    let mut client = db.connect();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    let merged: i64 = value(&mut client, "SELECT watermark FROM litellm_spend.rollup");
+    eprintln!("{} rows inserted, {looks} looks, watermark {merged}", inserted.load(Ordering::Relaxed));
+    assert!(merged > 0 && looks > 100);
+    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+}
+
+#[test]
+fn an_idle_writer_freezes_the_watermark_only() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("before", 10, 3)).unwrap();
+    wait_until_merged(&mut client);
+
+    let mut idle = db.connect();
+    idle.batch_execute("BEGIN").unwrap();
+    idle.batch_execute(&insert_rows("idle", 5, 3)).unwrap();
+    let pid: i32 = value(&mut idle, "SELECT pg_backend_pid()");
+    let frozen: i64 = value(&mut client, "SELECT watermark FROM litellm_spend.rollup");
+    for i in 0..20 {
+        let started = Instant::now();
+        client.batch_execute(&insert_rows(&format!("later{i}-"), 10, 3)).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(1), "a writer was blocked");
+        assert_exact(&mut client);
+    }
+    eventually("the status names the writer", || {
+        value::<Option<Vec<i32>>>(&mut client, "SELECT blocked_by_pids FROM spend_rollup_status")
+            == Some(vec![pid])
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup"), frozen);
+    assert!(value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status") >= 100);
+
+    // Vacuum of the log is not in anybody's way, nor anybody in its.
+    client.batch_execute("VACUUM ANALYZE litellm_spend.change_log").unwrap();
+    idle.batch_execute("COMMIT").unwrap();
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn autovacuum_of_the_change_log_is_never_cancelled() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute("ALTER TABLE litellm_spend.change_log SET (autovacuum_vacuum_threshold = 10, autovacuum_analyze_threshold = 10)")
+        .unwrap();
+    let oid: u32 = value(&mut client, "SELECT 'litellm_spend.change_log'::regclass::oid");
+    let mut i = 0;
+    eventually("autovacuum came three times", || {
+        i += 1;
+        client.batch_execute(&insert_rows(&format!("v{i}-"), 100, 3)).unwrap();
+        holds(
+            &mut client,
+            &format!(
+                "SELECT autovacuum_count + autoanalyze_count >= 3 FROM pg_stat_all_tables WHERE relid = {oid}"
+            ),
+        )
+    });
+    let log = std::fs::read_to_string(shared().dir.join("server.log")).unwrap();
+    let cancelled: Vec<&str> = log.lines().filter(|l| l.contains("canceling autovacuum task")).collect();
+    assert!(cancelled.is_empty(), "{cancelled:?}");
+    assert_exact(&mut client);
+}
+
+#[test]
+fn a_prepared_row_is_merged_only_once_it_is_committed() {
+    let db = shared().database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    writer.batch_execute("BEGIN").unwrap();
+    writer.batch_execute(&insert_rows("prepared", 3, 3)).unwrap();
+    // A candidate that waits for the session is taken before it prepares.
+    client.batch_execute(&insert_rows("beside", 3, 3)).unwrap();
+    eventually("a candidate waits", || {
+        holds(&mut client, "SELECT jsonb_array_length(candidates) > 0 FROM litellm_spend.source")
+    });
+    writer.batch_execute("PREPARE TRANSACTION 'rows'").unwrap();
+    drop(writer);
+    eventually("the status names the prepared transaction", || {
+        holds(&mut client, "SELECT blocked_by_prepared = ARRAY['rows'] FROM spend_rollup_status")
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup"), 0);
+    assert_exact(&mut client);
+    client.batch_execute("COMMIT PREPARED 'rows'").unwrap();
+    assert_exact(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn two_mergers_never_count_a_row_twice() {
+    let db = shared().database().attached();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Five callers beside the worker.
+        let mergers: Vec<_> = (0..5)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut client = db.connect();
+                    let mut merged = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        merged +=
+                            value::<i64>(&mut client, "SELECT sum(rows)::bigint FROM spend_rollup_run()");
+                    }
+                    merged
+                })
+            })
+            .collect();
+        let mut client = db.connect();
+        for i in 0..300 {
+            client.batch_execute(&insert_rows(&format!("m{i}-"), 20, 3)).unwrap();
+        }
+        wait_until_merged(&mut client);
+        stop.store(true, Ordering::Relaxed);
+        let merged: i64 = mergers.into_iter().map(|m| m.join().unwrap()).sum();
+        assert!(merged > 0, "the callers merged nothing");
+        assert_exact(&mut client);
+    });
+}
+
+#[test]
+fn a_rebuild_beside_writers_and_merges_stays_exact() {
+    let db = shared().database().attached();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for seed in 11..=12 {
+            let (db, stop) = (&db, &stop);
+            scope.spawn(move || write(db, seed, stop, &AtomicU64::new(0)));
+        }
+        let mut client = db.connect();
+        let started = Instant::now();
+        let mut rebuilds = 0;
+        while started.elapsed() < Duration::from_secs(6) {
+            // The worker may hold the fence for longer than a call waits.
+            if client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 20)").is_ok() {
+                rebuilds += 1;
+            }
+            assert_exact(&mut client);
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(rebuilds > 5, "{rebuilds} rebuilds");
+    });
+    assert_exact(&mut db.connect());
+}
