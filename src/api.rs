@@ -1,6 +1,6 @@
 //! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
 
-use crate::catalog::{self, Elevated, Failure, Patience, attempt};
+use crate::catalog::{self, CaptureState, Elevated, Failure, Patience, attempt};
 use crate::error::Error;
 use crate::rebuild::Range;
 use crate::tick::{self, Runner, Subject};
@@ -35,12 +35,25 @@ fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
     source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))
 }
 
-/// The caller may change what belongs to the captured table.
-fn require_rights() -> error::Result<()> {
-    match catalog::capture()? {
-        Some(state) => capture::require_owner(state.relation),
-        None => Err(Error::NotAttached("any table".into())),
+/// Becomes the extension's owner on behalf of a caller who may act for the owner of the captured table, which is
+/// `source` unless that is NULL.
+fn enter_attached(source: Option<Regclass>) -> error::Result<(Elevated, CaptureState)> {
+    let elevated = Elevated::enter()?;
+    let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
+    if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
+        return Err(Error::NotAttached(catalog::relation_name(oid)?));
     }
+    capture::require_owner(elevated.caller(), state.relation)?;
+    Ok((elevated, state))
+}
+
+fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
+    work().map_err(ErrorReport::from)
+}
+
+fn require_changeable() -> error::Result<()> {
+    catalog::require_writable()?;
+    catalog::require_read_committed()
 }
 
 /// Captures the table and sets the built-in rollups up. See docs/reference.md.
@@ -49,9 +62,8 @@ fn spend_attach(
     source: default!(Option<Regclass>, "NULL"),
     on_delete: default!(Option<&str>, "NULL"),
 ) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
-    let attach = || {
-        catalog::require_writable()?;
-        catalog::require_read_committed()?;
+    report(|| {
+        require_changeable()?;
         catalog::require_utf8()?;
         let subtract = match on_delete {
             None => None,
@@ -60,11 +72,11 @@ fn spend_attach(
             Some(other) => return Err(Error::Policy(other.into())),
         };
         let source = source_or_default(source)?;
-        capture::require_owner(source)?;
-        let _owner = Elevated::enter()?;
+        let elevated = Elevated::enter()?;
+        capture::require_owner(elevated.caller(), source)?;
         capture::attach(source, subtract)
-    };
-    Ok(TableIterator::new(attach().map_err(ErrorReport::from)?))
+    })
+    .map(TableIterator::new)
 }
 
 /// Gives LiteLLM's own views back and removes the triggers.
@@ -73,18 +85,12 @@ fn spend_detach(
     source: default!(Option<Regclass>, "NULL"),
     drop_history: default!(bool, "false"),
 ) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
-    let detach = || {
-        catalog::require_writable()?;
-        catalog::require_read_committed()?;
-        let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
-        if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
-            return Err(Error::NotAttached(catalog::relation_name(oid)?));
-        }
-        capture::require_owner(state.relation)?;
-        let _owner = Elevated::enter()?;
+    report(|| {
+        require_changeable()?;
+        let (_elevated, state) = enter_attached(source)?;
         capture::detach(&state, drop_history)
-    };
-    Ok(TableIterator::new(detach().map_err(ErrorReport::from)?))
+    })
+    .map(TableIterator::new)
 }
 
 /// The steps of a round, each in a subtransaction of the caller's.
@@ -137,11 +143,9 @@ fn spend_rollup_run(
     ErrorReport,
 > {
     let mut run = Subtransactions { patience: Patience::within(guc::window_wait()), cancelled: None };
-    let mut round = || {
-        catalog::require_writable()?;
-        catalog::require_read_committed()?;
-        require_rights()?;
-        let _owner = Elevated::enter()?;
+    let round = report(|| {
+        require_changeable()?;
+        let _elevated = enter_attached(None)?;
         if let Some(name) =
             name.filter(|name| !catalog::rollup_names(None).is_ok_and(|all| all.iter().any(|n| n == name)))
         {
@@ -150,8 +154,7 @@ fn spend_rollup_run(
         let round = tick::tick(&mut run);
         tick::tidy(&mut run);
         Ok(round)
-    };
-    let round = round().map_err(ErrorReport::from)?;
+    })?;
     if let Some(failure) = run.cancelled {
         return Err(ErrorReport::new(failure.sqlstate, failure.message, "spend_rollup_run"));
     }
@@ -177,23 +180,16 @@ mod litellm_spend {
     /// One step of spend_backfill(): `true` while something is not covered.
     #[pg_extern(volatile, parallel_unsafe)]
     fn backfill_step(source: Option<Regclass>) -> Result<bool, ErrorReport> {
-        let step = || {
-            catalog::require_writable()?;
-            catalog::require_read_committed()?;
-            let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
-            if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
-                return Err(Error::NotAttached(catalog::relation_name(oid)?));
-            }
-            capture::require_owner(state.relation)?;
-            let _owner = Elevated::enter()?;
+        report(|| {
+            require_changeable()?;
+            let _elevated = enter_attached(source)?;
             let patience = Patience::within(guc::window_wait());
             for rollup in catalog::uncovered_rollups()? {
                 rebuild::backfill_step(&rollup, patience)?;
             }
             views::switch_covered()?;
             Ok(!catalog::uncovered_rollups()?.is_empty())
-        };
-        step().map_err(ErrorReport::from)
+        })
     }
 }
 
@@ -204,15 +200,12 @@ fn spend_rollup_rebuild(
     range_start: Timestamp,
     range_end: default!(Option<Timestamp>, "NULL"),
 ) -> Result<i64, ErrorReport> {
-    let rebuild = || {
-        catalog::require_writable()?;
-        catalog::require_read_committed()?;
-        require_rights()?;
-        let _owner = Elevated::enter()?;
+    report(|| {
+        require_changeable()?;
+        let _elevated = enter_attached(None)?;
         let range = Range { start: range_start, end: range_end };
         rebuild::rebuild_range(name, range, Patience::within(guc::window_wait()))
-    };
-    rebuild().map_err(ErrorReport::from)
+    })
 }
 
 /// Compares a rollup and its tail with the truth, in one snapshot: a row for each group that differs.
@@ -226,10 +219,9 @@ fn spend_rollup_verify(
     TableIterator<'static, (name!(key, JsonB), name!(rollup, Option<JsonB>), name!(truth, Option<JsonB>))>,
     ErrorReport,
 > {
-    let verify = || {
-        require_rights()?;
-        let _owner = Elevated::enter()?;
+    report(|| {
+        let _elevated = enter_attached(None)?;
         rebuild::verify(name, range_start, range_end)
-    };
-    Ok(TableIterator::new(verify().map_err(ErrorReport::from)?))
+    })
+    .map(TableIterator::new)
 }

@@ -40,16 +40,17 @@ fn open(oid: pg_sys::Oid) -> Result<Table> {
     }
 }
 
-pub fn require_owner(oid: pg_sys::Oid) -> Result<()> {
+/// `caller` may act for the owner of the relation.
+pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
     let owns = catalog::query(
-        "SELECT relname::text, pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
-        &[oid.into()],
+        "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
+        &[relation.into(), caller.into()],
         |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<bool>(r, 2)?)),
     )?;
     match owns.into_iter().next() {
         Some((_, true)) => Ok(()),
         Some((name, false)) => Err(Error::NotOwner(name)),
-        None => Err(Error::NoTable(oid.to_u32().to_string())),
+        None => Err(Error::NoTable(relation.to_u32().to_string())),
     }
 }
 
@@ -95,8 +96,7 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     }
     store_state(&table, &columns, subtract)?;
     if !again {
-        // What the rollups hold from an earlier time cannot be told from what was missed since.
-        freeze_history(&table)?;
+        freeze_history(&attached_to(&table)?)?;
         rebuild::uncover_all(CHANGE_LOG)?;
     }
     actions.extend(views::adopt(&table)?);
@@ -209,20 +209,32 @@ fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> 
     Ok(())
 }
 
-/// The rows that rollups kept from an earlier attachment stay as history where the raw rows are gone: up to the
-/// first day that still has some, which may have lost others.
-fn freeze_history(table: &Table) -> Result<()> {
+/// What rollups kept from an earlier attachment stays history where raw rows are gone: the days before the first
+/// raw row, and that row's own day if it has fewer rows than the rollup knows of.
+fn freeze_history(state: &CaptureState) -> Result<()> {
+    let raw = catalog::relation_name(state.relation)?;
     for definition in litellm::rollups() {
         catalog::execute(
             &format!(
-                "UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
-                     SELECT least(max(\"{bucket}\"), max(first) + 1)::timestamp
-                     FROM {rollup}, (SELECT min(\"startTime\")::date AS first FROM {table}) AS raw
-                     HAVING min(\"{bucket}\") <= max(first) OR max(first) IS NULL))
+                "WITH raw AS (SELECT date_trunc('day', min(\"startTime\")) AS first FROM {raw}),
+                      left_over AS (
+                     SELECT first, (SELECT count(*) FROM {raw}
+                                    WHERE \"startTime\" >= first AND \"startTime\" < first + interval '1 day')
+                                 + (SELECT coalesce(sum(requests), 0) FROM {SCHEMA}.retired
+                                    WHERE hour >= first AND hour < first + interval '1 day') AS requests
+                     FROM raw)
+                 UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
+                     SELECT CASE
+                         WHEN first IS NULL THEN (SELECT max(\"{bucket}\")::timestamp + interval '1 day' FROM {rollup})
+                         WHEN requests < (SELECT {presence} FROM {rollup} WHERE \"{bucket}\" = first)
+                             THEN first + interval '1 day'
+                         WHEN EXISTS (SELECT FROM {rollup} WHERE \"{bucket}\" < first) THEN first
+                     END
+                     FROM left_over))
                  WHERE name = $1",
                 bucket = definition.bucket.name,
+                presence = definition.presence,
                 rollup = definition.table(),
-                table = table.qualified(),
             ),
             &[CHANGE_LOG.into()],
         )?;
@@ -390,7 +402,8 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
 
 /// The end of the last day of a relation, by its column `time`.
 fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
-    let sql = format!("SELECT date_trunc('day', max(\"{time}\")) + interval '1 day' FROM {relation}");
+    let sql =
+        format!("SELECT date_trunc('day', max(\"{time}\")::timestamp) + interval '1 day' FROM {relation}");
     Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 

@@ -482,6 +482,11 @@ impl Elevated {
         Ok(Elevated::as_user(owner))
     }
 
+    /// Who acted before.
+    pub fn caller(&self) -> pg_sys::Oid {
+        self.user
+    }
+
     pub fn as_user(user: pg_sys::Oid) -> Elevated {
         let mut guard = Elevated { user: pg_sys::InvalidOid, security: 0, nest_level: 0 };
         // SAFETY: the pair is restored in Drop, or by the abort of the transaction or subtransaction.

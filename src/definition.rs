@@ -115,22 +115,52 @@ impl Definition {
         format!("{} > {watermark}", quoted(&self.source_sequence))
     }
 
+    /// The live view: every column, every bucket.
     pub fn create_live_view(&self) -> String {
+        let all: Vec<(&str, &str)> =
+            self.measures.iter().map(|m| (m.name.as_str(), m.r#type.as_str())).collect();
+        format!("CREATE OR REPLACE VIEW {} AS {}", self.live_view(), self.live(&all, None))
+    }
+
+    /// Merged rows and the tail, in one snapshot: the measures asked for, each with its type, from a bucket on. Not a
+    /// query over the live view: planning two levels takes longer than running one.
+    pub fn live(&self, measures: &[(&str, &str)], first_bucket: Option<&str>) -> String {
         let watermark = format!(
             "(SELECT watermark FROM {SCHEMA}.rollup WHERE rollup.name = {}::text)",
             literal(&self.name)
         );
-        let rows = format!(
-            "SELECT {} FROM {} UNION ALL {}",
-            self.column_list(),
-            self.table(),
-            self.project(&self.source, &self.tail(&watermark))
-        );
+        let needed =
+            |c: &&Column| c.name == self.presence || measures.iter().any(|(name, _)| *name == c.name);
+        let columns: Vec<&Column> = self.keys().chain(self.measures.iter().filter(needed)).collect();
+        let names = columns.iter().map(|c| quoted(&c.name)).collect::<Vec<_>>().join(", ");
+        let values =
+            columns.iter().map(|c| format!("{} AS {}", c.expression, quoted(&c.name))).collect::<Vec<_>>();
+        let from = |column: &str| first_bucket.map(|first| format!("{column} >= {first}"));
+        let merged = from(&quoted(&self.bucket.name)).map(|c| format!(" WHERE {c}")).unwrap_or_default();
+        let tail = from(&quoted(&self.source_time)).map(|c| format!(" AND {c}")).unwrap_or_default();
+        let sums: Vec<String> =
+            measures.iter().map(|(name, r#type)| format!("sum({0})::{type} AS {0}", quoted(name))).collect();
         format!(
-            "CREATE OR REPLACE VIEW {} AS {}",
-            self.live_view(),
-            self.group("", &rows, &self.is_present())
+            "SELECT {keys}, {sums} FROM (SELECT {names} FROM {table}{merged} UNION ALL SELECT {values} FROM {source} \
+             WHERE {above}{tail}) AS live GROUP BY {keys}{present}",
+            keys = self.key_list(),
+            sums = sums.join(", "),
+            table = self.table(),
+            values = values.join(", "),
+            source = self.source,
+            above = self.tail(&watermark),
+            present = self.is_present(),
         )
+    }
+
+    /// What a reader of [`Definition::live`] must be able to read.
+    pub fn grant_live(&self, role: &str) -> [String; 4] {
+        [
+            format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {role}"),
+            format!("GRANT SELECT ON {} TO {role}", self.table()),
+            format!("GRANT SELECT ON {} TO {role}", self.source),
+            format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}"),
+        ]
     }
 
     /// Merges the window `($1, $2]`. Returns the number of source rows and of groups.

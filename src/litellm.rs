@@ -135,17 +135,17 @@ impl Capture<'_> {
     ) -> Vec<(String, String)> {
         let inserted = self.rows("new_rows", 1, "");
         let insert = match predecessor {
-            None => write_sums("change_log", &inserted) + ";",
+            None => write_rows("change_log", &inserted) + ";",
             // The old table may be dropped at any time: what names it is planned only while it exists.
             Some((oid, name)) => format!(
                 "IF EXISTS (SELECT FROM pg_class WHERE oid = {oid}) THEN {}; ELSE {}; END IF;",
-                write_sums("change_log", &self.rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
-                write_sums("change_log", &inserted),
+                write_rows("change_log", &self.rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
+                write_rows("change_log", &inserted),
             ),
         };
         let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
         let delete = if subtract_deleted {
-            write_sums("change_log", &self.rows("old_rows", -1, ""))
+            write_rows("change_log", &self.rows("old_rows", -1, ""))
         } else {
             write_sums("retired", &self.rows("old_rows", 1, ""))
         };
@@ -261,6 +261,12 @@ fn log_columns() -> String {
     names.map(quoted).collect::<Vec<_>>().join(", ")
 }
 
+/// Writes `rows` one for one. Adding them up first would cost more than it saves: in statements of 100 real-shaped
+/// rows hardly two agree in all dimensions (6.3 against 3.6 µs a row, 2026-11, PostgreSQL 15).
+fn write_rows(table: &str, rows: &str) -> String {
+    format!("INSERT INTO {SCHEMA}.{table} ({}) {rows}", log_columns())
+}
+
 /// Adds up `rows` and writes what is not nothing: an update of metadata leaves no trace. request_tags group as
 /// text, because jsonb calls 1.0 and 1 equal, which are two tags.
 fn write_sums(table: &str, rows: &str) -> String {
@@ -323,10 +329,10 @@ pub struct PublicView {
     pub columns: &'static [(&'static str, &'static str)],
     /// What it reads.
     pub rollup: &'static str,
+    /// Its measures of that rollup, with the types of the view's columns. Its other columns are the dimensions.
+    pub measures: &'static [(&'static str, &'static str)],
     /// How many days before CURRENT_DATE it reaches.
     pub days: i32,
-    /// The live query.
-    pub live: &'static str,
     /// LiteLLM's own query over `%s`, for a view that did not exist when we came.
     pub original: &'static str,
 }
@@ -335,8 +341,8 @@ pub const VIEWS: [PublicView; 1] = [PublicView {
     name: "MonthlyGlobalSpend",
     columns: &[("date", "date"), ("spend", "double precision")],
     rollup: "daily_spend",
+    measures: &[("spend", "double precision")],
     days: 30,
-    live: "SELECT date, spend::double precision AS spend FROM litellm_spend.daily_spend WHERE date >= CURRENT_DATE - 30",
     original: "SELECT date(\"startTime\") AS date, sum(spend) AS spend FROM %s \
                WHERE \"startTime\" >= (CURRENT_DATE - INTERVAL '30 days') GROUP BY date(\"startTime\")",
 }];

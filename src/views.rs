@@ -5,10 +5,10 @@
 //! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
 
 use crate::catalog::{self, Table};
-use crate::definition::{SCHEMA, qualified, quoted};
+use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::Result;
 use crate::guc;
-use crate::litellm::{PublicView, VIEWS};
+use crate::litellm::{self, PublicView, VIEWS};
 
 /// What was done to an object, for the caller to read.
 pub type Action = (String, String);
@@ -73,9 +73,9 @@ pub fn switch_covered() -> Result<bool> {
         let name = qualified(&capture.schema, view.name);
         let Some(found) = find(&name)?.filter(|found| unusable(view, found).is_none()) else { continue };
         // The view runs with its owner's rights.
-        let owner = quoted(&found.owner);
-        catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
-        catalog::execute(&format!("GRANT SELECT ON {} TO {owner}", qualified(SCHEMA, view.rollup)), &[])?;
+        for grant in rollup_of(view).grant_live(&quoted(&found.owner)) {
+            catalog::execute(&grant, &[])?;
+        }
         replace(&name, &live(view))?;
         note_installed(view, Some(&live(view)))?;
         return Ok(true);
@@ -104,7 +104,13 @@ pub fn restore(schema: &str) -> Result<Vec<Action>> {
 }
 
 fn live(view: &PublicView) -> String {
-    view.live.to_string()
+    rollup_of(view).live(view.measures, Some(&format!("CURRENT_DATE - {}", view.days)))
+}
+
+fn rollup_of(view: &PublicView) -> Definition {
+    let mut rollups = litellm::rollups();
+    let i = rollups.iter().position(|r| r.name == view.rollup).unwrap_or(0);
+    rollups.swap_remove(i)
 }
 
 fn installed(view: &PublicView) -> Result<Option<String>> {

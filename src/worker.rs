@@ -1,7 +1,7 @@
 //! Background workers: a launcher, and one worker in each database that has the extension.
 //!
-//! The launcher is connected to no database. It starts a worker in every database; a worker that finds no extension
-//! there leaves at once. It looks again when CREATE EXTENSION commits anywhere, when a worker has ended, and every
+//! The launcher is connected to no database. It starts a worker in one database after the other; a worker that finds no
+//! extension there leaves at once. It looks again when CREATE EXTENSION commits anywhere, when a worker has ended, and every
 //! `litellm_spend.discovery_interval`. Neither runs on a standby; promotion starts them.
 //!
 //! A worker is connected to its database and would keep it from being dropped, renamed or copied: the utility hook
@@ -24,9 +24,14 @@ const LIBRARY: &str = "litellm_spend";
 // SAFETY: used only after _PG_init has set it up in the postmaster.
 static ANNOUNCEMENTS: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend announcements") };
 
+/// Counts the workers that found the extension in their database.
+// SAFETY: as above.
+static FOUND: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend workers") };
+
 /// Sets the workers up. Called from _PG_init, in the postmaster, when the library is preloaded.
 pub fn register() {
     pg_shmem_init!(ANNOUNCEMENTS);
+    pg_shmem_init!(FOUND);
     hook::install();
     BackgroundWorkerBuilder::new("litellm_spend launcher")
         .set_type("litellm_spend launcher")
@@ -40,29 +45,33 @@ pub fn register() {
 
 // ---- launcher --------------------------------------------------------------------------------------------
 
-/// A worker that ended sooner found no extension: it is not started again before the next search.
-const SHORTEST_LIFE: Duration = Duration::from_secs(2);
-
 /// How long a worker that had work stays away after it ended. Long enough for DROP DATABASE.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
 
-struct Started {
-    worker: DynamicBackgroundWorker,
-    at: Instant,
-    ended: Option<Instant>,
+/// How long the launcher waits for a new worker to say whether it found the extension.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the launcher knows of a database.
+enum Tenant {
+    /// It has no extension, as far as a worker could see.
+    Empty,
+    Served(DynamicBackgroundWorker),
+    /// Its worker ended, or could not be started.
+    Unserved(Instant),
 }
 
-impl Started {
+impl Tenant {
     fn note_end(&mut self) {
         use BackgroundWorkerStatus::*;
-        if self.ended.is_none() && matches!(self.worker.pid(), Err(Stopped | PostmasterDied)) {
-            self.ended = Some(Instant::now());
+        if let Tenant::Served(worker) = self
+            && matches!(worker.pid(), Err(Stopped | PostmasterDied))
+        {
+            *self = Tenant::Unserved(Instant::now());
         }
     }
 
-    /// It had work to do and has been away for a while.
     fn is_due(&self) -> bool {
-        self.ended.is_some_and(|ended| ended - self.at > SHORTEST_LIFE && ended.elapsed() > RESTART_AFTER)
+        matches!(self, Tenant::Unserved(since) if since.elapsed() > RESTART_AFTER)
     }
 }
 
@@ -71,29 +80,31 @@ impl Started {
 pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     attach_signals();
     BackgroundWorker::connect_worker_to_spi(None, None);
-    let mut workers: HashMap<u32, Started> = HashMap::new();
+    let mut tenants: HashMap<u32, Tenant> = HashMap::new();
     let mut announcements = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
     let mut searched: Option<Instant> = None;
     loop {
         reload_settings();
-        let current = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
-        let due = searched.is_none_or(|at| at.elapsed() >= guc::discovery_interval());
-        let search = due || current != announcements;
-        announcements = current;
+        let announced = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
+        let search =
+            announced != announcements || searched.is_none_or(|at| at.elapsed() >= guc::discovery_interval());
         if search {
+            announcements = announced;
             searched = Some(Instant::now());
         }
-        workers.values_mut().for_each(Started::note_end);
-        if search || workers.values().any(Started::is_due) {
+        tenants.values_mut().for_each(Tenant::note_end);
+        if search || tenants.values().any(Tenant::is_due) {
             let databases = databases();
-            workers.retain(|oid, _| databases.contains(oid));
+            tenants.retain(|oid, _| databases.contains(oid));
             for oid in databases {
-                let start = match workers.get(&oid) {
-                    Some(started) => started.ended.is_some() && (search || started.is_due()),
+                let probe = match tenants.get(&oid) {
                     None => true,
+                    Some(Tenant::Empty) => search,
+                    Some(tenant) => tenant.is_due(),
                 };
-                if start && let Some(worker) = start_worker(oid) {
-                    workers.insert(oid, Started { worker, at: Instant::now(), ended: None });
+                // One after the other, so that databases without the extension never hold more than one slot.
+                if probe {
+                    tenants.insert(oid, serve(oid));
                 }
             }
         }
@@ -104,7 +115,9 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     }
 }
 
-fn start_worker(database: u32) -> Option<DynamicBackgroundWorker> {
+/// Starts a worker in a database and waits until it has found the extension there, or has left.
+fn serve(database: u32) -> Tenant {
+    let found = FOUND.get().load(Ordering::Relaxed);
     let worker = BackgroundWorkerBuilder::new("litellm_spend worker")
         .set_type("litellm_spend worker")
         .set_library(LIBRARY)
@@ -115,14 +128,24 @@ fn start_worker(database: u32) -> Option<DynamicBackgroundWorker> {
         .set_notify_pid(unsafe { pg_sys::MyProcPid })
         .set_restart_time(None)
         .load_dynamic();
-    match worker {
-        // Until it has started its handle says nothing, and a second one would be started.
-        Ok(worker) => worker.wait_for_startup().map(|_| worker).ok(),
-        Err(_) => {
-            log!("litellm_spend: no slot for a worker; raise max_worker_processes");
-            None
+    let Ok(worker) = worker else {
+        log!("litellm_spend: no slot for the worker of database {database}; raise max_worker_processes");
+        return Tenant::Unserved(Instant::now());
+    };
+    let started = Instant::now();
+    while started.elapsed() < PROBE_LIMIT {
+        if FOUND.get().load(Ordering::Relaxed) != found {
+            return Tenant::Served(worker);
         }
+        if matches!(worker.pid(), Err(BackgroundWorkerStatus::Stopped)) {
+            return Tenant::Empty;
+        }
+        if !BackgroundWorker::wait_latch(Some(Duration::from_millis(5))) {
+            break;
+        }
+        pgrx::check_for_interrupts!();
     }
+    Tenant::Served(worker)
 }
 
 /// The databases that accept connections. The launcher has no database, so this scans the shared catalog itself.
@@ -160,13 +183,13 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     // SAFETY: start_worker() passes an Oid.
     let database = unsafe { pg_sys::Oid::from_datum(argument, false) };
     BackgroundWorker::connect_worker_to_spi_by_oid(database, None);
+    if in_transaction(extension_exists) {
+        FOUND.get().fetch_add(1, Ordering::Relaxed);
+    }
     let mut steps = Steps::default();
     let mut tidied = Instant::now();
-    loop {
+    while in_transaction(extension_exists) {
         reload_settings();
-        if !in_transaction(extension_exists) {
-            return;
-        }
         let round = tick::tick(&mut steps);
         if tidied.elapsed() > TIDY_INTERVAL {
             tick::tidy(&mut steps);

@@ -27,9 +27,12 @@ fn an_unwritable_change_log_does_not_fail_the_statement() {
     let db = shared().database().attached();
     let mut client = db.connect();
     // As a permission, a constraint or a full disk would.
-    client.batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID").unwrap();
+    client
+        .batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID")
+        .unwrap();
     assert_eq!(insert(&mut client, "a"), 20);
-    let updated = client.execute(r#"UPDATE "LiteLLM_SpendLogs" SET spend = 7 WHERE request_id = 'a1'"#, &[]).unwrap();
+    let updated =
+        client.execute(r#"UPDATE "LiteLLM_SpendLogs" SET spend = 7 WHERE request_id = 'a1'"#, &[]).unwrap();
     assert_eq!(updated, 1);
     client.batch_execute("ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space").unwrap();
     assert_healed(&mut client, 2);
@@ -62,7 +65,9 @@ fn a_full_disk_does_not_fail_the_statement() {
 fn a_failure_that_commits_late_is_repaired_when_it_commits() {
     let db = shared().database().attached();
     let (mut client, mut writer) = (db.connect(), db.connect());
-    client.batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID").unwrap();
+    client
+        .batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID")
+        .unwrap();
     client
         .batch_execute(
             "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -88,7 +93,11 @@ fn a_failure_that_commits_late_is_repaired_when_it_commits() {
 fn malformed_request_tags_do_not_fail_the_statement() {
     let db = shared().database().attached();
     let mut client = db.connect();
-    for (i, tags) in [r#"'"scalar"'"#, r#"'{"a": 1}'"#, "'null'", "NULL", "'[1, [2], null]'", "'[1.0]'", "'[1]'"].iter().enumerate() {
+    for (i, tags) in
+        [r#"'"scalar"'"#, r#"'{"a": 1}'"#, "'null'", "NULL", "'[1, [2], null]'", "'[1.0]'", "'[1]'"]
+            .iter()
+            .enumerate()
+    {
         let insert = format!(
             r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", request_tags)
                VALUES ('t{i}', 'x', 1, now(), now(), {tags})"#
@@ -130,7 +139,10 @@ fn a_dropped_change_log_does_not_fail_the_statement_and_is_made_again() {
     client.batch_execute("DROP TABLE litellm_spend.change_log CASCADE").unwrap();
     assert_eq!(insert(&mut client, "gone"), 20);
     eventually("the change log is back and the view live", || {
-        holds(&mut client, "SELECT to_regclass('litellm_spend.change_log') IS NOT NULL AND 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status")
+        holds(
+            &mut client,
+            "SELECT to_regclass('litellm_spend.change_log') IS NOT NULL AND 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status",
+        )
     });
     insert(&mut client, "after");
     wait_until_merged(&mut client);
@@ -157,7 +169,10 @@ fn a_dropped_trigger_is_made_again_and_the_gap_is_repaired() {
     client.batch_execute(&insert_rows("unseen", 50, 5)).unwrap();
     client.batch_execute("COMMIT").unwrap();
     eventually("the triggers are enabled", || {
-        holds(&mut client, r#"SELECT bool_and(tgenabled = 'O') AND count(*) = 4 FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#)
+        holds(
+            &mut client,
+            r#"SELECT bool_and(tgenabled = 'O') AND count(*) = 4 FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
     });
     wait_until_live(&mut client);
     insert(&mut client, "seen");
@@ -215,7 +230,11 @@ fn history_is_frozen_and_never_computed_again() {
     );
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
     assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 8)", "55000");
-    assert_refused(&mut client, "SELECT * FROM spend_rollup_verify('daily_spend', CURRENT_DATE - 8)", "55000");
+    assert_refused(
+        &mut client,
+        "SELECT * FROM spend_rollup_verify('daily_spend', CURRENT_DATE - 8)",
+        "55000",
+    );
     client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)").unwrap();
     // Late rows still reach their day.
     client
@@ -256,9 +275,15 @@ fn null_and_empty_dimensions_stay_distinct() {
                VALUES ('n1', 'x', 1, now(), now(), NULL, ''), ('n2', 'x', 1, now(), now(), '', NULL), ('n3', 'x', 1, now(), now(), '', NULL)"#,
         )
         .unwrap();
-    let rows: i64 = value(&mut client, "SELECT count(*) FROM litellm_spend.change_log WHERE call_type = 'x'");
-    assert_eq!(rows, 2);
-    let nulls: i64 = value(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.change_log WHERE call_type = 'x' AND end_user IS NULL AND team_id = ''");
+    let groups: i64 = value(
+        &mut client,
+        "SELECT count(DISTINCT (end_user, team_id)) FROM litellm_spend.change_log WHERE call_type = 'x'",
+    );
+    assert_eq!(groups, 2);
+    let nulls: i64 = value(
+        &mut client,
+        "SELECT sum(requests)::bigint FROM litellm_spend.change_log WHERE call_type = 'x' AND end_user IS NULL AND team_id = ''",
+    );
     assert_eq!(nulls, 1);
     writer.batch_execute("ROLLBACK").unwrap();
 }
@@ -311,13 +336,23 @@ fn an_older_litellm_without_optional_columns_attaches() {
     client.batch_execute(&insert.replace("'o'", "'p'")).unwrap();
     assert_exact(&mut client);
     // LiteLLM is upgraded: the column is captured from then on.
-    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN agent_id text, ADD COLUMN status text"#).unwrap();
+    client
+        .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN agent_id text, ADD COLUMN status text"#)
+        .unwrap();
     eventually("the new columns are captured", || {
         holds(&mut client, "SELECT columns @> ARRAY['agent_id', 'status'] FROM litellm_spend.capture")
     });
-    client.batch_execute(&insert.replace("'o'", "'q'").replace("call_type, spend", "call_type, status, spend").replace("'x', 1", "'x', 'failure', 1")).unwrap();
+    client
+        .batch_execute(
+            &insert
+                .replace("'o'", "'q'")
+                .replace("call_type, spend", "call_type, status, spend")
+                .replace("'x', 1", "'x', 'failure', 1"),
+        )
+        .unwrap();
     wait_until_live(&mut client);
     assert_exact(&mut client);
-    let failed: i64 = value(&mut client, "SELECT sum(failed_requests)::bigint FROM litellm_spend.daily_spend");
+    let failed: i64 =
+        value(&mut client, "SELECT sum(failed_requests)::bigint FROM litellm_spend.daily_spend");
     assert_eq!(failed, 10);
 }

@@ -79,14 +79,7 @@ fn view_equals_raw_at_every_moment() {
     let (stop, inserted) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut looks = 0;
     std::thread::scope(|scope| {
-        // Also when an assertion fails, or the scope would wait for ever.
-        struct Stop<'a>(&'a AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let _stop = Stop(&stop);
+        let _stop = RaiseOnDrop(&stop);
         for seed in 1..=4 {
             let (db, stop, inserted) = (&db, &stop, &inserted);
             scope.spawn(move || write(db, seed, stop, inserted));
@@ -215,6 +208,7 @@ fn two_mergers_never_count_a_row_twice() {
     let db = shared().database().attached();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = RaiseOnDrop(&stop);
         // Five callers beside the worker.
         let mergers: Vec<_> = (0..5)
             .map(|_| {
@@ -246,6 +240,7 @@ fn a_rebuild_beside_writers_and_merges_stays_exact() {
     let db = shared().database().attached();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = RaiseOnDrop(&stop);
         for seed in 11..=12 {
             let (db, stop) = (&db, &stop);
             scope.spawn(move || write(db, seed, stop, &AtomicU64::new(0)));
@@ -260,7 +255,6 @@ fn a_rebuild_beside_writers_and_merges_stays_exact() {
             }
             assert_exact(&mut client);
         }
-        stop.store(true, Ordering::Relaxed);
         assert!(rebuilds > 5, "{rebuilds} rebuilds");
     });
     assert_exact(&mut db.connect());

@@ -10,7 +10,7 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -146,6 +146,40 @@ impl Cluster {
         *postmaster = spawn(&self.dir, &self.bin, self.user);
         drop(postmaster);
         self.wait_ready();
+    }
+
+    /// A streaming standby of this cluster, in a cluster folder of its own.
+    pub fn standby(&self) -> Cluster {
+        let dir = PathBuf::from(format!("{}-standby", self.dir.display()));
+        fs::create_dir_all(&dir).unwrap();
+        if let Some((uid, gid)) = self.user {
+            std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
+        }
+        let source = self.dir.to_str().unwrap();
+        run(self.program("pg_basebackup").current_dir(&dir).args([
+            "-h",
+            source,
+            "-p",
+            &PORT.to_string(),
+            "-U",
+            "postgres",
+            "-D",
+            "data",
+            "-R",
+            "-X",
+            "stream",
+            "-c",
+            "fast",
+        ]));
+        let path = dir.join("data/postgresql.conf");
+        let conf = fs::read_to_string(&path).unwrap();
+        fs::write(&path, conf + &format!("unix_socket_directories = '{}'\n", dir.display())).unwrap();
+        let watchdog = watchdog(&dir, &self.bin, self.user);
+        let postmaster = Mutex::new(spawn(&dir, &self.bin, self.user));
+        let standby =
+            Cluster { dir, bin: self.bin.clone(), user: self.user, postmaster, _watchdog: watchdog };
+        standby.wait_ready();
+        standby
     }
 
     pub fn log_tail(&self) -> String {
@@ -314,6 +348,36 @@ pub fn wait_until_live(client: &mut Client) {
             "SELECT 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status",
         )
     });
+}
+
+/// Runs `body` while `writers` connections insert `rows` rows at a time; they stop when it ends, also by a panic.
+pub fn beside_writers<T>(db: &Database, writers: u32, rows: u32, days: u32, body: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for writer in 0..writers {
+            let (db, stop) = (&db, &stop);
+            scope.spawn(move || {
+                let mut client = db.connect();
+                for i in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    client.batch_execute(&insert_rows(&format!("w{writer}-{i}-"), rows, days)).unwrap();
+                }
+            });
+        }
+        let _stop = RaiseOnDrop(&stop);
+        body()
+    })
+}
+
+/// Raises a flag at the end of its scope, also when that is a panic.
+pub struct RaiseOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for RaiseOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The worker has merged everything that was committed.

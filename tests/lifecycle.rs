@@ -1,0 +1,502 @@
+//! Attach, detach, replacement of the table, workers: what a DBA does to a database with rollups.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+
+/// Everything about the view that must survive.
+fn view_identity(client: &mut Client) -> String {
+    value(
+        client,
+        r#"SELECT concat_ws('|', c.oid, r.rolname, c.relacl, c.reloptions,
+               (SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod), ',' ORDER BY attnum)
+                FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0))
+           FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner WHERE c.oid = '"MonthlyGlobalSpend"'::regclass"#,
+    )
+}
+
+fn definition(client: &mut Client) -> String {
+    value(client, r#"SELECT pg_get_viewdef('"MonthlyGlobalSpend"'::regclass)"#)
+}
+
+/// A login role that owns LiteLLM's objects, as in a real install.
+fn give_to_role(client: &mut Client, role: &str) {
+    client
+        .batch_execute(&format!(
+            r#"DROP ROLE IF EXISTS {role}; CREATE ROLE {role} LOGIN;
+               GRANT USAGE, CREATE ON SCHEMA public TO {role};
+               DO $$ DECLARE r record; BEGIN
+                   FOR r IN SELECT oid::regclass AS name, relkind FROM pg_class
+                            WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v') AND relowner = 10
+                              AND relname !~ '^spend_' LOOP
+                       EXECUTE format('ALTER TABLE %s OWNER TO {role}', r.name);
+                   END LOOP; END $$"#
+        ))
+        .unwrap();
+}
+
+fn drop_role(client: &mut Client, role: &str) {
+    client
+        .batch_execute(&format!(
+            "REASSIGN OWNED BY {role} TO postgres; DROP OWNED BY {role}; DROP ROLE {role}"
+        ))
+        .unwrap();
+}
+
+#[test]
+fn the_view_keeps_oid_owner_grants_dependents_and_detach_gives_litellms_back() {
+    let db = shared().database();
+    let mut client = db.connect();
+    give_to_role(&mut client, "litellm_a");
+    client
+        .batch_execute(
+            r#"CREATE ROLE dashboard_a LOGIN; GRANT SELECT ON "MonthlyGlobalSpend" TO dashboard_a;
+               CREATE VIEW dependent AS SELECT max(date) AS newest FROM "MonthlyGlobalSpend""#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    let (identity, original) = (view_identity(&mut client), definition(&mut client));
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_eq!(view_identity(&mut client), identity);
+    assert_ne!(definition(&mut client), original);
+    assert_exact(&mut client);
+    // LiteLLM's role writes and reads with no right of ours; the dashboard reads the view only.
+    let mut litellm = db.cluster.connect_as(&db.name, "litellm_a");
+    litellm.batch_execute(&insert_rows("b", 10, 5)).unwrap();
+    litellm.batch_execute(r#"SELECT * FROM "MonthlyGlobalSpend""#).unwrap();
+    assert_eq!(error(&mut litellm, "SELECT * FROM litellm_spend.retired").code().code(), "42501");
+    assert_eq!(
+        error(&mut litellm, "INSERT INTO litellm_spend.change_log (seq) VALUES (1)").code().code(),
+        "42501"
+    );
+    let mut dashboard = db.cluster.connect_as(&db.name, "dashboard_a");
+    dashboard.batch_execute(r#"SELECT * FROM "MonthlyGlobalSpend""#).unwrap();
+    assert_eq!(error(&mut dashboard, "SELECT * FROM monthly_global_spend()").code().code(), "42501");
+    assert_eq!(error(&mut dashboard, "SELECT * FROM litellm_spend.daily_spend").code().code(), "42501");
+    drop((litellm, dashboard));
+
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_eq!(definition(&mut client), original);
+    assert_eq!(view_identity(&mut client), identity);
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend%'"),
+        0
+    );
+    client.batch_execute("SELECT * FROM dependent; SELECT spend_attach(); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend").unwrap();
+    let left: i64 = value(&mut client, "SELECT count(*) FROM pg_namespace WHERE nspname = 'litellm_spend'");
+    assert_eq!(left, 0);
+    drop_role(&mut client, "litellm_a");
+    drop_role(&mut client, "dashboard_a");
+}
+
+#[test]
+fn attach_and_detach_can_be_repeated() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    for round in 0..3 {
+        client.batch_execute("SELECT spend_attach(); SELECT spend_attach()").unwrap();
+        wait_until_live(&mut client);
+        client.batch_execute(&insert_rows(&format!("r{round}-"), 50, 5)).unwrap();
+        assert_exact(&mut client);
+        client.batch_execute("SELECT spend_detach()").unwrap();
+        // Nobody captures these; attaching again finds them.
+        client.batch_execute(&insert_rows(&format!("gap{round}-"), 50, 5)).unwrap();
+    }
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn history_outlives_detach_and_attach() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 500, 20)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 10"#).unwrap();
+    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+}
+
+#[test]
+fn attach_while_writers_run_misses_nothing() {
+    let db = shared().database();
+    beside_writers(&db, 3, 5, 3, || {
+        let mut client = db.connect();
+        // Three writers without a pause: a lock may take longer than its timeout to come.
+        client.batch_execute("SET litellm_spend.lock_timeout = '20s'").unwrap();
+        for _ in 0..8 {
+            std::thread::sleep(std::time::Duration::from_millis(60));
+            client.batch_execute("SELECT spend_attach()").unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(120));
+            assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
+            client.batch_execute("SELECT spend_detach()").unwrap();
+            assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
+        }
+        client.batch_execute("SELECT spend_attach()").unwrap();
+        wait_until_live(&mut client);
+        assert_exact(&mut client);
+    });
+    assert_exact(&mut db.connect());
+}
+
+#[test]
+fn a_changed_definition_takes_effect_when_attached_again() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    // As an older version would have left them: another query, and a rollup without one of the measures.
+    client
+        .batch_execute(
+            r#"CREATE OR REPLACE VIEW "MonthlyGlobalSpend" AS
+                   SELECT date, 2 * spend::double precision AS spend FROM litellm_spend.daily_spend;
+               UPDATE litellm_spend.public_view SET installed = 'SELECT date, 2 * spend …';
+               DO $$ BEGIN
+                   PERFORM pg_sleep(0);
+               END $$"#,
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    assert_exact(&mut client);
+
+    client
+        .batch_execute(
+            r#"BEGIN;
+               CREATE OR REPLACE VIEW litellm_spend.daily_spend AS
+                   SELECT date, spend, prompt_tokens, completion_tokens, total_tokens, requests, 0::bigint AS failed_requests
+                   FROM litellm_spend.daily_spend_rollup;
+               ALTER TABLE litellm_spend.daily_spend_rollup DROP COLUMN failed_requests;
+               SELECT spend_attach();
+               COMMIT"#,
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT sum(failed_requests)::bigint FROM litellm_spend.daily_spend"),
+        10
+    );
+}
+
+/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the indexes.
+const UPSTREAM_SCRIPT: &str = r#"
+    BEGIN;
+    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
+    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_legacy_pkey";
+    CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_legacy" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
+    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
+    CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
+    COMMIT"#;
+
+/// As VIEW_AGAINST_RAW, over both tables; a row that was copied counts once.
+const VIEW_AGAINST_BOTH: &str = r#"
+    SELECT coalesce(v.date, r.date)::text, v.spend, r.spend FROM "MonthlyGlobalSpend" v
+    FULL JOIN (SELECT date("startTime") AS date, sum(spend::numeric)::float8 AS spend
+               FROM (SELECT DISTINCT ON (request_id) * FROM (
+                         SELECT * FROM "LiteLLM_SpendLogs" UNION ALL SELECT * FROM "LiteLLM_SpendLogs_legacy") AS a
+                     ORDER BY request_id) AS b
+               WHERE "startTime" >= CURRENT_DATE - interval '30 days' GROUP BY 1) r USING (date)
+    WHERE round(v.spend::numeric, 9) IS DISTINCT FROM round(r.spend::numeric, 9)"#;
+
+#[test]
+fn capture_follows_when_upstreams_script_replaces_the_table() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 2000, 25)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    beside_writers(&db, 2, 5, 3, || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+        eventually("capture follows", || {
+            holds(
+                &mut client,
+                r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#,
+            )
+        });
+        std::thread::sleep(std::time::Duration::from_millis(300));
+    });
+    assert_no_rows(client.query(VIEW_AGAINST_BOTH, &[]).unwrap(), "view and raw rows differ");
+    assert_verified(&mut client);
+    // The script's optional copy of recent rows: they are counted already.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" SELECT * FROM "LiteLLM_SpendLogs_legacy" WHERE "startTime" >= now() - interval '10 days'"#,
+        )
+        .unwrap();
+    assert_no_rows(client.query(VIEW_AGAINST_BOTH, &[]).unwrap(), "copied rows were counted again");
+    assert_verified(&mut client);
+    client.batch_execute(&insert_rows("new", 50, 5)).unwrap();
+    // A write straight into a partition, and an update that moves a row.
+    client
+        .batch_execute(
+            &insert_rows("leaf", 5, 2).replace("\"LiteLLM_SpendLogs\"", "\"LiteLLM_SpendLogs_pdefault\""),
+        )
+        .unwrap();
+    client
+        .batch_execute(r#"UPDATE "LiteLLM_SpendLogs" SET spend = 3, "startTime" = "startTime" - interval '2 days' WHERE request_id LIKE 'new1%'"#)
+        .unwrap();
+    assert_no_rows(client.query(VIEW_AGAINST_BOTH, &[]).unwrap(), "view and raw rows differ");
+    assert_verified(&mut client);
+    // The old table goes: nothing of ours holds it, and its days stay in the view as history.
+    let before: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+    client
+        .batch_execute(
+            r#"DROP VIEW "Last30dKeysBySpend", "Last30dModelsBySpend", "MonthlyGlobalSpendPerKey", "MonthlyGlobalSpendPerUserPerKey",
+                   "DailyTagSpend", "Last30dTopEndUsersSpend";
+               DROP TABLE "LiteLLM_SpendLogs_legacy""#,
+        )
+        .unwrap();
+    eventually("the days of the old table are frozen", || {
+        holds(&mut client, "SELECT predecessor IS NULL FROM litellm_spend.capture")
+    });
+    assert!(
+        (before - value::<f64>(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#)).abs() < 1e-9
+    );
+    client.batch_execute(&insert_rows("last", 10, 2)).unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+}
+
+#[test]
+fn a_table_that_is_dropped_and_made_again_goes_on() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 100, 5)).unwrap();
+    let before: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+    client
+        .batch_execute(
+            r#"BEGIN; CREATE TABLE copy (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
+               DROP VIEW "Last30dKeysBySpend", "Last30dModelsBySpend", "MonthlyGlobalSpendPerKey", "MonthlyGlobalSpendPerUserPerKey",
+                   "DailyTagSpend", "Last30dTopEndUsersSpend";
+               DROP TABLE "LiteLLM_SpendLogs"; ALTER TABLE copy RENAME TO "LiteLLM_SpendLogs"; COMMIT"#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("old", 100, 5)).unwrap();
+    eventually("capture follows", || {
+        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
+    });
+    client.batch_execute(&insert_rows("new", 100, 5)).unwrap();
+    let after: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+    assert!((3.0 * before - after).abs() < 1e-9, "{before} {after}");
+}
+
+#[test]
+fn an_attached_partition_with_rows_is_counted() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
+    client
+        .batch_execute(
+            r#"CREATE TABLE extra (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS);
+               INSERT INTO extra (request_id, call_type, spend, "startTime", "endTime")
+               SELECT 'e' || i, 'x', 1, CURRENT_DATE - 9 + i * interval '1 minute', now() FROM generate_series(1, 10) i;
+               DO $$ BEGIN
+                   EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION extra FOR VALUES FROM (%L) TO (%L)',
+                                  CURRENT_DATE - 9, CURRENT_DATE - 8);
+               END $$"#,
+        )
+        .unwrap();
+    eventually("the partition's rows are counted", || {
+        client.query(VIEW_AGAINST_RAW, &[]).unwrap().is_empty()
+    });
+    client.batch_execute("INSERT INTO extra (request_id, call_type, spend, \"startTime\", \"endTime\") SELECT 'f', 'x', 1, CURRENT_DATE - 9, now()").unwrap();
+    assert_exact(&mut client);
+}
+
+#[test]
+fn litellms_start_up_leaves_our_view_alone() {
+    let db = shared().database();
+    let mut client = db.connect();
+    give_to_role(&mut client, "litellm_b");
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let ours = definition(&mut client);
+    let mut litellm = db.cluster.connect_as(&db.name, "litellm_b");
+    // check_view_exists(): all eight are in pg_views, so nothing is touched.
+    let views: i64 = value(
+        &mut litellm,
+        "SELECT count(*) FROM pg_views WHERE schemaname = 'public' AND viewname IN ('LiteLLM_VerificationTokenView',
+             'MonthlyGlobalSpend', 'Last30dKeysBySpend', 'Last30dModelsBySpend', 'MonthlyGlobalSpendPerKey',
+             'MonthlyGlobalSpendPerUserPerKey', 'Last30dTopEndUsersSpend', 'DailyTagSpend')",
+    );
+    assert_eq!(views, 8);
+    // The probe of the path that creates missing ones.
+    litellm.batch_execute(r#"SELECT 1 FROM "MonthlyGlobalSpend" LIMIT 1"#).unwrap();
+    // POST /global/spend/refresh looks for a materialized view.
+    let kind: String =
+        value(&mut litellm, "SELECT relkind::text FROM pg_class WHERE relname = 'MonthlyGlobalSpend'");
+    assert_eq!(kind, "v");
+    drop(litellm);
+    // A later release's migrations.
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN IF NOT EXISTS some_new_column TEXT;
+               ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN IF NOT EXISTS updated_at TIMESTAMP(3) NOT NULL DEFAULT CURRENT_TIMESTAMP;
+               CREATE INDEX IF NOT EXISTS "LiteLLM_SpendLogs_startTime_idx" ON "LiteLLM_SpendLogs"("startTime");
+               CREATE INDEX "LiteLLM_SpendLogs_litellm_call_id_idx" ON "LiteLLM_SpendLogs"(litellm_call_id)"#,
+        )
+        .unwrap();
+    // The second run of the migrations that are applied: what is already there fails or is skipped as without us.
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/target/litellm/migrations.sql");
+    db.cluster.psql(&db.name, &["-q", "-f", fixtures]);
+    assert_eq!(definition(&mut client), ours);
+    assert_exact(&mut client);
+    drop_role(&mut client, "litellm_b");
+}
+
+#[test]
+fn a_missing_view_is_made_and_a_materialized_one_is_left_alone() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    client
+        .batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; CREATE MATERIALIZED VIEW "MonthlyGlobalSpend" AS SELECT CURRENT_DATE AS date, 1::float8 AS spend"#)
+        .unwrap();
+    let action: String = value(&mut client, "SELECT action FROM spend_attach() WHERE object LIKE 'view%'");
+    assert!(action.contains("materialized"), "{action}");
+    client.batch_execute(r#"DROP MATERIALIZED VIEW "MonthlyGlobalSpend"; SELECT spend_attach()"#).unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn everything_works_without_a_worker() {
+    // No preload: the library is loaded by the call.
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 1000, 20)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_worker_status"), 0);
+    // Not covered yet: the function adds the raw rows up.
+    let raw: f64 = value(&mut client, "SELECT sum(spend) FROM monthly_global_spend()");
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    assert!(holds(&mut client, "SELECT live_views = ARRAY['MonthlyGlobalSpend'] FROM spend_rollup_status"));
+    assert!((raw - value::<f64>(&mut client, "SELECT sum(spend) FROM monthly_global_spend()")).abs() < 1e-9);
+    client.batch_execute(&insert_rows("new", 100, 5)).unwrap();
+    assert_exact(&mut client);
+    let merged: i64 = value(&mut client, "SELECT rows FROM spend_rollup_run()");
+    assert!(merged > 0);
+    assert_eq!(value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status"), 0);
+    assert_exact(&mut client);
+    let again: String = value(&mut client, "SELECT outcome FROM spend_rollup_run('daily_spend')");
+    assert_eq!(again, "up to date");
+    // A replaced table is followed by the call as well.
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute(&insert_rows("gap", 10, 5)).unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_no_rows(client.query(VIEW_AGAINST_BOTH, &[]).unwrap(), "view and raw rows differ");
+}
+
+#[test]
+fn databases_without_the_extension_take_no_worker_slot() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["max_worker_processes = 3"])));
+    let _empty: Vec<Database> = (0..6).map(|_| cluster.litellm_database()).collect();
+    // One slot is the launcher's, one the logical replication launcher's.
+    let db = cluster.database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 10, 2)).unwrap();
+    wait_until_merged(&mut client);
+}
+
+#[test]
+fn workers_come_and_go_with_their_databases() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let workers = |db: &Database| {
+        let sql = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND backend_type = 'litellm_spend worker'",
+            db.name
+        );
+        value::<i64>(&mut cluster.connect("postgres"), &sql)
+    };
+    let (one, two) = (cluster.database(), cluster.database());
+    eventually("each database has a worker", || workers(&one) == 1 && workers(&two) == 1);
+    let mut client = one.connect();
+    client.batch_execute("DROP EXTENSION litellm_spend").unwrap();
+    eventually("the worker leaves with the extension", || workers(&one) == 0);
+    client.batch_execute("CREATE EXTENSION litellm_spend; SELECT spend_attach()").unwrap();
+    eventually("the worker comes with the extension", || workers(&one) == 1);
+    wait_until_live(&mut client);
+
+    // A changed setting takes effect without a restart.
+    let mut admin = cluster.connect("postgres");
+    admin.batch_execute("ALTER SYSTEM SET litellm_spend.merge_interval = '1h'").unwrap();
+    admin.batch_execute("SELECT pg_reload_conf()").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    client.batch_execute(&insert_rows("a", 10, 2)).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    assert!(value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status") > 0);
+    admin.batch_execute("ALTER SYSTEM RESET litellm_spend.merge_interval").unwrap();
+    admin.batch_execute("SELECT pg_reload_conf()").unwrap();
+    wait_until_merged(&mut client);
+    drop(client);
+
+    // Databases are renamed, copied and dropped under their workers.
+    eventually("a worker is there", || workers(&one) == 1);
+    admin
+        .batch_execute(
+            &format!("ALTER DATABASE {} RENAME TO renamed; ALTER DATABASE renamed RENAME TO {0}", one.name)
+                .replace("; ", ";"),
+        )
+        .unwrap_or_else(|_| {
+            admin.batch_execute(&format!("ALTER DATABASE {} RENAME TO renamed", one.name)).unwrap();
+            admin.batch_execute(&format!("ALTER DATABASE renamed RENAME TO {}", one.name)).unwrap();
+        });
+    eventually("the worker is back", || workers(&one) == 1);
+    admin.batch_execute(&format!("CREATE DATABASE copied TEMPLATE {}", one.name)).unwrap();
+    eventually("the copy has a worker", || {
+        value::<i64>(
+            &mut admin,
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = 'copied' AND backend_type = 'litellm_spend worker'",
+        ) == 1
+    });
+    let mut copied = cluster.connect("copied");
+    copied.batch_execute(&insert_rows("copy", 10, 2)).unwrap();
+    assert_exact(&mut copied);
+    drop(copied);
+    admin.batch_execute("DROP DATABASE copied").unwrap();
+}
+
+#[test]
+fn a_standby_answers_and_a_promoted_one_merges() {
+    let cluster: &'static Cluster =
+        Box::leak(Box::new(Cluster::start(&["wal_level = replica", "fsync = on"])));
+    let db = cluster.database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    let standby = cluster.standby();
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let expected: f64 = value(&mut client, total);
+    let mut reader = standby.connect(&db.name);
+    eventually("the standby has caught up", || value::<f64>(&mut reader, total) == expected);
+    let answer: f64 = value(&mut reader, "SELECT sum(spend) FROM monthly_global_spend(30)");
+    assert!((answer - expected).abs() < 1e-9);
+    assert_eq!(value::<i64>(&mut reader, "SELECT count(*) FROM spend_worker_status"), 0);
+    for call in [
+        "SELECT spend_attach()",
+        "SELECT spend_detach()",
+        "SELECT spend_rollup_run()",
+        "CALL spend_backfill()",
+    ] {
+        assert_refused(&mut reader, call, "25006");
+    }
+    reader.batch_execute("SELECT pg_promote()").unwrap();
+    eventually("a worker starts", || {
+        value::<i64>(&mut reader, "SELECT count(*) FROM spend_worker_status") >= 2
+    });
+    reader.batch_execute(&insert_rows("b", 100, 5)).unwrap();
+    wait_until_merged(&mut reader);
+    assert_exact(&mut reader);
+}

@@ -1,0 +1,279 @@
+//! Bad input gets an error with SQLSTATE, DETAIL and HINT, and changes nothing.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+
+fn nothing_changed(client: &mut Client) {
+    let state = "SELECT (SELECT count(*) FROM litellm_spend.rollup) + (SELECT count(*) FROM litellm_spend.capture)
+                      + (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend%')
+                      + (SELECT count(*) FROM pg_class WHERE relnamespace = 'litellm_spend'::regnamespace AND relname LIKE 'change_log%')";
+    assert_eq!(value::<i64>(client, state), 0);
+}
+
+#[test]
+fn a_relation_that_is_not_litellms_table_is_refused() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE TABLE other (a int); CREATE TEMP TABLE temporary (LIKE "LiteLLM_SpendLogs");
+               CREATE UNLOGGED TABLE unlogged (LIKE "LiteLLM_SpendLogs");
+               CREATE TABLE wrong_type (LIKE "LiteLLM_SpendLogs");
+               ALTER TABLE wrong_type ALTER "startTime" TYPE timestamptz;
+               CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw;
+               CREATE FOREIGN TABLE distant (a int) SERVER files OPTIONS (filename '/dev/null');
+               CREATE MATERIALIZED VIEW stale AS SELECT 1 AS a;
+               CREATE SEQUENCE numbers"#,
+        )
+        .unwrap();
+    assert_refused(&mut client, "SELECT spend_attach('12345'::oid::regclass)", "42P01");
+    assert_refused(&mut client, "SET search_path = pg_catalog; SELECT public.spend_attach()", "42P01");
+    client.batch_execute("SET search_path = public").unwrap();
+    assert_refused(&mut client, "SELECT spend_attach('other')", "42703");
+    assert_refused(&mut client, "SELECT spend_attach('wrong_type')", "42804");
+    for relation in ["\"DailyTagSpend\"", "temporary", "unlogged", "distant", "stale", "numbers"] {
+        assert_refused(&mut client, &format!("SELECT spend_attach('{relation}')"), "42809");
+    }
+    assert_refused(&mut client, "SELECT spend_attach(on_delete => 'forget')", "22023");
+    nothing_changed(&mut client);
+}
+
+#[test]
+fn calls_before_attach_are_refused() {
+    let db = shared().database();
+    let mut client = db.connect();
+    for call in [
+        "SELECT spend_detach()",
+        "SELECT spend_rollup_run()",
+        "CALL spend_backfill()",
+        "SELECT * FROM monthly_global_spend()",
+        "SELECT spend_rollup_rebuild('daily_spend', '2026-11-01')",
+        "SELECT * FROM spend_rollup_verify('daily_spend')",
+    ] {
+        assert_refused(&mut client, call, "55000");
+    }
+    nothing_changed(&mut client);
+}
+
+#[test]
+fn nonsense_is_refused() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    assert_refused(&mut client, "SELECT * FROM monthly_global_spend(-1)", "22023");
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', now()::timestamp)", "22023");
+    assert_refused(
+        &mut client,
+        "SELECT spend_rollup_rebuild('daily_spend', '2026-11-02', '2026-11-01')",
+        "22023",
+    );
+    assert_eq!(
+        error(&mut client, "SELECT spend_rollup_rebuild('nothing', '2026-11-01')").code().code(),
+        "42704"
+    );
+    assert_eq!(error(&mut client, "SELECT * FROM spend_rollup_run('nothing')").code().code(), "42704");
+    assert_eq!(error(&mut client, "SELECT * FROM spend_rollup_verify('nothing')").code().code(), "42704");
+    client.batch_execute(r#"CREATE TABLE second (LIKE "LiteLLM_SpendLogs" INCLUDING ALL)"#).unwrap();
+    assert_refused(&mut client, "SELECT spend_attach('second')", "55000");
+    assert_refused(&mut client, "SELECT spend_detach('second')", "55000");
+    // NULL and the extremes are answered.
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM monthly_global_spend(NULL)"), 0);
+    client
+        .batch_execute("SELECT * FROM monthly_global_spend(0); SELECT * FROM monthly_global_spend(1000000)")
+        .unwrap();
+    assert_exact(&mut client);
+}
+
+#[test]
+fn a_snapshot_that_may_be_older_than_the_fence_is_refused() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    for level in ["REPEATABLE READ", "SERIALIZABLE"] {
+        for call in [
+            "SELECT spend_rollup_run()",
+            "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE)",
+            "SELECT spend_attach()",
+            "SELECT spend_detach()",
+        ] {
+            client.batch_execute(&format!("BEGIN ISOLATION LEVEL {level}")).unwrap();
+            assert_refused(&mut client, call, "25000");
+            client.batch_execute("ROLLBACK").unwrap();
+        }
+    }
+    client.batch_execute("BEGIN READ ONLY").unwrap();
+    assert_refused(&mut client, "SELECT spend_attach()", "25006");
+    client.batch_execute("ROLLBACK").unwrap();
+    client.batch_execute("BEGIN READ ONLY; SELECT * FROM monthly_global_spend(); ROLLBACK").unwrap();
+}
+
+#[test]
+fn who_does_not_own_the_table_is_refused() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS stranger; CREATE ROLE stranger LOGIN;
+             GRANT EXECUTE ON FUNCTION spend_attach(regclass, text), spend_detach(regclass, boolean), spend_rollup_run(text) TO stranger",
+        )
+        .unwrap();
+    let mut stranger = db.cluster.connect_as(&db.name, "stranger");
+    assert_refused(&mut stranger, "SELECT spend_attach()", "42501");
+    nothing_changed(&mut client);
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    assert_eq!(error(&mut stranger, "SELECT * FROM litellm_spend.rollup").code().code(), "42501");
+    assert_eq!(
+        error(&mut stranger, "SELECT * FROM spend_rollup_verify('daily_spend')").code().code(),
+        "42501"
+    );
+    client.batch_execute("GRANT pg_monitor TO stranger").unwrap();
+    stranger.batch_execute("SELECT * FROM spend_rollup_status; SELECT * FROM spend_worker_status").unwrap();
+    client.batch_execute("REVOKE pg_monitor FROM stranger; DROP OWNED BY stranger").unwrap();
+    drop(stranger);
+    client.batch_execute("DROP ROLE stranger").unwrap();
+}
+
+#[test]
+fn an_owner_without_superuser_attaches_and_detaches() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"DROP ROLE IF EXISTS owner_c; CREATE ROLE owner_c LOGIN; GRANT CREATE ON SCHEMA public TO owner_c;
+               ALTER TABLE "LiteLLM_SpendLogs" OWNER TO owner_c; ALTER VIEW "MonthlyGlobalSpend" OWNER TO owner_c;
+               GRANT EXECUTE ON FUNCTION spend_attach(regclass, text), spend_detach(regclass, boolean), spend_rollup_run(text) TO owner_c"#,
+        )
+        .unwrap();
+    let mut owner = db.cluster.connect_as(&db.name, "owner_c");
+    owner.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    owner.batch_execute(&insert_rows("a", 10, 2)).unwrap();
+    owner.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_exact(&mut client);
+    assert_eq!(value::<String>(&mut owner, "SELECT current_user::text"), "owner_c");
+    assert_eq!(error(&mut owner, "SELECT * FROM litellm_spend.rollup").code().code(), "42501");
+    owner.batch_execute("SELECT spend_detach()").unwrap();
+    drop(owner);
+    client
+        .batch_execute("REASSIGN OWNED BY owner_c TO postgres; DROP OWNED BY owner_c; DROP ROLE owner_c")
+        .unwrap();
+}
+
+#[test]
+fn names_with_quotes_and_capitals_work() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE SCHEMA "It's ""Här"""; ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA "It's ""Här""";
+               ALTER VIEW "MonthlyGlobalSpend" SET SCHEMA "It's ""Här""";
+               SET search_path = "It's ""Här""", public"#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute(r#"SELECT spend_attach('"It''s ""Här"""."LiteLLM_SpendLogs"')"#).unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(&insert_rows("b", 50, 5)).unwrap();
+    assert_exact(&mut client);
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
+}
+
+#[test]
+fn a_database_that_is_not_utf8_is_refused() {
+    let cluster = shared();
+    let mut admin = cluster.connect("postgres");
+    admin
+        .batch_execute(
+            "CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0",
+        )
+        .unwrap();
+    let mut client = cluster.connect("latin");
+    client
+        .batch_execute(
+            r#"CREATE EXTENSION litellm_spend; CREATE TABLE "LiteLLM_SpendLogs" (request_id text)"#,
+        )
+        .unwrap();
+    assert_refused(&mut client, "SELECT spend_attach()", "0A000");
+    drop(client);
+    admin.batch_execute("DROP DATABASE latin").unwrap();
+}
+
+#[test]
+fn attach_gives_up_on_its_lock_and_changes_nothing() {
+    let db = shared().database();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    writer.batch_execute("BEGIN").unwrap();
+    writer.batch_execute(&insert_rows("open", 1, 1)).unwrap();
+    let started = std::time::Instant::now();
+    assert_refused(&mut client, "SET litellm_spend.lock_timeout = '200ms'; SELECT spend_attach()", "55P03");
+    assert!(started.elapsed() < std::time::Duration::from_secs(5));
+    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    let detail = error(&mut client, "SELECT spend_attach()").detail().unwrap().to_string();
+    assert!(detail.contains(&pid.to_string()), "{detail}");
+    nothing_changed(&mut client);
+    writer.batch_execute("COMMIT").unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn dropping_the_extension_with_history_is_refused() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    assert_eq!(error(&mut client, "DROP EXTENSION litellm_spend").code().code(), "2BP01");
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_eq!(error(&mut client, "DROP EXTENSION litellm_spend").code().code(), "2BP01");
+    client
+        .batch_execute(
+            "SELECT spend_attach(); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend",
+        )
+        .unwrap();
+}
+
+#[test]
+fn a_sequence_that_was_set_back_stops_the_rollup_and_says_so() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    client.batch_execute("SELECT setval('litellm_spend.change_log_seq', 1)").unwrap();
+    client.batch_execute(&insert_rows("b", 5, 5)).unwrap();
+    eventually("the status says so", || {
+        holds(&mut client, "SELECT last_error LIKE '%set back%' FROM spend_rollup_status")
+    });
+    client
+        .batch_execute(
+            "SELECT setval('litellm_spend.change_log_seq', (SELECT watermark FROM litellm_spend.rollup))",
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("c", 5, 5)).unwrap();
+    eventually("it goes on", || holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+}
+
+#[test]
+fn every_member_of_the_extension_has_a_comment_and_none_is_public() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let silent = client
+        .query(
+            "SELECT pg_describe_object(d.classid, d.objid, 0) FROM pg_depend d
+             WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+               AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend')
+               AND d.classid IN ('pg_proc'::regclass, 'pg_class'::regclass, 'pg_namespace'::regclass)
+               AND obj_description(d.objid, d.classid::regclass::text) IS NULL",
+            &[],
+        )
+        .unwrap();
+    assert_no_rows(silent, "members without a comment");
+    let public = client
+        .query(
+            "SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_depend d ON d.objid = p.oid AND d.classid = 'pg_proc'::regclass
+             WHERE d.deptype = 'e' AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend')
+               AND (p.proacl IS NULL OR p.proacl::text LIKE '%{=X%')",
+            &[],
+        )
+        .unwrap();
+    assert_no_rows(public, "functions that PUBLIC may execute");
+}
