@@ -47,8 +47,8 @@ class Pool:
     """New rows in order of time, later than all that the databases have."""
 
     def __init__(self):
-        rows = BASE + sum(2 * size * block for size, block in SIZES.items()) * (RUNS + 1)
-        self.session = Session(harness.loaded("pool", rows))
+        self.size = sum(2 * size * block for size, block in SIZES.items()) * (RUNS + 1)
+        self.session = Session(harness.loaded("pool", self.size, seeds=(3, 4)))
         columns = ", ".join(f'"{c}" + interval \'31 days\'' if c in TIMES else f'"{c}"' for c in COLUMNS)
         self.session.run(f'BEGIN; DECLARE pool CURSOR FOR SELECT {columns} FROM "LiteLLM_SpendLogs" ORDER BY "startTime"')
 
@@ -125,9 +125,9 @@ def main():
                 session.prepare(f"insert_{size}", statement(size))
             for run in range(RUNS + 1):
                 one_run(results, run, size, pool, sessions, observer)
-        counts = [s.value('SELECT count(*) FROM "LiteLLM_SpendLogs"') for s in sessions.values()]
-        if counts[0] != counts[1]:
-            raise RuntimeError(f"the tables have {counts} rows")
+        counts = [int(s.value('SELECT count(*) FROM "LiteLLM_SpendLogs"')) for s in sessions.values()]
+        if counts != [BASE + pool.size] * 2:
+            raise RuntimeError(f"the tables have {counts} rows instead of {BASE + pool.size}")
         wrong = attached.rows("SELECT * FROM spend_rollup_verify('daily_spend', NULL, NULL)")
         if wrong:
             raise RuntimeError(f"the rollup differs from the raw rows: {wrong}")

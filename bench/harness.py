@@ -33,7 +33,7 @@ class Session:
     """A connection of its own. Statements go straight to libpq: what is timed is the server and one round trip."""
 
     def __init__(self, database):
-        self.connection = psycopg.connect(dbname=database, autocommit=True)
+        self.connection = psycopg.connect(dbname=database, autocommit=True, prepare_threshold=None)
         self.warnings = []
         self.connection.add_notice_handler(self._on_notice)
         self.libpq = self.connection.pgconn
@@ -64,11 +64,11 @@ class Session:
         return value and value.decode()
 
     def prepare(self, name, sql):
-        self._checked(self.libpq.prepare(name, sql.encode()))
+        self._checked(self.libpq.prepare(name.encode(), sql.encode()))
 
     def execute(self, name, values):
         """Runs a prepared statement with its values bound."""
-        return self._checked(self.libpq.exec_prepared(name, values))
+        return self._checked(self.libpq.exec_prepared(name.encode(), values))
 
     def timed(self, sql):
         """Milliseconds until the client has the result."""
@@ -135,7 +135,7 @@ def _schema():
     return "litellm"
 
 
-def loaded(name, rows, narrow=False, without=()):
+def loaded(name, rows, narrow=False, without=(), seeds=(1, 2)):
     """A database with that many spend logs; made once, then kept for the other scenarios to clone."""
     if _exists(name):
         return name
@@ -143,12 +143,12 @@ def loaded(name, rows, narrow=False, without=()):
     on_server(f"CREATE DATABASE {name} TEMPLATE {_schema()}")
     for index in without:
         _psql(name, "-c", f'DROP INDEX "LiteLLM_SpendLogs_{index}_idx"')
-    # Two sessions, for two cores; different seeds make different rows.
+    # Two sessions, for two cores; different seeds make different rows, the same ones the same request_id.
     loads = [
         subprocess.Popen(
             ["psql", "-qX", "-o", os.devnull, "-d", name, "-v", f"rows={rows // 2}", "-v", f"seed={seed}",
              "-v", f"narrow={'on' if narrow else 'off'}", "-f", ROOT / "bench/spend_rows.sql"])
-        for seed in (1, 2)
+        for seed in seeds
     ]
     if any([load.wait() for load in loads]):
         raise RuntimeError(f"could not load database {name}")
@@ -165,9 +165,11 @@ def wide():
 def clone(template, *names):
     """Sessions in copies of a database, which are dropped again."""
     sessions = []
+    with_strategy = subprocess.check_output(["psql", "-XAtc", "SHOW server_version_num"]) >= b"150000"
+    copying = " STRATEGY file_copy" if with_strategy else ""  # before 15 there is no other
     try:
         for name in names:
-            on_server(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+            on_server(f"CREATE DATABASE {name} TEMPLATE {template}{copying}")
             sessions.append(Session(name))
         yield sessions
     finally:

@@ -2,12 +2,13 @@
 """What the dashboard's query costs: SELECT SUM(spend) FROM "MonthlyGlobalSpend", warm, as a simple statement.
 
     view, function          ours: "MonthlyGlobalSpend", monthly_global_spend(); with 0, 100 and 1,000 rows in the tail
+    SELECT 1                what any statement costs
     materialized view       the same rows, stale, with its unique index
     LiteLLM                 LiteLLM's own definition of the view, under another name
     …, ten times the rows   ours over a table of 4.7 million (narrow) rows, in the same runs
 
 Client: the median of the statements of a run, until the client has the result. Planning, execution: what EXPLAIN
-(ANALYZE) says. The change log has been lived in: 25,000 rows merged and removed, then vacuumed, as autovacuum would.
+(ANALYZE) says; view_plans.txt keeps some plans. The change log has been lived in: 25,000 rows merged and removed, then vacuumed, as autovacuum would.
 """
 
 import math
@@ -94,6 +95,14 @@ def measure(results, run, variant, session, sql, statements=STATEMENTS, explains
     return client
 
 
+def keep_plan(run, variant, session, sql):
+    """Of the last run, for the reader who wonders."""
+    if run == RUNS:
+        lines = (line.decode() for (line,) in session.rows(f"EXPLAIN (ANALYZE, BUFFERS) {sql}"))
+        with open(harness.RESULTS / "view_plans.txt", "a") as file:
+            file.write("\n".join((f"-- {variant}", *lines, "\n")))
+
+
 def one_run(results, run, wide, narrow):
     shown = {}
     for tail in harness.rotated(TAILS, run):
@@ -105,7 +114,10 @@ def one_run(results, run, wide, narrow):
         check_equal(wide)
         if tail == 0:
             shown["materialized view"] = measure(results, run, "materialized view", wide, TOTAL_MATERIALIZED)
+            measure(results, run, "SELECT 1", wide, "SELECT 1")
             shown["LiteLLM"] = measure(results, run, "LiteLLM", wide, TOTAL_LITELLM, STATEMENTS_LITELLM, 3)
+            keep_plan(run, "LiteLLM", wide, TOTAL_LITELLM)
+        keep_plan(run, f"view, tail {tail}", wide, TOTAL)
     results.write()
     if run > 0:
         say(f"run {run} of {RUNS}: " + ", ".join(
@@ -114,6 +126,7 @@ def one_run(results, run, wide, narrow):
 
 def main():
     results = Results("view")
+    (harness.RESULTS / "view_plans.txt").unlink(missing_ok=True)
     with harness.clone(harness.wide(), "view_wide") as (wide,):
         narrow = Session(harness.loaded("narrow", ROWS * 10, narrow=True, without=NOT_FOR_NARROW))
         prepare_theirs(wide)

@@ -1,6 +1,6 @@
 //! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
 
-use crate::catalog::{self, CaptureState, Elevated, Failure, Patience, attempt};
+use crate::catalog::{self, Elevated, Failure, Patience, attempt};
 use crate::error::Error;
 use crate::rebuild::Range;
 use crate::tick::{self, Runner, Subject};
@@ -37,14 +37,14 @@ fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
 
 /// Becomes the extension's owner on behalf of a caller who may act for the owner of the captured table, which is
 /// `source` unless that is NULL.
-fn enter_attached(source: Option<Regclass>) -> error::Result<(Elevated, CaptureState)> {
+fn enter_attached(source: Option<Regclass>) -> error::Result<Elevated> {
     let elevated = Elevated::enter()?;
     let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
     if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
         return Err(Error::NotAttached(catalog::relation_name(oid)?));
     }
     capture::require_owner(elevated.caller(), state.relation)?;
-    Ok((elevated, state))
+    Ok(elevated)
 }
 
 fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
@@ -83,12 +83,12 @@ fn spend_attach(
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_detach(
     source: default!(Option<Regclass>, "NULL"),
-    drop_history: default!(bool, "false"),
+    drop_history: default!(Option<bool>, "false"),
 ) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
     report(|| {
         require_changeable()?;
-        let (_elevated, state) = enter_attached(source)?;
-        capture::detach(&state, drop_history)
+        let _elevated = enter_attached(source)?;
+        capture::detach(drop_history.unwrap_or(false))
     })
     .map(TableIterator::new)
 }
@@ -187,7 +187,7 @@ mod litellm_spend {
             for rollup in catalog::uncovered_rollups()? {
                 rebuild::backfill_step(&rollup, patience)?;
             }
-            views::switch_covered()?;
+            views::switch_covered(patience)?;
             Ok(!catalog::uncovered_rollups()?.is_empty())
         })
     }
@@ -196,14 +196,15 @@ mod litellm_spend {
 /// Recomputes whole days of a rollup from the raw rows, in the caller's transaction. Returns the groups written.
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_rollup_rebuild(
-    name: &str,
-    range_start: Timestamp,
+    name: Option<&str>,
+    range_start: Option<Timestamp>,
     range_end: default!(Option<Timestamp>, "NULL"),
 ) -> Result<i64, ErrorReport> {
     report(|| {
         require_changeable()?;
         let _elevated = enter_attached(None)?;
-        let range = Range { start: range_start, end: range_end };
+        let name = name.ok_or(Error::Null("rollup name"))?;
+        let range = Range { start: range_start.ok_or(Error::Null("range_start"))?, end: range_end };
         rebuild::rebuild_range(name, range, Patience::within(guc::window_wait()))
     })
 }
@@ -212,7 +213,7 @@ fn spend_rollup_rebuild(
 #[pg_extern(stable, parallel_unsafe)]
 #[allow(clippy::type_complexity)]
 fn spend_rollup_verify(
-    name: &str,
+    name: Option<&str>,
     range_start: default!(Option<Timestamp>, "NULL"),
     range_end: default!(Option<Timestamp>, "NULL"),
 ) -> Result<
@@ -221,7 +222,7 @@ fn spend_rollup_verify(
 > {
     report(|| {
         let _elevated = enter_attached(None)?;
-        rebuild::verify(name, range_start, range_end)
+        rebuild::verify(name.ok_or(Error::Null("rollup name"))?, range_start, range_end)
     })
     .map(TableIterator::new)
 }

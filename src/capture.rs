@@ -80,6 +80,13 @@ fn captured_columns(table: &Table) -> Result<Vec<String>> {
 // ---- attach ----------------------------------------------------------------------------------------------
 
 pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+    if !catalog::lock_attachment(Patience::within(guc::window_wait()))? {
+        return Err(Error::AttachmentBusy);
+    }
+    attach_locked(oid, subtract)
+}
+
+fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
     let columns = captured_columns(&table)?;
     if let Some(current) = catalog::capture()?.filter(|current| current.relation != oid) {
@@ -291,50 +298,68 @@ fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>>
 // ---- watch -----------------------------------------------------------------------------------------------
 
 /// Notices what happened to the table since the last look and mends it. `true`: something was mended.
-pub fn watch() -> Result<bool> {
-    let Some(state) = catalog::capture()? else { return Ok(false) };
+pub fn watch(patience: Patience) -> Result<bool> {
+    Ok(damage()?.is_some() && catalog::lock_attachment(patience)? && mend()?)
+}
+
+/// What is wrong with the attachment.
+enum Damage {
+    /// The name belongs to another table now.
+    Replaced(pg_sys::Oid),
+    Dropped,
+    PredecessorDropped,
+    /// Partitions lack triggers.
+    Partitions(Vec<(pg_sys::Oid, String)>),
+    /// Triggers, tables of ours or columns are not as they should be.
+    Incomplete,
+}
+
+fn damage() -> Result<Option<Damage>> {
+    let Some(state) = catalog::capture()? else { return Ok(None) };
     let named = catalog::find_relation(&qualified(&state.schema, &state.table))?;
     if let Some(replacement) = named.filter(|oid| *oid != state.relation) {
-        follow(&state, replacement)?;
-        return Ok(true);
+        return Ok(Some(Damage::Replaced(replacement)));
     }
-    let Some(table) = Table::find(state.relation)? else {
-        return Err(Error::NoTable(qualified(&state.schema, &state.table)));
-    };
-    if state.predecessor.is_some_and(|p| matches!(Table::find(p), Ok(None))) {
-        forget_predecessor()?;
-        create_functions(&attached_to(&table)?)?;
-        return Ok(true);
-    }
-    let log_gone = ["change_log", "change_log_seq", "retired"]
-        .iter()
-        .map(|name| catalog::find_relation(&qualified(SCHEMA, name)))
-        .collect::<Result<Vec<_>>>()?
-        .contains(&None);
-    let rollup_gone = litellm::rollups()
-        .iter()
-        .map(|d| {
-            Ok(catalog::find_relation(&d.table())?.is_none()
-                || catalog::find_relation(&d.live_view())?.is_none())
-        })
-        .collect::<Result<Vec<_>>>()?
-        .contains(&true);
-    let missing = missing_triggers(state.relation)?;
-    let columns = captured_columns(&table)?;
-    if !log_gone && !rollup_gone && missing.is_empty() && columns == state.columns {
-        return Ok(false);
-    }
-    if missing.iter().all(|(oid, _)| *oid != state.relation)
-        && !log_gone
-        && !rollup_gone
-        && columns == state.columns
+    let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
+    if let Some(predecessor) = state.predecessor
+        && Table::find(predecessor)?.is_none()
     {
-        adopt_partitions(&state, &missing)?;
-        return Ok(true);
+        return Ok(Some(Damage::PredecessorDropped));
     }
-    attach(state.relation, None)?;
-    // Rows may have come and gone unseen.
-    rebuild::uncover_all(CHANGE_LOG)?;
+    let mut ours: Vec<String> =
+        ["change_log", "change_log_seq", "retired"].iter().map(|name| qualified(SCHEMA, name)).collect();
+    ours.extend(litellm::rollups().iter().flat_map(|d| [d.table(), d.live_view()]));
+    for name in ours {
+        if catalog::find_relation(&name)?.is_none() {
+            return Ok(Some(Damage::Incomplete));
+        }
+    }
+    let missing = missing_triggers(state.relation)?;
+    if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
+        return Ok(Some(Damage::Incomplete));
+    }
+    Ok(if missing.is_empty() { None } else { Some(Damage::Partitions(missing)) })
+}
+
+/// Mends what is wrong, under the attachment's lock. Looks again: what was seen before it may be out of date.
+fn mend() -> Result<bool> {
+    let (Some(state), Some(damage)) = (catalog::capture()?, damage()?) else { return Ok(false) };
+    match damage {
+        Damage::Replaced(replacement) => follow(&state, replacement)?,
+        Damage::Dropped => return Err(Error::NoTable(qualified(&state.schema, &state.table))),
+        Damage::PredecessorDropped => {
+            forget_predecessor()?;
+            if let Some(state) = catalog::capture()? {
+                create_functions(&state)?;
+            }
+        }
+        Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
+        Damage::Incomplete => {
+            attach_locked(state.relation, None)?;
+            // Rows may have come and gone unseen.
+            rebuild::uncover_all(CHANGE_LOG)?;
+        }
+    }
     Ok(true)
 }
 
@@ -425,7 +450,11 @@ fn forget_predecessor() -> Result<()> {
 
 // ---- detach ----------------------------------------------------------------------------------------------
 
-pub fn detach(state: &CaptureState, drop_history: bool) -> Result<Vec<Action>> {
+pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
+    if !catalog::lock_attachment(Patience::within(guc::window_wait()))? {
+        return Err(Error::AttachmentBusy);
+    }
+    let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
     let table = Table::find(state.relation)?;
     // 1. LiteLLM's views first: they read the table only.
     let mut actions = match &table {

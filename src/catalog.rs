@@ -382,6 +382,22 @@ impl Table {
     }
 }
 
+/// The right to change what is attached: triggers, views, the state of the capture. Ends with the transaction. What is
+/// read after it is current. `false`: another transaction keeps it.
+pub fn lock_attachment(patience: Patience) -> Result<bool> {
+    let name = format!("{SCHEMA}.capture");
+    let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    // SAFETY: takes a lock, or says that it cannot.
+    while !unsafe { pg_sys::ConditionalLockRelationOid(state, pg_sys::ShareRowExclusiveLock as i32) } {
+        if !patience.try_again() {
+            return Ok(false);
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[])?;
+    Ok(true)
+}
+
 /// Finds a relation by a qualified, quoted name.
 pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     Ok(query("SELECT pg_catalog.to_regclass($1)::oid", &[name.into()], |r| Ok(r.get(1)?))?.pop().flatten())

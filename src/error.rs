@@ -32,10 +32,14 @@ pub enum Error {
     NotAttached(String),
     #[error("on_delete must be \"keep\" or \"subtract\", not \"{0}\"")]
     Policy(String),
+    #[error("{0} must not be NULL")]
+    Null(&'static str),
     #[error("rollup \"{0}\" does not exist")]
     NoRollup(String),
     #[error("rollup \"{0}\" is locked by another transaction")]
     RollupBusy(String),
+    #[error("another transaction is attaching or detaching")]
+    AttachmentBusy,
     #[error("range of rollup \"{rollup}\" starts before {frozen_before}")]
     Frozen { rollup: String, frozen_before: String },
     #[error("range of rollup \"{0}\" is empty or does not start at midnight")]
@@ -69,7 +73,10 @@ impl Error {
             Error::AttachedElsewhere(_) | Error::NotAttached(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::Policy(_) | Error::Range(_) => ERRCODE_INVALID_PARAMETER_VALUE,
             Error::NoRollup(_) => ERRCODE_UNDEFINED_OBJECT,
-            Error::RollupBusy(_) | Error::LockNotAvailable { .. } => ERRCODE_LOCK_NOT_AVAILABLE,
+            Error::Null(_) => ERRCODE_NULL_VALUE_NOT_ALLOWED,
+            Error::RollupBusy(_) | Error::AttachmentBusy | Error::LockNotAvailable { .. } => {
+                ERRCODE_LOCK_NOT_AVAILABLE
+            }
             Error::Frozen { .. } | Error::SequenceSetBack { .. } | Error::SequenceShape { .. } => {
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
             }
@@ -94,8 +101,10 @@ impl Error {
             Error::AttachedElsewhere(_) => "A database has one change log, fed by one table.".into(),
             Error::NotAttached(_) => "Nothing is captured there.".into(),
             Error::Policy(_) => "keep: rows that retention deletes stay in the totals. subtract: they leave them.".into(),
-            Error::NoRollup(_) => return None,
+            Error::NoRollup(_) => "Rollups are made by spend_attach().".into(),
+            Error::Null(_) => "NULL names nothing.".into(),
             Error::RollupBusy(_) => "A merge or a rebuild holds it; one at a time works on a rollup.".into(),
+            Error::AttachmentBusy => "It holds the right to change triggers and views, until it ends.".into(),
             Error::Frozen { frozen_before, .. } => format!(
                 "Raw rows before {frozen_before} are gone; the rollup is their only record and is not recomputed."
             ),
@@ -136,8 +145,9 @@ impl Error {
             }
             Error::NotAttached(_) => "Call spend_attach() first.".into(),
             Error::Policy(_) => "Leave it out for keep.".into(),
-            Error::NoRollup(_) => "SELECT name FROM spend_rollup_status lists the rollups.".into(),
-            Error::RollupBusy(_) => "Try again.".into(),
+            Error::Null(what) => format!("Pass a {what}."),
+            Error::NoRollup(_) => "SELECT rollup FROM spend_rollup_status lists them.".into(),
+            Error::RollupBusy(_) | Error::AttachmentBusy => "Try again.".into(),
             Error::Frozen { frozen_before, .. } => format!("Start the range at '{frozen_before}' or later."),
             Error::Range(_) => "Pass midnights, as in '2026-11-01'.".into(),
             Error::RawVanished(_) => "Try again: the range may be frozen by then.".into(),

@@ -37,12 +37,12 @@ pub struct Round {
 }
 
 pub fn tick(run: &mut impl Runner) -> Round {
-    let mut more = run.step(Subject::Capture, capture::watch).unwrap_or(false);
-    let outcomes = merge_all(run);
     let patience = run.patience();
+    let mut more = run.step(Subject::Capture, || capture::watch(patience)).unwrap_or(false);
+    let outcomes = merge_all(run);
     more |= run.step(Subject::Capture, || rebuild::repair_step(patience)).unwrap_or(false);
     more |= backfill_all(run);
-    run.step(Subject::Capture, views::switch_covered);
+    run.step(Subject::Capture, || views::switch_covered(patience));
     Round { outcomes, more }
 }
 
@@ -66,25 +66,16 @@ fn merge_all(run: &mut impl Runner) -> Vec<Outcome> {
             outcomes.extend(names.into_iter().map(|rollup| Outcome { rollup, merge: None, text: "failed" }));
             continue;
         };
+        // With nothing new the fences are not touched: an idle source writes no WAL.
+        let news = safe != source.merged_to;
         for rollup in names {
-            let mut merge = None;
-            let mut text = if safe < last_value { "waiting for writers" } else { "up to date" };
-            // With nothing new the fences are not touched: an idle source writes no WAL.
-            while safe != source.merged_to {
-                let step =
-                    run.step(Subject::Rollup(rollup.clone()), || rollup::merge(&rollup, safe, patience));
-                match step {
-                    Some(Some(next)) => merge = Some(joined(merge, next)),
-                    Some(None) => break,
-                    None => {
-                        text = "failed";
-                        break;
-                    }
-                }
-            }
-            if merge.is_some() && text == "up to date" {
-                text = "merged";
-            }
+            let merged = if news { merge_windows(run, &rollup, safe) } else { Some(None) };
+            let (merge, text) = match merged {
+                None => (None, "failed"),
+                Some(merge) if safe < last_value => (merge, "waiting for writers"),
+                Some(None) => (None, "up to date"),
+                Some(merge) => (merge, "merged"),
+            };
             outcomes.push(Outcome { rollup, merge, text });
         }
         if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
@@ -92,6 +83,19 @@ fn merge_all(run: &mut impl Runner) -> Vec<Outcome> {
         }
     }
     outcomes
+}
+
+/// Merges window after window up to `safe_end`, each in a step of its own. `None`: one failed.
+fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> Option<Option<Merge>> {
+    let patience = run.patience();
+    let mut merged = None;
+    loop {
+        let step = run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, patience));
+        match step? {
+            Some(next) => merged = Some(joined(merged, next)),
+            None => return Some(merged),
+        }
+    }
 }
 
 fn joined(earlier: Option<Merge>, later: Merge) -> Merge {

@@ -4,7 +4,7 @@
 //! A view is replaced with CREATE OR REPLACE VIEW, so its OID, owner, grants and dependents stay. That takes ACCESS
 //! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
 
-use crate::catalog::{self, Table};
+use crate::catalog::{self, Patience, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::Result;
 use crate::guc;
@@ -54,23 +54,20 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     action("goes live when its days are covered")
 }
 
-/// Switches each adopted view whose rollup covers the days it shows. `true`: one was switched.
-pub fn switch_covered() -> Result<bool> {
-    let Some(capture) = catalog::capture()? else { return Ok(false) };
+/// Switches each adopted view whose rollup covers the days it shows.
+pub fn switch_covered(patience: Patience) -> Result<()> {
+    if !VIEWS.iter().map(is_ready).collect::<Result<Vec<_>>>()?.contains(&true)
+        || !catalog::lock_attachment(patience)?
+    {
+        return Ok(());
+    }
+    let Some(capture) = catalog::capture()? else { return Ok(()) };
     for view in &VIEWS {
-        // One day more than the view shows: CURRENT_DATE depends on the session's time zone.
-        let ready = catalog::query(
-            &format!(
-                "SELECT FROM {SCHEMA}.public_view v, {SCHEMA}.rollup r
-                 WHERE v.name = $1 AND v.installed IS NULL AND r.name = $2 AND r.covered_from <= CURRENT_DATE - $3::int"
-            ),
-            &[view.name.into(), view.rollup.into(), (view.days + 1).into()],
-            |_| Ok(()),
-        )?;
-        if ready.is_empty() {
+        let name = qualified(&capture.schema, view.name);
+        // Again, under the lock: detach may have come first.
+        if !is_ready(view)? {
             continue;
         }
-        let name = qualified(&capture.schema, view.name);
         let Some(found) = find(&name)?.filter(|found| unusable(view, found).is_none()) else { continue };
         // The view runs with its owner's rights.
         for grant in rollup_of(view).grant_live(&quoted(&found.owner)) {
@@ -78,9 +75,22 @@ pub fn switch_covered() -> Result<bool> {
         }
         replace(&name, &live(view))?;
         note_installed(view, Some(&live(view)))?;
-        return Ok(true);
     }
-    Ok(false)
+    Ok(())
+}
+
+/// The view is LiteLLM's, and its rollup covers what it shows and a day more: CURRENT_DATE depends on the session's
+/// time zone.
+fn is_ready(view: &PublicView) -> Result<bool> {
+    let ready = catalog::query(
+        &format!(
+            "SELECT FROM {SCHEMA}.public_view v, {SCHEMA}.rollup r
+             WHERE v.name = $1 AND v.installed IS NULL AND r.name = $2 AND r.covered_from <= CURRENT_DATE - $3::int"
+        ),
+        &[view.name.into(), view.rollup.into(), (view.days + 1).into()],
+        |_| Ok(()),
+    )?;
+    Ok(!ready.is_empty())
 }
 
 /// Gives LiteLLM's definitions back, over the table that now has its name.

@@ -14,12 +14,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-const PORT: u16 = 54320;
+pub const PORT: u16 = 54320;
 const TEMPLATE: &str = "litellm_template";
 
 pub struct Cluster {
     pub dir: PathBuf,
-    bin: PathBuf,
+    pub bin: PathBuf,
     /// The OS user that runs the server: PostgreSQL refuses root.
     user: Option<(u32, u32)>,
     postmaster: Mutex<Child>,
