@@ -1,8 +1,10 @@
 //! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
 
-use crate::catalog::{self, Elevated, Failure, Patience, attempt};
+use crate::catalog;
 use crate::error::Error;
+use crate::locks::Patience;
 use crate::rebuild::Range;
+use crate::session::{self, Elevated, Failure, attempt};
 use crate::tick::{self, Runner, Subject};
 use crate::{capture, error, guc, rebuild, views};
 use pgrx::JsonB;
@@ -52,8 +54,8 @@ fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> 
 }
 
 fn require_changeable() -> error::Result<()> {
-    catalog::require_writable()?;
-    catalog::require_read_committed()
+    session::require_writable()?;
+    session::require_read_committed()
 }
 
 /// Captures the table and sets the built-in rollups up. See docs/reference.md.
@@ -64,7 +66,7 @@ fn spend_attach(
 ) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
     report(|| {
         require_changeable()?;
-        catalog::require_utf8()?;
+        session::require_utf8()?;
         let subtract = match on_delete {
             None => None,
             Some("keep") => Some(false),

@@ -1,4 +1,4 @@
-//! Attaches LiteLLM's spend log to the change log, watches that it stays attached, and detaches it.
+//! Attaches LiteLLM's spend log to the change log, and detaches it.
 //!
 //! Locks on the user's table, each waited for at most `litellm_spend.lock_timeout`:
 //! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE (writers wait, readers do not), from the
@@ -7,13 +7,13 @@
 //!   got before we noticed.
 //! - detach: ACCESS EXCLUSIVE, for dropping the triggers and merging what is left.
 
-use crate::catalog::{self, CaptureState, Patience, Table};
+use crate::catalog::{self, CaptureState, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::litellm::{self, CHANGE_LOG, Capture, OPERATIONS, SPEND_LOGS};
+use crate::locks::{self, Patience};
 use crate::views::Action;
 use crate::{guc, rebuild, rollup, views};
-use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
 /// The table that a NULL source means, on the caller's search_path.
@@ -23,7 +23,7 @@ pub fn default_source() -> Result<pg_sys::Oid> {
 }
 
 /// The table to attach or detach: it exists, can have triggers, and is the caller's.
-fn open(oid: pg_sys::Oid) -> Result<Table> {
+pub fn open(oid: pg_sys::Oid) -> Result<Table> {
     let table = Table::find(oid)?.ok_or_else(|| Error::NoTable(oid.to_u32().to_string()))?;
     let kind = match (table.kind.as_str(), table.persistence.as_str()) {
         ("r" | "p", "p") => None,
@@ -55,7 +55,7 @@ pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
 }
 
 /// The columns of the table that can be captured; an error names one that is missing or of another type.
-fn captured_columns(table: &Table) -> Result<Vec<String>> {
+pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
     let mut found = vec![];
     for expected in litellm::source_columns() {
         match table.columns.iter().find(|(name, _)| name == expected.name) {
@@ -80,13 +80,14 @@ fn captured_columns(table: &Table) -> Result<Vec<String>> {
 // ---- attach ----------------------------------------------------------------------------------------------
 
 pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
-    if !catalog::lock_attachment(Patience::within(guc::window_wait()))? {
+    if !locks::lock_attachment(Patience::within(guc::window_wait()))? {
         return Err(Error::AttachmentBusy);
     }
     attach_locked(oid, subtract)
 }
 
-fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+/// As attach(), for who holds the attachment's lock.
+pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
     let columns = captured_columns(&table)?;
     if let Some(current) = catalog::capture()?.filter(|current| current.relation != oid) {
@@ -120,7 +121,7 @@ fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>
     Ok(actions)
 }
 
-fn attached_to(table: &Table) -> Result<CaptureState> {
+pub fn attached_to(table: &Table) -> Result<CaptureState> {
     catalog::capture()?.ok_or_else(|| Error::NotAttached(table.qualified()))
 }
 
@@ -249,7 +250,7 @@ fn freeze_history(state: &CaptureState) -> Result<()> {
     Ok(())
 }
 
-fn create_functions(state: &CaptureState) -> Result<Action> {
+pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let name = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), catalog::relation_name(oid)?));
     let predecessor = state.predecessor.map(name).transpose()?;
     let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
@@ -261,13 +262,13 @@ fn create_functions(state: &CaptureState) -> Result<Action> {
 }
 
 /// Creates the triggers that are missing on the table and its partitions. Returns how many.
-fn create_triggers(state: &CaptureState) -> Result<usize> {
+pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
     if missing.is_empty() {
         return Ok(0);
     }
     let name = catalog::relation_name(state.relation)?;
-    catalog::lock_against_writers(&name, state.relation, guc::lock_timeout())?;
+    locks::lock_against_writers(&name, state.relation, guc::lock_timeout())?;
     for (relation, operation) in &missing {
         let name = catalog::relation_name(*relation)?;
         let (trigger, text) = Capture::trigger(operation, &name);
@@ -279,7 +280,7 @@ fn create_triggers(state: &CaptureState) -> Result<usize> {
 }
 
 /// The enabled capture triggers that the table and its partitions lack.
-fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
+pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
     catalog::query(
         &format!(
@@ -295,163 +296,10 @@ fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>>
     )
 }
 
-// ---- watch -----------------------------------------------------------------------------------------------
-
-/// Notices what happened to the table since the last look and mends it. `true`: something was mended.
-pub fn watch(patience: Patience) -> Result<bool> {
-    Ok(damage()?.is_some() && catalog::lock_attachment(patience)? && mend()?)
-}
-
-/// What is wrong with the attachment.
-enum Damage {
-    /// The name belongs to another table now.
-    Replaced(pg_sys::Oid),
-    Dropped,
-    PredecessorDropped,
-    /// Partitions lack triggers.
-    Partitions(Vec<(pg_sys::Oid, String)>),
-    /// Triggers, tables of ours or columns are not as they should be.
-    Incomplete,
-}
-
-fn damage() -> Result<Option<Damage>> {
-    let Some(state) = catalog::capture()? else { return Ok(None) };
-    let named = catalog::find_relation(&qualified(&state.schema, &state.table))?;
-    if let Some(replacement) = named.filter(|oid| *oid != state.relation) {
-        return Ok(Some(Damage::Replaced(replacement)));
-    }
-    let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
-    if let Some(predecessor) = state.predecessor
-        && Table::find(predecessor)?.is_none()
-    {
-        return Ok(Some(Damage::PredecessorDropped));
-    }
-    let mut ours: Vec<String> =
-        ["change_log", "change_log_seq", "retired"].iter().map(|name| qualified(SCHEMA, name)).collect();
-    ours.extend(litellm::rollups().iter().flat_map(|d| [d.table(), d.live_view()]));
-    for name in ours {
-        if catalog::find_relation(&name)?.is_none() {
-            return Ok(Some(Damage::Incomplete));
-        }
-    }
-    let missing = missing_triggers(state.relation)?;
-    if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
-        return Ok(Some(Damage::Incomplete));
-    }
-    Ok(if missing.is_empty() { None } else { Some(Damage::Partitions(missing)) })
-}
-
-/// Mends what is wrong, under the attachment's lock. Looks again: what was seen before it may be out of date.
-fn mend() -> Result<bool> {
-    let (Some(state), Some(damage)) = (catalog::capture()?, damage()?) else { return Ok(false) };
-    match damage {
-        Damage::Replaced(replacement) => follow(&state, replacement)?,
-        Damage::Dropped => return Err(Error::NoTable(qualified(&state.schema, &state.table))),
-        Damage::PredecessorDropped => {
-            forget_predecessor()?;
-            if let Some(state) = catalog::capture()? {
-                create_functions(&state)?;
-            }
-        }
-        Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
-        Damage::Incomplete => {
-            attach_locked(state.relation, None)?;
-            // Rows may have come and gone unseen.
-            rebuild::uncover_all(CHANGE_LOG)?;
-        }
-    }
-    Ok(true)
-}
-
-/// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
-fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
-    let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
-    partitions.dedup();
-    create_triggers(state)?;
-    for partition in partitions {
-        let name = catalog::relation_name(partition)?;
-        catalog::execute(
-            &format!(
-                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-                 SELECT date_trunc('day', min(\"startTime\")), date_trunc('day', max(\"startTime\")) + interval '1 day',
-                        'rebuild', 'ATTACH'
-                 FROM {name} HAVING count(*) > 0"
-            ),
-            &[],
-        )?;
-    }
-    Ok(())
-}
-
-/// The name belongs to another table now (upstream's partition script renames and recreates it). Capture moves
-/// there; the rows that it got meanwhile, except copies from the old table, go to the change log as one batch.
-fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
-    let table = open(replacement)?;
-    let columns = captured_columns(&table)?;
-    if state.predecessor.is_some() {
-        forget_predecessor()?;
-    }
-    let old = Table::find(state.relation)?;
-    let old_name = old.as_ref().map(Table::qualified);
-    // 1. where its rows end: up to there only both tables together are the truth.
-    let end = match &old_name {
-        Some(name) => last_day_of(name, "startTime")?,
-        None => last_day_of(&litellm::rollups()[0].live_view(), "date")?,
-    };
-    catalog::execute(
-        &format!(
-            "UPDATE {SCHEMA}.capture SET relation = $2, columns = $3, predecessor = $4, predecessor_end = $5
-             WHERE source = $1"
-        ),
-        &[
-            state.source.as_str().into(),
-            replacement.into(),
-            columns.into(),
-            old.as_ref().map(|old| old.oid).into(),
-            end.into(),
-        ],
-    )?;
-    if old.is_none() {
-        forget_predecessor()?;
-    }
-    let state = attached_to(&table)?;
-    create_functions(&state)?;
-    // 2. no writer from here on, so that each row is either in the gap or captured.
-    create_triggers(&state)?;
-    catalog::execute(
-        &(Capture { columns: &state.columns }).insert_gap(&table.qualified(), old_name.as_deref()),
-        &[],
-    )?;
-    Ok(())
-}
-
-/// The end of the last day of a relation, by its column `time`.
-fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
-    let sql =
-        format!("SELECT date_trunc('day', max(\"{time}\")::timestamp) + interval '1 day' FROM {relation}");
-    Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
-}
-
-/// The replaced table is gone: its days are history.
-fn forget_predecessor() -> Result<()> {
-    catalog::execute(
-        &format!(
-            "UPDATE {SCHEMA}.source s SET frozen_before = greatest(s.frozen_before, c.predecessor_end)
-             FROM {SCHEMA}.capture c WHERE c.source = s.name"
-        ),
-        &[],
-    )?;
-    catalog::execute(
-        &format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL"),
-        &[],
-    )?;
-    Ok(())
-}
-
 // ---- detach ----------------------------------------------------------------------------------------------
 
 pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
-    if !catalog::lock_attachment(Patience::within(guc::window_wait()))? {
+    if !locks::lock_attachment(Patience::within(guc::window_wait()))? {
         return Err(Error::AttachmentBusy);
     }
     let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
@@ -471,7 +319,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
             for operation in OPERATIONS {
                 let trigger = litellm::trigger_name(operation);
                 let sql = format!("DROP TRIGGER IF EXISTS {trigger} ON {name}");
-                catalog::lock(&sql, &name, partition, guc::lock_timeout())?;
+                locks::lock(&sql, &name, partition, guc::lock_timeout())?;
             }
         }
     }

@@ -1,11 +1,11 @@
 //! litellm_spend: exact, always-fresh spend rollups for LiteLLM, inside Postgres.
 //!
 //! ```text
-//!  enter    api (SQL functions)                 worker (launcher, loop)
+//!  enter    api (SQL functions)      worker (loop)   launcher   hook
 //!           tick (one round of everything)
-//!  act      capture   views   rollup   rebuild
-//!  decide   window   definition   litellm          pure Rust, no pgrx
-//!  base     catalog (state, locks)   guc   error
+//!  act      capture   watch   views   rollup   rebuild
+//!  decide   window   definition   litellm            pure Rust, no pgrx
+//!  base     catalog (state)   locks   session   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
 
@@ -15,11 +15,16 @@ mod catalog;
 mod definition;
 mod error;
 mod guc;
+mod hook;
+mod launcher;
 mod litellm;
+mod locks;
 mod rebuild;
 mod rollup;
+mod session;
 mod tick;
 mod views;
+mod watch;
 mod window;
 mod worker;
 
@@ -36,6 +41,7 @@ pub extern "C-unwind" fn _PG_init() {
     guc::register();
     // SAFETY: a flag of the postmaster.
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
-        worker::register();
+        launcher::register();
+        hook::install();
     }
 }

@@ -7,11 +7,12 @@
 //!
 //! Days before `frozen_before` have lost raw rows: the rollup is their only record. They are never recomputed.
 
-use crate::catalog::{self, CaptureState, Fence, Patience};
+use crate::catalog::{self, CaptureState};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::Capture;
+use crate::locks::{self, Fence, Patience};
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 
@@ -40,7 +41,7 @@ fn rebuild(fence: &Fence, capture: &CaptureState, range: Range) -> Result<i64> {
     for relation in capture.relations() {
         let name = catalog::relation_name(relation)?;
         let sql = format!("LOCK TABLE {name} IN ACCESS SHARE MODE");
-        catalog::lock(&sql, &name, relation, guc::lock_timeout())?;
+        locks::lock(&sql, &name, relation, guc::lock_timeout())?;
     }
     // 2. has that happened already? Then the rollup is the only record.
     if freeze_pending()? {

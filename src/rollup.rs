@@ -9,10 +9,11 @@
 //! Exactly once: the rollup's rows and its watermark commit together, and only the holder of the fence changes
 //! either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing else.
 
-use crate::catalog::{self, Fence, Patience, Source};
+use crate::catalog::{self, Source};
 use crate::definition::SCHEMA;
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::locks::{Fence, Patience};
 use std::time::Instant;
 
 /// What one merge did.

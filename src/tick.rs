@@ -2,11 +2,13 @@
 //! for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is recorded and
 //! does not stop the others.
 
-use crate::catalog::{self, Failure, Patience};
+use crate::catalog;
 use crate::error::Result;
 use crate::litellm::CHANGE_LOG;
+use crate::locks::Patience;
 use crate::rollup::{self, Merge};
-use crate::{capture, rebuild, views};
+use crate::session::Failure;
+use crate::{rebuild, views, watch};
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -38,7 +40,7 @@ pub struct Round {
 
 pub fn tick(run: &mut impl Runner) -> Round {
     let patience = run.patience();
-    let mut more = run.step(Subject::Capture, || capture::watch(patience)).unwrap_or(false);
+    let mut more = run.step(Subject::Capture, || watch::watch(patience)).unwrap_or(false);
     let outcomes = merge_all(run);
     more |= run.step(Subject::Capture, || rebuild::repair_step(patience)).unwrap_or(false);
     more |= backfill_all(run);

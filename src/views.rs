@@ -4,11 +4,12 @@
 //! A view is replaced with CREATE OR REPLACE VIEW, so its OID, owner, grants and dependents stay. That takes ACCESS
 //! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
 
-use crate::catalog::{self, Patience, Table};
+use crate::catalog::{self, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::Result;
 use crate::guc;
 use crate::litellm::{self, PublicView, VIEWS};
+use crate::locks::{self, Patience};
 
 /// What was done to an object, for the caller to read.
 pub type Action = (String, String);
@@ -57,7 +58,7 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
 /// Switches each adopted view whose rollup covers the days it shows.
 pub fn switch_covered(patience: Patience) -> Result<()> {
     if !VIEWS.iter().map(is_ready).collect::<Result<Vec<_>>>()?.contains(&true)
-        || !catalog::lock_attachment(patience)?
+        || !locks::lock_attachment(patience)?
     {
         return Ok(());
     }
@@ -172,5 +173,5 @@ fn replace(name: &str, query: &str) -> Result<()> {
     let Some(view) = find(name)? else { return Ok(()) };
     let with = if view.options.is_empty() { String::new() } else { format!(" WITH ({})", view.options) };
     let sql = format!("CREATE OR REPLACE VIEW {name}{with} AS {query}");
-    catalog::lock(&sql, name, view.oid, guc::lock_timeout())
+    locks::lock(&sql, name, view.oid, guc::lock_timeout())
 }

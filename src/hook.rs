@@ -1,0 +1,132 @@
+//! The utility hook: CREATE EXTENSION is announced to the launcher, and a worker leaves a database that is to be dropped,
+//! renamed, moved or copied, which its connection would prevent.
+
+use crate::catalog;
+use crate::error::Result;
+use crate::launcher::announce;
+use crate::session::Elevated;
+use pgrx::prelude::*;
+use std::ffi::{CStr, c_char};
+
+static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
+
+pub fn install() {
+    // SAFETY: in the postmaster, before there is any other process or thread.
+    unsafe {
+        PREVIOUS = pg_sys::ProcessUtility_hook;
+        pg_sys::ProcessUtility_hook = Some(on_utility);
+    }
+}
+
+// Not pgrx's binding and no #[pg_guard]: an error of the statement passes here untouched, as if we were not
+// there. That is a longjmp over this frame, which therefore owns nothing.
+unsafe extern "C-unwind" {
+    fn standard_ProcessUtility(
+        statement: *mut pg_sys::PlannedStmt,
+        text: *const c_char,
+        read_only_tree: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        parameters: pg_sys::ParamListInfo,
+        environment: *mut pg_sys::QueryEnvironment,
+        receiver: *mut pg_sys::DestReceiver,
+        completion: *mut pg_sys::QueryCompletion,
+    );
+}
+
+#[allow(clippy::too_many_arguments)]
+unsafe extern "C-unwind" fn on_utility(
+    statement: *mut pg_sys::PlannedStmt,
+    text: *const c_char,
+    read_only_tree: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    parameters: pg_sys::ParamListInfo,
+    environment: *mut pg_sys::QueryEnvironment,
+    receiver: *mut pg_sys::DestReceiver,
+    completion: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: the server's own arguments, passed on unchanged.
+    unsafe {
+        on_statement((*statement).utilityStmt);
+        let next = PREVIOUS.unwrap_or(standard_ProcessUtility);
+        next(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_statement(node: *mut pg_sys::Node) {
+    unsafe { look(node) }
+}
+
+/// SAFETY: `node` is a utility statement; its tag says which.
+unsafe fn look(node: *mut pg_sys::Node) {
+    use pg_sys::NodeTag::*;
+    unsafe {
+        match (*node).type_ {
+            T_CreateExtensionStmt => {
+                let statement = node as *mut pg_sys::CreateExtensionStmt;
+                if CStr::from_ptr((*statement).extname).to_bytes() == b"litellm_spend" {
+                    announce();
+                }
+            }
+            T_DropdbStmt => end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname),
+            T_RenameStmt => {
+                let statement = node as *mut pg_sys::RenameStmt;
+                if (*statement).renameType == pg_sys::ObjectType::OBJECT_DATABASE {
+                    end_worker((*statement).subname);
+                }
+            }
+            T_AlterDatabaseStmt => end_worker((*(node as *mut pg_sys::AlterDatabaseStmt)).dbname),
+            T_CreatedbStmt => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
+            _ => {}
+        }
+    }
+}
+
+unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
+    unsafe {
+        let options = (*statement).options;
+        let count = if options.is_null() { 0 } else { (*options).length as usize };
+        for i in 0..count {
+            let option = (*(*options).elements.add(i)).ptr_value as *mut pg_sys::DefElem;
+            let is_template = CStr::from_ptr((*option).defname).to_bytes() == b"template";
+            if is_template && !(*option).arg.is_null() {
+                end_worker(pg_sys::defGetString(option));
+            }
+        }
+    }
+}
+
+/// Asks the worker of a database to end, if the caller owns the database; the statement itself waits for it.
+unsafe fn end_worker(database: *const c_char) {
+    if database.is_null() {
+        return;
+    }
+    let name = unsafe { CStr::from_ptr(database) }.to_string_lossy().into_owned();
+    // SAFETY: the statement runs in a transaction, but without a snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let pids = worker_pids(&name);
+    unsafe { pg_sys::PopActiveSnapshot() };
+    for pid in pids.unwrap_or_default() {
+        // SAFETY: a signal to a process of this server. pg_terminate_backend() would refuse a database owner.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
+}
+
+fn worker_pids(database: &str) -> Result<Vec<i32>> {
+    let owned = catalog::query(
+        "SELECT FROM pg_catalog.pg_database WHERE datname = $1 AND pg_catalog.pg_has_role(datdba, 'USAGE')",
+        &[database.into()],
+        |_| Ok(()),
+    )?;
+    if owned.is_empty() {
+        return Ok(vec![]);
+    }
+    // Only a superuser sees what kind of process another's is.
+    let _superuser = Elevated::as_user(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID));
+    catalog::query(
+        "SELECT pid FROM pg_catalog.pg_stat_activity
+         WHERE datname = $1 AND backend_type = 'litellm_spend worker'",
+        &[database.into()],
+        |r| catalog::value(r, 1),
+    )
+}

@@ -1,0 +1,162 @@
+//! Our locks, and the only statements that lock what is not ours.
+//!
+//! | lock | on | who waits |
+//! |---|---|---|
+//! | [`Fence`] | a rollup's state row, FOR UPDATE | other mergers and rebuilds; readers never |
+//! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
+//! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
+//! | [`lock`] | whatever the statement needs | as the statement says |
+//!
+//! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
+
+use crate::catalog::{execute, exists, find_relation, fresh, query, value};
+use crate::definition::{Definition, SCHEMA};
+use crate::error::{Error, Result};
+use crate::session::require_read_committed;
+use pgrx::datum::Timestamp;
+use pgrx::prelude::*;
+use std::time::{Duration, Instant};
+
+/// The right to change a rollup: its state row, locked until the transaction ends. Whoever holds it sees, in
+/// every later statement, all that earlier holders did.
+pub struct Fence {
+    pub definition: Definition,
+    pub source: String,
+    pub watermark: i64,
+    pub covered_from: Timestamp,
+    pub frozen_before: Timestamp,
+}
+
+/// How long to wait for a fence or a window.
+#[derive(Clone, Copy)]
+pub enum Patience {
+    /// The worker: what is not free now is tried at the next tick.
+    None,
+    /// A SQL call.
+    Until(Instant),
+}
+
+impl Patience {
+    pub fn within(limit: Duration) -> Self {
+        Patience::Until(Instant::now() + limit)
+    }
+
+    /// Sleeps a moment and says whether to try again.
+    pub fn try_again(self) -> bool {
+        match self {
+            Patience::Until(deadline) if Instant::now() < deadline => {
+                // Ten milliseconds: a LiteLLM insert of 100 rows lasts about twenty.
+                std::thread::sleep(Duration::from_millis(10));
+                pgrx::check_for_interrupts!();
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Fence {
+    /// Takes the fence of rollup `name`; `None` when another transaction keeps it.
+    pub fn take(name: &str, patience: Patience) -> Result<Option<Fence>> {
+        require_read_committed()?;
+        loop {
+            let fence = fresh(
+                &format!(
+                    "SELECT r.definition::text, r.source, r.watermark, r.covered_from, s.frozen_before
+                     FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+                     WHERE r.name = $1 FOR UPDATE OF r SKIP LOCKED"
+                ),
+                &[name.into()],
+                |r| {
+                    Ok(Fence {
+                        definition: serde_json::from_str(&value::<String>(r, 1)?)?,
+                        source: value(r, 2)?,
+                        watermark: value(r, 3)?,
+                        covered_from: value(r, 4)?,
+                        frozen_before: value(r, 5)?,
+                    })
+                },
+            )?;
+            if let Some(fence) = fence.into_iter().next() {
+                return Ok(Some(fence));
+            }
+            if !exists(&format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])? {
+                return Err(Error::NoRollup(name.into()));
+            }
+            if !patience.try_again() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Advances the watermark. The rollup's rows of the window are written in the same transaction.
+    pub fn advance(&self, end: i64, rows: i64, groups: i64, ms: f64) -> Result<()> {
+        execute(
+            &format!(
+                "UPDATE {SCHEMA}.rollup SET watermark = $2, merged_at = clock_timestamp(), merged_rows = $3,
+                     merged_groups = $4, merged_ms = $5, last_error = NULL, last_error_at = NULL
+                 WHERE name = $1"
+            ),
+            &[self.definition.name.as_str().into(), end.into(), rows.into(), groups.into(), ms.into()],
+        )?;
+        Ok(())
+    }
+}
+
+/// The right to change what is attached: triggers, views, the state of the capture. Ends with the transaction. What is
+/// read after it is current. `false`: another transaction keeps it.
+pub fn lock_attachment(patience: Patience) -> Result<bool> {
+    let name = format!("{SCHEMA}.capture");
+    let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    // SAFETY: takes a lock, or says that it cannot.
+    while !unsafe { pg_sys::ConditionalLockRelationOid(state, pg_sys::ShareRowExclusiveLock as i32) } {
+        if !patience.try_again() {
+            return Ok(false);
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[])?;
+    Ok(true)
+}
+
+/// Takes SHARE ROW EXCLUSIVE on a user's table until the transaction ends: writers wait, readers do not. Gives up
+/// after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
+pub fn lock_against_writers(table: &str, oid: pg_sys::Oid, limit: Duration) -> Result<()> {
+    let sql = format!("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE");
+    lock(&sql, table, oid, limit)
+}
+
+/// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
+pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid, limit: Duration) -> Result<()> {
+    // Who is in the way is asked before: after a failure the transaction can only be rolled back.
+    let holders = query(
+        "SELECT coalesce(string_agg(DISTINCT coalesce('process ' || pid, 'prepared transaction'), ', '), '')
+         FROM pg_catalog.pg_locks
+         WHERE locktype = 'relation' AND relation = $1 AND granted AND pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+        &[oid.into()],
+        |r| value::<String>(r, 1),
+    )?
+    .pop()
+    .unwrap_or_default();
+    execute(
+        "SELECT pg_catalog.set_config('lock_timeout', $1, true)",
+        &[format!("{}ms", limit.as_millis()).into()],
+    )?;
+    let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| execute(sql, &[]).map(|_| ())))
+        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
+            Err(Error::LockNotAvailable {
+                relation: relation.into(),
+                waited_ms: limit.as_millis(),
+                holders: if holders.is_empty() {
+                    "A transaction came in between.".into()
+                } else {
+                    format!("It is held by {holders}.")
+                },
+            })
+        })
+        .execute();
+    if result.is_ok() {
+        execute("SELECT pg_catalog.set_config('lock_timeout', '0', true)", &[])?;
+    }
+    result
+}

@@ -1,0 +1,153 @@
+//! Who acts, where, and what becomes of an error.
+
+use crate::catalog::{query, value};
+use crate::error::{Error, Result};
+use pgrx::prelude::*;
+use std::ffi::CStr;
+
+pub fn require_writable() -> Result<()> {
+    // SAFETY: both only read backend state.
+    if unsafe { pg_sys::RecoveryInProgress() } {
+        return Err(Error::Standby);
+    }
+    if unsafe { pg_sys::XactReadOnly } {
+        return Err(Error::ReadOnly);
+    }
+    Ok(())
+}
+
+pub fn require_read_committed() -> Result<()> {
+    // SAFETY: reads a backend variable.
+    match unsafe { pg_sys::XactIsoLevel } as u32 {
+        pg_sys::XACT_REPEATABLE_READ => Err(Error::Isolation("REPEATABLE READ")),
+        pg_sys::XACT_SERIALIZABLE => Err(Error::Isolation("SERIALIZABLE")),
+        _ => Ok(()),
+    }
+}
+
+pub fn require_utf8() -> Result<()> {
+    let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1))?
+        .pop()
+        .unwrap_or_default();
+    if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
+}
+
+/// While it lives, the session acts as the extension's owner with a pinned search_path: what we store is ours,
+/// whoever calls, and nothing of the caller's path is looked up. An error ends it with the transaction.
+pub struct Elevated {
+    user: pg_sys::Oid,
+    security: i32,
+    nest_level: i32,
+}
+
+/// Nothing is looked up on the caller's path; what is skipped because it exists is no news.
+const PINNED_SETTINGS: [(&CStr, &CStr); 2] =
+    [(c"search_path", c"pg_catalog, pg_temp"), (c"client_min_messages", c"warning")];
+
+impl Elevated {
+    pub fn enter() -> Result<Elevated> {
+        let owner = query(
+            "SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'",
+            &[],
+            |r| value::<pg_sys::Oid>(r, 1),
+        )?
+        .pop()
+        .ok_or_else(|| Error::NotAttached("this database".into()))?;
+        Ok(Elevated::as_user(owner))
+    }
+
+    /// Who acted before.
+    pub fn caller(&self) -> pg_sys::Oid {
+        self.user
+    }
+
+    pub fn as_user(user: pg_sys::Oid) -> Elevated {
+        let mut guard = Elevated { user: pg_sys::InvalidOid, security: 0, nest_level: 0 };
+        // SAFETY: the pair is restored in Drop, or by the abort of the transaction or subtransaction.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut guard.user, &mut guard.security);
+            guard.nest_level = pg_sys::NewGUCNestLevel();
+            for (name, value) in PINNED_SETTINGS {
+                pg_sys::set_config_option(
+                    name.as_ptr(),
+                    value.as_ptr(),
+                    pg_sys::GucContext::PGC_USERSET,
+                    pg_sys::GucSource::PGC_S_SESSION,
+                    pg_sys::GucAction::GUC_ACTION_SAVE,
+                    true,
+                    0,
+                    false,
+                );
+            }
+            let security = guard.security | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
+            pg_sys::SetUserIdAndSecContext(user, security);
+        }
+        guard
+    }
+}
+
+impl Drop for Elevated {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: undoes enter(), in reverse order.
+            unsafe {
+                pg_sys::AtEOXact_GUC(false, self.nest_level);
+                pg_sys::SetUserIdAndSecContext(self.user, self.security);
+            }
+        }
+    }
+}
+
+/// Runs `work` in a subtransaction: an error undoes only what it did and is returned as text. A cancelled query
+/// is passed on unless `absorb_cancel`.
+pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    // SAFETY: as PL/pgSQL does for a block with EXCEPTION: the memory context and the resource owner are put back
+    // by hand, the rest by the (sub)transaction.
+    let (context, owner) = unsafe {
+        let saved = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::MemoryContextSwitchTo(saved.0);
+        saved
+    };
+    let outcome = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| work().map_err(Failure::from)))
+        .catch_others(|caught| Err(Failure::from(caught)))
+        .execute();
+    // SAFETY: see above.
+    unsafe {
+        if outcome.is_ok() {
+            pg_sys::ReleaseCurrentSubTransaction();
+        } else {
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        }
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::CurrentResourceOwner = owner;
+    }
+    outcome
+}
+
+/// An error that was caught: its subtransaction is rolled back.
+#[derive(Debug)]
+pub struct Failure {
+    pub sqlstate: PgSqlErrorCode,
+    pub message: String,
+}
+
+impl Failure {
+    pub fn is_cancel(&self) -> bool {
+        self.sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure { sqlstate: error.sqlstate(), message: error.to_string() }
+    }
+}
+
+impl From<pg_sys::panic::CaughtError> for Failure {
+    fn from(caught: pg_sys::panic::CaughtError) -> Self {
+        use pg_sys::panic::CaughtError::*;
+        let (PostgresError(report) | ErrorReport(report) | RustPanic { ereport: report, .. }) = caught;
+        Failure { sqlstate: report.sql_error_code(), message: report.message().to_string() }
+    }
+}

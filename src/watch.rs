@@ -1,0 +1,165 @@
+//! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its triggers,
+//! and our own tables may be dropped. What was missed meanwhile is put right.
+
+use crate::capture::{
+    attach_locked, captured_columns, create_functions, create_triggers, missing_triggers, open,
+};
+use crate::catalog::{self, CaptureState, Table};
+use crate::definition::{SCHEMA, qualified};
+use crate::error::{Error, Result};
+use crate::litellm::{self, CHANGE_LOG, Capture};
+use crate::locks::{self, Patience};
+use crate::rebuild;
+use pgrx::datum::Timestamp;
+use pgrx::prelude::*;
+
+/// Notices what happened to the table since the last look and mends it. `true`: something was mended.
+pub fn watch(patience: Patience) -> Result<bool> {
+    Ok(damage()?.is_some() && locks::lock_attachment(patience)? && mend()?)
+}
+
+/// What is wrong with the attachment.
+enum Damage {
+    /// The name belongs to another table now.
+    Replaced(pg_sys::Oid),
+    Dropped,
+    PredecessorDropped,
+    /// Partitions lack triggers.
+    Partitions(Vec<(pg_sys::Oid, String)>),
+    /// Triggers, tables of ours or columns are not as they should be.
+    Incomplete,
+}
+
+fn damage() -> Result<Option<Damage>> {
+    let Some(state) = catalog::capture()? else { return Ok(None) };
+    let named = catalog::find_relation(&qualified(&state.schema, &state.table))?;
+    if let Some(replacement) = named.filter(|oid| *oid != state.relation) {
+        return Ok(Some(Damage::Replaced(replacement)));
+    }
+    let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
+    if let Some(predecessor) = state.predecessor
+        && Table::find(predecessor)?.is_none()
+    {
+        return Ok(Some(Damage::PredecessorDropped));
+    }
+    let mut ours: Vec<String> =
+        ["change_log", "change_log_seq", "retired"].iter().map(|name| qualified(SCHEMA, name)).collect();
+    ours.extend(litellm::rollups().iter().flat_map(|d| [d.table(), d.live_view()]));
+    for name in ours {
+        if catalog::find_relation(&name)?.is_none() {
+            return Ok(Some(Damage::Incomplete));
+        }
+    }
+    let missing = missing_triggers(state.relation)?;
+    if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
+        return Ok(Some(Damage::Incomplete));
+    }
+    Ok(if missing.is_empty() { None } else { Some(Damage::Partitions(missing)) })
+}
+
+/// Mends what is wrong, under the attachment's lock. Looks again: what was seen before it may be out of date.
+fn mend() -> Result<bool> {
+    let (Some(state), Some(damage)) = (catalog::capture()?, damage()?) else { return Ok(false) };
+    match damage {
+        Damage::Replaced(replacement) => follow(&state, replacement)?,
+        Damage::Dropped => return Err(Error::NoTable(qualified(&state.schema, &state.table))),
+        Damage::PredecessorDropped => {
+            forget_predecessor()?;
+            if let Some(state) = catalog::capture()? {
+                create_functions(&state)?;
+            }
+        }
+        Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
+        Damage::Incomplete => {
+            attach_locked(state.relation, None)?;
+            // Rows may have come and gone unseen.
+            rebuild::uncover_all(CHANGE_LOG)?;
+        }
+    }
+    Ok(true)
+}
+
+/// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
+fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
+    let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
+    partitions.dedup();
+    create_triggers(state)?;
+    for partition in partitions {
+        let name = catalog::relation_name(partition)?;
+        catalog::execute(
+            &format!(
+                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+                 SELECT date_trunc('day', min(\"startTime\")), date_trunc('day', max(\"startTime\")) + interval '1 day',
+                        'rebuild', 'ATTACH'
+                 FROM {name} HAVING count(*) > 0"
+            ),
+            &[],
+        )?;
+    }
+    Ok(())
+}
+
+/// The name belongs to another table now (upstream's partition script renames and recreates it). Capture moves
+/// there; the rows that it got meanwhile, except copies from the old table, go to the change log as one batch.
+fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
+    let table = open(replacement)?;
+    let columns = captured_columns(&table)?;
+    if state.predecessor.is_some() {
+        forget_predecessor()?;
+    }
+    let old = Table::find(state.relation)?;
+    let old_name = old.as_ref().map(Table::qualified);
+    // 1. where its rows end: up to there only both tables together are the truth.
+    let end = match &old_name {
+        Some(name) => last_day_of(name, "startTime")?,
+        None => last_day_of(&litellm::rollups()[0].live_view(), "date")?,
+    };
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.capture SET relation = $2, columns = $3, predecessor = $4, predecessor_end = $5
+             WHERE source = $1"
+        ),
+        &[
+            state.source.as_str().into(),
+            replacement.into(),
+            columns.into(),
+            old.as_ref().map(|old| old.oid).into(),
+            end.into(),
+        ],
+    )?;
+    if old.is_none() {
+        forget_predecessor()?;
+    }
+    let state = attached_to(&table)?;
+    create_functions(&state)?;
+    // 2. no writer from here on, so that each row is either in the gap or captured.
+    create_triggers(&state)?;
+    catalog::execute(
+        &(Capture { columns: &state.columns }).insert_gap(&table.qualified(), old_name.as_deref()),
+        &[],
+    )?;
+    Ok(())
+}
+
+/// The end of the last day of a relation, by its column `time`.
+fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
+    let sql =
+        format!("SELECT date_trunc('day', max(\"{time}\")::timestamp) + interval '1 day' FROM {relation}");
+    Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+}
+
+/// The replaced table is gone: its days are history.
+fn forget_predecessor() -> Result<()> {
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.source s SET frozen_before = greatest(s.frozen_before, c.predecessor_end)
+             FROM {SCHEMA}.capture c WHERE c.source = s.name"
+        ),
+        &[],
+    )?;
+    catalog::execute(
+        &format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL"),
+        &[],
+    )?;
+    Ok(())
+}
