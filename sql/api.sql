@@ -39,19 +39,12 @@ CREATE PROCEDURE spend_backfill(source regclass DEFAULT NULL)
 LANGUAGE plpgsql
 AS $backfill$
 DECLARE
-    more boolean := true;
-    progress record;
+    progress text := '';
 BEGIN
-    WHILE more LOOP
-        more := litellm_spend.backfill_step(source);
-        FOR progress IN
-            SELECT s.rollup, s.backfill_progress, s.covered_from FROM @extschema@.spend_rollup_status s
-            WHERE s.covered_from NOT IN ('infinity', '-infinity')
-        LOOP
-            RAISE NOTICE 'rollup %: % %% (days from % on)',
-                progress.rollup, progress.backfill_progress, progress.covered_from::date;
-        END LOOP;
+    WHILE progress IS NOT NULL LOOP
+        progress := litellm_spend.backfill_step(source);
         COMMIT;
+        RAISE NOTICE '%', coalesce(progress, 'all days are covered');
     END LOOP;
 END
 $backfill$;
@@ -59,7 +52,7 @@ $backfill$;
 -- What a reader of monthly_global_spend() has to know, without the rest of the state.
 CREATE VIEW litellm_spend.coverage AS
 SELECT r.name AS rollup, r.covered_from, c.relation AS captured
-FROM litellm_spend.rollup r LEFT JOIN litellm_spend.capture c ON c.source = r.source;
+FROM litellm_spend.rollup r JOIN litellm_spend.capture c ON c.source = r.source;
 
 COMMENT ON SCHEMA litellm_spend IS 'State, change log and rollups of the extension litellm_spend';
 COMMENT ON TABLE litellm_spend.source IS 'Relations whose rows are numbered by a sequence, and what is known of it';
@@ -68,27 +61,28 @@ COMMENT ON TABLE litellm_spend.capture IS 'The table that triggers capture into 
 COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of time in which capture failed, and whether they are repaired';
 COMMENT ON TABLE litellm_spend.public_view IS 'LiteLLM''s views that are answered from rollups, with their own definitions';
 COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
+COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of the days';
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
 COMMENT ON VIEW spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
 COMMENT ON VIEW spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
-COMMENT ON FUNCTION litellm_spend.tail(regclass, bigint) IS 'Rows of a source above a watermark (at most a million) and the age of the oldest';
-COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): true while something is not covered';
+COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
+COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
 COMMENT ON FUNCTION spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
 COMMENT ON FUNCTION spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
 COMMENT ON PROCEDURE spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day a transaction, newest first';
 COMMENT ON FUNCTION monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
 COMMENT ON FUNCTION spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
-COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp) IS 'Recomputes whole days of a rollup from the raw rows; returns the groups written';
+COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole days of a rollup from the raw rows; returns the groups written';
 COMMENT ON FUNCTION spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
 
 REVOKE ALL ON FUNCTION
-    litellm_spend.tail(regclass, bigint), litellm_spend.backfill_step(regclass),
+    litellm_spend.tail(text), litellm_spend.backfill_step(regclass),
     spend_attach(regclass, text), spend_detach(regclass, boolean), monthly_global_spend(integer),
-    spend_rollup_run(text), spend_rollup_rebuild(text, timestamp, timestamp),
+    spend_rollup_run(text), spend_rollup_rebuild(text, timestamp, timestamp, boolean),
     spend_rollup_verify(text, timestamp, timestamp)
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE spend_backfill(regclass) FROM PUBLIC;
 
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
-GRANT EXECUTE ON FUNCTION litellm_spend.tail(regclass, bigint) TO pg_monitor;
+GRANT EXECUTE ON FUNCTION litellm_spend.tail(text) TO pg_monitor;
 GRANT SELECT ON spend_rollup_status, spend_worker_status TO pg_monitor;

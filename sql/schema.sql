@@ -65,7 +65,9 @@ CREATE TABLE litellm_spend.dirty_range (
     sqlstate     text,
     message      text,
     noticed_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
-    repaired_at  timestamptz
+    repaired_at  timestamptz,
+    -- The raw rows of the range are gone: the rollups keep what they say.
+    unrepairable boolean NOT NULL DEFAULT false
 );
 
 -- Counts failures of capture. A sequence, because no rollback takes it back and it needs no space.

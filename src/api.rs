@@ -89,8 +89,17 @@ fn spend_detach(
 ) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
     report(|| {
         require_changeable()?;
+        let drop_history = drop_history.unwrap_or(false);
+        if drop_history && source.is_none() {
+            let elevated = Elevated::enter()?;
+            if catalog::capture()?.is_none() {
+                // Detached before: only the history is left.
+                capture::require_extension_owner(elevated.caller())?;
+                return capture::forget_history();
+            }
+        }
         let _elevated = enter_attached(source)?;
-        capture::detach(drop_history.unwrap_or(false))
+        capture::detach(drop_history)
     })
     .map(TableIterator::new)
 }
@@ -179,9 +188,9 @@ fn spend_rollup_run(
 mod litellm_spend {
     use super::*;
 
-    /// One step of spend_backfill(): `true` while something is not covered.
+    /// One step of spend_backfill(): says how far it is, NULL when all is covered.
     #[pg_extern(volatile, parallel_unsafe)]
-    fn backfill_step(source: Option<Regclass>) -> Result<bool, ErrorReport> {
+    fn backfill_step(source: Option<Regclass>) -> Result<Option<String>, ErrorReport> {
         report(|| {
             require_changeable()?;
             let _elevated = enter_attached(source)?;
@@ -190,7 +199,7 @@ mod litellm_spend {
                 rebuild::backfill_step(&rollup, patience)?;
             }
             views::switch_covered(patience)?;
-            Ok(!catalog::uncovered_rollups()?.is_empty())
+            catalog::backfill_progress()
         })
     }
 }
@@ -201,13 +210,14 @@ fn spend_rollup_rebuild(
     name: Option<&str>,
     range_start: Option<Timestamp>,
     range_end: default!(Option<Timestamp>, "NULL"),
+    force: default!(Option<bool>, "false"),
 ) -> Result<i64, ErrorReport> {
     report(|| {
         require_changeable()?;
         let _elevated = enter_attached(None)?;
         let name = name.ok_or(Error::Null("rollup name"))?;
         let range = Range { start: range_start.ok_or(Error::Null("range_start"))?, end: range_end };
-        rebuild::rebuild_range(name, range, Patience::within(guc::window_wait()))
+        rebuild::rebuild_range(name, range, force.unwrap_or(false), Patience::within(guc::window_wait()))
     })
 }
 

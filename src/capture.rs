@@ -12,6 +12,7 @@ use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::litellm::{self, CHANGE_LOG, Capture, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Patience};
+use crate::rollup::Merged;
 use crate::views::Action;
 use crate::{guc, rebuild, rollup, views};
 use pgrx::prelude::*;
@@ -50,8 +51,16 @@ pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
     match owns.into_iter().next() {
         Some((_, true)) => Ok(()),
         Some((name, false)) => Err(Error::NotOwner(name)),
-        None => Err(Error::NoTable(relation.to_u32().to_string())),
+        // The table was dropped.
+        None => require_extension_owner(caller),
     }
+}
+
+/// `caller` may act for the extension's owner, whom we are at the moment.
+pub fn require_extension_owner(caller: pg_sys::Oid) -> Result<()> {
+    let sql = "SELECT pg_catalog.pg_has_role($1, current_user, 'USAGE')";
+    let owns = catalog::query(sql, &[caller.into()], |r| catalog::value::<bool>(r, 1))?;
+    if owns == [true] { Ok(()) } else { Err(Error::NotOwner("litellm_spend".into())) }
 }
 
 /// The columns of the table that can be captured; an error names one that is missing or of another type.
@@ -104,11 +113,16 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     }
     store_state(&table, &columns, subtract)?;
     if !again {
-        freeze_history(&attached_to(&table)?)?;
+        // What was missed since an earlier attachment is found by computing everything again; days that have lost raw
+        // rows meanwhile keep what the rollups say.
         rebuild::uncover_all(CHANGE_LOG)?;
     }
     actions.extend(views::adopt(&table)?);
     let state = attached_to(&table)?;
+    // The owner may CALL spend_backfill(), which is a procedure and runs with the caller's rights.
+    let owner = quoted(&table.owner);
+    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
+    catalog::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
@@ -137,7 +151,9 @@ fn create_log() -> Result<Vec<Action>> {
             actions.push((full, "created".into()));
         }
     }
-    catalog::execute(&format!("GRANT SELECT ON {SCHEMA}.change_log_seq TO pg_monitor"), &[])?;
+    for comment in litellm::comment_on_log() {
+        catalog::execute(&comment, &[])?;
+    }
     // A log that was dropped and made again goes on above what has been merged.
     catalog::execute(
         &format!(
@@ -179,7 +195,20 @@ fn ensure_rollup(definition: &Definition, keep_coverage: bool) -> Result<Action>
             }
         }
     }
-    catalog::execute(&definition.create_live_view(), &[])?;
+    // Replacing a view locks its readers out for a moment: only when it changes.
+    let stored = catalog::query(
+        &format!("SELECT definition::text FROM {SCHEMA}.rollup WHERE name = $1"),
+        &[definition.name.as_str().into()],
+        |r| Ok(serde_json::from_str::<Definition>(&catalog::value::<String>(r, 1)?).ok()),
+    )?;
+    let view = catalog::find_relation(&definition.live_view())?;
+    if action != "already there" || view.is_none() || stored != [Some(definition.clone())] {
+        let oid = view.unwrap_or(pg_sys::InvalidOid);
+        locks::lock(&definition.create_live_view(), &definition.live_view(), oid, guc::lock_timeout())?;
+        for comment in definition.comments() {
+            catalog::execute(&comment, &[])?;
+        }
+    }
     // A new rollup begins at a watermark that is known to be safe.
     catalog::execute(
         &format!(
@@ -214,39 +243,6 @@ fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> 
             (if subtract { "subtract" } else { "keep" }).into(),
         ],
     )?;
-    Ok(())
-}
-
-/// What rollups kept from an earlier attachment stays history where raw rows are gone: the days before the first
-/// raw row, and that row's own day if it has fewer rows than the rollup knows of.
-fn freeze_history(state: &CaptureState) -> Result<()> {
-    let raw = catalog::relation_name(state.relation)?;
-    for definition in litellm::rollups() {
-        catalog::execute(
-            &format!(
-                "WITH raw AS (SELECT date_trunc('day', min(\"startTime\")) AS first FROM {raw}),
-                      left_over AS (
-                     SELECT first, (SELECT count(*) FROM {raw}
-                                    WHERE \"startTime\" >= first AND \"startTime\" < first + interval '1 day')
-                                 + (SELECT coalesce(sum(requests), 0) FROM {SCHEMA}.retired
-                                    WHERE hour >= first AND hour < first + interval '1 day') AS requests
-                     FROM raw)
-                 UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
-                     SELECT CASE
-                         WHEN first IS NULL THEN (SELECT max(\"{bucket}\")::timestamp + interval '1 day' FROM {rollup})
-                         WHEN requests < (SELECT {presence} FROM {rollup} WHERE \"{bucket}\" = first)
-                             THEN first + interval '1 day'
-                         WHEN EXISTS (SELECT FROM {rollup} WHERE \"{bucket}\" < first) THEN first
-                     END
-                     FROM left_over))
-                 WHERE name = $1",
-                bucket = definition.bucket.name,
-                presence = definition.presence,
-                rollup = definition.table(),
-            ),
-            &[CHANGE_LOG.into()],
-        )?;
-    }
     Ok(())
 }
 
@@ -307,6 +303,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     // 1. LiteLLM's views first: they read the table only.
     let mut actions = match &table {
         Some(table) => views::restore(&table.schema)?,
+        None if drop_history => views::empty(&state.schema)?,
         None => vec![],
     };
     // 2. no writer from here on: what is in the change log is all there will be.
@@ -324,32 +321,39 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         }
     }
     let name = qualified(&state.schema, &state.table);
-    let text =
-        if table.is_some() { "no longer captured" } else { "was dropped; its views are left as they are" };
+    let text = if table.is_some() { "no longer captured" } else { "was dropped before" };
     actions.push((format!("table {name}"), text.into()));
     // 3. merge it, so that the rollups say what the live views said.
     if !drop_history {
         merge_all()?;
     }
     for operation in OPERATIONS {
-        catalog::execute(&format!("DROP FUNCTION {}()", litellm::function_name(operation)), &[])?;
+        catalog::execute(&format!("DROP FUNCTION IF EXISTS {}()", litellm::function_name(operation)), &[])?;
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
     catalog::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
-    for definition in litellm::rollups() {
-        let text = if drop_history { "dropped with its history" } else { "kept as history" };
-        if drop_history {
-            catalog::execute(&format!("DROP VIEW {}", definition.live_view()), &[])?;
-            catalog::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
-        }
-        actions.push((format!("rollup {}", definition.name), text.into()));
-    }
     if drop_history {
-        catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
-        catalog::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
-        catalog::execute(&format!("DROP TABLE {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
-        catalog::execute(&format!("DROP SEQUENCE {SCHEMA}.change_log_seq"), &[])?;
+        actions.extend(forget_history()?);
+    } else {
+        let kept =
+            litellm::rollups().into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
+        actions.extend(kept);
     }
+    Ok(actions)
+}
+
+/// Drops what detach keeps.
+pub fn forget_history() -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for definition in litellm::rollups() {
+        catalog::execute(&format!("DROP VIEW IF EXISTS {}", definition.live_view()), &[])?;
+        catalog::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
+        actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
+    }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
+    catalog::execute(&format!("DROP TABLE IF EXISTS {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
+    catalog::execute(&format!("DROP SEQUENCE IF EXISTS {SCHEMA}.change_log_seq"), &[])?;
     Ok(actions)
 }
 
@@ -359,7 +363,7 @@ fn merge_all() -> Result<()> {
     for mut source in catalog::sources()? {
         let safe = rollup::find_safe_end(&mut source, patience)?;
         for name in catalog::rollup_names(Some(&source.name))? {
-            while rollup::merge(&name, safe, patience)?.is_some() {}
+            while let Merged::Window(_) = rollup::merge(&name, safe, patience)? {}
         }
     }
     Ok(())

@@ -176,22 +176,33 @@ pub fn uncovered_rollups() -> Result<Vec<String>> {
     query(&sql, &[], |r| value(r, 1))
 }
 
-pub fn record_error(rollup: &str, message: &str) -> Result<()> {
-    record("rollup", "name", rollup, message)
+/// How far the backfill is, or `None` when it is complete.
+pub fn backfill_progress() -> Result<Option<String>> {
+    let sql = format!(
+        "SELECT string_agg(format('rollup %s: %s %% of the days', name, covered), '; ' ORDER BY name)
+         FROM {SCHEMA}.backfill WHERE covered_from > '-infinity'"
+    );
+    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
 }
 
-pub fn record_capture_error(source: &str, message: &str) -> Result<()> {
-    record("capture", "source", source, message)
+/// Notes the failure of a rollup, or with `None` that it is over.
+pub fn record_error(rollup: &str, message: Option<&str>) -> Result<()> {
+    record("rollup", "name = $1", rollup, message)
+}
+
+/// Notes a failure around the captured table, or that it is over.
+pub fn record_capture_error(message: Option<&str>) -> Result<()> {
+    record("capture", "$1 IS NOT NULL", "", message)
 }
 
 /// Keeps the time of the first occurrence: a failure that repeats at each tick is written once.
-fn record(table: &str, key: &str, name: &str, message: &str) -> Result<()> {
+fn record(table: &str, condition: &str, name: &str, message: Option<&str>) -> Result<()> {
     execute(
         &format!(
-            "UPDATE {SCHEMA}.{table} SET last_error = $2, last_error_at = clock_timestamp()
-             WHERE {key} = $1 AND last_error IS DISTINCT FROM $2"
+            "UPDATE {SCHEMA}.{table} SET last_error = $2, last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp() END
+             WHERE {condition} AND last_error IS DISTINCT FROM $2"
         ),
-        &[name.into(), message.into()],
+        &[name.into(), message.map(str::to_string).into()],
     )?;
     Ok(())
 }

@@ -105,6 +105,22 @@ impl Definition {
         )
     }
 
+    /// COMMENT ON the table and the live view.
+    pub fn comments(&self) -> [String; 2] {
+        [
+            format!(
+                "COMMENT ON TABLE {} IS {}",
+                self.table(),
+                literal(&format!("Merged rows of rollup {}", self.name))
+            ),
+            format!(
+                "COMMENT ON VIEW {} IS {}",
+                self.live_view(),
+                literal(&format!("Rollup {}: merged rows and tail, exact in every snapshot", self.name))
+            ),
+        ]
+    }
+
     /// The column of a measure, as `CREATE TABLE` and `ADD COLUMN` take it.
     pub fn measure_column(measure: &Column) -> String {
         format!("{} {} NOT NULL DEFAULT 0", quoted(&measure.name), measure.r#type)
@@ -188,17 +204,40 @@ impl Definition {
 
     /// Inserts `truth − tail` of the range `[$1, $2)`, with the watermark `$3`. `truth` has the source's columns.
     pub fn refill(&self, truth: &str) -> String {
+        let rows = self.truth_without_tail(truth);
+        let nonzero = self.measures.iter().map(|m| format!("sum({}) <> 0", quoted(&m.name)));
+        let keep = format!(" HAVING {}", nonzero.collect::<Vec<_>>().join(" OR "));
+        format!("INSERT INTO {} ({}) {}", self.table(), self.column_list(), self.group("", &rows, &keep))
+    }
+
+    fn truth_without_tail(&self, truth: &str) -> String {
         let time = in_range(&quoted(&self.source_time));
         let tail = self.project(&self.source, &format!("{time} AND {}", self.tail("$3")));
-        let rows = format!(
+        format!(
             "{} UNION ALL SELECT {}, {} FROM ({tail}) AS tail",
             self.project(&format!("({truth}) AS truth"), &time),
             self.key_list(),
             Self::list(self.measures.iter(), |m| format!("- {}", quoted(&m.name))),
-        );
-        let nonzero = self.measures.iter().map(|m| format!("sum({}) <> 0", quoted(&m.name)));
-        let keep = format!(" HAVING {}", nonzero.collect::<Vec<_>>().join(" OR "));
-        format!("INSERT INTO {} ({}) {}", self.table(), self.column_list(), self.group("", &rows, &keep))
+        )
+    }
+
+    /// Whether there are merged rows in `[$1, $2)`.
+    pub fn has_rows(&self) -> String {
+        format!("SELECT FROM {} WHERE {}", self.table(), in_range(&quoted(&self.bucket.name)))
+    }
+
+    /// The last bucket of `[$1, $2)` of which the rollup knows more source rows than [`Definition::refill`] would find.
+    pub fn last_lost_bucket(&self, truth: &str) -> String {
+        let (bucket, presence) = (quoted(&self.bucket.name), quoted(&self.presence));
+        format!(
+            "WITH known AS (SELECT {bucket} AS bucket, sum({presence}) AS n FROM {table} WHERE {range} GROUP BY 1),
+                  found AS (SELECT {bucket} AS bucket, sum({presence}) AS n FROM ({rows}) AS rows GROUP BY 1)
+             SELECT known.bucket::timestamp FROM known LEFT JOIN found ON found.bucket = known.bucket
+             WHERE known.n > coalesce(found.n, 0) ORDER BY 1 DESC LIMIT 1",
+            table = self.table(),
+            range = in_range(&bucket),
+            rows = self.truth_without_tail(truth),
+        )
     }
 
     /// The groups of the range `[$1, $2)` in which rollup + tail differ from the truth, all in one snapshot.

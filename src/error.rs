@@ -44,13 +44,15 @@ pub enum Error {
     Frozen { rollup: String, frozen_before: String },
     #[error("range of rollup \"{0}\" is empty or does not start at midnight")]
     Range(String),
+    #[error("rollup \"{rollup}\" knows of more rows on {day} than there are")]
+    RawRowsLost { rollup: String, day: String },
     #[error("raw rows of \"{0}\" vanished during the rebuild")]
     RawVanished(String),
     #[error("sequence {sequence} was set back")]
     SequenceSetBack { sequence: String, last_value: i64, watermark: i64 },
     #[error("sequence {sequence} cannot number the rows of a source")]
     SequenceShape { sequence: String, reason: String },
-    #[error("could not get a lock on \"{relation}\" within {waited_ms} ms")]
+    #[error("could not get a lock on {relation} within {waited_ms} ms")]
     LockNotAvailable { relation: String, waited_ms: u128, holders: String },
     #[error("unexpected answer from the server: {0}")]
     Spi(#[from] pgrx::spi::Error),
@@ -77,9 +79,10 @@ impl Error {
             Error::RollupBusy(_) | Error::AttachmentBusy | Error::LockNotAvailable { .. } => {
                 ERRCODE_LOCK_NOT_AVAILABLE
             }
-            Error::Frozen { .. } | Error::SequenceSetBack { .. } | Error::SequenceShape { .. } => {
-                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
-            }
+            Error::Frozen { .. }
+            | Error::RawRowsLost { .. }
+            | Error::SequenceSetBack { .. }
+            | Error::SequenceShape { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::RawVanished(_) => ERRCODE_T_R_SERIALIZATION_FAILURE,
             Error::Spi(_) | Error::State(_) => ERRCODE_INTERNAL_ERROR,
         }
@@ -108,6 +111,9 @@ impl Error {
             Error::Frozen { frozen_before, .. } => format!(
                 "Raw rows before {frozen_before} are gone; the rollup is their only record and is not recomputed."
             ),
+            Error::RawRowsLost { .. } => {
+                "Rows vanished other than by a captured DELETE; the rollup is their only record.".into()
+            }
             Error::Range(_) => "A rollup is rebuilt in whole days, range_start inclusive, range_end exclusive.".into(),
             Error::RawVanished(_) => "Rows were truncated or a partition was dropped since the rebuild began. Nothing was changed.".into(),
             Error::SequenceSetBack { last_value, watermark, .. } => format!(
@@ -149,6 +155,7 @@ impl Error {
             Error::NoRollup(_) => "SELECT rollup FROM spend_rollup_status lists them.".into(),
             Error::RollupBusy(_) | Error::AttachmentBusy => "Try again.".into(),
             Error::Frozen { frozen_before, .. } => format!("Start the range at '{frozen_before}' or later."),
+            Error::RawRowsLost { .. } => "Pass force := true to count only what is there.".into(),
             Error::Range(_) => "Pass midnights, as in '2026-11-01'.".into(),
             Error::RawVanished(_) => "Try again: the range may be frozen by then.".into(),
             Error::SequenceSetBack { sequence, watermark, .. } => {

@@ -84,6 +84,7 @@ unsafe fn look(node: *mut pg_sys::Node) {
 
 unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
     unsafe {
+        let mut named = false;
         let options = (*statement).options;
         let count = if options.is_null() { 0 } else { (*options).length as usize };
         for i in 0..count {
@@ -91,7 +92,11 @@ unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
             let is_template = CStr::from_ptr((*option).defname).to_bytes() == b"template";
             if is_template && !(*option).arg.is_null() {
                 end_worker(pg_sys::defGetString(option));
+                named = true;
             }
+        }
+        if !named {
+            end_worker(c"template1".as_ptr());
         }
     }
 }

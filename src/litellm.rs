@@ -3,7 +3,7 @@
 //!
 //! Columns are found by name: their order differs between installs, and older versions lack some.
 
-use crate::definition::{Column, Definition, SCHEMA, qualified, quoted};
+use crate::definition::{Column, Definition, SCHEMA, literal, qualified, quoted};
 
 /// LiteLLM's spend log, as its migrations name it.
 pub const SPEND_LOGS: &str = "LiteLLM_SpendLogs";
@@ -136,11 +136,20 @@ impl Capture<'_> {
         let inserted = self.rows("new_rows", 1, "");
         let insert = match predecessor {
             None => write_rows("change_log", &inserted) + ";",
-            // The old table may be dropped at any time: what names it is planned only while it exists.
+            // The old table may be dropped, and its owner may give its name to something else, which must not run
+            // with our rights: it is read only when it has been locked under its name.
             Some((oid, name)) => format!(
-                "IF EXISTS (SELECT FROM pg_class WHERE oid = {oid}) THEN {}; ELSE {}; END IF;",
+                "IF to_regclass({text})::oid = {oid} THEN
+        LOCK TABLE {name} IN ACCESS SHARE MODE;
+        IF to_regclass({text})::oid = {oid} THEN
+            {};
+            RETURN NULL;
+        END IF;
+    END IF;
+    {};",
                 write_rows("change_log", &self.rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
                 write_rows("change_log", &inserted),
+                text = literal(name),
             ),
         };
         let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
@@ -305,6 +314,19 @@ pub fn create_log_tables() -> [String; 3] {
              WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)"
         ),
         format!("CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns})"),
+    ]
+}
+
+/// COMMENT ON what [`create_log_tables`] makes.
+pub fn comment_on_log() -> [String; 3] {
+    [
+        format!("COMMENT ON SEQUENCE {SCHEMA}.change_log_seq IS 'Numbers the rows of the change log'"),
+        format!(
+            "COMMENT ON TABLE {SCHEMA}.change_log IS 'What statements on the captured table added (+) and removed (-)'"
+        ),
+        format!(
+            "COMMENT ON TABLE {SCHEMA}.retired IS 'Sums of rows that retention deleted, by hour, while their day can be rebuilt'"
+        ),
     ]
 }
 

@@ -5,11 +5,12 @@
 //! | [`Fence`] | a rollup's state row, FOR UPDATE | other mergers and rebuilds; readers never |
 //! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
 //! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
+//! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates or drops it |
 //! | [`lock`] | whatever the statement needs | as the statement says |
 //!
 //! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
 
-use crate::catalog::{execute, exists, find_relation, fresh, query, value};
+use crate::catalog::{execute, exists, find_relation, fresh, query, relation_name, value};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
 use crate::session::require_read_committed;
@@ -124,6 +125,14 @@ pub fn lock_attachment(patience: Patience) -> Result<bool> {
 pub fn lock_against_writers(table: &str, oid: pg_sys::Oid, limit: Duration) -> Result<()> {
     let sql = format!("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE");
     lock(&sql, table, oid, limit)
+}
+
+/// Takes ACCESS SHARE, as a reader does, until the transaction ends. We read by name, so the name must still be that of
+/// `relation` once it is locked: its owner could have put something else in its place.
+pub fn lock_against_dropping(relation: pg_sys::Oid, limit: Duration) -> Result<()> {
+    let name = relation_name(relation)?;
+    lock(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"), &name, relation, limit)?;
+    if find_relation(&name)? == Some(relation) { Ok(()) } else { Err(Error::NoTable(name)) }
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.

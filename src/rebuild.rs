@@ -34,23 +34,35 @@ fn attached() -> Result<CaptureState> {
     catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))
 }
 
-/// Recomputes `range` under the fence. Returns the number of groups written.
-fn rebuild(fence: &Fence, capture: &CaptureState, range: Range) -> Result<i64> {
-    let (start, end) = (range.start, range.end);
+/// What to do with a day of which the rollup knows more source rows than there are. Capture saw every deletion by
+/// DELETE, so such a day has lost raw rows in another way: a dropped partition, or while nothing was captured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Shrink {
+    /// Keep what the rollup says.
+    Refuse,
+    /// An UPDATE or DELETE was not captured, so fewer may be right, unless all raw rows of the time are gone.
+    IfRawReachesBack,
+    /// The caller has said so.
+    Allow,
+}
+
+/// Recomputes `range` under the fence. Returns the number of groups written; an error has written nothing.
+fn rebuild(fence: &Fence, capture: &CaptureState, range: Range, shrink: Shrink) -> Result<i64> {
     // 1. a read lock on the raw rows: from here to the commit nobody can truncate them or drop a partition.
     for relation in capture.relations() {
-        let name = catalog::relation_name(relation)?;
-        let sql = format!("LOCK TABLE {name} IN ACCESS SHARE MODE");
-        locks::lock(&sql, &name, relation, guc::lock_timeout())?;
+        locks::lock_against_dropping(relation, guc::lock_timeout())?;
     }
     // 2. has that happened already? Then the rollup is the only record.
     if freeze_pending()? {
         return Err(Error::RawVanished(fence.definition.name.clone()));
     }
-    if fence.covered_from <= start {
-        check_raw_reaches_back(fence, capture, range)?;
+    match shrink {
+        Shrink::Refuse => check_nothing_lost(fence, capture, range)?,
+        Shrink::IfRawReachesBack => check_raw_reaches_back(fence, capture, range)?,
+        Shrink::Allow => {}
     }
     // 3. the range's rows go; readers still see them.
+    let (start, end) = (range.start, range.end);
     catalog::execute(&fence.definition.clear(), &[start.into(), end.into()])?;
     // 4. truth − tail, in one statement: one snapshot, newer than the fence.
     catalog::execute(
@@ -59,18 +71,32 @@ fn rebuild(fence: &Fence, capture: &CaptureState, range: Range) -> Result<i64> {
     )
 }
 
+/// Refuses to recompute a day of which the rollup knows more rows than there are.
+fn check_nothing_lost(fence: &Fence, capture: &CaptureState, range: Range) -> Result<()> {
+    let (start, end) = (range.start, range.end);
+    // On its first backfill a rollup has next to no rows, and the days need to be read only once.
+    if !catalog::exists(&fence.definition.has_rows(), &[start.into(), end.into()])? {
+        return Ok(());
+    }
+    let lost = catalog::fresh(
+        &fence.definition.last_lost_bucket(&truth(capture)?),
+        &[start.into(), end.into(), fence.watermark.into()],
+        |r| catalog::value::<Timestamp>(r, 1),
+    )?;
+    match lost.first() {
+        None => Ok(()),
+        Some(day) => Err(Error::RawRowsLost { rollup: fence.definition.name.clone(), day: day.to_string() }),
+    }
+}
+
 /// Refuses to recompute days that the rollup knows and that are older than every raw row.
 fn check_raw_reaches_back(fence: &Fence, capture: &CaptureState, range: Range) -> Result<()> {
     let first = start_of_raw(capture)?.unwrap_or_else(Timestamp::positive_infinity);
-    let bucket = &fence.definition.bucket.name;
-    let history = catalog::exists(
-        &format!(
-            "SELECT FROM {} WHERE \"{bucket}\" >= $1 AND ($2 IS NULL OR \"{bucket}\" < $2) AND \"{bucket}\" < $3",
-            fence.definition.table()
-        ),
-        &[range.start.into(), range.end.into(), first.into()],
-    )?;
-    if history { Err(frozen(fence, first)) } else { Ok(()) }
+    let end = range.end.filter(|end| *end < first).unwrap_or(first);
+    if catalog::exists(&fence.definition.has_rows(), &[range.start.into(), end.into()])? {
+        return Err(frozen(fence, first));
+    }
+    Ok(())
 }
 
 fn frozen(fence: &Fence, before: Timestamp) -> Error {
@@ -110,7 +136,11 @@ pub fn backfill_step(name: &str, patience: Patience) -> Result<bool> {
         None => Timestamp::negative_infinity(),
         Some(days) => {
             let end = if fence.covered_from.is_infinity() { None } else { Some(fence.covered_from) };
-            rebuild(&fence, &capture, Range { start: days.last, end })?;
+            match rebuild(&fence, &capture, Range { start: days.last, end }, Shrink::Refuse) {
+                // What the rollup says is the best record of that day.
+                Err(Error::RawRowsLost { .. }) => {}
+                other => drop(other?),
+            }
             days.last
         }
     };
@@ -194,24 +224,31 @@ pub fn repair_step(patience: Patience) -> Result<bool> {
              FROM (SELECT range_start, range_end FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL
                    ORDER BY noticed_at LIMIT 1) AS oldest
              WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end AND d.repaired_at IS NULL
-             RETURNING d.range_start, d.range_end"
+             RETURNING d.range_start, d.range_end, d.operation IN ('UPDATE', 'DELETE')"
         ),
         &[],
-        |r| Ok((catalog::value::<Timestamp>(r, 1)?, catalog::value::<Timestamp>(r, 2)?)),
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, catalog::value(r, 3)?)),
     )?;
     // All of them are the same range.
-    if let Some((start, end)) = ranges.into_iter().next() {
-        let end = if end.is_infinity() { None } else { Some(end) };
+    let fewer = ranges.iter().any(|(_, _, fewer): &(Timestamp, Timestamp, bool)| *fewer);
+    let shrink = if fewer { Shrink::IfRawReachesBack } else { Shrink::Refuse };
+    if let Some((start, end, _)) = ranges.into_iter().next() {
+        let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
         for fence in &fences {
             let outcome = if start < fence.frozen_before {
                 Err(frozen(fence, fence.frozen_before))
             } else {
-                rebuild(fence, &capture, Range { start, end })
+                rebuild(fence, &capture, range, shrink)
             };
             match outcome {
-                Err(error @ Error::Frozen { .. }) => {
-                    let message = format!("capture failed on {start} and cannot be repaired: {error}");
-                    catalog::record_error(&fence.definition.name, &message)?;
+                Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => {
+                    catalog::execute(
+                        &format!(
+                            "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
+                             WHERE range_start = $1 AND range_end = $2"
+                        ),
+                        &[start.into(), end.into()],
+                    )?;
                 }
                 other => drop(other?),
             }
@@ -254,7 +291,9 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
         &[capture.source.as_str().into(), safe.into()],
     )?;
     catalog::execute(
-        &format!("DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1"),
+        &format!(
+            "DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1 AND NOT unrepairable"
+        ),
         &[safe.into()],
     )?;
     Ok(true)
@@ -321,15 +360,14 @@ pub fn freeze_expired(patience: Patience) -> Result<bool> {
 // ---- SQL calls -------------------------------------------------------------------------------------------
 
 /// `spend_rollup_rebuild()`: the whole range in the caller's transaction.
-pub fn rebuild_range(name: &str, range: Range, patience: Patience) -> Result<i64> {
+pub fn rebuild_range(name: &str, range: Range, force: bool, patience: Patience) -> Result<i64> {
     let fence = Fence::take(name, patience)?.ok_or_else(|| Error::RollupBusy(name.into()))?;
     let capture = attached()?;
-    check_range(&fence, range)?;
-    rebuild(&fence, &capture, range)
+    check_range(name, fence.frozen_before, range)?;
+    rebuild(&fence, &capture, range, if force { Shrink::Allow } else { Shrink::Refuse })
 }
 
-fn check_range(fence: &Fence, range: Range) -> Result<()> {
-    let name = &fence.definition.name;
+fn check_range(name: &str, frozen_before: Timestamp, range: Range) -> Result<()> {
     let whole_days = catalog::query(
         "SELECT $1 < coalesce($2, 'infinity') AND ($1 = date_trunc('day', $1))
                 AND ($2 IS NULL OR $2 = date_trunc('day', $2))",
@@ -337,10 +375,10 @@ fn check_range(fence: &Fence, range: Range) -> Result<()> {
         |r| catalog::value::<bool>(r, 1),
     )?;
     if whole_days.first() != Some(&true) {
-        return Err(Error::Range(name.clone()));
+        return Err(Error::Range(name.into()));
     }
-    if range.start < fence.frozen_before {
-        return Err(frozen(fence, fence.frozen_before));
+    if range.start < frozen_before {
+        return Err(Error::Frozen { rollup: name.into(), frozen_before: frozen_before.to_string() });
     }
     Ok(())
 }
@@ -361,12 +399,10 @@ pub fn verify(name: &str, start: Option<Timestamp>, end: Option<Timestamp>) -> R
     let (definition, frozen_before) =
         states.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))?;
     let definition: Definition = serde_json::from_str(&definition)?;
-    let start = start.unwrap_or(frozen_before);
-    if start < frozen_before {
-        return Err(Error::Frozen { rollup: name.into(), frozen_before: frozen_before.to_string() });
-    }
+    let range = Range { start: start.unwrap_or(frozen_before), end };
+    check_range(name, frozen_before, range)?;
     let sql = definition.compare(&truth(&attached()?)?);
-    catalog::query(&sql, &[start.into(), end.into()], |r| {
+    catalog::query(&sql, &[range.start.into(), range.end.into()], |r| {
         Ok((catalog::value::<JsonB>(r, 1)?, r.get(2)?, r.get(3)?))
     })
 }

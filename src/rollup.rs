@@ -24,6 +24,15 @@ pub struct Merge {
     pub groups: i64,
 }
 
+/// What came of an attempt to merge.
+pub enum Merged {
+    Window(Merge),
+    /// Everything that is safe has been merged.
+    Nothing,
+    /// Another transaction holds the fence.
+    Busy,
+}
+
 /// The newest value of the source that is safe to merge, found without waiting for anybody longer than `patience`.
 pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
     loop {
@@ -49,12 +58,11 @@ pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
     }
 }
 
-/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest. `None`: nothing to do, or
-/// another transaction holds the fence.
-pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Option<Merge>> {
+/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest.
+pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Merged> {
     let started = Instant::now();
     // 1. lock our state row: one merge at a time, and every later statement sees what the earlier ones did.
-    let Some(fence) = Fence::take(name, patience)? else { return Ok(None) };
+    let Some(fence) = Fence::take(name, patience)? else { return Ok(Merged::Busy) };
     let start = fence.watermark;
     // 2. the window.
     if safe_end < start {
@@ -62,7 +70,7 @@ pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Option<Mer
     }
     let end = safe_end.min(start.saturating_add(guc::max_window()));
     if end == start {
-        return Ok(None);
+        return Ok(Merged::Nothing);
     }
     // 3. its rows, on a snapshot that is newer than the fence and the look.
     let counts = catalog::fresh(&fence.definition.merge(), &[start.into(), end.into()], |r| {
@@ -71,7 +79,7 @@ pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Option<Mer
     let (rows, groups) = counts.first().copied().unwrap_or_default();
     // 4. the watermark, in the same transaction.
     fence.advance(end, rows, groups, started.elapsed().as_secs_f64() * 1000.0)?;
-    Ok(Some(Merge { window_start: start + 1, window_end: end, rows, groups }))
+    Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
 }
 
 /// The sequence is behind the watermark: new rows would never be merged.

@@ -6,14 +6,15 @@ use crate::catalog;
 use crate::error::Result;
 use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
-use crate::rollup::{self, Merge};
+use crate::rollup::{self, Merge, Merged};
 use crate::session::Failure;
 use crate::{rebuild, views, watch};
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Subject {
-    Capture,
+    /// One of the steps that concern the captured table.
+    Task(&'static str),
     Source(String),
     Rollup(String),
 }
@@ -40,43 +41,48 @@ pub struct Round {
 
 pub fn tick(run: &mut impl Runner) -> Round {
     let patience = run.patience();
-    let mut more = run.step(Subject::Capture, || watch::watch(patience)).unwrap_or(false);
+    let mut more = run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
     let outcomes = merge_all(run);
-    more |= run.step(Subject::Capture, || rebuild::repair_step(patience)).unwrap_or(false);
+    more |= run.step(Subject::Task("repair"), || rebuild::repair_step(patience)).unwrap_or(false);
     more |= backfill_all(run);
-    run.step(Subject::Capture, || views::switch_covered(patience));
+    run.step(Subject::Task("switch views"), || views::switch_covered(patience));
     Round { outcomes, more }
 }
 
 /// The rounds' slow part: what needs to be done now and then only.
 pub fn tidy(run: &mut impl Runner) {
     let patience = run.patience();
-    run.step(Subject::Capture, || rebuild::freeze_expired(patience));
+    run.step(Subject::Task("freeze"), || rebuild::freeze_expired(patience));
 }
 
 fn merge_all(run: &mut impl Runner) -> Vec<Outcome> {
     let mut outcomes = vec![];
     let patience = run.patience();
-    for mut source in run.step(Subject::Capture, catalog::sources).unwrap_or_default() {
+    for mut source in run.step(Subject::Task("merge"), catalog::sources).unwrap_or_default() {
         let subject = Subject::Source(source.name.clone());
         let looked = run.step(subject.clone(), || {
             let safe = rollup::find_safe_end(&mut source, patience)?;
             Ok((safe, catalog::last_value(source.sequence)?, catalog::rollup_names(Some(&source.name))?))
         });
         let Some((safe, last_value, names)) = looked else {
-            let names = run.step(subject, || catalog::rollup_names(Some(&source.name))).unwrap_or_default();
+            let list = || catalog::rollup_names(Some(&source.name));
+            let names = run.step(Subject::Task("merge"), list).unwrap_or_default();
             outcomes.extend(names.into_iter().map(|rollup| Outcome { rollup, merge: None, text: "failed" }));
             continue;
         };
+        if source.name == CHANGE_LOG && last_value < source.merged_to {
+            run.step(Subject::Task("watch"), || watch::raise_sequence(&source));
+        }
         // With nothing new the fences are not touched: an idle source writes no WAL.
         let news = safe != source.merged_to;
         for rollup in names {
-            let merged = if news { merge_windows(run, &rollup, safe) } else { Some(None) };
-            let (merge, text) = match merged {
-                None => (None, "failed"),
-                Some(merge) if safe < last_value => (merge, "waiting for writers"),
-                Some(None) => (None, "up to date"),
-                Some(merge) => (merge, "merged"),
+            let (merge, end) = if news { merge_windows(run, &rollup, safe) } else { (None, End::Done) };
+            let text = match end {
+                End::Failed => "failed",
+                End::Busy => "busy",
+                End::Done if safe < last_value => "waiting for writers",
+                End::Done if merge.is_some() => "merged",
+                End::Done => "up to date",
             };
             outcomes.push(Outcome { rollup, merge, text });
         }
@@ -87,15 +93,23 @@ fn merge_all(run: &mut impl Runner) -> Vec<Outcome> {
     outcomes
 }
 
-/// Merges window after window up to `safe_end`, each in a step of its own. `None`: one failed.
-fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> Option<Option<Merge>> {
+enum End {
+    Done,
+    Busy,
+    Failed,
+}
+
+/// Merges window after window up to `safe_end`, each in a step of its own.
+fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<Merge>, End) {
     let patience = run.patience();
     let mut merged = None;
     loop {
         let step = run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, patience));
-        match step? {
-            Some(next) => merged = Some(joined(merged, next)),
-            None => return Some(merged),
+        match step {
+            Some(Merged::Window(next)) => merged = Some(joined(merged, next)),
+            Some(Merged::Nothing) => return (merged, End::Done),
+            Some(Merged::Busy) => return (merged, End::Busy),
+            None => return (merged, End::Failed),
         }
     }
 }
@@ -115,7 +129,7 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
 /// One bucket of each rollup that is not covered. `true`: there is more.
 pub fn backfill_all(run: &mut impl Runner) -> bool {
     let patience = run.patience();
-    let uncovered = run.step(Subject::Capture, catalog::uncovered_rollups).unwrap_or_default();
+    let uncovered = run.step(Subject::Task("backfill"), catalog::uncovered_rollups).unwrap_or_default();
     let mut more = false;
     for rollup in uncovered {
         let step = run.step(Subject::Rollup(rollup.clone()), || rebuild::backfill_step(&rollup, patience));
@@ -124,14 +138,28 @@ pub fn backfill_all(run: &mut impl Runner) -> bool {
     more
 }
 
-/// Where a failure is kept for the status view.
+/// Keeps a failure for the status view.
 pub fn record(subject: &Subject, failure: &Failure) -> Result<()> {
     match subject {
-        Subject::Capture => catalog::record_capture_error(CHANGE_LOG, &failure.message),
-        Subject::Rollup(name) => catalog::record_error(name, &failure.message),
+        Subject::Task(task) => catalog::record_capture_error(Some(&format!("{task}: {}", failure.message))),
+        Subject::Rollup(name) => catalog::record_error(name, Some(&failure.message)),
         Subject::Source(name) => {
             for rollup in catalog::rollup_names(Some(name))? {
-                catalog::record_error(&rollup, &failure.message)?;
+                catalog::record_error(&rollup, Some(&failure.message))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Takes it back: what failed has succeeded.
+pub fn clear(subject: &Subject) -> Result<()> {
+    match subject {
+        Subject::Task(_) => catalog::record_capture_error(None),
+        Subject::Rollup(name) => catalog::record_error(name, None),
+        Subject::Source(name) => {
+            for rollup in catalog::rollup_names(Some(name))? {
+                catalog::record_error(&rollup, None)?;
             }
             Ok(())
         }

@@ -8,7 +8,8 @@ use crate::catalog::{self, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::Result;
 use crate::guc;
-use crate::litellm::{self, PublicView, VIEWS};
+pub use crate::litellm::PublicView;
+use crate::litellm::{self, VIEWS};
 use crate::locks::{self, Patience};
 
 /// What was done to an object, for the caller to read.
@@ -23,8 +24,13 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     let name = qualified(&source.schema, view.name);
     let action = |text: &str| Ok((format!("view {name}"), text.to_string()));
     let found = find(&name)?;
-    let ours = found.as_ref().map(definition).transpose()?.is_some_and(|text| text.contains(view.rollup));
-    if let Some(installed) = installed(view)?.filter(|_| ours) {
+    let ours = match &found {
+        Some(found) => is_ours(view, found)?,
+        None => false,
+    };
+    if let Some((installed, found)) = installed(view)?.zip(found.as_ref()).filter(|_| ours) {
+        // Its owner may have changed.
+        grant(view, found)?;
         // An upgrade may have changed our query: it takes effect here.
         if installed != live(view) {
             replace(&name, &live(view))?;
@@ -70,10 +76,7 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
             continue;
         }
         let Some(found) = find(&name)?.filter(|found| unusable(view, found).is_none()) else { continue };
-        // The view runs with its owner's rights.
-        for grant in rollup_of(view).grant_live(&quoted(&found.owner)) {
-            catalog::execute(&grant, &[])?;
-        }
+        grant(view, &found)?;
         replace(&name, &live(view))?;
         note_installed(view, Some(&live(view)))?;
     }
@@ -112,6 +115,69 @@ pub fn restore(schema: &str) -> Result<Vec<Action>> {
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
     Ok(actions)
+}
+
+/// Views that are ours by our notes and another's in fact: somebody has replaced them.
+pub fn replaced(schema: &str) -> Result<Vec<&'static PublicView>> {
+    let mut replaced = vec![];
+    for view in &VIEWS {
+        if installed(view)?.is_some() {
+            let found = find(&qualified(schema, view.name))?;
+            if !found.map(|found| is_ours(view, &found)).transpose()?.unwrap_or(false) {
+                replaced.push(view);
+            }
+        }
+    }
+    Ok(replaced)
+}
+
+/// Lets go of a view that somebody has replaced: it is theirs until the next attach.
+pub fn forget(view: &PublicView) -> Result<()> {
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.public_view WHERE name = $1"), &[view.name.into()])?;
+    Ok(())
+}
+
+/// The table is gone and with it LiteLLM's definitions: what is left of our views shows nothing.
+pub fn empty(schema: &str) -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for view in &VIEWS {
+        let name = qualified(schema, view.name);
+        if installed(view)?.is_some() && find(&name)?.is_some() {
+            let columns: Vec<String> = view
+                .columns
+                .iter()
+                .map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column)))
+                .collect();
+            replace(&name, &format!("SELECT {} WHERE false", columns.join(", ")))?;
+            actions.push((format!("view {name}"), "emptied: its table is gone".into()));
+        }
+        forget(view)?;
+    }
+    Ok(actions)
+}
+
+/// The view reads our rollup, or, as another version of it may, the rollup's live view.
+fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
+    let rollup = rollup_of(view);
+    let mut ours = vec![];
+    for name in [rollup.table(), rollup.live_view()] {
+        ours.extend(catalog::find_relation(&name)?);
+    }
+    let reads = catalog::query(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
+                        WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.ev_class = $1 AND d.refobjid = ANY ($2))",
+        &[found.oid.into(), ours.into()],
+        |r| catalog::value::<bool>(r, 1),
+    )?;
+    Ok(reads == [true])
+}
+
+/// The view runs with its owner's rights.
+fn grant(view: &PublicView, found: &Table) -> Result<()> {
+    for grant in rollup_of(view).grant_live(&quoted(&found.owner)) {
+        catalog::execute(&grant, &[])?;
+    }
+    Ok(())
 }
 
 fn live(view: &PublicView) -> String {

@@ -2,14 +2,15 @@
 //! and our own tables may be dropped. What was missed meanwhile is put right.
 
 use crate::capture::{
-    attach_locked, captured_columns, create_functions, create_triggers, missing_triggers, open,
+    attach_locked, attached_to, captured_columns, create_functions, create_triggers, missing_triggers, open,
 };
-use crate::catalog::{self, CaptureState, Table};
+use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
 use crate::litellm::{self, CHANGE_LOG, Capture};
 use crate::locks::{self, Patience};
-use crate::rebuild;
+use crate::views::{self, PublicView};
+use crate::{guc, rebuild};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
@@ -26,6 +27,8 @@ enum Damage {
     PredecessorDropped,
     /// Partitions lack triggers.
     Partitions(Vec<(pg_sys::Oid, String)>),
+    /// Views of ours were replaced by somebody else's.
+    Views(Vec<&'static PublicView>),
     /// Triggers, tables of ours or columns are not as they should be.
     Incomplete,
 }
@@ -54,7 +57,11 @@ fn damage() -> Result<Option<Damage>> {
     if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
         return Ok(Some(Damage::Incomplete));
     }
-    Ok(if missing.is_empty() { None } else { Some(Damage::Partitions(missing)) })
+    if !missing.is_empty() {
+        return Ok(Some(Damage::Partitions(missing)));
+    }
+    let replaced = views::replaced(&state.schema)?;
+    Ok(if replaced.is_empty() { None } else { Some(Damage::Views(replaced)) })
 }
 
 /// Mends what is wrong, under the attachment's lock. Looks again: what was seen before it may be out of date.
@@ -70,6 +77,13 @@ fn mend() -> Result<bool> {
             }
         }
         Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
+        Damage::Views(replaced) => {
+            for view in replaced {
+                views::forget(view)?;
+                let message = format!("view \"{}\" was replaced; spend_attach() puts ours back", view.name);
+                catalog::record_capture_error(Some(&message))?;
+            }
+        }
         Damage::Incomplete => {
             attach_locked(state.relation, None)?;
             // Rows may have come and gone unseen.
@@ -77,6 +91,18 @@ fn mend() -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// The change log's sequence was set back. Rows that got low numbers meanwhile look merged and are not, so a failure is
+/// counted that nobody has noted: once the writers of now have ended, everything is computed again.
+pub fn raise_sequence(source: &Source) -> Result<()> {
+    let sequence = catalog::relation_name(source.sequence)?;
+    catalog::execute(
+        "SELECT pg_catalog.setval($1::regclass, $2)",
+        &[sequence.into(), source.merged_to.into()],
+    )?;
+    catalog::execute(&format!("SELECT pg_catalog.nextval('{SCHEMA}.capture_failures')"), &[])?;
+    Ok(())
 }
 
 /// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
@@ -109,6 +135,9 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     }
     let old = Table::find(state.relation)?;
     let old_name = old.as_ref().map(Table::qualified);
+    for relation in [Some(replacement), old.as_ref().map(|old| old.oid)].into_iter().flatten() {
+        locks::lock_against_dropping(relation, guc::lock_timeout())?;
+    }
     // 1. where its rows end: up to there only both tables together are the truth.
     let end = match &old_name {
         Some(name) => last_day_of(name, "startTime")?,

@@ -22,6 +22,8 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
         launcher::found_extension();
     }
     let mut steps = Steps::default();
+    // What failed in an earlier life is noted again if it still does.
+    steps.take_back(&Subject::Task("watch"));
     let mut tidied = Instant::now();
     while in_transaction(extension_exists) {
         reload_settings();
@@ -51,6 +53,18 @@ struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
 }
 
+impl Steps {
+    fn take_back(&self, subject: &Subject) {
+        in_transaction(|| {
+            let clear = || {
+                let _owner = Elevated::enter()?;
+                tick::clear(subject)
+            };
+            drop(attempt(clear));
+        });
+    }
+}
+
 const SHORTEST_REST: Duration = Duration::from_millis(500);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
@@ -73,7 +87,9 @@ impl Runner for Steps {
         });
         match outcome {
             Ok(value) => {
-                self.resting.remove(&subject);
+                if self.resting.remove(&subject).is_some() {
+                    self.take_back(&subject);
+                }
                 Some(value)
             }
             Err(failure) => {

@@ -315,6 +315,103 @@ fn an_attached_partition_with_rows_is_counted() {
 }
 
 #[test]
+fn a_day_whose_partition_was_dropped_keeps_its_history() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client
+        .batch_execute(
+            r#"DO $$ BEGIN FOR i IN 0..5 LOOP
+                   EXECUTE format('CREATE TABLE p%s PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                                  i, CURRENT_DATE - i, CURRENT_DATE - i + 1);
+               END LOOP; END $$"#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 500, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    // From the middle, as nobody should; and then something makes everything be computed again.
+    client.batch_execute("DROP TABLE p2").unwrap();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER ALL"#).unwrap();
+    eventually("the triggers are enabled", || {
+        holds(
+            &mut client,
+            r#"SELECT bool_and(tgenabled = 'O') FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    wait_until_live(&mut client);
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)", "55000");
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+    // Unless the DBA insists.
+    client
+        .batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2, force => true)")
+        .unwrap();
+    assert_exact(&mut client);
+    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client
+        .batch_execute(r#"CREATE OR REPLACE VIEW "MonthlyGlobalSpend" AS SELECT CURRENT_DATE AS date, 1::float8 AS spend"#)
+        .unwrap();
+    eventually("the status says so", || {
+        holds(
+            &mut client,
+            "SELECT live_views IS NULL AND last_error LIKE '%was replaced%' FROM spend_rollup_status",
+        )
+    });
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(value::<f64>(&mut client, r#"SELECT spend FROM "MonthlyGlobalSpend""#), 1.0);
+    client.batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; SELECT spend_attach()"#).unwrap();
+    wait_until_live(&mut client);
+    assert!(holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+    assert_exact(&mut client);
+}
+
+#[test]
+fn a_view_whose_owner_changed_is_granted_again() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(r#"DROP ROLE IF EXISTS owner_d; CREATE ROLE owner_d LOGIN; ALTER VIEW "MonthlyGlobalSpend" OWNER TO owner_d"#)
+        .unwrap();
+    assert_eq!(error(&mut client, r#"SELECT * FROM "MonthlyGlobalSpend""#).code().code(), "42501");
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    assert_exact(&mut client);
+    drop_role(&mut client, "owner_d");
+}
+
+#[test]
+fn a_dropped_table_can_be_detached() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client
+        .batch_execute(
+            r#"DROP VIEW "Last30dKeysBySpend", "Last30dModelsBySpend", "MonthlyGlobalSpendPerKey",
+                   "MonthlyGlobalSpendPerUserPerKey", "DailyTagSpend", "Last30dTopEndUsersSpend";
+               DROP TABLE "LiteLLM_SpendLogs""#,
+        )
+        .unwrap();
+    let total: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
+    assert!(total > 0.0);
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_eq!(error(&mut client, "SELECT * FROM monthly_global_spend()").code().code(), "55000");
+    client
+        .batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend"#)
+        .unwrap();
+}
+
+#[test]
 fn litellms_start_up_leaves_our_view_alone() {
     let db = shared().database();
     let mut client = db.connect();
@@ -445,15 +542,8 @@ fn workers_come_and_go_with_their_databases() {
 
     // Databases are renamed, copied and dropped under their workers.
     eventually("a worker is there", || workers(&one) == 1);
-    admin
-        .batch_execute(
-            &format!("ALTER DATABASE {} RENAME TO renamed; ALTER DATABASE renamed RENAME TO {0}", one.name)
-                .replace("; ", ";"),
-        )
-        .unwrap_or_else(|_| {
-            admin.batch_execute(&format!("ALTER DATABASE {} RENAME TO renamed", one.name)).unwrap();
-            admin.batch_execute(&format!("ALTER DATABASE renamed RENAME TO {}", one.name)).unwrap();
-        });
+    admin.batch_execute(&format!("ALTER DATABASE {} RENAME TO renamed", one.name)).unwrap();
+    admin.batch_execute(&format!("ALTER DATABASE renamed RENAME TO {}", one.name)).unwrap();
     eventually("the worker is back", || workers(&one) == 1);
     admin.batch_execute(&format!("CREATE DATABASE copied TEMPLATE {}", one.name)).unwrap();
     eventually("the copy has a worker", || {
@@ -467,6 +557,16 @@ fn workers_come_and_go_with_their_databases() {
     assert_exact(&mut copied);
     drop(copied);
     admin.batch_execute("DROP DATABASE copied").unwrap();
+
+    // A database from the default template, while that has the extension and a worker.
+    cluster.connect("template1").batch_execute("CREATE EXTENSION litellm_spend").unwrap();
+    eventually("template1 has a worker", || {
+        value::<i64>(
+            &mut admin,
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = 'template1' AND backend_type = 'litellm_spend worker'",
+        ) == 1
+    });
+    admin.batch_execute("CREATE DATABASE from_template1").unwrap();
 }
 
 #[test]

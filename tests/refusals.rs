@@ -233,23 +233,73 @@ fn dropping_the_extension_with_history_is_refused() {
 }
 
 #[test]
-fn a_sequence_that_was_set_back_stops_the_rollup_and_says_so() {
+fn the_change_logs_sequence_that_was_set_back_is_raised_and_the_gap_repaired() {
     let db = shared().database().attached();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
     wait_until_merged(&mut client);
+    client.batch_execute("DELETE FROM litellm_spend.change_log").unwrap();
     client.batch_execute("SELECT setval('litellm_spend.change_log_seq', 1)").unwrap();
     client.batch_execute(&insert_rows("b", 5, 5)).unwrap();
-    eventually("the status says so", || {
-        holds(&mut client, "SELECT last_error LIKE '%set back%' FROM spend_rollup_status")
+    eventually("the sequence is above the watermark", || {
+        holds(
+            &mut client,
+            "SELECT s.last_value >= r.watermark FROM litellm_spend.change_log_seq s, litellm_spend.rollup r",
+        )
     });
+    eventually("the rows are counted", || client.query(VIEW_AGAINST_RAW, &[]).unwrap().is_empty());
+    client.batch_execute(&insert_rows("c", 5, 5)).unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn code_of_an_owner_or_a_monitor_never_runs_with_our_rights() {
+    let db = shared().database();
+    let mut client = db.connect();
     client
         .batch_execute(
-            "SELECT setval('litellm_spend.change_log_seq', (SELECT watermark FROM litellm_spend.rollup))",
+            r#"DROP ROLE IF EXISTS mallory; CREATE ROLE mallory LOGIN; GRANT pg_monitor TO mallory;
+               GRANT CREATE ON SCHEMA public TO mallory; ALTER TABLE "LiteLLM_SpendLogs" OWNER TO mallory"#,
         )
         .unwrap();
-    client.batch_execute(&insert_rows("c", 5, 5)).unwrap();
-    eventually("it goes on", || holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+    client.batch_execute(&insert_rows("a", 10, 3)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let mut mallory = db.cluster.connect_as(&db.name, "mallory");
+    mallory
+        .batch_execute(
+            r#"CREATE FUNCTION public.evil() RETURNS text LANGUAGE plpgsql AS $$ BEGIN
+                   INSERT INTO public.loot SELECT current_user; RETURN 'x'; END $$;
+               CREATE TABLE public.loot (who text); GRANT ALL ON public.loot TO PUBLIC"#,
+        )
+        .unwrap();
+    // The monitor's function takes no relation.
+    assert!(mallory.batch_execute("SELECT * FROM litellm_spend.tail('public.loot'::regclass, 0)").is_err());
+    // The table is replaced, and the old one's name given to a view with a function in it.
+    mallory
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" RENAME TO legacy;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE legacy INCLUDING ALL)"#,
+        )
+        .unwrap();
+    eventually("capture follows", || {
+        holds(&mut client, "SELECT predecessor = 'legacy'::regclass FROM litellm_spend.capture")
+    });
+    mallory
+        .batch_execute(
+            "ALTER TABLE legacy RENAME TO elsewhere; CREATE VIEW legacy AS SELECT evil() AS request_id",
+        )
+        .unwrap();
+    mallory.batch_execute(&insert_rows("b", 10, 3)).unwrap();
+    client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 1)").unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_no_rows(client.query("SELECT who FROM loot", &[]).unwrap(), "whose rights the code ran with");
+    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+    drop(mallory);
+    client
+        .batch_execute("REASSIGN OWNED BY mallory TO postgres; DROP OWNED BY mallory; DROP ROLE mallory")
+        .unwrap();
 }
 
 #[test]
