@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""What capture adds to LiteLLM's writes: multi-row INSERT … ON CONFLICT DO NOTHING, prepared, values bound, autocommit.
+"""What capture adds to LiteLLM's writes: multi-row INSERT … ON CONFLICT DO NOTHING, values bound, autocommit.
+
+Prepared once, but for one case: Prisma keeps the statements of the last few numbers of rows, and parses others anew. Rows
+have about 1.1 kB of metadata, and in one case the 9 kB that LiteLLM 1.109 writes, most of it null prices.
 
 Two databases with the same 100,000 rows and all seven indexes, one attached, get the same new rows in blocks of
 statements: attached, plain, plain, attached. Per row inserted:
@@ -14,6 +17,7 @@ per row inserted). Rows are shaped and ordered as in bench/spend_rows.sql: a sta
 
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import harness
 from harness import QUICK, Results, Session, say
@@ -22,9 +26,31 @@ RUNS = 2 if QUICK else 7
 BASE = 2_000 if QUICK else 100_000
 BLOCKS = [("attached", 0), ("plain", 0), ("plain", 1), ("attached", 1)]  # variant, which half of the run's statements
 
-# Rows a statement: statements a block. 100 first: its warm-up writes to nearly every page of the indexes, so that
-# no full-page images flatter the later ones.
-SIZES = {100: 5, 1000: 1, 1: 50} if QUICK else {100: 50, 1000: 5, 1: 1000}
+
+
+@dataclass
+class Case:
+    label: str
+    rows: int  # a statement
+    block: int  # statements
+    prepared: bool = True
+    wide: bool = False
+
+    def __post_init__(self):
+        self.block = max(1, self.block // 10) if QUICK else self.block
+
+
+# 100 rows first: its warm-up writes to nearly every page of the indexes, so that no full-page images flatter the later
+# ones.
+CASES = [
+    Case("100 rows", 100, 50),
+    Case("100 rows, parsed anew", 100, 50, prepared=False),
+    Case("100 rows of 9 kB metadata", 100, 20, wide=True),
+    Case("1000 rows", 1000, 5),
+    Case("1 row", 1, 1000),
+]
+
+PRICES = ", ".join(f'"input_cost_per_token_above_{i}k_tokens_priority": null' for i in range(128, 278))
 
 COLUMNS = """
     request_id call_type api_key spend total_tokens prompt_tokens completion_tokens startTime endTime
@@ -43,21 +69,30 @@ def statement(rows):
     return f'INSERT INTO "LiteLLM_SpendLogs" ({columns}) VALUES {values} ON CONFLICT DO NOTHING'
 
 
+def widened(metadata):
+    """With the model's price list, as LiteLLM 1.109 repeats it in each row."""
+    return metadata[:-1] + f', "model_map_information": {{"model_map_value": {{{PRICES}}}}}}}'.encode()
+
+
 class Pool:
     """New rows in order of time, later than all that the databases have."""
 
     def __init__(self):
-        self.size = sum(2 * size * block for size, block in SIZES.items()) * (RUNS + 1)
+        self.size = sum(2 * case.rows * case.block for case in CASES) * (RUNS + 1)
         self.session = Session(harness.loaded("pool", self.size, seeds=(3, 4)))
         columns = ", ".join(f'"{c}" + interval \'31 days\'' if c in TIMES else f'"{c}"' for c in COLUMNS)
         self.session.run(f'BEGIN; DECLARE pool CURSOR FOR SELECT {columns} FROM "LiteLLM_SpendLogs" ORDER BY "startTime"')
 
-    def statements(self, rows, count):
-        """The values of that many statements."""
-        found = self.session.rows(f"FETCH {rows * count} FROM pool")
-        if len(found) < rows * count:
+    def statements(self, case):
+        """The values of a block of statements."""
+        rows = case.rows
+        found = self.session.rows(f"FETCH {rows * case.block} FROM pool")
+        if len(found) < rows * case.block:
             raise RuntimeError("the pool is empty")
-        return [[v for row in found[i * rows:(i + 1) * rows] for v in row] for i in range(count)]
+        if case.wide:
+            at = COLUMNS.index("metadata")
+            found = [row[:at] + (widened(row[at]),) + row[at + 1:] for row in found]
+        return [[v for row in found[i * rows:(i + 1) * rows] for v in row] for i in range(case.block)]
 
     def close(self):
         self.session.close()
@@ -87,15 +122,20 @@ class Meter:
         results.add(run, variant, "wal", self.wal / rows, "B/row")
 
 
-def one_run(results, run, size, pool, sessions, observer):
+def one_run(results, run, case, pool, sessions, observer):
     meters = {variant: Meter(session, observer) for variant, session in sessions.items()}
-    halves = [pool.statements(size, SIZES[size]) for _ in range(2)]
+    halves = [pool.statements(case) for _ in range(2)]
+    sql = statement(case.rows)
     for variant, half in BLOCKS:
+        session = sessions[variant]
         with meters[variant].running():
             for values in halves[half]:
-                sessions[variant].execute(f"insert_{size}", values)
-    rows = 2 * size * SIZES[size]
-    label = f"{size} row" + "s" * (size > 1)
+                if case.prepared:
+                    session.execute(f"insert_{case.rows}", values)
+                else:
+                    session.execute_unprepared(sql, values)
+    rows = 2 * case.rows * case.block
+    label = case.label
     for variant, meter in meters.items():
         meter.add_to(results, run, f"{label} {variant}", rows)
 
@@ -120,11 +160,12 @@ def main():
         sessions = {"attached": attached, "plain": plain}
         observer = Session("postgres")
         observer.run("CHECKPOINT")
-        for size in SIZES:
+        for rows in sorted({case.rows for case in CASES}):
             for session in sessions.values():
-                session.prepare(f"insert_{size}", statement(size))
+                session.prepare(f"insert_{rows}", statement(rows))
+        for case in CASES:
             for run in range(RUNS + 1):
-                one_run(results, run, size, pool, sessions, observer)
+                one_run(results, run, case, pool, sessions, observer)
         counts = [int(s.value('SELECT count(*) FROM "LiteLLM_SpendLogs"')) for s in sessions.values()]
         if counts != [BASE + pool.size] * 2:
             raise RuntimeError(f"the tables have {counts} rows instead of {BASE + pool.size}")

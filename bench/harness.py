@@ -70,6 +70,10 @@ class Session:
         """Runs a prepared statement with its values bound."""
         return self._checked(self.libpq.exec_prepared(name.encode(), values))
 
+    def execute_unprepared(self, sql, values):
+        """Has the server parse and plan it as well."""
+        return self._checked(self.libpq.exec_params(sql.encode(), values))
+
     def timed(self, sql):
         """Milliseconds until the client has the result."""
         text = sql.encode()

@@ -20,7 +20,7 @@ use pgrx::prelude::*;
 /// The table that a NULL source means, on the caller's search_path.
 pub fn default_source() -> Result<pg_sys::Oid> {
     let name = quoted(SPEND_LOGS);
-    catalog::find_relation(&name)?.ok_or(Error::NoTable(SPEND_LOGS.into()))
+    catalog::find_relation(&name)?.ok_or(Error::NoTable(name))
 }
 
 /// The table to attach or detach: it exists, can have triggers, and is the caller's.
@@ -303,8 +303,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     // 1. LiteLLM's views first: they read the table only.
     let mut actions = match &table {
         Some(table) => views::restore(&table.schema)?,
-        None if drop_history => views::empty(&state.schema)?,
-        None => vec![],
+        None => views::empty(&state.schema)?,
     };
     // 2. no writer from here on: what is in the change log is all there will be.
     for relation in state.relations() {

@@ -8,7 +8,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 #[derive(Debug, ThisError)]
 pub enum Error {
-    #[error("relation \"{0}\" does not exist")]
+    #[error("relation {0} does not exist")]
     NoTable(String),
     #[error("\"{relation}\" is {kind}")]
     NotATable { relation: String, kind: &'static str },

@@ -101,7 +101,7 @@ unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
     }
 }
 
-/// Asks the worker of a database to end, if the caller owns the database; the statement itself waits for it.
+/// Asks the worker of a database to end, if the caller owns the database or may copy it; the statement itself waits for it.
 unsafe fn end_worker(database: *const c_char) {
     if database.is_null() {
         return;
@@ -119,7 +119,7 @@ unsafe fn end_worker(database: *const c_char) {
 
 fn worker_pids(database: &str) -> Result<Vec<i32>> {
     let owned = catalog::query(
-        "SELECT FROM pg_catalog.pg_database WHERE datname = $1 AND pg_catalog.pg_has_role(datdba, 'USAGE')",
+        "SELECT FROM pg_catalog.pg_database WHERE datname = $1 AND (datistemplate OR pg_catalog.pg_has_role(datdba, 'USAGE'))",
         &[database.into()],
         |_| Ok(()),
     )?;

@@ -1,5 +1,6 @@
 //! The worker of one database: a round of everything, each step in a transaction of its own, then a pause.
 
+use crate::catalog;
 use crate::error::Result;
 use crate::guc;
 use crate::launcher;
@@ -44,7 +45,8 @@ const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 fn extension_exists() -> bool {
     let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend')";
-    Spi::get_one(sql).ok().flatten().unwrap_or(false)
+    // Not Spi::get_one(), which takes an XID: a worker with nothing to do writes no WAL.
+    catalog::query(sql, &[], |r| catalog::value::<bool>(r, 1)).is_ok_and(|exists| exists == [true])
 }
 
 /// Runs each step in its own transaction. After a failure its subject is left alone, for longer each time.

@@ -406,9 +406,10 @@ fn a_dropped_table_can_be_detached() {
     assert!(total > 0.0);
     client.batch_execute("SELECT spend_detach()").unwrap();
     assert_eq!(error(&mut client, "SELECT * FROM monthly_global_spend()").code().code(), "55000");
-    client
-        .batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend"#)
-        .unwrap();
+    // Its definition cannot be given back; its history is kept, and goes only when asked to.
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "MonthlyGlobalSpend""#), 0);
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"), 50);
+    client.batch_execute("SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend").unwrap();
 }
 
 #[test]
@@ -566,7 +567,8 @@ fn workers_come_and_go_with_their_databases() {
             "SELECT count(*) FROM pg_stat_activity WHERE datname = 'template1' AND backend_type = 'litellm_spend worker'",
         ) == 1
     });
-    admin.batch_execute("CREATE DATABASE from_template1").unwrap();
+    admin.batch_execute("CREATE ROLE creator LOGIN CREATEDB").unwrap();
+    cluster.connect_as("postgres", "creator").batch_execute("CREATE DATABASE from_template1").unwrap();
 }
 
 #[test]
