@@ -263,29 +263,28 @@ pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     if missing.is_empty() {
         return Ok(0);
     }
-    let name = catalog::relation_name(state.relation)?;
-    locks::lock_against_writers(&name, state.relation, guc::lock_timeout())?;
     for (relation, operation) in &missing {
         let name = catalog::relation_name(*relation)?;
-        let (trigger, text) = Capture::trigger(operation, &name);
-        // It may be there but disabled.
-        catalog::execute(&format!("DROP TRIGGER IF EXISTS {trigger} ON {name}"), &[])?;
-        catalog::execute(&text, &[])?;
+        // For a partitioned table this locks its partitions as well.
+        locks::lock_against_writers(&name, *relation, guc::lock_timeout())?;
+        catalog::execute(&Capture::trigger(operation, &name), &[])?;
     }
     Ok(missing.len())
 }
 
-/// The enabled capture triggers that the table and its partitions lack.
+/// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
     catalog::query(
         &format!(
-            "SELECT r.oid, o.operation FROM unnest($1::oid[]) AS r(oid), unnest($2::text[]) AS o(operation)
+            "SELECT r.oid, o.operation
+             FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n), unnest($2::text[]) AS o(operation)
              WHERE NOT EXISTS (
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
                    AND t.tgenabled IN ('O', 'A')
-                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation))"
+                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation))
+             ORDER BY r.n"
         ),
         &[catalog::relation_tree(relation)?.into(), operations.into()],
         |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),

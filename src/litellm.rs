@@ -205,20 +205,19 @@ $capture$"
         (name, text)
     }
 
-    /// One trigger, as (name, `CREATE TRIGGER …`).
-    pub fn trigger(operation: &str, relation: &str) -> (String, String) {
-        let name = trigger_name(operation);
+    /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks no reader out.
+    pub fn trigger(operation: &str, relation: &str) -> String {
         let transition = match operation {
             "insert" => "REFERENCING NEW TABLE AS new_rows",
             "update" => "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
             "delete" => "REFERENCING OLD TABLE AS old_rows",
             _ => "",
         };
-        let text = format!(
-            "CREATE TRIGGER {name} AFTER {operation} ON {relation} {transition} FOR EACH STATEMENT EXECUTE FUNCTION {}()",
+        format!(
+            "CREATE OR REPLACE TRIGGER {} AFTER {operation} ON {relation} {transition} FOR EACH STATEMENT EXECUTE FUNCTION {}()",
+            trigger_name(operation),
             function_name(operation)
-        );
-        (name, text)
+        )
     }
 }
 

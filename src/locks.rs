@@ -147,10 +147,7 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid, limit: Duration) -> Res
     )?
     .pop()
     .unwrap_or_default();
-    execute(
-        "SELECT pg_catalog.set_config('lock_timeout', $1, true)",
-        &[format!("{}ms", limit.as_millis()).into()],
-    )?;
+    let before = set_lock_timeout(&format!("{}ms", limit.as_millis()))?;
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| execute(sql, &[]).map(|_| ())))
         .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
             Err(Error::LockNotAvailable {
@@ -165,7 +162,15 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid, limit: Duration) -> Res
         })
         .execute();
     if result.is_ok() {
-        execute("SELECT pg_catalog.set_config('lock_timeout', '0', true)", &[])?;
+        set_lock_timeout(&before)?;
     }
     result
+}
+
+/// Sets lock_timeout until the transaction ends; returns what it was.
+fn set_lock_timeout(value: &str) -> Result<String> {
+    let sql =
+        "SELECT pg_catalog.current_setting('lock_timeout'), pg_catalog.set_config('lock_timeout', $1, true)";
+    let before = fresh(sql, &[value.into()], |r| crate::catalog::value::<String>(r, 1))?;
+    Ok(before.into_iter().next().unwrap_or_default())
 }

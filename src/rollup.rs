@@ -103,6 +103,15 @@ pub fn trim(source: &Source) -> Result<i64> {
     if end <= source.trimmed_to {
         return Ok(0);
     }
+    // Whoever attaches holds this row, and may be about to drop the change log.
+    let ours = catalog::fresh(
+        &format!("SELECT FROM {SCHEMA}.source WHERE name = $1 AND trimmed_to = $2 FOR UPDATE SKIP LOCKED"),
+        &[source.name.as_str().into(), source.trimmed_to.into()],
+        |_| Ok(()),
+    )?;
+    if ours.is_empty() {
+        return Ok(0);
+    }
     let name = catalog::relation_name(source.relation)?;
     let removed = catalog::execute(
         &format!("DELETE FROM {name} WHERE seq > $1 AND seq <= $2"),

@@ -56,6 +56,14 @@ impl Elevated {
         Ok(Elevated::as_user(owner))
     }
 
+    /// For a worker: it never waits longer than a moment, not even for a row. Less than deadlock_timeout, so that
+    /// it is the worker that gives way.
+    pub fn impatient(self) -> Elevated {
+        // SAFETY: inside the nest level of this guard, which Drop undoes.
+        unsafe { set(c"lock_timeout", c"200ms") };
+        self
+    }
+
     /// Who acted before.
     pub fn caller(&self) -> pg_sys::Oid {
         self.user
@@ -68,21 +76,28 @@ impl Elevated {
             pg_sys::GetUserIdAndSecContext(&mut guard.user, &mut guard.security);
             guard.nest_level = pg_sys::NewGUCNestLevel();
             for (name, value) in PINNED_SETTINGS {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    value.as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
+                set(name, value);
             }
             let security = guard.security | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
             pg_sys::SetUserIdAndSecContext(user, security);
         }
         guard
+    }
+}
+
+/// Sets a GUC within the current nest level.
+unsafe fn set(name: &CStr, value: &CStr) {
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
     }
 }
 

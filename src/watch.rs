@@ -115,9 +115,9 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
         catalog::execute(
             &format!(
                 "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-                 SELECT date_trunc('day', min(\"startTime\")), date_trunc('day', max(\"startTime\")) + interval '1 day',
-                        'rebuild', 'ATTACH'
-                 FROM {name} HAVING count(*) > 0"
+                 SELECT date_trunc('day', first), date_trunc('day', last) + interval '1 day', 'rebuild', 'ATTACH'
+                 FROM (SELECT min(\"startTime\") AS first, max(\"startTime\") AS last FROM {name}) AS ends
+                 WHERE first IS NOT NULL"
             ),
             &[],
         )?;

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::guc;
 use crate::launcher;
 use crate::locks::Patience;
-use crate::session::{Elevated, attempt};
+use crate::session::{Elevated, Failure, attempt};
 use crate::tick::{self, Runner, Subject};
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
@@ -57,13 +57,7 @@ struct Steps {
 
 impl Steps {
     fn take_back(&self, subject: &Subject) {
-        in_transaction(|| {
-            let clear = || {
-                let _owner = Elevated::enter()?;
-                tick::clear(subject)
-            };
-            drop(attempt(clear));
-        });
+        in_transaction(|| drop(attempt_as_owner(|| tick::clear(subject))));
     }
 }
 
@@ -76,12 +70,9 @@ impl Runner for Steps {
             return None;
         }
         let outcome = in_transaction(|| {
-            let outcome = attempt(|| {
-                let _owner = Elevated::enter()?;
-                work()
-            });
+            let outcome = attempt_as_owner(work);
             if let Err(failure) = &outcome
-                && let Err(second) = attempt(|| tick::record(&subject, failure))
+                && let Err(second) = attempt_as_owner(|| tick::record(&subject, failure))
             {
                 log!("litellm_spend: could not record a failure: {}", second.message);
             }
@@ -109,6 +100,13 @@ impl Runner for Steps {
     fn patience(&self) -> Patience {
         Patience::None
     }
+}
+
+fn attempt_as_owner<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    attempt(|| {
+        let _owner = Elevated::enter()?.impatient();
+        work()
+    })
 }
 
 /// Between three quarters and all of `rest`, so that the workers of a server do not try in step.

@@ -148,6 +148,29 @@ fn attach_while_writers_run_misses_nothing() {
 }
 
 #[test]
+fn attach_does_not_wait_for_readers() {
+    let db = shared().database();
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    reader.batch_execute(r#"BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute(&insert_rows("b", 50, 5)).unwrap();
+    // Also when the triggers are made again.
+    client
+        .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER litellm_spend_capture_insert"#)
+        .unwrap();
+    eventually("the trigger is enabled", || {
+        holds(
+            &mut client,
+            r#"SELECT bool_and(tgenabled = 'O') FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    wait_until_live(&mut client);
+    reader.batch_execute("COMMIT").unwrap();
+    assert_exact(&mut client);
+}
+
+#[test]
 fn a_changed_definition_takes_effect_when_attached_again() {
     let db = shared().database().attached();
     let mut client = db.connect();
