@@ -132,6 +132,10 @@ impl Runner for Subtransactions {
     fn patience(&self) -> Patience {
         self.patience
     }
+
+    fn watch_is_due(&mut self) -> bool {
+        true
+    }
 }
 
 /// Does what the worker does in one round: merges what is safe, repairs, backfills a day, switches views.

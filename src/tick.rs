@@ -24,6 +24,8 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
+    /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
+    fn watch_is_due(&mut self) -> bool;
 }
 
 /// What a round did to one rollup.
@@ -41,7 +43,8 @@ pub struct Round {
 
 pub fn tick(run: &mut impl Runner) -> Round {
     let patience = run.patience();
-    let mut more = run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
+    let mut more =
+        run.watch_is_due() && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
     let outcomes = merge_all(run);
     more |= run.step(Subject::Task("repair"), || rebuild::repair_step(patience)).unwrap_or(false);
     more |= backfill_all(run);

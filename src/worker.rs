@@ -41,6 +41,9 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     }
 }
 
+/// Shorter than the second between two ticks by default, so that each of those looks.
+const WATCH_INTERVAL: Duration = Duration::from_millis(900);
+
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 fn extension_exists() -> bool {
@@ -53,6 +56,7 @@ fn extension_exists() -> bool {
 #[derive(Default)]
 struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
+    watched: Option<Instant>,
 }
 
 impl Steps {
@@ -99,6 +103,14 @@ impl Runner for Steps {
 
     fn patience(&self) -> Patience {
         Patience::None
+    }
+
+    fn watch_is_due(&mut self) -> bool {
+        let due = self.watched.is_none_or(|at| at.elapsed() >= WATCH_INTERVAL);
+        if due {
+            self.watched = Some(Instant::now());
+        }
+        due
     }
 }
 
