@@ -59,8 +59,8 @@ CREATE TABLE litellm_spend.dirty_range (
     failure      bigint,
     range_start  timestamp NOT NULL,
     range_end    timestamp NOT NULL,
-    -- rebuild: recompute the range. freeze: raw rows are gone, keep what the rollups say.
-    repair       text NOT NULL CHECK (repair IN ('rebuild', 'freeze')),
+    -- rebuild: recompute the range. keep: nothing, the rollups are right. freeze: raw rows are gone, never recompute.
+    repair       text NOT NULL CHECK (repair IN ('rebuild', 'keep', 'freeze')),
     operation    text NOT NULL,
     sqlstate     text,
     message      text,

@@ -158,8 +158,8 @@ impl Capture<'_> {
         } else {
             write_sums("retired", &self.rows("old_rows", 1, ""))
         };
-        // A kept row that could not be written to the ledger makes its days impossible to recompute.
-        let delete_repair = if subtract_deleted { "rebuild" } else { "freeze" };
+        // A kept row that could not be written to the ledger is still in the rollups, which is where it belongs.
+        let delete_repair = if subtract_deleted { "rebuild" } else { "keep" };
         vec![
             self.function("insert", &insert, "new_rows", "rebuild"),
             self.function("update", &format!("{};", write_sums("change_log", &updated)), "both", "rebuild"),

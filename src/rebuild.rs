@@ -217,6 +217,13 @@ pub fn repair_step(patience: Patience) -> Result<bool> {
         freeze(&capture, &fences)?;
         return Ok(true);
     }
+    catalog::execute(
+        &format!(
+            "UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
+             WHERE repair = 'keep' AND repaired_at IS NULL"
+        ),
+        &[],
+    )?;
     // Marked before the rebuild's snapshot: what is noticed after it stays for the next step.
     let ranges = catalog::fresh(
         &format!(
@@ -311,8 +318,7 @@ fn take_all(source: &str, patience: Patience) -> Result<Option<Vec<Fence>>> {
     Ok(Some(fences))
 }
 
-/// Raw rows were truncated, or a deleted one could not be kept in the ledger: all days that the rollups know become
-/// history.
+/// Raw rows were truncated: all days that the rollups know become history.
 fn freeze(capture: &CaptureState, fences: &[Fence]) -> Result<()> {
     let ends: Vec<String> = fences
         .iter()

@@ -247,6 +247,30 @@ fn history_is_frozen_and_never_computed_again() {
 }
 
 #[test]
+fn a_deletion_that_was_not_captured_keeps_history_and_freezes_nothing() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 200, 5)).unwrap();
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    client
+        .batch_execute("ALTER TABLE litellm_spend.retired ADD CONSTRAINT no_space CHECK (false) NOT VALID")
+        .unwrap();
+    let deleted = client
+        .execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < now() - interval '2 days'"#, &[])
+        .unwrap();
+    assert!(deleted > 10);
+    eventually("the failure is dealt with", || {
+        holds(&mut client, "SELECT capture_errors = 1 AND dirty_ranges = 0 FROM spend_rollup_status")
+    });
+    // Also when everything is computed again.
+    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+    assert!(holds(&mut client, "SELECT frozen_before = '-infinity' FROM spend_rollup_status"));
+}
+
+#[test]
 fn truncate_keeps_history() {
     let db = shared().database().attached();
     let mut client = db.connect();

@@ -106,6 +106,17 @@ impl Cluster {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Runs a file of LiteLLM's SQL without stopping at errors; returns what psql complained of.
+    pub fn run_again(&self, database: &str, file: &str) -> String {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/litellm").join(file);
+        let output = Command::new(self.bin.join("psql"))
+            .args(["-X", "-q", "-h", self.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"])
+            .args(["-d", database, "-f", file.to_str().unwrap()])
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
     pub fn program(&self, name: &str) -> Command {
         as_user(&self.bin.join(name), self.user)
     }
