@@ -6,7 +6,7 @@ use crate::locks::Patience;
 use crate::rebuild::Range;
 use crate::session::{self, Elevated, Failure, attempt};
 use crate::tick::{self, Runner, Subject};
-use crate::{capture, error, guc, rebuild, views};
+use crate::{capture, error, rebuild, views};
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -123,7 +123,7 @@ impl Runner for Subtransactions {
             }
             Err(failure) => {
                 warning!("litellm_spend: {}", failure.message);
-                drop(attempt(|| tick::record(&subject, &failure)));
+                drop(attempt(|| tick::record(&subject, Some(&failure))));
                 None
             }
         }
@@ -157,7 +157,7 @@ fn spend_rollup_run(
     >,
     ErrorReport,
 > {
-    let mut run = Subtransactions { patience: Patience::within(guc::window_wait()), cancelled: None };
+    let mut run = Subtransactions { patience: Patience::of_call(), cancelled: None };
     let round = report(|| {
         require_changeable()?;
         let _elevated = enter_attached(None)?;
@@ -198,7 +198,7 @@ mod litellm_spend {
         report(|| {
             require_changeable()?;
             let _elevated = enter_attached(source)?;
-            let patience = Patience::within(guc::window_wait());
+            let patience = Patience::of_call();
             for rollup in catalog::uncovered_rollups()? {
                 rebuild::backfill_step(&rollup, patience)?;
             }
@@ -221,7 +221,7 @@ fn spend_rollup_rebuild(
         let _elevated = enter_attached(None)?;
         let name = name.ok_or(Error::Null("rollup name"))?;
         let range = Range { start: range_start.ok_or(Error::Null("range_start"))?, end: range_end };
-        rebuild::rebuild_range(name, range, force.unwrap_or(false), Patience::within(guc::window_wait()))
+        rebuild::rebuild_range(name, range, force.unwrap_or(false), Patience::of_call())
     })
 }
 

@@ -14,7 +14,7 @@ use crate::litellm::{self, CHANGE_LOG, Capture, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Patience};
 use crate::rollup::Merged;
 use crate::views::Action;
-use crate::{guc, rebuild, rollup, views};
+use crate::{rebuild, rollup, views};
 use pgrx::prelude::*;
 
 /// The table that a NULL source means, on the caller's search_path.
@@ -89,7 +89,7 @@ pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
 // ---- attach ----------------------------------------------------------------------------------------------
 
 pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
-    if !locks::lock_attachment(Patience::within(guc::window_wait()))? {
+    if !locks::lock_attachment(Patience::of_call())? {
         return Err(Error::AttachmentBusy);
     }
     attach_locked(oid, subtract)
@@ -99,22 +99,26 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
 pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
     let columns = captured_columns(&table)?;
-    if let Some(current) = catalog::capture()?.filter(|current| current.relation != oid) {
+    let current = catalog::capture()?;
+    if let Some(current) = current.as_ref().filter(|current| current.relation != oid) {
         return Err(Error::AttachedElsewhere(qualified(&current.schema, &current.table)));
     }
-    let current = catalog::capture()?;
-    let again = current.is_some();
-    let subtract = subtract.unwrap_or(current.is_some_and(|current| current.subtract));
+    let subtract = subtract.unwrap_or(current.as_ref().is_some_and(|current| current.subtract));
 
     // 1. everything that needs no lock on the table.
     let mut actions = create_log()?;
+    let mut complete = actions.is_empty();
     for definition in litellm::rollups() {
-        actions.push(ensure_rollup(&definition, again)?);
+        let (action, unchanged) = ensure_rollup(&definition)?;
+        actions.push(action);
+        complete &= unchanged;
     }
     store_state(&table, &columns, subtract)?;
-    if !again {
-        // What was missed since an earlier attachment is found by computing everything again; days that have lost raw
-        // rows meanwhile keep what the rollups say.
+    // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows meanwhile
+    // keep what the rollups say.
+    complete &=
+        current.is_some_and(|current| current.columns == columns) && missing_triggers(oid)?.is_empty();
+    if !complete {
         rebuild::uncover_all(CHANGE_LOG)?;
     }
     actions.extend(views::adopt(&table)?);
@@ -126,11 +130,7 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
-    let created = create_triggers(&state)?;
-    if created > 0 && again {
-        rebuild::uncover_all(CHANGE_LOG)?;
-    }
-    let text = if created > 0 { "capturing" } else { "already capturing" };
+    let text = if create_triggers(&state)? > 0 { "capturing" } else { "already capturing" };
     actions.push((format!("table {}", table.qualified()), text.into()));
     Ok(actions)
 }
@@ -176,11 +176,11 @@ fn create_log() -> Result<Vec<Action>> {
 }
 
 /// Makes a rollup's table, live view and state, or brings them up to the definition at hand. New measures start
-/// as 0 and every day is computed again; days whose raw rows are gone keep 0.
-fn ensure_rollup(definition: &Definition, keep_coverage: bool) -> Result<Action> {
+/// as 0; days whose raw rows are gone keep that. Also says whether the table was complete.
+fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
     let table = definition.table();
     let mut action = "already there";
-    match catalog::find_relation(&table)?.map(Table::find).transpose()?.flatten() {
+    match Table::named(&table)? {
         None => {
             catalog::execute(&definition.create_table(), &[])?;
             action = "created";
@@ -204,7 +204,7 @@ fn ensure_rollup(definition: &Definition, keep_coverage: bool) -> Result<Action>
     let view = catalog::find_relation(&definition.live_view())?;
     if action != "already there" || view.is_none() || stored != [Some(definition.clone())] {
         let oid = view.unwrap_or(pg_sys::InvalidOid);
-        locks::lock(&definition.create_live_view(), &definition.live_view(), oid, guc::lock_timeout())?;
+        locks::lock(&definition.create_live_view(), &definition.live_view(), oid)?;
         for comment in definition.comments() {
             catalog::execute(&comment, &[])?;
         }
@@ -218,10 +218,7 @@ fn ensure_rollup(definition: &Definition, keep_coverage: bool) -> Result<Action>
         ),
         &[definition.name.as_str().into(), CHANGE_LOG.into(), serde_json::to_string(definition)?.into()],
     )?;
-    if keep_coverage && action != "already there" {
-        rebuild::uncover_all(CHANGE_LOG)?;
-    }
-    Ok((format!("rollup {}", definition.name), action.into()))
+    Ok(((format!("rollup {}", definition.name), action.into()), action == "already there"))
 }
 
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
@@ -260,13 +257,10 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
 /// Creates the triggers that are missing on the table and its partitions. Returns how many.
 pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
-    if missing.is_empty() {
-        return Ok(0);
-    }
     for (relation, operation) in &missing {
         let name = catalog::relation_name(*relation)?;
         // For a partitioned table this locks its partitions as well.
-        locks::lock_against_writers(&name, *relation, guc::lock_timeout())?;
+        locks::lock_against_writers(&name, *relation)?;
         catalog::execute(&Capture::trigger(operation, &name), &[])?;
     }
     Ok(missing.len())
@@ -294,7 +288,7 @@ pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, Strin
 // ---- detach ----------------------------------------------------------------------------------------------
 
 pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
-    if !locks::lock_attachment(Patience::within(guc::window_wait()))? {
+    if !locks::lock_attachment(Patience::of_call())? {
         return Err(Error::AttachmentBusy);
     }
     let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
@@ -314,7 +308,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
             for operation in OPERATIONS {
                 let trigger = litellm::trigger_name(operation);
                 let sql = format!("DROP TRIGGER IF EXISTS {trigger} ON {name}");
-                locks::lock(&sql, &name, partition, guc::lock_timeout())?;
+                locks::lock(&sql, &name, partition)?;
             }
         }
     }
@@ -357,7 +351,7 @@ pub fn forget_history() -> Result<Vec<Action>> {
 
 /// Merges the whole change log, whose writers are locked out.
 fn merge_all() -> Result<()> {
-    let patience = Patience::within(guc::window_wait());
+    let patience = Patience::of_call();
     for mut source in catalog::sources()? {
         let safe = rollup::find_safe_end(&mut source, patience)?;
         for name in catalog::rollup_names(Some(&source.name))? {

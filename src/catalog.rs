@@ -104,7 +104,7 @@ pub fn last_value(sequence: pg_sys::Oid) -> Result<i64> {
     Ok(query(&sql, &[], |r| value(r, 1))?.first().copied().unwrap_or(0))
 }
 
-/// Refuses a sequence whose values do not rise one by one in the order in which they are drawn.
+/// Refuses a sequence whose values do not rise in the order in which they are drawn.
 pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
     let shape = query(
         "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text FROM pg_catalog.pg_sequence WHERE seqrelid = $1",
@@ -298,6 +298,11 @@ impl Table {
             |r| Ok((value(r, 1)?, value(r, 2)?)),
         )?;
         Ok(Some(table))
+    }
+
+    /// Finds a table by a qualified, quoted name.
+    pub fn named(name: &str) -> Result<Option<Table>> {
+        find_relation(name)?.map(Table::find).transpose().map(Option::flatten)
     }
 
     pub fn qualified(&self) -> String {

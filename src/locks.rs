@@ -13,6 +13,7 @@
 use crate::catalog::{execute, exists, find_relation, fresh, query, relation_name, value};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
+use crate::guc;
 use crate::session::require_read_committed;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
@@ -38,8 +39,9 @@ pub enum Patience {
 }
 
 impl Patience {
-    pub fn within(limit: Duration) -> Self {
-        Patience::Until(Instant::now() + limit)
+    /// That of a SQL call that begins now.
+    pub fn of_call() -> Self {
+        Patience::Until(Instant::now() + guc::window_wait())
     }
 
     /// Sleeps a moment and says whether to try again.
@@ -122,21 +124,21 @@ pub fn lock_attachment(patience: Patience) -> Result<bool> {
 
 /// Takes SHARE ROW EXCLUSIVE on a user's table until the transaction ends: writers wait, readers do not. Gives up
 /// after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
-pub fn lock_against_writers(table: &str, oid: pg_sys::Oid, limit: Duration) -> Result<()> {
+pub fn lock_against_writers(table: &str, oid: pg_sys::Oid) -> Result<()> {
     let sql = format!("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE");
-    lock(&sql, table, oid, limit)
+    lock(&sql, table, oid)
 }
 
 /// Takes ACCESS SHARE, as a reader does, until the transaction ends. We read by name, so the name must still be that of
 /// `relation` once it is locked: its owner could have put something else in its place.
-pub fn lock_against_dropping(relation: pg_sys::Oid, limit: Duration) -> Result<()> {
+pub fn lock_against_dropping(relation: pg_sys::Oid) -> Result<()> {
     let name = relation_name(relation)?;
-    lock(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"), &name, relation, limit)?;
+    lock(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"), &name, relation)?;
     if find_relation(&name)? == Some(relation) { Ok(()) } else { Err(Error::NoTable(name)) }
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
-pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid, limit: Duration) -> Result<()> {
+pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.
     let holders = query(
         "SELECT coalesce(string_agg(DISTINCT coalesce('process ' || pid, 'prepared transaction'), ', '), '')
@@ -147,6 +149,7 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid, limit: Duration) -> Res
     )?
     .pop()
     .unwrap_or_default();
+    let limit = guc::lock_timeout();
     let before = set_lock_timeout(&format!("{}ms", limit.as_millis()))?;
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| execute(sql, &[]).map(|_| ())))
         .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {

@@ -10,7 +10,6 @@
 use crate::catalog::{self, CaptureState};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
-use crate::guc;
 use crate::litellm::Capture;
 use crate::locks::{self, Fence, Patience};
 use pgrx::JsonB;
@@ -50,7 +49,7 @@ pub enum Shrink {
 fn rebuild(fence: &Fence, capture: &CaptureState, range: Range, shrink: Shrink) -> Result<i64> {
     // 1. a read lock on the raw rows: from here to the commit nobody can truncate them or drop a partition.
     for relation in capture.relations() {
-        locks::lock_against_dropping(relation, guc::lock_timeout())?;
+        locks::lock_against_dropping(relation)?;
     }
     // 2. has that happened already? Then the rollup is the only record.
     if freeze_pending()? {
@@ -94,13 +93,13 @@ fn check_raw_reaches_back(fence: &Fence, capture: &CaptureState, range: Range) -
     let first = start_of_raw(capture)?.unwrap_or_else(Timestamp::positive_infinity);
     let end = range.end.filter(|end| *end < first).unwrap_or(first);
     if catalog::exists(&fence.definition.has_rows(), &[range.start.into(), end.into()])? {
-        return Err(frozen(fence, first));
+        return Err(frozen(&fence.definition.name, first));
     }
     Ok(())
 }
 
-fn frozen(fence: &Fence, before: Timestamp) -> Error {
-    Error::Frozen { rollup: fence.definition.name.clone(), frozen_before: before.to_string() }
+fn frozen(rollup: &str, before: Timestamp) -> Error {
+    Error::Frozen { rollup: rollup.into(), frozen_before: before.to_string() }
 }
 
 fn freeze_pending() -> Result<bool> {
@@ -118,7 +117,7 @@ fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
         .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", catalog::relation_name(r)?)))
         .collect::<Result<Vec<_>>>()?;
     let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+    Ok(catalog::query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 
 // ---- backfill --------------------------------------------------------------------------------------------
@@ -228,9 +227,10 @@ pub fn repair_step(patience: Patience) -> Result<bool> {
     let ranges = catalog::fresh(
         &format!(
             "UPDATE {SCHEMA}.dirty_range d SET repaired_at = clock_timestamp()
-             FROM (SELECT range_start, range_end FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL
-                   ORDER BY noticed_at LIMIT 1) AS oldest
-             WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end AND d.repaired_at IS NULL
+             FROM (SELECT range_start, range_end FROM {SCHEMA}.dirty_range
+                   WHERE repair = 'rebuild' AND repaired_at IS NULL ORDER BY noticed_at LIMIT 1) AS oldest
+             WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end
+               AND d.repair = 'rebuild' AND d.repaired_at IS NULL
              RETURNING d.range_start, d.range_end, d.operation IN ('UPDATE', 'DELETE')"
         ),
         &[],
@@ -243,7 +243,7 @@ pub fn repair_step(patience: Patience) -> Result<bool> {
         let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
         for fence in &fences {
             let outcome = if start < fence.frozen_before {
-                Err(frozen(fence, fence.frozen_before))
+                Err(frozen(&fence.definition.name, fence.frozen_before))
             } else {
                 rebuild(fence, &capture, range, shrink)
             };
@@ -348,13 +348,20 @@ fn freeze(capture: &CaptureState, fences: &[Fence]) -> Result<()> {
 /// Freezes the days before the oldest raw row and prunes their ledger: nothing can recompute them any more.
 pub fn freeze_expired(patience: Patience) -> Result<bool> {
     let Some(capture) = catalog::capture()? else { return Ok(false) };
+    let Some(first) = start_of_raw(&capture)? else { return Ok(false) };
+    // Before the fences, which take an XID: as a rule there is nothing to freeze.
+    let expired = catalog::query(
+        &format!("SELECT FROM {SCHEMA}.source WHERE name = $1 AND frozen_before < $2"),
+        &[capture.source.as_str().into(), first.into()],
+        |_| Ok(()),
+    )?;
+    if expired.is_empty() {
+        return Ok(false);
+    }
     let Some(fences) = take_all(&capture.source, patience)? else { return Ok(false) };
     if fences.is_empty() || !fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
         return Ok(false);
     }
-    let Some(first) = start_of_raw(&capture)?.filter(|first| *first > fences[0].frozen_before) else {
-        return Ok(false);
-    };
     catalog::execute(
         &format!("UPDATE {SCHEMA}.source SET frozen_before = $2 WHERE name = $1"),
         &[capture.source.as_str().into(), first.into()],
@@ -384,7 +391,7 @@ fn check_range(name: &str, frozen_before: Timestamp, range: Range) -> Result<()>
         return Err(Error::Range(name.into()));
     }
     if range.start < frozen_before {
-        return Err(Error::Frozen { rollup: name.into(), frozen_before: frozen_before.to_string() });
+        return Err(frozen(name, frozen_before));
     }
     Ok(())
 }

@@ -141,30 +141,18 @@ pub fn backfill_all(run: &mut impl Runner) -> bool {
     more
 }
 
-/// Keeps a failure for the status view.
-pub fn record(subject: &Subject, failure: &Failure) -> Result<()> {
+/// Keeps a failure for the status view, or with `None` takes it back: what failed has succeeded.
+pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
+    let message = failure.map(|failure| match subject {
+        Subject::Task(task) => format!("{task}: {}", failure.message),
+        _ => failure.message.clone(),
+    });
+    let message = message.as_deref();
     match subject {
-        Subject::Task(task) => catalog::record_capture_error(Some(&format!("{task}: {}", failure.message))),
-        Subject::Rollup(name) => catalog::record_error(name, Some(&failure.message)),
-        Subject::Source(name) => {
-            for rollup in catalog::rollup_names(Some(name))? {
-                catalog::record_error(&rollup, Some(&failure.message))?;
-            }
-            Ok(())
-        }
-    }
-}
-
-/// Takes it back: what failed has succeeded.
-pub fn clear(subject: &Subject) -> Result<()> {
-    match subject {
-        Subject::Task(_) => catalog::record_capture_error(None),
-        Subject::Rollup(name) => catalog::record_error(name, None),
-        Subject::Source(name) => {
-            for rollup in catalog::rollup_names(Some(name))? {
-                catalog::record_error(&rollup, None)?;
-            }
-            Ok(())
-        }
+        Subject::Task(_) => catalog::record_capture_error(message),
+        Subject::Rollup(name) => catalog::record_error(name, message),
+        Subject::Source(name) => catalog::rollup_names(Some(name))?
+            .iter()
+            .try_for_each(|rollup| catalog::record_error(rollup, message)),
     }
 }

@@ -7,7 +7,6 @@
 use crate::catalog::{self, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::Result;
-use crate::guc;
 pub use crate::litellm::PublicView;
 use crate::litellm::{self, VIEWS};
 use crate::locks::{self, Patience};
@@ -23,7 +22,7 @@ pub fn adopt(source: &Table) -> Result<Vec<Action>> {
 fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     let name = qualified(&source.schema, view.name);
     let action = |text: &str| Ok((format!("view {name}"), text.to_string()));
-    let found = find(&name)?;
+    let found = Table::named(&name)?;
     let ours = match &found {
         Some(found) => is_ours(view, found)?,
         None => false,
@@ -33,8 +32,7 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
         grant(view, found)?;
         // An upgrade may have changed our query: it takes effect here.
         if installed != live(view) {
-            replace(&name, &live(view))?;
-            note_installed(view, Some(&live(view)))?;
+            install(view, &name)?;
             return action("replaced by the new definition");
         }
         return action("already live");
@@ -75,10 +73,11 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
         if !is_ready(view)? {
             continue;
         }
-        let Some(found) = find(&name)?.filter(|found| unusable(view, found).is_none()) else { continue };
+        let Some(found) = Table::named(&name)?.filter(|found| unusable(view, found).is_none()) else {
+            continue;
+        };
         grant(view, &found)?;
-        replace(&name, &live(view))?;
-        note_installed(view, Some(&live(view)))?;
+        install(view, &name)?;
     }
     Ok(())
 }
@@ -108,7 +107,7 @@ pub fn restore(schema: &str) -> Result<Vec<Action>> {
             |r| catalog::value::<String>(r, 1),
         )?;
         let Some(original) = original.into_iter().next() else { continue };
-        if find(&name)?.is_some_and(|found| unusable(view, &found).is_none()) {
+        if Table::named(&name)?.is_some_and(|found| unusable(view, &found).is_none()) {
             replace(&name, &original)?;
             actions.push((format!("view {name}"), "LiteLLM's own definition restored".into()));
         }
@@ -122,7 +121,7 @@ pub fn replaced(schema: &str) -> Result<Vec<&'static PublicView>> {
     let mut replaced = vec![];
     for view in &VIEWS {
         if installed(view)?.is_some() {
-            let found = find(&qualified(schema, view.name))?;
+            let found = Table::named(&qualified(schema, view.name))?;
             if !found.map(|found| is_ours(view, &found)).transpose()?.unwrap_or(false) {
                 replaced.push(view);
             }
@@ -142,7 +141,7 @@ pub fn empty(schema: &str) -> Result<Vec<Action>> {
     let mut actions = vec![];
     for view in &VIEWS {
         let name = qualified(schema, view.name);
-        if installed(view)?.is_some() && find(&name)?.is_some() {
+        if installed(view)?.is_some() && Table::named(&name)?.is_some() {
             let columns: Vec<String> = view
                 .columns
                 .iter()
@@ -199,16 +198,15 @@ fn installed(view: &PublicView) -> Result<Option<String>> {
     Ok(installed.into_iter().next().flatten())
 }
 
-fn note_installed(view: &PublicView, definition: Option<&str>) -> Result<()> {
+/// Puts our query in place, and notes it.
+fn install(view: &PublicView, name: &str) -> Result<()> {
+    let query = live(view);
+    replace(name, &query)?;
     catalog::execute(
         &format!("UPDATE {SCHEMA}.public_view SET installed = $2 WHERE name = $1"),
-        &[view.name.into(), definition.map(str::to_string).into()],
+        &[view.name.into(), query.into()],
     )?;
     Ok(())
-}
-
-fn find(name: &str) -> Result<Option<Table>> {
-    catalog::find_relation(name)?.map(Table::find).transpose().map(Option::flatten)
 }
 
 /// Why the relation cannot become ours with CREATE OR REPLACE VIEW.
@@ -236,8 +234,8 @@ fn definition(view: &Table) -> Result<String> {
 
 /// Replaces a view's query and keeps its options (security_barrier).
 fn replace(name: &str, query: &str) -> Result<()> {
-    let Some(view) = find(name)? else { return Ok(()) };
+    let Some(view) = Table::named(name)? else { return Ok(()) };
     let with = if view.options.is_empty() { String::new() } else { format!(" WITH ({})", view.options) };
     let sql = format!("CREATE OR REPLACE VIEW {name}{with} AS {query}");
-    locks::lock(&sql, name, view.oid, guc::lock_timeout())
+    locks::lock(&sql, name, view.oid)
 }

@@ -7,10 +7,9 @@ use crate::capture::{
 use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
-use crate::litellm::{self, CHANGE_LOG, Capture};
+use crate::litellm::{self, Capture};
 use crate::locks::{self, Patience};
 use crate::views::{self, PublicView};
-use crate::{guc, rebuild};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
@@ -84,11 +83,7 @@ fn mend() -> Result<bool> {
                 catalog::record_capture_error(Some(&message))?;
             }
         }
-        Damage::Incomplete => {
-            attach_locked(state.relation, None)?;
-            // Rows may have come and gone unseen.
-            rebuild::uncover_all(CHANGE_LOG)?;
-        }
+        Damage::Incomplete => drop(attach_locked(state.relation, None)?),
     }
     Ok(true)
 }
@@ -136,7 +131,7 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     let old = Table::find(state.relation)?;
     let old_name = old.as_ref().map(Table::qualified);
     for relation in [Some(replacement), old.as_ref().map(|old| old.oid)].into_iter().flatten() {
-        locks::lock_against_dropping(relation, guc::lock_timeout())?;
+        locks::lock_against_dropping(relation)?;
     }
     // 1. where its rows end: up to there only both tables together are the truth.
     let end = match &old_name {

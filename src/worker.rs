@@ -61,7 +61,7 @@ struct Steps {
 
 impl Steps {
     fn take_back(&self, subject: &Subject) {
-        in_transaction(|| drop(attempt_as_owner(|| tick::clear(subject))));
+        in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None))));
     }
 }
 
@@ -76,7 +76,7 @@ impl Runner for Steps {
         let outcome = in_transaction(|| {
             let outcome = attempt_as_owner(work);
             if let Err(failure) = &outcome
-                && let Err(second) = attempt_as_owner(|| tick::record(&subject, failure))
+                && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure)))
             {
                 log!("litellm_spend: could not record a failure: {}", second.message);
             }
@@ -128,7 +128,7 @@ fn jittered(rest: Duration) -> Duration {
     rest - rest.mul_f64(f64::from(nanos % 1000) / 4000.0)
 }
 
-// ---- what both need --------------------------------------------------------------------------------------
+// ---- what the launcher needs as well --------------------------------------------------------------------------------------
 
 /// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGHUP sets a flag.
 pub fn attach_signals() {

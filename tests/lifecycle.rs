@@ -181,10 +181,7 @@ fn a_changed_definition_takes_effect_when_attached_again() {
         .batch_execute(
             r#"CREATE OR REPLACE VIEW "MonthlyGlobalSpend" AS
                    SELECT date, 2 * spend::double precision AS spend FROM litellm_spend.daily_spend;
-               UPDATE litellm_spend.public_view SET installed = 'SELECT date, 2 * spend …';
-               DO $$ BEGIN
-                   PERFORM pg_sleep(0);
-               END $$"#,
+               UPDATE litellm_spend.public_view SET installed = 'SELECT date, 2 * spend …';"#,
         )
         .unwrap();
     client.batch_execute("SELECT spend_attach()").unwrap();
