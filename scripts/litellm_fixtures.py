@@ -1,28 +1,115 @@
 #!/usr/bin/env python3
-"""Takes LiteLLM's own database schema and views out of its published packages.
+"""Takes LiteLLM's own database schema, views and report queries out of its published packages.
 
-Writes, for `psql -f` with ON_ERROR_STOP:
+Writes, the first two for `psql -f` with ON_ERROR_STOP:
 
     target/litellm/migrations.sql   every migration of litellm-proxy-extras, in order
     target/litellm/views.sql        the views that the proxy creates at start-up
+    target/litellm/reports.json     name -> SQL of each report over the spend log or those views
 
-Nothing of LiteLLM is imported or committed. Does nothing when both files are newer than this script.
+Nothing of LiteLLM is imported or committed. Does nothing when these files are newer than this script.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 PROXY_EXTRAS = "litellm-proxy-extras==0.4.110"
 LITELLM = "litellm==1.109.1"
 MIGRATIONS, VIEWS = 220, 8  # how many those versions have: anything else means that we read them wrongly
 
 OUT = Path(__file__).resolve().parent.parent / "target" / "litellm"
+
+
+class Report(NamedTuple):
+    """Where a query is. docs/reports.md tells of each name; what follows a dot names a variant."""
+
+    name: str
+    file: str  # in litellm/proxy
+    holder: str  # function or constant
+    words: str = ""  # that only this one of the holder's queries has
+    holes: dict[str, str] = {}  # expression in its f-string -> text
+
+
+SPEND = "spend_tracking/spend_management_endpoints.py"
+TRACKING = "spend_tracking/spend_tracking_utils.py"
+CACHE = "analytics_endpoints/cache_activity.py"
+TEAM = "management_endpoints/team_endpoints.py"
+SERVER = "proxy_server.py"
+WINDOW = "db/budget_window_spend_writer.py"
+
+# What LiteLLM puts together for each request, in our words.
+TEAMS = "SELECT unnest($3::text[])"
+OWNED = '("user" = $1 OR team_id = ANY ($2::text[]))'
+DAYS = """"startTime" >= $3::timestamp AND "startTime" < $4::timestamp + interval '1 day'"""
+
+REPORTS = [
+    # over the views
+    Report("global_spend_logs", SPEND, "global_spend_logs", '"MonthlyGlobalSpend"'),
+    Report("global_spend_logs_by_key", SPEND, "global_spend_logs", '"MonthlyGlobalSpendPerKey"'),
+    Report("global_spend_logs_by_user", SPEND, "global_spend_for_internal_user", '"user" = $1'),
+    Report("global_spend_logs_by_user.key", SPEND, "global_spend_for_internal_user", '"user" = $2'),
+    Report("global_spend", SPEND, "global_spend"),
+    Report("global_spend_keys", SPEND, "global_spend_keys", 'Spend";'),
+    Report("global_spend_keys.limit", SPEND, "global_spend_keys", "LIMIT"),
+    Report("global_spend_models", SPEND, "global_spend_models"),
+    Report("global_spend_tags", SPEND, "ui_get_spend_by_tags", "spend_date,"),
+    Report("global_spend_tags_selected", SPEND, "ui_get_spend_by_tags", "ANY($3"),
+    # over the spend log
+    Report("global_activity", SPEND, "get_global_activity"),
+    Report("global_activity.user", SPEND, "get_global_activity_internal_user"),
+    Report("global_activity_model", SPEND, "get_global_activity_model"),
+    Report("global_activity_model.user", SPEND, "get_global_activity_model_internal_user"),
+    Report("cache_hits", CACHE, "GROUPS_SQL"),
+    Report("cache_hits_key_aliases", CACHE, "KEY_ALIAS_OPTIONS_SQL"),
+    Report("cache_hits_models", CACHE, "MODEL_OPTIONS_SQL"),
+    Report("cache_hits_errors", CACHE, "ERROR_BREAKDOWN_SQL"),
+    Report("global_spend_provider", SPEND, "get_global_spend_provider", "0 GROUP BY"),
+    Report("global_spend_provider.user", SPEND, "get_global_spend_provider", '"user" = $3'),
+    Report("spend_report_keys", SPEND, "get_global_spend_report", "'UTC') GROUP BY sl.api_key"),
+    Report("spend_report_keys.key", SPEND, "get_global_spend_report", "sl.api_key = $3"),
+    Report("spend_report_keys.user", SPEND, "get_global_spend_report", "sl.user = $3"),
+    Report("spend_report_keys.own_key", SPEND, "_scoped_spend_report_sql", "", {"scope_column": "api_key"}),
+    Report("spend_report_keys.own_user", SPEND, "_scoped_spend_report_sql", "", {"scope_column": "user"}),
+    Report("spend_report_keys.own_team", SPEND, "_scoped_spend_report_sql", "", {"scope_column": "team_id"}),
+    Report("spend_report_organization", SPEND, "_ORG_SPEND_REPORT_SQL"),
+    Report("spend_report_customers", SPEND, "get_global_spend_report", "'customer', customer"),
+    Report("spend_report_teams", TRACKING, "get_spend_by_team"),
+    Report("spend_report_team_customer", TRACKING, "get_spend_by_team_and_customer"),
+    Report("global_spend_teams", SPEND, "global_spend_per_team"),
+    Report("global_spend_keys_of_user", SPEND, "global_spend_key_internal_user"),
+    Report("global_spend_models_of_user", SPEND, "global_spend_models_internal_user"),
+    Report("global_spend_end_users", SPEND, "global_spend_end_users"),
+    Report("all_end_users", SPEND, "global_view_all_end_users"),
+    Report("all_tag_names", SPEND, "global_get_all_tag_names"),
+    Report("spend_tags", SPEND, "get_spend_by_tags", "", {"where_sql": ""}),
+    Report("spend_tags.owned", SPEND, "get_spend_by_tags", "", {"where_sql": f" WHERE {OWNED} AND {DAYS}"}),
+    Report("spend_logs_summary", SPEND, "_spend_logs_daily_summary_sql", "", {"filter_sql": ""}),
+    Report("spend_logs_summary.key", SPEND, "_spend_logs_daily_summary_sql", "", {"filter_sql": "AND api_key = $3"}),
+    Report("spend_logs_summary.user", SPEND, "_spend_logs_daily_summary_sql", "", {"filter_sql": 'AND "user" = $3'}),
+    Report("team_spend_by_user", TEAM, "_team_user_spend_sql", "", {"team_placeholders": TEAMS, "user_clause": ""}),
+    Report("team_spend_by_user.user", TEAM, "_team_user_spend_sql", "",
+           {"team_placeholders": TEAMS, "user_clause": ' AND sl."user" = $4'}),
+    Report("slack_teams", SPEND, "get_spend_report_for_time_range", "team_alias"),
+    Report("slack_tags", SPEND, "get_spend_report_for_time_range", "request_tags"),
+    Report("budget_window.key", WINDOW, "_SEED_FROM_SPEND_LOGS_KEY_UNBOUNDED_SQL"),
+    Report("budget_window.team", WINDOW, "_SEED_FROM_SPEND_LOGS_TEAM_UNBOUNDED_SQL"),
+    Report("budget_window_before_batch.key", WINDOW, "_SEED_FROM_SPEND_LOGS_KEY_SQL"),
+    Report("budget_window_before_batch.team", WINDOW, "_SEED_FROM_SPEND_LOGS_TEAM_SQL"),
+    Report("model_metrics", SERVER, "model_metrics"),
+    Report("model_metrics_slow_responses", SERVER, "model_metrics_slow_responses"),
+    Report("model_streaming_metrics", SERVER, "model_streaming_metrics", "AVG("),
+    Report("model_streaming_metrics.day", SERVER, "model_streaming_metrics", "request_id"),
+    Report("roi_branch_spend", "roi_calculator/branch_spend.py", "read_branch_spend"),
+]
 
 
 def download(requirement: str, folder: Path) -> zipfile.ZipFile:
@@ -56,16 +143,65 @@ def views(wheel: zipfile.ZipFile) -> str:
     return "\n\n".join(s.rstrip(";") + ";" for s in statements) + "\n"
 
 
+def reports(wheel: zipfile.ZipFile) -> str:
+    """The query of each report, as JSON."""
+    trees = {file: ast.parse(wheel.read(f"litellm/proxy/{file}")) for file in {r.file for r in REPORTS}}
+    found = {r.name: query(trees[r.file], r) for r in REPORTS}
+    assert len(found) == len(REPORTS), "two reports have one name"
+    return json.dumps(found, indent=1) + "\n"
+
+
+def query(tree: ast.Module, report: Report) -> str:
+    """The one query of the report's holder that has its words, with the f-string's holes filled."""
+    holders = [node for node in tree.body if defines(node) == report.holder]
+    found = [
+        text
+        for holder in holders for text in strings(holder)
+        if re.search(r'\bSELECT\b.*\bFROM\s+"', text, re.S) and report.words in " ".join(text.split())
+    ]
+    assert len(found) == 1, f"{report.name}: {len(found)} queries"
+    sql = textwrap.dedent(found[0]).strip().rstrip(";")
+    for expression, value in report.holes.items():
+        assert f"{{{expression}}}" in sql, f"{report.name}: no {expression}"
+        sql = sql.replace(f"{{{expression}}}", value)
+    assert "{" not in sql, f"{report.name}: a hole is not filled"
+    return sql
+
+
+def defines(node: ast.stmt) -> str | None:
+    """What a statement of a module gives a name to."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return name
+        case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+    return None
+
+
+def strings(node: ast.AST) -> Iterator[str]:
+    """The strings in a piece of code; a hole of an f-string is its expression in braces."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.JoinedStr(values=parts):
+            yield "".join(p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in parts)
+        case _:
+            for child in ast.iter_child_nodes(node):
+                yield from strings(child)
+
+
 def main() -> None:
-    outputs = [OUT / "migrations.sql", OUT / "views.sql"]
+    outputs = [OUT / "migrations.sql", OUT / "views.sql", OUT / "reports.json"]
     script_time = Path(__file__).stat().st_mtime
     if all(o.exists() and o.stat().st_mtime > script_time for o in outputs):
         return
 
-    print(f"fetching LiteLLM's schema ({PROXY_EXTRAS}, {LITELLM})", flush=True)
+    print(f"fetching LiteLLM's schema and queries ({PROXY_EXTRAS}, {LITELLM})", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        texts = [migrations(download(PROXY_EXTRAS, Path(folder))), views(download(LITELLM, Path(folder)))]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        litellm = download(LITELLM, folder)
+        texts = [migrations(download(PROXY_EXTRAS, folder)), views(litellm), reports(litellm)]
     for output, text in zip(outputs, texts):
         output.write_text(text)
 

@@ -44,7 +44,7 @@ BEGIN
     WHILE progress IS NOT NULL LOOP
         progress := litellm_spend.backfill_step(source);
         COMMIT;
-        RAISE NOTICE '%', coalesce(progress, 'all days are covered');
+        RAISE NOTICE '%', coalesce(progress, 'everything is covered');
     END LOOP;
 END
 $backfill$;
@@ -69,17 +69,25 @@ COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at mo
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
 COMMENT ON FUNCTION spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
 COMMENT ON FUNCTION spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
-COMMENT ON PROCEDURE spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day a transaction, newest first';
+COMMENT ON PROCEDURE spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
 COMMENT ON FUNCTION monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
 COMMENT ON FUNCTION spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
-COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole days of a rollup from the raw rows; returns the groups written';
+COMMENT ON FUNCTION spend_rollup_create(text, regclass, text[], text[], regclass, text) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
+COMMENT ON FUNCTION spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
+COMMENT ON FUNCTION spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
+COMMENT ON FUNCTION spend_rollup_drop(text) IS 'Drops a declared rollup with its history, or the watermark of a registered one';
+COMMENT ON FUNCTION spend_grant_reports(regrole) IS 'Lets a role read the report views';
+COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup from the raw rows; returns the groups written';
 COMMENT ON FUNCTION spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
 
 REVOKE ALL ON FUNCTION
     litellm_spend.tail(text), litellm_spend.backfill_step(regclass),
     spend_attach(regclass, text), spend_detach(regclass, boolean), monthly_global_spend(integer),
     spend_rollup_run(text), spend_rollup_rebuild(text, timestamp, timestamp, boolean),
-    spend_rollup_verify(text, timestamp, timestamp)
+    spend_rollup_verify(text, timestamp, timestamp),
+    spend_rollup_create(text, regclass, text[], text[], regclass, text),
+    spend_rollup_register(text, regclass, regclass, bigint), spend_rollup_window(text), spend_rollup_drop(text),
+    spend_grant_reports(regrole)
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE spend_backfill(regclass) FROM PUBLIC;
 

@@ -1,6 +1,6 @@
 -- State of litellm_spend. Rollup tables, live views, the change log and the capture functions are made by
--- spend_attach() in the same schema. They are not members of the extension, so that DROP EXTENSION is refused
--- while billing history exists and pg_dump dumps it.
+-- spend_attach() and spend_rollup_create() in the same schema. They are not members of the extension, so that
+-- DROP EXTENSION is refused while billing history exists and pg_dump dumps it.
 
 CREATE SCHEMA litellm_spend;
 
@@ -19,9 +19,15 @@ CREATE TABLE litellm_spend.source (
 
 CREATE TABLE litellm_spend.rollup (
     name            text PRIMARY KEY,
-    source          text NOT NULL REFERENCES litellm_spend.source,
-    definition      jsonb NOT NULL,
+    -- NULL once the source was dropped: what was merged is history.
+    source          text REFERENCES litellm_spend.source,
+    -- NULL when it is filled by its owner's own SQL.
+    definition      jsonb,
     watermark       bigint NOT NULL DEFAULT 0,
+    -- Sequence values of the rows that were there when it was made (declared rollups): progress is measured
+    -- between them.
+    first_value     bigint,
+    last_value      bigint,
     -- Buckets from here on equal the truth; backfill moves it down to -infinity.
     covered_from    timestamp NOT NULL DEFAULT 'infinity',
     -- Oldest and newest bucket when backfill began: its progress is measured against them.
@@ -69,6 +75,8 @@ CREATE TABLE litellm_spend.dirty_range (
     -- The raw rows of the range are gone: the rollups keep what they say.
     unrepairable boolean NOT NULL DEFAULT false
 );
+-- It has no key: without this a publication FOR ALL TABLES would refuse to update it.
+ALTER TABLE litellm_spend.dirty_range REPLICA IDENTITY FULL;
 
 -- Counts failures of capture. A sequence, because no rollback takes it back and it needs no space.
 CREATE SEQUENCE litellm_spend.capture_failures;
@@ -76,6 +84,7 @@ CREATE SEQUENCE litellm_spend.capture_failures;
 -- LiteLLM's views that we answer.
 CREATE TABLE litellm_spend.public_view (
     name       text PRIMARY KEY,
+    rollup     text NOT NULL,
     -- LiteLLM's own query, to give back. Every name in it is qualified.
     original   text NOT NULL,
     -- Ours, while it is in place.

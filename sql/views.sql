@@ -1,32 +1,13 @@
 -- Status views: what a DBA or a monitor reads. pg_monitor may read them.
 
--- Rows of a rollup's source above its watermark, and how long the oldest has waited. SECURITY DEFINER, so that a
--- monitoring role sees two numbers without being able to read the change log; hence the pinned search_path, and hence
--- no relation as an argument: it could be a view of the caller's. Counts up to a million rows.
-CREATE FUNCTION litellm_spend.tail(rollup_name text, OUT tail_rows bigint, OUT oldest timestamptz)
-LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $tail$
-DECLARE
-    relation regclass;
-    watermark bigint;
-BEGIN
-    SELECT s.relation, r.watermark INTO relation, watermark
-    FROM litellm_spend.rollup r JOIN litellm_spend.source s ON s.name = r.source WHERE r.name = rollup_name;
-    -- The change log may have been dropped; the worker makes it again.
-    IF NOT EXISTS (SELECT FROM pg_class WHERE oid = relation) THEN
-        RETURN;
-    END IF;
-    EXECUTE format('SELECT count(*), min(captured_at)
-                    FROM (SELECT captured_at FROM %s WHERE seq > $1 ORDER BY seq LIMIT 1000000) AS tail', relation)
-    INTO tail_rows, oldest USING watermark;
-END
-$tail$;
-
--- How much of the days that had rows when backfill began is covered, in per cent.
+-- How much is covered, in per cent: of the days that had rows when backfill began, or, of a declared rollup, of the
+-- sequence values that there were when it was made.
 CREATE VIEW litellm_spend.backfill AS
 SELECT r.name, r.covered_from,
        CASE
+           WHEN r.last_value > r.first_value
+               THEN round(100 * (least(r.watermark, r.last_value) - r.first_value)::numeric
+                    / (r.last_value - r.first_value), 1)
            WHEN r.covered_from = '-infinity' THEN 100
            WHEN r.covered_from = 'infinity' OR r.backfill_last IS NULL THEN 0
            ELSE round((100 * extract(epoch FROM r.backfill_last + interval '1 day' - r.covered_from)
@@ -36,29 +17,32 @@ FROM litellm_spend.rollup r;
 
 CREATE VIEW spend_rollup_status AS
 SELECT r.name AS rollup,
-       c.relation AS source,
+       CASE WHEN r.definition IS NULL THEN 'by hand' WHEN s.name = 'change_log' THEN 'built-in' ELSE 'declared' END
+           AS kind,
+       coalesce(c.relation, s.relation) AS source,
        r.watermark,
        t.tail_rows,
-       CASE WHEN t.tail_rows > 0 THEN round(extract(epoch FROM clock_timestamp() - t.oldest)::numeric, 3) ELSE 0 END
-           AS lag_seconds,
+       CASE WHEN t.tail_rows = 0 THEN 0
+            WHEN t.oldest IS NOT NULL
+                THEN greatest(round(extract(epoch FROM clock_timestamp() - t.oldest)::numeric, 3), 0)
+       END AS lag_seconds,
        blockers.pids AS blocked_by_pids,
        blockers.prepared AS blocked_by_prepared,
        r.merged_at AS last_merge_at,
        r.merged_rows AS last_merge_rows,
        r.merged_groups AS last_merge_groups,
        round(r.merged_ms::numeric, 3) AS last_merge_ms,
-       b.covered AS backfill_progress,
+       CASE WHEN r.definition IS NOT NULL THEN b.covered END AS backfill_progress,
        r.covered_from,
        s.frozen_before,
-       (SELECT count(*) FROM litellm_spend.dirty_range d WHERE d.repaired_at IS NULL) AS dirty_ranges,
-       (SELECT CASE WHEN f.is_called THEN f.last_value ELSE 0 END FROM litellm_spend.capture_failures f)
-           AS capture_errors,
-       (SELECT count(*) FROM litellm_spend.dirty_range d WHERE d.unrepairable) AS unrepairable_ranges,
+       damage.dirty_ranges,
+       damage.capture_errors,
+       damage.unrepairable_ranges,
        v.live_views,
        coalesce(r.last_error, c.last_error) AS last_error,
        coalesce(r.last_error_at, c.last_error_at) AS last_error_at
 FROM litellm_spend.rollup r
-JOIN litellm_spend.source s ON s.name = r.source
+LEFT JOIN litellm_spend.source s ON s.name = r.source
 JOIN litellm_spend.backfill b ON b.name = r.name
 LEFT JOIN litellm_spend.capture c ON c.source = s.name
 CROSS JOIN LATERAL litellm_spend.tail(r.name) AS t
@@ -71,8 +55,17 @@ CROSS JOIN LATERAL (
         AND x.locktype = 'transactionid'
     LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = x.transactionid
 ) AS blockers
+-- Only what triggers capture can be damaged.
+LEFT JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE d.repaired_at IS NULL) AS dirty_ranges,
+           count(*) FILTER (WHERE d.unrepairable) AS unrepairable_ranges,
+           (SELECT CASE WHEN f.is_called THEN f.last_value ELSE 0 END FROM litellm_spend.capture_failures f)
+               AS capture_errors
+    FROM litellm_spend.dirty_range d
+) AS damage ON s.name = 'change_log'
 CROSS JOIN LATERAL (
-    SELECT array_agg(name ORDER BY name) AS live_views FROM litellm_spend.public_view WHERE installed IS NOT NULL
+    SELECT array_agg(name ORDER BY name) AS live_views FROM litellm_spend.public_view p
+    WHERE p.rollup = r.name AND p.installed IS NOT NULL
 ) AS v;
 
 CREATE VIEW spend_worker_status AS

@@ -1,37 +1,46 @@
 //! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
 
 use crate::catalog;
+use crate::declaration::Declaration;
+use crate::declare;
 use crate::error::Error;
-use crate::locks::Patience;
-use crate::rebuild::Range;
+use crate::locks::{Fence, Patience};
 use crate::session::{self, Elevated, Failure, attempt};
+use crate::source::Notice;
 use crate::tick::{self, Runner, Subject};
-use crate::{capture, error, rebuild, views};
+use crate::{backfill, capture, error, rebuild, views};
 use pgrx::JsonB;
-use pgrx::datum::Timestamp;
+use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use pgrx::prelude::*;
 
-/// A `regclass` argument. pgrx's own PgRelation opens the relation, which fails without a useful SQLSTATE.
-pub struct Regclass(pg_sys::Oid);
+/// An argument of one of the `reg…` types: an Oid with a name. pgrx's own PgRelation opens the relation, which fails
+/// without a useful SQLSTATE.
+macro_rules! reg_type {
+    ($name:ident, $sql:literal) => {
+        pub struct $name(pg_sys::Oid);
 
-// SAFETY: a regclass is an Oid.
-unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for Regclass {
-    unsafe fn unbox_arg_unchecked(arg: pgrx::callconv::Arg<'_, 'fcx>) -> Self {
-        Regclass(unsafe { arg.unbox_arg_using_from_datum() }.unwrap_or(pg_sys::InvalidOid))
-    }
-}
+        // SAFETY: it is an Oid.
+        unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for $name {
+            unsafe fn unbox_arg_unchecked(arg: pgrx::callconv::Arg<'_, 'fcx>) -> Self {
+                $name(unsafe { arg.unbox_arg_using_from_datum() }.unwrap_or(pg_sys::InvalidOid))
+            }
+        }
 
-unsafe impl SqlTranslatable for Regclass {
-    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(Regclass);
-    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
-    const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("regclass"));
-    const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
-        Ok(ReturnsRef::One(SqlMappingRef::literal("regclass")));
+        unsafe impl SqlTranslatable for $name {
+            const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!($name);
+            const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+            const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal($sql));
+            const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
+                Ok(ReturnsRef::One(SqlMappingRef::literal($sql)));
+        }
+    };
 }
+reg_type!(Regclass, "regclass");
+reg_type!(Regrole, "regrole");
 
 fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
     source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))
@@ -45,7 +54,7 @@ fn enter_attached(source: Option<Regclass>) -> error::Result<Elevated> {
     if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
         return Err(Error::NotAttached(catalog::relation_name(oid)?));
     }
-    capture::require_owner(elevated.caller(), state.relation)?;
+    session::require_owner(elevated.caller(), state.relation)?;
     Ok(elevated)
 }
 
@@ -75,7 +84,7 @@ fn spend_attach(
         };
         let source = source_or_default(source)?;
         let elevated = Elevated::enter()?;
-        capture::require_owner(elevated.caller(), source)?;
+        session::require_owner(elevated.caller(), source)?;
         capture::attach(source, subtract)
     })
     .map(TableIterator::new)
@@ -94,7 +103,7 @@ fn spend_detach(
             let elevated = Elevated::enter()?;
             if catalog::capture()?.is_none() {
                 // Detached before: only the history is left.
-                capture::require_extension_owner(elevated.caller())?;
+                session::require_extension_owner(elevated.caller())?;
                 return capture::forget_history();
             }
         }
@@ -108,6 +117,9 @@ fn spend_detach(
 struct Subtransactions {
     patience: Patience,
     cancelled: Option<Failure>,
+    /// The rollups to work on.
+    rollups: Vec<String>,
+    watching: bool,
 }
 
 impl Runner for Subtransactions {
@@ -133,9 +145,44 @@ impl Runner for Subtransactions {
         self.patience
     }
 
+    fn may_fill(&self, rollup: &str) -> bool {
+        self.rollups.iter().any(|name| name == rollup)
+    }
+
+    fn may_watch(&self) -> bool {
+        self.watching
+    }
+
     fn watch_is_due(&mut self) -> bool {
         true
     }
+}
+
+/// What a call of `spend_rollup_run()` may work on, which is `name` if that is given.
+fn scope(caller: pg_sys::Oid, name: Option<&str>) -> error::Result<Subtransactions> {
+    let mut run =
+        Subtransactions { patience: Patience::of_call(), cancelled: None, rollups: vec![], watching: false };
+    if let Some(name) = name {
+        let fence = Fence::look(name)?;
+        rebuild::require_right(caller, &fence)?;
+        fence.filled()?;
+        run.rollups.push(name.into());
+        run.watching = fence.is_built_in();
+        return Ok(run);
+    }
+    let mut refusal = Error::NoRollups;
+    for name in catalog::rollup_names(None)? {
+        let fence = Fence::look(&name)?;
+        match rebuild::require_right(caller, &fence) {
+            Ok(()) => {
+                run.watching |= fence.is_built_in();
+                run.rollups.push(name);
+            }
+            Err(error) => refusal = error,
+        }
+    }
+    let nothing_to_fill = matches!(refusal, Error::NoRollups) && catalog::any_rollup()?;
+    if run.rollups.is_empty() && !nothing_to_fill { Err(refusal) } else { Ok(run) }
 }
 
 /// Does what the worker does in one round: merges what is safe, repairs, backfills a day, switches views.
@@ -157,25 +204,18 @@ fn spend_rollup_run(
     >,
     ErrorReport,
 > {
-    let mut run = Subtransactions { patience: Patience::of_call(), cancelled: None };
-    let round = report(|| {
+    let (round, cancelled) = report(|| {
         require_changeable()?;
-        let _elevated = enter_attached(None)?;
-        if let Some(name) =
-            name.filter(|name| !catalog::rollup_names(None).is_ok_and(|all| all.iter().any(|n| n == name)))
-        {
-            return Err(Error::NoRollup(name.into()));
-        }
+        let elevated = Elevated::enter()?;
+        let mut run = scope(elevated.caller(), name)?;
         let round = tick::tick(&mut run);
         tick::tidy(&mut run);
-        Ok(round)
+        Ok((round, run.cancelled))
     })?;
-    if let Some(failure) = run.cancelled {
+    if let Some(failure) = cancelled {
         return Err(ErrorReport::new(failure.sqlstate, failure.message, "spend_rollup_run"));
     }
-    let wanted = name.map(str::to_string);
-    let outcomes = round.outcomes.into_iter().filter(move |o| wanted.as_ref().is_none_or(|w| *w == o.rollup));
-    Ok(TableIterator::new(outcomes.map(|outcome| {
+    Ok(TableIterator::new(round.outcomes.into_iter().map(|outcome| {
         let merge = outcome.merge;
         (
             outcome.rollup,
@@ -197,31 +237,59 @@ mod litellm_spend {
     fn backfill_step(source: Option<Regclass>) -> Result<Option<String>, ErrorReport> {
         report(|| {
             require_changeable()?;
-            let _elevated = enter_attached(source)?;
             let patience = Patience::of_call();
-            for rollup in catalog::uncovered_rollups()? {
-                rebuild::backfill_step(&rollup, patience)?;
+            let declared = match &source {
+                Some(Regclass(oid)) => {
+                    let elevated = Elevated::enter()?;
+                    let source = catalog::source_on(*oid)?;
+                    if source.is_some() {
+                        session::require_owner(elevated.caller(), *oid)?;
+                    }
+                    source
+                }
+                None => None,
+            };
+            if let Some(mut source) = declared {
+                let _elevated = Elevated::enter()?;
+                return crate::rollup::backfill_step(&mut source, patience);
             }
+            let _elevated = enter_attached(source)?;
+            backfill::step(patience)?;
             views::switch_covered(patience)?;
             catalog::backfill_progress()
         })
     }
+
+    /// Rows of a rollup's tail, at most a million, and the time of the oldest.
+    #[pg_extern(stable, strict, parallel_unsafe)]
+    #[allow(clippy::type_complexity)]
+    fn tail(
+        rollup_name: &str,
+    ) -> Result<
+        TableIterator<'static, (name!(tail_rows, Option<i64>), name!(oldest, Option<TimestampWithTimeZone>))>,
+        ErrorReport,
+    > {
+        report(|| {
+            let _elevated = Elevated::enter()?;
+            crate::rollup::tail(rollup_name)
+        })
+        .map(TableIterator::once)
+    }
 }
 
-/// Recomputes whole days of a rollup from the raw rows, in the caller's transaction. Returns the groups written.
+/// Recomputes whole buckets of a rollup from the raw rows, in the caller's transaction. Returns the groups written.
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_rollup_rebuild(
     name: Option<&str>,
-    range_start: Option<Timestamp>,
+    range_start: default!(Option<Timestamp>, "NULL"),
     range_end: default!(Option<Timestamp>, "NULL"),
     force: default!(Option<bool>, "false"),
 ) -> Result<i64, ErrorReport> {
     report(|| {
         require_changeable()?;
-        let _elevated = enter_attached(None)?;
+        let elevated = Elevated::enter()?;
         let name = name.ok_or(Error::Null("rollup name"))?;
-        let range = Range { start: range_start.ok_or(Error::Null("range_start"))?, end: range_end };
-        rebuild::rebuild_range(name, range, force.unwrap_or(false), Patience::of_call())
+        rebuild::rebuild_range(elevated.caller(), name, range_start, range_end, force.unwrap_or(false))
     })
 }
 
@@ -237,8 +305,102 @@ fn spend_rollup_verify(
     ErrorReport,
 > {
     report(|| {
+        let elevated = Elevated::enter()?;
+        let name = name.ok_or(Error::Null("rollup name"))?;
+        rebuild::verify(elevated.caller(), name, range_start, range_end)
+    })
+    .map(TableIterator::new)
+}
+
+/// Declares a rollup over a table whose rows a sequence numbers. See docs/reference.md.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_rollup_create(
+    name: Option<&str>,
+    source: Option<Regclass>,
+    dimensions: Option<Vec<Option<String>>>,
+    measures: Option<Vec<Option<String>>>,
+    sequence: default!(Option<Regclass>, "NULL"),
+    time_column: default!(Option<&str>, "NULL"),
+) -> Result<(), ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        session::require_utf8()?;
+        let texts = |list: Option<Vec<Option<String>>>, what| {
+            let list = list.ok_or(Error::Null(what))?;
+            list.into_iter().map(|text| text.ok_or(Error::Null(what))).collect::<error::Result<Vec<_>>>()
+        };
+        declare::create(&Declaration {
+            name: name.ok_or(Error::Null("rollup name"))?.into(),
+            source: source.ok_or(Error::Null("source"))?.0,
+            dimensions: texts(dimensions, "list of dimensions")?,
+            measures: texts(measures, "list of measures")?,
+            sequence: sequence.map(|Regclass(oid)| oid),
+            time_column: time_column.map(str::to_string),
+        })
+    })
+    .map(tell)
+}
+
+/// After the call, under the caller's own client_min_messages.
+fn tell(notices: Vec<Notice>) {
+    notices.into_iter().for_each(Notice::report);
+}
+
+/// Notes a watermark for a rollup that its owner fills with SQL of their own.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_rollup_register(
+    name: Option<&str>,
+    source: Option<Regclass>,
+    sequence: default!(Option<Regclass>, "NULL"),
+    merged_to: default!(Option<i64>, "NULL"),
+) -> Result<(), ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        session::require_utf8()?;
+        let name = name.ok_or(Error::Null("rollup name"))?;
+        let Regclass(source) = source.ok_or(Error::Null("source"))?;
+        declare::register(name, source, sequence.map(|Regclass(oid)| oid), merged_to)
+    })
+    .map(tell)
+}
+
+/// The next safe window of a registered rollup; advances its watermark in the caller's transaction.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_rollup_window(
+    rollup_name: Option<&str>,
+) -> Result<
+    TableIterator<'static, (name!(window_start, Option<i64>), name!(window_end, Option<i64>))>,
+    ErrorReport,
+> {
+    report(|| {
+        require_changeable()?;
+        let elevated = Elevated::enter()?;
+        declare::next_window(elevated.caller(), rollup_name.ok_or(Error::Null("rollup name"))?)
+    })
+    .map(|(start, end)| TableIterator::once((Some(start), Some(end))))
+}
+
+/// Drops a declared rollup with its history, or the watermark of a registered one.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_rollup_drop(name: Option<&str>) -> Result<(), ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        let elevated = Elevated::enter()?;
+        declare::drop_rollup(elevated.caller(), name.ok_or(Error::Null("rollup name"))?)
+    })
+}
+
+/// Lets a role read the report views.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_grant_reports(
+    role: Option<Regrole>,
+) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        let Regrole(role) = role.ok_or(Error::Null("role"))?;
         let _elevated = enter_attached(None)?;
-        rebuild::verify(name.ok_or(Error::Null("rollup name"))?, range_start, range_end)
+        views::grant_reports(&catalog::role_name(role)?)
     })
     .map(TableIterator::new)
 }

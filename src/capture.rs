@@ -14,7 +14,7 @@ use crate::litellm::{self, CHANGE_LOG, Capture, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Patience};
 use crate::rollup::Merged;
 use crate::views::Action;
-use crate::{rebuild, rollup, views};
+use crate::{backfill, builtin, rollup, views};
 use pgrx::prelude::*;
 
 /// The table that a NULL source means, on the caller's search_path.
@@ -39,28 +39,6 @@ pub fn open(oid: pg_sys::Oid) -> Result<Table> {
         Some(kind) => Err(Error::NotATable { relation: table.name, kind }),
         None => Ok(table),
     }
-}
-
-/// `caller` may act for the owner of the relation.
-pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
-    let owns = catalog::query(
-        "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
-        &[relation.into(), caller.into()],
-        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<bool>(r, 2)?)),
-    )?;
-    match owns.into_iter().next() {
-        Some((_, true)) => Ok(()),
-        Some((name, false)) => Err(Error::NotOwner(name)),
-        // The table was dropped.
-        None => require_extension_owner(caller),
-    }
-}
-
-/// `caller` may act for the extension's owner, whom we are at the moment.
-pub fn require_extension_owner(caller: pg_sys::Oid) -> Result<()> {
-    let sql = "SELECT pg_catalog.pg_has_role($1, current_user, 'USAGE')";
-    let owns = catalog::query(sql, &[caller.into()], |r| catalog::value::<bool>(r, 1))?;
-    if owns == [true] { Ok(()) } else { Err(Error::NotOwner("litellm_spend".into())) }
 }
 
 /// The columns of the table that can be captured; an error names one that is missing or of another type.
@@ -108,18 +86,19 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     // 1. everything that needs no lock on the table.
     let mut actions = create_log()?;
     let mut complete = actions.is_empty();
-    for definition in litellm::rollups() {
+    for definition in builtin::rollups() {
         let (action, unchanged) = ensure_rollup(&definition)?;
         actions.push(action);
         complete &= unchanged;
     }
     store_state(&table, &columns, subtract)?;
+    views::ensure_reports()?;
     // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows meanwhile
     // keep what the rollups say.
     complete &=
         current.is_some_and(|current| current.columns == columns) && missing_triggers(oid)?.is_empty();
     if !complete {
-        rebuild::uncover_all(CHANGE_LOG)?;
+        backfill::uncover_all(CHANGE_LOG)?;
     }
     actions.extend(views::adopt(&table)?);
     let state = attached_to(&table)?;
@@ -178,17 +157,34 @@ fn create_log() -> Result<Vec<Action>> {
 /// Makes a rollup's table, live view and state, or brings them up to the definition at hand. New measures start
 /// as 0; days whose raw rows are gone keep that. Also says whether the table was complete.
 fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
+    let name = definition.name.as_str();
+    let stored = catalog::query(
+        &format!("SELECT definition::text, source FROM {SCHEMA}.rollup WHERE name = $1"),
+        &[name.into()],
+        |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?)),
+    )?;
+    if stored.iter().any(|(_, source)| source.as_deref() != Some(CHANGE_LOG)) {
+        // The user's own rollup has the name of one that a newer version brings.
+        return Err(Error::Exists(name.into()));
+    }
+    let stored = stored.into_iter().next().and_then(|(text, _)| text);
+    let stored = stored.and_then(|text| serde_json::from_str::<Definition>(&text).ok());
+    // An upgraded server keeps the key that the table has.
+    let key = stored.as_ref().map_or(definition.key, |stored| stored.key);
+    let definition = &Definition { key, ..definition.clone() };
     let table = definition.table();
     let mut action = "already there";
     match Table::named(&table)? {
         None => {
-            catalog::execute(&definition.create_table(), &[])?;
+            for sql in definition.create_table() {
+                catalog::execute(&sql, &[])?;
+            }
             action = "created";
         }
         Some(found) => {
             for measure in &definition.measures {
-                if !found.columns.iter().any(|(name, _)| *name == measure.name) {
-                    let column = Definition::measure_column(measure);
+                if !found.columns.iter().any(|(name, _)| *name == measure.column.name) {
+                    let column = measure.table_column();
                     catalog::execute(&format!("ALTER TABLE {table} ADD COLUMN {column}"), &[])?;
                     action = "columns added";
                 }
@@ -196,13 +192,8 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
         }
     }
     // Replacing a view locks its readers out for a moment: only when it changes.
-    let stored = catalog::query(
-        &format!("SELECT definition::text FROM {SCHEMA}.rollup WHERE name = $1"),
-        &[definition.name.as_str().into()],
-        |r| Ok(serde_json::from_str::<Definition>(&catalog::value::<String>(r, 1)?).ok()),
-    )?;
     let view = catalog::find_relation(&definition.live_view())?;
-    if action != "already there" || view.is_none() || stored != [Some(definition.clone())] {
+    if action != "already there" || view.is_none() || stored.as_ref() != Some(definition) {
         let oid = view.unwrap_or(pg_sys::InvalidOid);
         locks::lock(&definition.create_live_view(), &definition.live_view(), oid)?;
         for comment in definition.comments() {
@@ -216,9 +207,9 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
              SELECT $1, $2, $3::jsonb, coalesce(min(watermark), 0) FROM {SCHEMA}.rollup WHERE source = $2
              ON CONFLICT (name) DO UPDATE SET definition = excluded.definition"
         ),
-        &[definition.name.as_str().into(), CHANGE_LOG.into(), serde_json::to_string(definition)?.into()],
+        &[name.into(), CHANGE_LOG.into(), serde_json::to_string(definition)?.into()],
     )?;
-    Ok(((format!("rollup {}", definition.name), action.into()), action == "already there"))
+    Ok(((format!("rollup {name}"), action.into()), action == "already there"))
 }
 
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
@@ -328,7 +319,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         actions.extend(forget_history()?);
     } else {
         let kept =
-            litellm::rollups().into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
+            builtin::rollups().into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
         actions.extend(kept);
     }
     Ok(actions)
@@ -337,10 +328,13 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
 /// Drops what detach keeps.
 pub fn forget_history() -> Result<Vec<Action>> {
     let mut actions = vec![];
-    for definition in litellm::rollups() {
+    views::drop_reports()?;
+    for definition in builtin::rollups() {
         catalog::execute(&format!("DROP VIEW IF EXISTS {}", definition.live_view()), &[])?;
-        catalog::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
-        actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
+        if catalog::find_relation(&definition.table())?.is_some() {
+            catalog::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
+            actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
+        }
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
     catalog::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
@@ -352,7 +346,7 @@ pub fn forget_history() -> Result<Vec<Action>> {
 /// Merges the whole change log, whose writers are locked out.
 fn merge_all() -> Result<()> {
     let patience = Patience::of_call();
-    for mut source in catalog::sources()? {
+    for mut source in catalog::sources()?.into_iter().filter(|s| s.name == CHANGE_LOG) {
         let safe = rollup::find_safe_end(&mut source, patience)?;
         for name in catalog::rollup_names(Some(&source.name))? {
             while let Merged::Window(_) = rollup::merge(&name, safe, patience)? {}

@@ -50,18 +50,33 @@ pub struct Source {
     pub sequence: pg_sys::Oid,
     pub window: Window,
     pub trimmed_to: i64,
-    /// The lowest watermark of its rollups.
+    /// The lowest watermark of its rollups, but for those that are filled by hand.
     pub merged_to: i64,
 }
 
+/// The sources that have rollups for us to merge.
 pub fn sources() -> Result<Vec<Source>> {
+    sources_where("r.definition IS NOT NULL", &[])
+}
+
+/// The source of one rollup, merged as far as that is.
+pub fn source_of(rollup: &str) -> Result<Option<Source>> {
+    Ok(sources_where("r.name = $1", &[rollup.into()])?.pop())
+}
+
+/// The source that a table is, if declared rollups are over it.
+pub fn source_on(relation: pg_sys::Oid) -> Result<Option<Source>> {
+    Ok(sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])?.pop())
+}
+
+fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
     query(
         &format!(
             "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to, min(r.watermark)
              FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
-             GROUP BY s.name ORDER BY s.name"
+             WHERE {condition} GROUP BY s.name ORDER BY s.name"
         ),
-        &[],
+        args,
         |r| {
             Ok(Source {
                 name: value(r, 1)?,
@@ -97,11 +112,13 @@ fn store_candidates(table: &str, key: &str, name: &str, window: &Window) -> Resu
     Ok(())
 }
 
-/// The last value that `sequence` has given out, 0 if none.
-pub fn last_value(sequence: pg_sys::Oid) -> Result<i64> {
-    let name = relation_name(sequence)?;
-    let sql = format!("SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM {name}");
-    Ok(query(&sql, &[], |r| value(r, 1))?.first().copied().unwrap_or(0))
+/// The last value that `sequence` has given out, `None` if none since it was made or restarted. Not read by name, which
+/// its owner could give to something else.
+pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
+    let sql =
+        "SELECT pg_catalog.pg_sequence_last_value(seqrelid) FROM pg_catalog.pg_sequence WHERE seqrelid = $1";
+    let values = query(sql, &[sequence.into()], |r| Ok(r.get(1)?))?;
+    values.into_iter().next().ok_or_else(|| Error::NoTable(format!("sequence {}", sequence.to_u32())))
 }
 
 /// Refuses a sequence whose values do not rise in the order in which they are drawn.
@@ -162,18 +179,31 @@ pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
 
 // ---- rollups ---------------------------------------------------------------------------------------------
 
-/// Names of the rollups, of one source or of all.
+/// Names of the rollups that we fill, of one source or of all.
 pub fn rollup_names(source: Option<&str>) -> Result<Vec<String>> {
     query(
-        &format!("SELECT name FROM {SCHEMA}.rollup WHERE $1 IS NULL OR source = $1 ORDER BY name"),
+        &format!(
+            "SELECT name FROM {SCHEMA}.rollup
+             WHERE ($1 IS NULL OR source = $1) AND source IS NOT NULL AND definition IS NOT NULL ORDER BY name"
+        ),
         &[source.map(str::to_string).into()],
         |r| value(r, 1),
     )
 }
 
-pub fn uncovered_rollups() -> Result<Vec<String>> {
-    let sql = format!("SELECT name FROM {SCHEMA}.rollup WHERE covered_from > '-infinity' ORDER BY name");
-    query(&sql, &[], |r| value(r, 1))
+pub fn any_rollup() -> Result<bool> {
+    Ok(!query(&format!("SELECT FROM {SCHEMA}.rollup LIMIT 1"), &[], |_| Ok(()))?.is_empty())
+}
+
+pub fn rollup_exists(name: &str) -> Result<bool> {
+    let sql = format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1");
+    Ok(!query(&sql, &[name.into()], |_| Ok(()))?.is_empty())
+}
+
+/// Whether rollups of the source wait for backfill.
+pub fn is_uncovered(source: &str) -> Result<bool> {
+    let sql = format!("SELECT FROM {SCHEMA}.rollup WHERE source = $1 AND covered_from > '-infinity' LIMIT 1");
+    Ok(!query(&sql, &[source.into()], |_| Ok(()))?.is_empty())
 }
 
 /// How far the backfill is, or `None` when it is complete.
@@ -313,4 +343,30 @@ impl Table {
 /// Finds a relation by a qualified, quoted name.
 pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     Ok(query("SELECT pg_catalog.to_regclass($1)::oid", &[name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
+}
+
+pub fn role_name(role: pg_sys::Oid) -> Result<String> {
+    let sql = "SELECT pg_catalog.pg_get_userbyid($1)::text";
+    Ok(query(sql, &[role.into()], |r| value(r, 1))?.pop().unwrap_or_default())
+}
+
+/// Whether values of the type, as SQL writes it, can be sorted: then they can be a key.
+pub fn is_sortable(r#type: &str) -> Result<bool> {
+    // SAFETY: reads the type cache. TypeCacheEntry outlives this call.
+    let oid = query("SELECT $1::regtype::oid", &[r#type.into()], |r| value::<pg_sys::Oid>(r, 1))?;
+    let flag = pg_sys::TYPECACHE_LT_OPR as i32;
+    let is_pseudo = |oid: pg_sys::Oid| unsafe { pg_sys::get_typtype(oid) } as u8 == pg_sys::TYPTYPE_PSEUDO;
+    if oid.first().is_some_and(|oid| is_pseudo(*oid)) {
+        return Ok(false);
+    }
+    Ok(oid
+        .first()
+        .is_some_and(|oid| unsafe { (*pg_sys::lookup_type_cache(*oid, flag)).lt_opr } != pg_sys::InvalidOid))
+}
+
+/// Whether the column is declared NOT NULL.
+pub fn is_not_null(relation: pg_sys::Oid, column: &str) -> Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_attribute
+               WHERE attrelid = $1 AND attnum > 0 AND attnotnull AND attname = $2::name";
+    Ok(!query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
 }

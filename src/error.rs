@@ -14,6 +14,8 @@ pub enum Error {
     NotATable { relation: String, kind: &'static str },
     #[error("relation \"{relation}\" has no column \"{column}\"")]
     NoColumn { relation: String, column: String },
+    #[error("relation \"{relation}\" has no column \"{column}\" to bucket time by")]
+    NoTimeColumn { relation: String, column: String },
     #[error("column \"{column}\" of relation \"{relation}\" has type {found}")]
     ColumnType { relation: String, column: String, found: String, expected: String },
     #[error("must be owner of relation \"{0}\"")]
@@ -36,20 +38,50 @@ pub enum Error {
     Null(&'static str),
     #[error("rollup \"{0}\" does not exist")]
     NoRollup(String),
+    #[error("there are no rollups")]
+    NoRollups,
+    #[error("must be owner of rollup \"{0}\"")]
+    NotRollupOwner(String),
+    #[error("rollup \"{0}\" is filled by its owner's own SQL")]
+    ByHand(String),
+    #[error("rollup \"{0}\" is not filled by hand")]
+    NotByHand(String),
+    #[error("rollup \"{0}\" is built in")]
+    BuiltIn(String),
+    #[error("source of rollup \"{0}\" was dropped")]
+    SourceDropped(String),
+    #[error("\"{0}\" already exists")]
+    Exists(String),
+    #[error("\"{0}\" is a name of litellm_spend's own")]
+    Reserved(String),
+    #[error("\"{name}\" cannot be the name of a rollup")]
+    Name { name: String, longest: usize },
+    #[error("{what} \"{expression}\" cannot be used")]
+    Expression { what: &'static str, expression: String, reason: String },
+    #[error("column \"{0}\" is specified more than once")]
+    DuplicateColumn(String),
+    #[error("no dimension buckets column \"{0}\"")]
+    NoBucket(String),
+    #[error("rows of \"{relation}\" are not numbered by {}", .sequence.as_ref().map_or("one sequence".into(), |s| format!("sequence {s}")))]
+    NotNumbered { relation: String, sequence: Option<String>, columns: usize },
+    #[error("partition {partition} does not number its rows by sequence {sequence}")]
+    PartitionNumbered { partition: String, column: String, default: String, sequence: String },
     #[error("rollup \"{0}\" is locked by another transaction")]
     RollupBusy(String),
     #[error("another transaction is attaching or detaching")]
     AttachmentBusy,
     #[error("range of rollup \"{rollup}\" starts before {frozen_before}")]
     Frozen { rollup: String, frozen_before: String },
-    #[error("range of rollup \"{0}\" is empty or does not start at midnight")]
-    Range(String),
-    #[error("rollup \"{rollup}\" knows of more rows on {day} than there are")]
-    RawRowsLost { rollup: String, day: String },
+    #[error("range of rollup \"{rollup}\" is empty or does not begin and end where buckets do")]
+    Range { rollup: String, bucketed: bool },
+    #[error("rollup \"{rollup}\" knows of more rows at {bucket} than there are")]
+    RawRowsLost { rollup: String, bucket: String },
     #[error("raw rows of \"{0}\" vanished during the rebuild")]
     RawVanished(String),
     #[error("sequence {sequence} was set back")]
-    SequenceSetBack { sequence: String, last_value: i64, watermark: i64 },
+    SequenceSetBack { sequence: String, last_value: i64, watermark: i64, by_hand: bool },
+    #[error("rows up to {merged_to} cannot have been merged")]
+    NotMergedYet { merged_to: i64, last: i64 },
     #[error("sequence {sequence} cannot number the rows of a source")]
     SequenceShape { sequence: String, reason: String },
     #[error("could not get a lock on {relation} within {waited_ms} ms")]
@@ -66,15 +98,29 @@ impl Error {
         match self {
             Error::NoTable(_) => ERRCODE_UNDEFINED_TABLE,
             Error::NotATable { .. } => ERRCODE_WRONG_OBJECT_TYPE,
-            Error::NoColumn { .. } => ERRCODE_UNDEFINED_COLUMN,
+            Error::NoColumn { .. } | Error::NoTimeColumn { .. } => ERRCODE_UNDEFINED_COLUMN,
             Error::ColumnType { .. } => ERRCODE_DATATYPE_MISMATCH,
             Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Error::Isolation(_) => ERRCODE_INVALID_TRANSACTION_STATE,
             Error::Encoding(_) => ERRCODE_FEATURE_NOT_SUPPORTED,
             Error::AttachedElsewhere(_) | Error::NotAttached(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            Error::Policy(_) | Error::Range(_) => ERRCODE_INVALID_PARAMETER_VALUE,
+            Error::NotMergedYet { .. } | Error::Policy(_) | Error::Range { .. } | Error::NoBucket(_) => {
+                ERRCODE_INVALID_PARAMETER_VALUE
+            }
+            Error::Name { .. } => ERRCODE_INVALID_NAME,
             Error::NoRollup(_) => ERRCODE_UNDEFINED_OBJECT,
+            Error::NotRollupOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Error::Exists(_) | Error::Reserved(_) => ERRCODE_DUPLICATE_OBJECT,
+            Error::DuplicateColumn(_) => ERRCODE_DUPLICATE_COLUMN,
+            Error::Expression { .. } => ERRCODE_INVALID_COLUMN_DEFINITION,
+            Error::NoRollups
+            | Error::ByHand(_)
+            | Error::NotByHand(_)
+            | Error::BuiltIn(_)
+            | Error::SourceDropped(_)
+            | Error::NotNumbered { .. }
+            | Error::PartitionNumbered { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::Null(_) => ERRCODE_NULL_VALUE_NOT_ALLOWED,
             Error::RollupBusy(_) | Error::AttachmentBusy | Error::LockNotAvailable { .. } => {
                 ERRCODE_LOCK_NOT_AVAILABLE
@@ -92,9 +138,10 @@ impl Error {
         Some(match self {
             Error::NoTable(_) => "The search_path holds no table of that name.".into(),
             Error::NotATable { .. } => {
-                "Only ordinary and partitioned, permanent tables can be captured.".into()
+                "Only ordinary and partitioned, permanent tables can be captured or rolled up.".into()
             }
             Error::NoColumn { .. } => "litellm_spend expects the columns of LiteLLM's spend log.".into(),
+            Error::NoTimeColumn { .. } => "time_column is a column of the source that a dimension buckets.".into(),
             Error::ColumnType { expected, .. } => format!("litellm_spend expects {expected}."),
             Error::NotOwner(_) => "Triggers and views of the table are changed on behalf of its owner.".into(),
             Error::Standby => "This server is a standby: it replays what its primary does.".into(),
@@ -104,7 +151,25 @@ impl Error {
             Error::AttachedElsewhere(_) => "A database has one change log, fed by one table.".into(),
             Error::NotAttached(_) => "Nothing is captured there.".into(),
             Error::Policy(_) => "keep: rows that retention deletes stay in the totals. subtract: they leave them.".into(),
-            Error::NoRollup(_) => "Rollups are made by spend_attach().".into(),
+            Error::NoRollup(_) | Error::NoRollups => {
+                "Rollups are made by spend_attach(), spend_rollup_create() and spend_rollup_register().".into()
+            }
+            Error::NotRollupOwner(_) => "A rollup belongs to the owner of its source.".into(),
+            Error::ByHand(_) => "Only its watermark is known here.".into(),
+            Error::NotByHand(_) => "Its windows are merged by litellm_spend itself.".into(),
+            Error::BuiltIn(_) => "It belongs to the captured table.".into(),
+            Error::SourceDropped(_) => "It keeps what had been merged.".into(),
+            Error::Exists(_) => "A rollup \"x\" takes the names litellm_spend.x and litellm_spend.x_rollup.".into(),
+            Error::Reserved(_) => "Its tables, views and indexes for LiteLLM take it.".into(),
+            Error::Name { longest, .. } => format!("A name has 1 to {longest} bytes, so that a table name can be made of it."),
+            Error::Expression { reason, .. } => reason.clone(),
+            Error::DuplicateColumn(_) => "Dimensions and measures are columns of one table; avg(x) AS a also takes a_sum and a_count.".into(),
+            Error::NoBucket(_) => "A dimension does if it is a date or time and reads no other column.".into(),
+            Error::NotNumbered { columns: 0, .. } => "No column has it as its identity or as its default, nextval().".into(),
+            Error::NotNumbered { columns, .. } => format!("{columns} columns have one as their identity or default."),
+            Error::PartitionNumbered { column, default, .. } => {
+                format!("There the default of column \"{column}\" is {default}.")
+            }
             Error::Null(_) => "NULL names nothing.".into(),
             Error::RollupBusy(_) => "A merge or a rebuild holds it; one at a time works on a rollup.".into(),
             Error::AttachmentBusy => "It holds the right to change triggers and views, until it ends.".into(),
@@ -112,10 +177,14 @@ impl Error {
                 "Raw rows before {frozen_before} are gone; the rollup is their only record and is not recomputed."
             ),
             Error::RawRowsLost { .. } => {
-                "Rows vanished other than by a captured DELETE; the rollup is their only record.".into()
+                "Raw rows vanished, other than by a DELETE that was captured; the rollup is their only record.".into()
             }
-            Error::Range(_) => "A rollup is rebuilt in whole days, range_start inclusive, range_end exclusive.".into(),
+            Error::Range { bucketed: true, .. } => {
+                "A rollup is rebuilt in whole buckets, the built-in ones in whole days; range_start is inclusive, range_end exclusive.".into()
+            }
+            Error::Range { bucketed: false, .. } => "None of its dimensions buckets time.".into(),
             Error::RawVanished(_) => "Rows were truncated or a partition was dropped since the rebuild began. Nothing was changed.".into(),
+            Error::NotMergedYet { last, .. } => format!("The sequence's last value is {last}."),
             Error::SequenceSetBack { last_value, watermark, .. } => format!(
                 "Its last value is {last_value}, but values up to {watermark} have been merged. The rollup is stopped; nothing is lost."
             ),
@@ -131,7 +200,8 @@ impl Error {
                 "Pass the table, as in spend_attach('myschema.\"LiteLLM_SpendLogs\"'), or set search_path."
                     .into()
             }
-            Error::NotATable { .. } => "Pass the table that LiteLLM writes, \"LiteLLM_SpendLogs\".".into(),
+            Error::NotATable { .. } => "Pass the table that the rows are written to, for LiteLLM \"LiteLLM_SpendLogs\".".into(),
+            Error::NoTimeColumn { .. } => "Pass one of its columns, or leave time_column out.".into(),
             Error::NoColumn { .. } | Error::ColumnType { .. } => {
                 "Check that this is LiteLLM's table and that its migrations have run.".into()
             }
@@ -153,13 +223,45 @@ impl Error {
             Error::Policy(_) => "Leave it out for keep.".into(),
             Error::Null(what) => format!("Pass a {what}."),
             Error::NoRollup(_) => "SELECT rollup FROM spend_rollup_status lists them.".into(),
+            Error::NoRollups => "Call one of them first.".into(),
+            Error::NotRollupOwner(_) => "Call it as that role, as a member of it, or as a superuser.".into(),
+            Error::ByHand(_) => "Run its own SQL, which calls spend_rollup_window().".into(),
+            Error::NotByHand(_) => "Read its live view; spend_rollup_run() merges it at once.".into(),
+            Error::BuiltIn(_) => "spend_detach(drop_history := true) drops the built-in rollups.".into(),
+            Error::SourceDropped(_) => "Read it while you need it; spend_rollup_drop() drops it.".into(),
+            Error::Exists(_) => "Choose another name, or drop the old one first: spend_rollup_drop() if it is a rollup.".into(),
+            Error::Name { .. } | Error::Reserved(_) => "Choose another name.".into(),
+            Error::Expression { what: "dimension", .. } => {
+                "A dimension is an expression over the source's columns, as in \"date_trunc('hour', created_at) AS hour\".".into()
+            }
+            Error::Expression { .. } => {
+                "A measure is one aggregate, as in \"count(*) AS views\", \"sum(bytes) AS bytes\" or \"hll_add_agg(hll_hash_bigint(id)) AS users MERGE WITH hll_union_agg\".".into()
+            }
+            Error::DuplicateColumn(_) => "Give each of them a name of its own with AS.".into(),
+            Error::NoBucket(column) => {
+                format!("Add a dimension such as \"date_trunc('hour', {column}) AS hour\", or leave time_column out.")
+            }
+            Error::NotNumbered { columns: 0, .. } => {
+                "Use a bigserial or identity column, or a default of nextval('sequence').".into()
+            }
+            Error::NotNumbered { .. } => "Pass the sequence whose column numbers the rows.".into(),
+            Error::PartitionNumbered { partition, column, sequence, .. } => {
+                format!("ALTER TABLE {partition} ALTER COLUMN {column} SET DEFAULT nextval('{}').", sequence.replace('\'', "''"))
+            }
             Error::RollupBusy(_) | Error::AttachmentBusy => "Try again.".into(),
             Error::Frozen { frozen_before, .. } => format!("Start the range at '{frozen_before}' or later."),
             Error::RawRowsLost { .. } => "Pass force := true to count only what is there.".into(),
-            Error::Range(_) => "Pass midnights, as in '2026-11-01'.".into(),
+            Error::Range { bucketed: true, .. } => "Pass such times in UTC, midnights as in '2026-11-01' for days.".into(),
+            Error::Range { bucketed: false, .. } => "Leave the range out to rebuild all of it.".into(),
             Error::RawVanished(_) => "Try again: the range may be frozen by then.".into(),
-            Error::SequenceSetBack { sequence, watermark, .. } => {
-                format!("SELECT setval('{}', {watermark}) lets it go on.", sequence.replace('\'', "''"))
+            Error::NotMergedYet { .. } => "Pass the last value whose row is merged, or leave it out.".into(),
+            Error::SequenceSetBack { sequence, watermark, by_hand, .. } => {
+                let then = if *by_hand {
+                    "rows that were numbered meanwhile are for you to merge"
+                } else {
+                    "spend_rollup_rebuild() then counts the rows that were numbered meanwhile"
+                };
+                format!("SELECT setval('{}', {watermark}) lets it go on; {then}.", sequence.replace('\'', "''"))
             }
             Error::SequenceShape { sequence, .. } => {
                 format!("ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 NO CYCLE.")

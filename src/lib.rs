@@ -3,25 +3,32 @@
 //! ```text
 //!  enter    api (SQL functions)      worker (loop)   launcher   hook
 //!           tick (one round of everything)
-//!  act      capture   watch   views   rollup   rebuild
-//!  decide   window   definition   litellm            pure Rust, no pgrx
-//!  base     catalog (state)   locks   session   guc   error
+//!  act      capture   watch   views   declare   declaration   source   rollup   rebuild   backfill   repair
+//!  decide   window   definition   litellm   builtin             pure Rust, no pgrx
+//!  base     catalog (state)   expression   locks   session   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
 
 mod api;
+mod backfill;
+mod builtin;
 mod capture;
 mod catalog;
+mod declaration;
+mod declare;
 mod definition;
 mod error;
+mod expression;
 mod guc;
 mod hook;
 mod launcher;
 mod litellm;
 mod locks;
 mod rebuild;
+mod repair;
 mod rollup;
 mod session;
+mod source;
 mod tick;
 mod views;
 mod watch;
@@ -33,7 +40,7 @@ use pgrx::prelude::*;
 ::pgrx::pg_module_magic!(name, version);
 
 extension_sql_file!("../sql/schema.sql", name = "schema", bootstrap);
-extension_sql_file!("../sql/views.sql", name = "views", requires = ["schema"]);
+extension_sql_file!("../sql/views.sql", name = "views", requires = ["schema", api::litellm_spend::tail]);
 extension_sql_file!("../sql/api.sql", name = "api", finalize);
 
 #[pg_guard]

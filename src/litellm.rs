@@ -1,9 +1,9 @@
-//! What is particular to LiteLLM: the columns of its spend log, how a row becomes a row of the change log, the
-//! built-in rollups and LiteLLM's views over them. Pure text, like `definition`.
+//! What is particular to LiteLLM: the columns of its spend log, and how a row becomes a row of the change log. Pure text,
+//! like `definition`.
 //!
 //! Columns are found by name: their order differs between installs, and older versions lack some.
 
-use crate::definition::{Column, Definition, SCHEMA, literal, qualified, quoted};
+use crate::definition::{SCHEMA, literal, quoted};
 
 /// LiteLLM's spend log, as its migrations name it.
 pub const SPEND_LOGS: &str = "LiteLLM_SpendLogs";
@@ -59,7 +59,7 @@ pub const DIMENSIONS: [SourceColumn; 13] = [
 
 /// Name, type in the change log, and value of a spend log row `r`. Money is numeric: sums must not depend on the
 /// order of addition. NaN and the infinities count as 0, or one bad row would make its day unreadable for ever.
-const MEASURES: [(&str, &str, &str); 6] = [
+pub const MEASURES: [(&str, &str, &str); 6] = [
     (
         "spend",
         "numeric",
@@ -312,7 +312,11 @@ pub fn create_log_tables() -> [String; 3] {
                  captured_at timestamptz NOT NULL DEFAULT now(), hour timestamp NOT NULL, {columns})
              WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)"
         ),
-        format!("CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns})"),
+        // It has no key: without REPLICA IDENTITY a publication FOR ALL TABLES would refuse to prune it.
+        format!(
+            "CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns});
+             ALTER TABLE {SCHEMA}.retired REPLICA IDENTITY FULL"
+        ),
     ]
 }
 
@@ -328,45 +332,6 @@ pub fn comment_on_log() -> [String; 3] {
         ),
     ]
 }
-
-/// The built-in rollups: today the one that MonthlyGlobalSpend reads.
-pub fn rollups() -> Vec<Definition> {
-    vec![Definition {
-        name: "daily_spend".into(),
-        source: qualified(SCHEMA, CHANGE_LOG),
-        source_sequence: "seq".into(),
-        source_time: "hour".into(),
-        bucket: Column::new("date", "hour::date", "date"),
-        dimensions: vec![],
-        measures: MEASURES.iter().map(|(name, r#type, _)| Column::new(name, &quoted(name), r#type)).collect(),
-        presence: "requests".into(),
-    }]
-}
-
-/// One of LiteLLM's views, live.
-pub struct PublicView {
-    pub name: &'static str,
-    /// Column names and types, which CREATE OR REPLACE VIEW must keep.
-    pub columns: &'static [(&'static str, &'static str)],
-    /// What it reads.
-    pub rollup: &'static str,
-    /// Its measures of that rollup, with the types of the view's columns. Its other columns are the dimensions.
-    pub measures: &'static [(&'static str, &'static str)],
-    /// How many days before CURRENT_DATE it reaches.
-    pub days: i32,
-    /// LiteLLM's own query over `%s`, for a view that did not exist when we came.
-    pub original: &'static str,
-}
-
-pub const VIEWS: [PublicView; 1] = [PublicView {
-    name: "MonthlyGlobalSpend",
-    columns: &[("date", "date"), ("spend", "double precision")],
-    rollup: "daily_spend",
-    measures: &[("spend", "double precision")],
-    days: 30,
-    original: "SELECT date(\"startTime\") AS date, sum(spend) AS spend FROM %s \
-               WHERE \"startTime\" >= (CURRENT_DATE - INTERVAL '30 days') GROUP BY date(\"startTime\")",
-}];
 
 #[cfg(test)]
 mod tests {

@@ -5,25 +5,34 @@
 //! | [`Fence`] | a rollup's state row, FOR UPDATE | other mergers and rebuilds; readers never |
 //! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
 //! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
-//! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates or drops it |
+//! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates, renames or drops it |
 //! | [`lock`] | whatever the statement needs | as the statement says |
 //!
 //! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
 
-use crate::catalog::{execute, exists, find_relation, fresh, query, relation_name, value};
+use crate::catalog::{execute, exists, find_relation, fresh, query, relation_name, rollup_names, value};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::litellm::CHANGE_LOG;
 use crate::session::require_read_committed;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
+use pgrx::spi::SpiHeapTupleData;
 use std::time::{Duration, Instant};
 
 /// The right to change a rollup: its state row, locked until the transaction ends. Whoever holds it sees, in
 /// every later statement, all that earlier holders did.
 pub struct Fence {
-    pub definition: Definition,
-    pub source: String,
+    pub name: String,
+    /// `None`: its owner fills it.
+    pub definition: Option<Definition>,
+    /// `None`: it was dropped.
+    pub source: Option<String>,
+    /// The source's, if it exists.
+    pub relation: pg_sys::Oid,
+    /// The owner of its table, or of the source if it has none.
+    pub owner: pg_sys::Oid,
     pub watermark: i64,
     pub covered_from: Timestamp,
     pub frozen_before: Timestamp,
@@ -63,24 +72,8 @@ impl Fence {
     pub fn take(name: &str, patience: Patience) -> Result<Option<Fence>> {
         require_read_committed()?;
         loop {
-            let fence = fresh(
-                &format!(
-                    "SELECT r.definition::text, r.source, r.watermark, r.covered_from, s.frozen_before
-                     FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
-                     WHERE r.name = $1 FOR UPDATE OF r SKIP LOCKED"
-                ),
-                &[name.into()],
-                |r| {
-                    Ok(Fence {
-                        definition: serde_json::from_str(&value::<String>(r, 1)?)?,
-                        source: value(r, 2)?,
-                        watermark: value(r, 3)?,
-                        covered_from: value(r, 4)?,
-                        frozen_before: value(r, 5)?,
-                    })
-                },
-            )?;
-            if let Some(fence) = fence.into_iter().next() {
+            let sql = format!("{} FOR UPDATE OF r SKIP LOCKED", Fence::state());
+            if let Some(fence) = fresh(&sql, &[name.into()], |r| Fence::read(name, r))?.pop() {
                 return Ok(Some(fence));
             }
             if !exists(&format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])? {
@@ -92,15 +85,98 @@ impl Fence {
         }
     }
 
-    /// Advances the watermark. The rollup's rows of the window are written in the same transaction.
-    pub fn advance(&self, end: i64, rows: i64, groups: i64, ms: f64) -> Result<()> {
+    /// The fences of all rollups of a source, in the order of their names: no deadlocks.
+    pub fn take_all(source: &str, patience: Patience) -> Result<Option<Vec<Fence>>> {
+        let mut fences = vec![];
+        for name in rollup_names(Some(source))? {
+            match Fence::take(&name, patience)? {
+                Some(fence) => fences.push(fence),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(fences))
+    }
+
+    /// Takes the fence as soon as its holder ends, or fails at the caller's own lock_timeout: windows belong to one
+    /// transaction after the other, each as long as its caller likes.
+    pub fn wait(name: &str) -> Result<Fence> {
+        let sql = format!("{} FOR UPDATE OF r", Fence::state());
+        let fences = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
+            fresh(&sql, &[name.into()], |r| Fence::read(name, r))
+        }))
+        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| Err(Error::RollupBusy(name.into())))
+        .execute()?;
+        fences.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))
+    }
+
+    /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
+    pub fn look(name: &str) -> Result<Fence> {
+        let states = query(&Fence::state(), &[name.into()], |r| Fence::read(name, r))?;
+        states.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))
+    }
+
+    fn state() -> String {
+        format!(
+            "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark, r.covered_from,
+                    coalesce(s.frozen_before, '-infinity'),
+                    coalesce((SELECT c.relowner FROM pg_catalog.pg_class c
+                              WHERE r.definition IS NOT NULL AND c.relname = r.name || '_rollup'
+                                AND c.relnamespace = '{SCHEMA}'::regnamespace),
+                             (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
+             FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
+             WHERE r.name = $1"
+        )
+    }
+
+    fn read(name: &str, r: &SpiHeapTupleData) -> Result<Fence> {
+        let definition = r.get::<String>(1)?;
+        let mut fence = Fence {
+            name: name.into(),
+            definition: definition.map(|text| serde_json::from_str(&text)).transpose()?,
+            source: r.get(2)?,
+            relation: value(r, 3)?,
+            watermark: value(r, 4)?,
+            covered_from: value(r, 5)?,
+            frozen_before: value(r, 6)?,
+            owner: value(r, 7)?,
+        };
+        if let Some(definition) = fence.definition.as_mut().filter(|_| fence.source.is_some()) {
+            // It may have been renamed. One that was dropped fails when it is read.
+            definition.source = relation_name(fence.relation).unwrap_or_default();
+        }
+        Ok(fence)
+    }
+
+    /// What it consists of, if it is for us to fill.
+    pub fn filled(&self) -> Result<&Definition> {
+        match (&self.definition, &self.source) {
+            (None, _) => Err(Error::ByHand(self.name.clone())),
+            (_, None) => Err(Error::SourceDropped(self.name.clone())),
+            (Some(definition), _) => Ok(definition),
+        }
+    }
+
+    /// It is fed by the change log.
+    pub fn is_built_in(&self) -> bool {
+        self.source.as_deref() == Some(CHANGE_LOG)
+    }
+
+    /// Advances the watermark. The rollup's rows of the window are written in the same transaction; `counts` are the
+    /// source rows and groups, where we know them.
+    pub fn advance(&self, end: i64, counts: Option<(i64, i64)>, ms: f64) -> Result<()> {
         execute(
             &format!(
                 "UPDATE {SCHEMA}.rollup SET watermark = $2, merged_at = clock_timestamp(), merged_rows = $3,
                      merged_groups = $4, merged_ms = $5, last_error = NULL, last_error_at = NULL
                  WHERE name = $1"
             ),
-            &[self.definition.name.as_str().into(), end.into(), rows.into(), groups.into(), ms.into()],
+            &[
+                self.name.as_str().into(),
+                end.into(),
+                counts.map(|c| c.0).into(),
+                counts.map(|c| c.1).into(),
+                ms.into(),
+            ],
         )?;
         Ok(())
     }
@@ -135,6 +211,16 @@ pub fn lock_against_dropping(relation: pg_sys::Oid) -> Result<()> {
     let name = relation_name(relation)?;
     lock(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"), &name, relation)?;
     if find_relation(&name)? == Some(relation) { Ok(()) } else { Err(Error::NoTable(name)) }
+}
+
+/// As [`lock_against_dropping`], but without waiting. `false`: somebody is changing the table right now.
+pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
+    // SAFETY: takes a lock, or says that it cannot.
+    if !unsafe { pg_sys::ConditionalLockRelationOid(relation, pg_sys::AccessShareLock as i32) } {
+        return Ok(false);
+    }
+    let name = relation_name(relation)?;
+    if find_relation(&name)? == Some(relation) { Ok(true) } else { Err(Error::NoTable(name)) }
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.

@@ -10,10 +10,13 @@
 //! either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing else.
 
 use crate::catalog::{self, Source};
-use crate::definition::SCHEMA;
+use crate::definition::{Definition, SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::locks::{Fence, Patience};
+use crate::locks::{self, Fence, Patience};
+use crate::session::{Elevated, attempt};
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::pg_sys;
 use std::time::Instant;
 
 /// What one merge did.
@@ -38,7 +41,7 @@ pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
     loop {
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
         //    who has ended.
-        let last_value = catalog::last_value(source.sequence)?;
+        let last_value = catalog::last_value(source.sequence)?.unwrap_or(source.merged_to);
         if last_value == source.merged_to {
             return Ok(last_value);
         }
@@ -63,34 +66,65 @@ pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Merged> {
     let started = Instant::now();
     // 1. lock our state row: one merge at a time, and every later statement sees what the earlier ones did.
     let Some(fence) = Fence::take(name, patience)? else { return Ok(Merged::Busy) };
+    let definition = fence.filled()?;
     let start = fence.watermark;
     // 2. the window.
-    if safe_end < start {
-        return Err(set_back(&fence, safe_end)?);
-    }
-    let end = safe_end.min(start.saturating_add(guc::max_window()));
-    if end == start {
+    if safe_end <= start {
+        // Another merger was faster than our look, unless the sequence is behind what was merged.
+        check_not_set_back(&fence)?;
         return Ok(Merged::Nothing);
     }
-    // 3. its rows, on a snapshot that is newer than the fence and the look.
-    let counts = catalog::fresh(&fence.definition.merge(), &[start.into(), end.into()], |r| {
+    let mut end = window_end(start, safe_end);
+    // The source is read by name: it stays its name.
+    if !locks::try_lock_against_dropping(fence.relation)? {
+        return Ok(Merged::Busy);
+    }
+    // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
+    let owner = Elevated::restricted(fence.owner);
+    let counts = catalog::fresh(&definition.merge(), &[start.into(), end.into()], |r| {
         Ok((catalog::value::<i64>(r, 1)?, catalog::value::<i64>(r, 2)?))
     })?;
     let (rows, groups) = counts.first().copied().unwrap_or_default();
+    if rows == 0 && end < safe_end {
+        end = end_of_gap(definition, end, safe_end)?;
+    }
+    drop(owner);
     // 4. the watermark, in the same transaction.
-    fence.advance(end, rows, groups, started.elapsed().as_secs_f64() * 1000.0)?;
+    fence.advance(end, Some((rows, groups)), started.elapsed().as_secs_f64() * 1000.0)?;
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
 }
 
-/// The sequence is behind the watermark: new rows would never be merged.
-fn set_back(fence: &Fence, last_value: i64) -> Result<Error> {
-    let sequence = catalog::query(
-        &format!("SELECT sequence::text FROM {SCHEMA}.source WHERE name = $1"),
-        &[fence.source.as_str().into()],
-        |r| catalog::value(r, 1),
+/// Where a window that begins after `start` ends.
+pub fn window_end(start: i64, safe_end: i64) -> i64 {
+    safe_end.min(start.saturating_add(guc::max_window()))
+}
+
+/// Numbers may be far apart: an empty window reaches up to the next row.
+fn end_of_gap(definition: &Definition, end: i64, safe_end: i64) -> Result<i64> {
+    let sequence = quoted(&definition.source_sequence);
+    let sql = format!(
+        "SELECT min({sequence})::bigint - 1 FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
+        definition.source
+    );
+    let next = catalog::fresh(&sql, &[end.into(), safe_end.into()], |r| Ok(r.get::<i64>(1)?))?;
+    Ok(next.first().copied().flatten().unwrap_or(safe_end))
+}
+
+/// A sequence behind the watermark would number rows that are never merged.
+pub fn check_not_set_back(fence: &Fence) -> Result<()> {
+    let sequences = catalog::query(
+        &format!("SELECT sequence::oid, sequence::text FROM {SCHEMA}.source WHERE name = $1"),
+        &[fence.source.clone().into()],
+        |r| Ok((catalog::value::<pg_sys::Oid>(r, 1)?, catalog::value::<String>(r, 2)?)),
     )?;
-    let sequence = sequence.into_iter().next().unwrap_or_default();
-    Ok(Error::SequenceSetBack { sequence, last_value, watermark: fence.watermark })
+    let Some((oid, sequence)) = sequences.into_iter().next() else { return Ok(()) };
+    match catalog::last_value(oid)?.filter(|last_value| *last_value < fence.watermark) {
+        None => Ok(()),
+        Some(last_value) => {
+            let by_hand = fence.definition.is_none();
+            Err(Error::SequenceSetBack { sequence, last_value, watermark: fence.watermark, by_hand })
+        }
+    }
 }
 
 /// Rows removed from the change log in one transaction.
@@ -123,3 +157,55 @@ pub fn trim(source: &Source) -> Result<i64> {
     )?;
     Ok(removed)
 }
+
+// ---- for SQL calls and status ----------------------------------------------------------------------------
+
+/// One step of `spend_backfill()` on a table with declared rollups: a window of each. Says how far they are, `None` when
+/// everything that was safe is merged.
+pub fn backfill_step(source: &mut Source, patience: Patience) -> Result<Option<String>> {
+    let safe = find_safe_end(source, patience)?;
+    let mut progress = vec![];
+    for name in catalog::rollup_names(Some(&source.name))? {
+        match merge(&name, safe, patience)? {
+            Merged::Window(merged) if merged.window_end < safe => {
+                progress.push(format!("rollup {name}: {} of {safe}", merged.window_end));
+            }
+            Merged::Busy => progress.push(format!("rollup {name}: another transaction works on it")),
+            _ => {}
+        }
+    }
+    Ok(if progress.is_empty() { None } else { Some(progress.join("; ")) })
+}
+
+/// Rows above the watermark of a rollup, at most a million, and since when the oldest has been there: when it was captured,
+/// or, for a declared rollup, the time that it carries.
+pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> {
+    let fence = Fence::look(name)?;
+    let Some(definition) = fence.definition.as_ref().filter(|_| fence.source.is_some()) else {
+        return Ok((None, None));
+    };
+    // Somebody is changing it, or it was dropped: nobody waits for a status.
+    if !matches!(locks::try_lock_against_dropping(fence.relation), Ok(true)) {
+        return Ok((None, None));
+    }
+    let time = match &definition.bucket {
+        _ if fence.is_built_in() => "captured_at".into(),
+        Some(bucket) => quoted(&bucket.column),
+        None => "NULL::timestamptz".into(),
+    };
+    let sequence = quoted(&definition.source_sequence);
+    let sql = format!(
+        "SELECT count(*), (min(at) FILTER (WHERE isfinite(at)))::timestamptz
+         FROM (SELECT {time} AS at FROM {} WHERE {sequence} > $1 ORDER BY {sequence} LIMIT {MOST_COUNTED}) AS tail",
+        definition.source
+    );
+    // What is wrong with the rollup is told by its last error, and must not hide the others.
+    let tail = attempt(|| {
+        let _owner = Elevated::restricted(fence.owner);
+        catalog::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
+    });
+    Ok(tail.ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
+}
+
+/// A status must not read for minutes.
+const MOST_COUNTED: i64 = 1_000_000;

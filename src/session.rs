@@ -32,6 +32,39 @@ pub fn require_utf8() -> Result<()> {
     if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
 }
 
+/// `caller` may act for the owner of the relation.
+pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
+    let owns = query(
+        "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
+        &[relation.into(), caller.into()],
+        |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
+    )?;
+    match owns.into_iter().next() {
+        Some((_, true)) => Ok(()),
+        Some((name, false)) => Err(Error::NotOwner(name)),
+        // The table was dropped.
+        None => require_extension_owner(caller),
+    }
+}
+
+/// `caller` may act for the extension's owner, whom we are at the moment.
+pub fn require_extension_owner(caller: pg_sys::Oid) -> Result<()> {
+    let sql = "SELECT pg_catalog.pg_has_role($1, current_user, 'USAGE')";
+    let owns = query(sql, &[caller.into()], |r| value::<bool>(r, 1))?;
+    if owns == [true] { Ok(()) } else { Err(Error::NotOwner("litellm_spend".into())) }
+}
+
+/// `caller` may act for `owner`, to whom rollup `name` belongs.
+pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Result<()> {
+    if owner == pg_sys::InvalidOid {
+        // Its source was dropped, and it has no table of its own.
+        return require_extension_owner(caller);
+    }
+    let sql = "SELECT pg_catalog.pg_has_role($1, $2, 'USAGE')";
+    let may = query(sql, &[caller.into(), owner.into()], |r| value::<bool>(r, 1))?;
+    if may == [true] { Ok(()) } else { Err(Error::NotRollupOwner(name.into())) }
+}
+
 /// While it lives, the session acts as the extension's owner with a pinned search_path: what we store is ours,
 /// whoever calls, and nothing of the caller's path is looked up. An error ends it with the transaction.
 pub struct Elevated {
@@ -40,9 +73,16 @@ pub struct Elevated {
     nest_level: i32,
 }
 
-/// Nothing is looked up on the caller's path; what is skipped because it exists is no news.
-const PINNED_SETTINGS: [(&CStr, &CStr); 2] =
-    [(c"search_path", c"pg_catalog, pg_temp"), (c"client_min_messages", c"warning")];
+/// Nothing is looked up on the caller's path; what is skipped because it exists is no news; and what depends on settings
+/// is the same whoever computes it.
+const PINNED_SETTINGS: [(&CStr, &CStr); 6] = [
+    (c"search_path", c"pg_catalog, pg_temp"),
+    (c"client_min_messages", c"warning"),
+    (c"TimeZone", c"UTC"),
+    (c"DateStyle", c"ISO, MDY"),
+    (c"IntervalStyle", c"postgres"),
+    (c"extra_float_digits", c"1"),
+];
 
 impl Elevated {
     pub fn enter() -> Result<Elevated> {
@@ -62,6 +102,19 @@ impl Elevated {
         // SAFETY: inside the nest level of this guard, which Drop undoes.
         unsafe { set(c"lock_timeout", c"200ms") };
         self
+    }
+
+    /// For statements that run code of `owner`'s: expressions, functions, triggers. It cannot become anybody else, nor
+    /// leave anything behind that runs later with our rights.
+    pub fn restricted(owner: pg_sys::Oid) -> Elevated {
+        let guard = Elevated::as_user(owner);
+        // SAFETY: restored with the rest.
+        unsafe {
+            let security = guard.security
+                | (pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION) as i32;
+            pg_sys::SetUserIdAndSecContext(owner, security);
+        }
+        guard
     }
 
     /// Who acted before.

@@ -2,13 +2,14 @@
 //! for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is recorded and
 //! does not stop the others.
 
-use crate::catalog;
+use crate::catalog::{self, Source};
+use crate::declare;
 use crate::error::Result;
 use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
 use crate::rollup::{self, Merge, Merged};
 use crate::session::Failure;
-use crate::{rebuild, views, watch};
+use crate::{backfill, repair, views, watch};
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +25,14 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
+    /// Whether it may work on a rollup.
+    fn may_fill(&self, _rollup: &str) -> bool {
+        true
+    }
+    /// Whether it may work on the captured table and what belongs to it.
+    fn may_watch(&self) -> bool {
+        true
+    }
     /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
     fn watch_is_due(&mut self) -> bool;
 }
@@ -43,73 +52,105 @@ pub struct Round {
 
 pub fn tick(run: &mut impl Runner) -> Round {
     let patience = run.patience();
-    let mut more =
-        run.watch_is_due() && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
-    let outcomes = merge_all(run);
-    more |= run.step(Subject::Task("repair"), || rebuild::repair_step(patience)).unwrap_or(false);
-    more |= backfill_all(run);
-    run.step(Subject::Task("switch views"), || views::switch_covered(patience));
+    let (watching, mut more) = (run.may_watch(), false);
+    if run.watch_is_due() {
+        run.step(Subject::Task("sources"), || declare::watch(patience));
+        more |= watching && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
+    }
+    let (outcomes, more_windows) = merge_all(run);
+    more |= more_windows;
+    if watching {
+        more |= run.step(Subject::Task("repair"), || repair::step(patience)).unwrap_or(false);
+        more |= run.step(Subject::Task("backfill"), || backfill::step(patience)).unwrap_or(false);
+        run.step(Subject::Task("switch views"), || views::switch_covered(patience));
+    }
     Round { outcomes, more }
 }
 
 /// The rounds' slow part: what needs to be done now and then only.
 pub fn tidy(run: &mut impl Runner) {
     let patience = run.patience();
-    run.step(Subject::Task("freeze"), || rebuild::freeze_expired(patience));
+    if run.may_watch() {
+        run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
+    }
 }
 
-fn merge_all(run: &mut impl Runner) -> Vec<Outcome> {
-    let mut outcomes = vec![];
-    let patience = run.patience();
-    for mut source in run.step(Subject::Task("merge"), catalog::sources).unwrap_or_default() {
-        let subject = Subject::Source(source.name.clone());
-        let looked = run.step(subject.clone(), || {
-            let safe = rollup::find_safe_end(&mut source, patience)?;
-            Ok((safe, catalog::last_value(source.sequence)?, catalog::rollup_names(Some(&source.name))?))
-        });
-        let Some((safe, last_value, names)) = looked else {
-            let list = || catalog::rollup_names(Some(&source.name));
-            let names = run.step(Subject::Task("merge"), list).unwrap_or_default();
-            outcomes.extend(names.into_iter().map(|rollup| Outcome { rollup, merge: None, text: "failed" }));
-            continue;
-        };
-        if source.name == CHANGE_LOG && last_value < source.merged_to {
-            run.step(Subject::Task("watch"), || watch::raise_sequence(&source));
-        }
-        // With nothing new the fences are not touched: an idle source writes no WAL.
-        let news = safe != source.merged_to;
-        for rollup in names {
-            let (merge, end) = if news { merge_windows(run, &rollup, safe) } else { (None, End::Done) };
-            let text = match end {
-                End::Failed => "failed",
-                End::Busy => "busy",
-                End::Done if safe < last_value => "waiting for writers",
-                End::Done if merge.is_some() => "merged",
-                End::Done => "up to date",
-            };
-            outcomes.push(Outcome { rollup, merge, text });
-        }
-        if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
-            run.step(subject, || rollup::trim(&source));
-        }
+/// Merges what is safe. `true`: there are more windows.
+fn merge_all(run: &mut impl Runner) -> (Vec<Outcome>, bool) {
+    let (mut outcomes, mut more) = (vec![], false);
+    for source in run.step(Subject::Task("merge"), catalog::sources).unwrap_or_default() {
+        more |= merge_source(run, source, &mut outcomes);
     }
-    outcomes
+    (outcomes, more)
+}
+
+fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Outcome>) -> bool {
+    let patience = run.patience();
+    let subject = Subject::Source(source.name.clone());
+    let list = || catalog::rollup_names(Some(&source.name));
+    let mut names = run.step(Subject::Task("merge"), list).unwrap_or_default();
+    names.retain(|name| run.may_fill(name));
+    if names.is_empty() {
+        return false;
+    }
+    let looked = run.step(subject.clone(), || {
+        Ok((rollup::find_safe_end(&mut source, patience)?, catalog::last_value(source.sequence)?))
+    });
+    let Some((safe, last_value)) = looked else {
+        outcomes.extend(names.into_iter().map(|rollup| Outcome { rollup, merge: None, text: "failed" }));
+        return false;
+    };
+    let last_value = last_value.unwrap_or(source.merged_to);
+    if source.name == CHANGE_LOG && last_value < source.merged_to {
+        run.step(Subject::Task("watch"), || watch::raise_sequence(&source));
+    }
+    // With nothing new the fences are not touched: an idle source writes no WAL.
+    let news = safe != source.merged_to;
+    let mut more = false;
+    for rollup in names {
+        let (merge, end) = if news { merge_windows(run, &rollup, safe) } else { (None, End::Done) };
+        more |= matches!(end, End::More);
+        let text = match end {
+            End::Failed => "failed",
+            End::Busy => "busy",
+            End::Done if safe < last_value => "waiting for writers",
+            _ if merge.is_some() => "merged",
+            _ => "up to date",
+        };
+        outcomes.push(Outcome { rollup, merge, text });
+    }
+    if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
+        run.step(subject, || rollup::trim(&source));
+    }
+    more
 }
 
 enum End {
     Done,
+    /// There may be another window.
+    More,
     Busy,
     Failed,
 }
 
-/// Merges window after window up to `safe_end`, each in a step of its own.
+/// Merges windows up to `safe_end`, each in a step of its own: all of them for a SQL call, one for the worker, so that no
+/// rollup keeps the others waiting.
 fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<Merge>, End) {
     let patience = run.patience();
     let mut merged = None;
     loop {
         let step = run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, patience));
         match step {
-            Some(Merged::Window(next)) => merged = Some(joined(merged, next)),
+            Some(Merged::Window(next)) => {
+                let last = next.window_end == safe_end;
+                merged = Some(joined(merged, next));
+                if last {
+                    return (merged, End::Done);
+                }
+                if matches!(patience, Patience::None) {
+                    return (merged, End::More);
+                }
+            }
             Some(Merged::Nothing) => return (merged, End::Done),
             Some(Merged::Busy) => return (merged, End::Busy),
             None => return (merged, End::Failed),
@@ -127,18 +168,6 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
             groups: earlier.groups + later.groups,
         },
     }
-}
-
-/// One bucket of each rollup that is not covered. `true`: there is more.
-pub fn backfill_all(run: &mut impl Runner) -> bool {
-    let patience = run.patience();
-    let uncovered = run.step(Subject::Task("backfill"), catalog::uncovered_rollups).unwrap_or_default();
-    let mut more = false;
-    for rollup in uncovered {
-        let step = run.step(Subject::Rollup(rollup.clone()), || rebuild::backfill_step(&rollup, patience));
-        more |= step.unwrap_or(false);
-    }
-    more
 }
 
 /// Keeps a failure for the status view, or with `None` takes it back: what failed has succeeded.

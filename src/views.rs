@@ -1,14 +1,14 @@
 //! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given back by
-//! detach.
+//! detach. And the report views, which are ours.
 //!
 //! A view is replaced with CREATE OR REPLACE VIEW, so its OID, owner, grants and dependents stay. That takes ACCESS
 //! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
 
+pub use crate::builtin::PublicView;
+use crate::builtin::{self, DAILY_REPORTS, VIEWS};
 use crate::catalog::{self, Table};
-use crate::definition::{Definition, SCHEMA, qualified, quoted};
-use crate::error::Result;
-pub use crate::litellm::PublicView;
-use crate::litellm::{self, VIEWS};
+use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
+use crate::error::{Error, Result};
 use crate::locks::{self, Patience};
 
 /// What was done to an object, for the caller to read.
@@ -31,15 +31,25 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
         // Its owner may have changed.
         grant(view, found)?;
         // An upgrade may have changed our query: it takes effect here.
-        if installed != live(view) {
-            install(view, &name)?;
+        if installed != live(view, &source.schema)? {
+            install(view, &name, &source.schema)?;
             return action("replaced by the new definition");
         }
         return action("already live");
     }
     let original = match found {
         None => {
-            let original = view.original.replace("%s", &source.qualified());
+            if let Some(table) = view.joins
+                && Table::named(&qualified(&source.schema, table))?.is_none()
+            {
+                return action(&format!("not made: there is no \"{table}\""));
+            }
+            if let Some(column) = view.needs
+                && !source.columns.iter().any(|(name, _)| name == column)
+            {
+                return action(&format!("not made: there is no column \"{column}\""));
+            }
+            let original = view.original(&source.qualified(), &source.schema);
             catalog::execute(&format!("CREATE VIEW {name} AS {original}"), &[])?;
             catalog::execute(&format!("ALTER VIEW {name} OWNER TO {}", quoted(&source.owner)), &[])?;
             original
@@ -51,49 +61,48 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     };
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.public_view (name, original) VALUES ($1, $2)
+            "INSERT INTO {SCHEMA}.public_view (name, rollup, original) VALUES ($1, $2, $3)
              ON CONFLICT (name) DO UPDATE SET original = excluded.original, installed = NULL"
         ),
-        &[view.name.into(), original.into()],
+        &[view.name.into(), view.rollup.into(), original.into()],
     )?;
     action("goes live when its days are covered")
 }
 
 /// Switches each adopted view whose rollup covers the days it shows.
 pub fn switch_covered(patience: Patience) -> Result<()> {
-    if !VIEWS.iter().map(is_ready).collect::<Result<Vec<_>>>()?.contains(&true)
-        || !locks::lock_attachment(patience)?
-    {
+    if ready()?.is_empty() || !locks::lock_attachment(patience)? {
         return Ok(());
     }
     let Some(capture) = catalog::capture()? else { return Ok(()) };
-    for view in &VIEWS {
+    // Again, under the lock: detach may have come first.
+    let ready = ready()?;
+    for view in VIEWS.iter().filter(|view| ready.iter().any(|name| name == view.name)) {
         let name = qualified(&capture.schema, view.name);
-        // Again, under the lock: detach may have come first.
-        if !is_ready(view)? {
-            continue;
-        }
         let Some(found) = Table::named(&name)?.filter(|found| unusable(view, found).is_none()) else {
             continue;
         };
         grant(view, &found)?;
-        install(view, &name)?;
+        install(view, &name, &capture.schema)?;
     }
     Ok(())
 }
 
-/// The view is LiteLLM's, and its rollup covers what it shows and a day more: CURRENT_DATE depends on the session's
-/// time zone.
-fn is_ready(view: &PublicView) -> Result<bool> {
-    let ready = catalog::query(
+/// The views that are LiteLLM's still, and whose rollup covers what they show and a day more: CURRENT_DATE depends on the
+/// session's time zone.
+fn ready() -> Result<Vec<String>> {
+    let names: Vec<String> = VIEWS.iter().map(|view| view.name.to_string()).collect();
+    let days: Vec<Option<i32>> = VIEWS.iter().map(|view| view.days.map(|days| days + 1)).collect();
+    catalog::query(
         &format!(
-            "SELECT FROM {SCHEMA}.public_view v, {SCHEMA}.rollup r
-             WHERE v.name = $1 AND v.installed IS NULL AND r.name = $2 AND r.covered_from <= CURRENT_DATE - $3::int"
+            "SELECT v.name FROM {SCHEMA}.public_view v
+             JOIN unnest($1::text[], $2::int[]) AS shown(name, days) ON shown.name = v.name
+             JOIN {SCHEMA}.rollup r ON r.name = v.rollup
+             WHERE v.installed IS NULL AND r.covered_from <= coalesce(CURRENT_DATE - shown.days, '-infinity')"
         ),
-        &[view.name.into(), view.rollup.into(), (view.days + 1).into()],
-        |_| Ok(()),
-    )?;
-    Ok(!ready.is_empty())
+        &[names.into(), days.into()],
+        |r| catalog::value(r, 1),
+    )
 }
 
 /// Gives LiteLLM's definitions back, over the table that now has its name.
@@ -157,7 +166,7 @@ pub fn empty(schema: &str) -> Result<Vec<Action>> {
 
 /// The view reads our rollup, or, as another version of it may, the rollup's live view.
 fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
-    let rollup = rollup_of(view);
+    let rollup = rollup(view.rollup)?;
     let mut ours = vec![];
     for name in [rollup.table(), rollup.live_view()] {
         ours.extend(catalog::find_relation(&name)?);
@@ -173,21 +182,64 @@ fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
 
 /// The view runs with its owner's rights.
 fn grant(view: &PublicView, found: &Table) -> Result<()> {
-    for grant in rollup_of(view).grant_live(&quoted(&found.owner)) {
+    let owner = quoted(&found.owner);
+    for grant in rollup(view.rollup)?.grant_live(&owner) {
         catalog::execute(&grant, &[])?;
     }
     Ok(())
 }
 
-fn live(view: &PublicView) -> String {
-    rollup_of(view).live(view.measures, Some(&format!("CURRENT_DATE - {}", view.days)))
+fn live(view: &PublicView, schema: &str) -> Result<String> {
+    Ok(view.live(&rollup(view.rollup)?, schema))
 }
 
-fn rollup_of(view: &PublicView) -> Definition {
-    let mut rollups = litellm::rollups();
-    let i = rollups.iter().position(|r| r.name == view.rollup).unwrap_or(0);
-    rollups.swap_remove(i)
+fn rollup(name: &str) -> Result<Definition> {
+    builtin::rollups().into_iter().find(|r| r.name == name).ok_or_else(|| Error::NoRollup(name.into()))
 }
+
+// ---- reports ---------------------------------------------------------------------------------------------
+
+/// The report views by day, over the hourly rollups.
+pub fn ensure_reports() -> Result<()> {
+    for (name, hourly) in DAILY_REPORTS {
+        let view = qualified(SCHEMA, name);
+        if catalog::find_relation(&view)?.is_none() {
+            let query = rollup(hourly)?.by_day();
+            catalog::execute(&format!("CREATE VIEW {view} AS {query}"), &[])?;
+            // For ranges of days.
+            let hours = rollup(hourly)?.table();
+            catalog::execute(
+                &format!("CREATE INDEX IF NOT EXISTS {hourly}_by_day ON {hours} ((hour::date))"),
+                &[],
+            )?;
+            let comment = literal(&format!("Rollup {hourly} by day, exact in every snapshot"));
+            catalog::execute(&format!("COMMENT ON VIEW {view} IS {comment}"), &[])?;
+        }
+    }
+    Ok(())
+}
+
+pub fn drop_reports() -> Result<()> {
+    for (name, _) in DAILY_REPORTS {
+        catalog::execute(&format!("DROP VIEW IF EXISTS {}", qualified(SCHEMA, name)), &[])?;
+    }
+    Ok(())
+}
+
+/// Lets `role` read all live views of the built-in rollups.
+pub fn grant_reports(role: &str) -> Result<Vec<Action>> {
+    let names = builtin::rollups().into_iter().map(|r| r.name);
+    let mut actions = vec![];
+    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)), &[])?;
+    for name in names.chain(DAILY_REPORTS.iter().map(|(name, _)| name.to_string())) {
+        let view = qualified(SCHEMA, &name);
+        catalog::execute(&format!("GRANT SELECT ON {view} TO {}", quoted(role)), &[])?;
+        actions.push((format!("view {view}"), format!("may be read by {role}")));
+    }
+    Ok(actions)
+}
+
+// ---- in place --------------------------------------------------------------------------------------------
 
 fn installed(view: &PublicView) -> Result<Option<String>> {
     let installed = catalog::query(
@@ -199,8 +251,8 @@ fn installed(view: &PublicView) -> Result<Option<String>> {
 }
 
 /// Puts our query in place, and notes it.
-fn install(view: &PublicView, name: &str) -> Result<()> {
-    let query = live(view);
+fn install(view: &PublicView, name: &str, schema: &str) -> Result<()> {
+    let query = live(view, schema)?;
     replace(name, &query)?;
     catalog::execute(
         &format!("UPDATE {SCHEMA}.public_view SET installed = $2 WHERE name = $1"),

@@ -1,13 +1,14 @@
 //! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its triggers,
 //! and our own tables may be dropped. What was missed meanwhile is put right.
 
+use crate::builtin;
 use crate::capture::{
     attach_locked, attached_to, captured_columns, create_functions, create_triggers, missing_triggers, open,
 };
 use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
-use crate::litellm::{self, Capture};
+use crate::litellm::Capture;
 use crate::locks::{self, Patience};
 use crate::views::{self, PublicView};
 use pgrx::datum::Timestamp;
@@ -46,7 +47,8 @@ fn damage() -> Result<Option<Damage>> {
     }
     let mut ours: Vec<String> =
         ["change_log", "change_log_seq", "retired"].iter().map(|name| qualified(SCHEMA, name)).collect();
-    ours.extend(litellm::rollups().iter().flat_map(|d| [d.table(), d.live_view()]));
+    ours.extend(builtin::rollups().iter().flat_map(|d| [d.table(), d.live_view()]));
+    ours.extend(builtin::DAILY_REPORTS.iter().map(|(name, _)| qualified(SCHEMA, name)));
     for name in ours {
         if catalog::find_relation(&name)?.is_none() {
             return Ok(Some(Damage::Incomplete));
@@ -136,7 +138,7 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     // 1. where its rows end: up to there only both tables together are the truth.
     let end = match &old_name {
         Some(name) => last_day_of(name, "startTime")?,
-        None => last_day_of(&litellm::rollups()[0].live_view(), "date")?,
+        None => last_day_of(&builtin::rollups()[0].live_view(), "date")?,
     };
     catalog::execute(
         &format!(

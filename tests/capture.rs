@@ -12,11 +12,14 @@ fn insert(client: &mut Client, prefix: &str) -> u64 {
 
 /// The failure was counted, and the worker has mended what it did.
 fn assert_healed(client: &mut Client, errors: i64) {
-    assert!(value::<i64>(client, "SELECT capture_errors FROM spend_rollup_status") >= errors);
+    assert!(
+        value::<i64>(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
+            >= errors
+    );
     eventually("the damage is repaired", || {
         let idle = "SELECT dirty_ranges = 0 AND backfill_progress = 100 AND tail_rows = 0 AND
                         (SELECT failures_seen FROM litellm_spend.capture) = capture_errors
-                    FROM spend_rollup_status";
+                    FROM spend_rollup_status WHERE rollup = 'daily_spend'";
         holds(client, idle)
     });
     assert_exact(client);
@@ -104,7 +107,13 @@ fn malformed_request_tags_do_not_fail_the_statement() {
         );
         assert_eq!(client.execute(&insert, &[]).unwrap(), 1, "{tags}");
     }
-    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        ),
+        0
+    );
     assert_exact(&mut client);
 }
 
@@ -141,7 +150,7 @@ fn a_dropped_change_log_does_not_fail_the_statement_and_is_made_again() {
     eventually("the change log is back and the view live", || {
         holds(
             &mut client,
-            "SELECT to_regclass('litellm_spend.change_log') IS NOT NULL AND 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status",
+            "SELECT to_regclass('litellm_spend.change_log') IS NOT NULL AND 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status WHERE rollup = 'daily_spend'",
         )
     });
     insert(&mut client, "after");
@@ -261,13 +270,19 @@ fn a_deletion_that_was_not_captured_keeps_history_and_freezes_nothing() {
         .unwrap();
     assert!(deleted > 10);
     eventually("the failure is dealt with", || {
-        holds(&mut client, "SELECT capture_errors = 1 AND dirty_ranges = 0 FROM spend_rollup_status")
+        holds(
+            &mut client,
+            "SELECT capture_errors = 1 AND dirty_ranges = 0 FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        )
     });
     // Also when everything is computed again.
     client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
     wait_until_live(&mut client);
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
-    assert!(holds(&mut client, "SELECT frozen_before = '-infinity' FROM spend_rollup_status"));
+    assert!(holds(
+        &mut client,
+        "SELECT frozen_before = '-infinity' FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
 }
 
 #[test]
@@ -280,7 +295,10 @@ fn truncate_keeps_history() {
     client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
     eventually("the days are frozen", || {
-        holds(&mut client, "SELECT frozen_before > CURRENT_DATE FROM spend_rollup_status")
+        holds(
+            &mut client,
+            "SELECT frozen_before > CURRENT_DATE FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        )
     });
     assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)", "55000");
     insert(&mut client, "b");

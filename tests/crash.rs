@@ -109,15 +109,25 @@ fn a_backfill_that_was_killed_goes_on_where_it_was() {
     client.batch_execute("SELECT spend_attach()").unwrap();
     let worker = worker_pid(&db);
     for _ in 0..10 {
-        if holds(&mut client, "SELECT backfill_progress < 60 FROM spend_rollup_status") {
+        if holds(
+            &mut client,
+            "SELECT backfill_progress < 60 FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        ) {
             client.batch_execute("SELECT litellm_spend.backfill_step(NULL)").unwrap();
         }
     }
-    let covered: String = value(&mut client, "SELECT covered_from::text FROM spend_rollup_status");
+    let covered: String =
+        value(&mut client, "SELECT covered_from::text FROM spend_rollup_status WHERE rollup = 'daily_spend'");
     drop((client, worker));
     db.cluster.crash_and_restart();
     let mut client = db.connect();
-    assert!(covered >= value::<String>(&mut client, "SELECT covered_from::text FROM spend_rollup_status"));
+    assert!(
+        covered
+            >= value::<String>(
+                &mut client,
+                "SELECT covered_from::text FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+            )
+    );
     client.batch_execute("CALL spend_backfill()").unwrap();
     wait_until_live(&mut client);
     assert_exact(&mut client);

@@ -95,14 +95,11 @@ fn view_equals_raw_at_every_moment() {
             assert_no_rows(tx.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
             if looks % 10 == 0 {
                 let covered: bool = tx
-                    .query_one("SELECT backfill_progress = 100 FROM spend_rollup_status", &[])
+                    .query_one("SELECT backfill_progress = 100 FROM spend_rollup_status WHERE rollup = 'daily_spend'", &[])
                     .unwrap()
                     .get(0);
                 if covered {
-                    assert_no_rows(
-                        tx.query("SELECT * FROM spend_rollup_verify('daily_spend')", &[]).unwrap(),
-                        "verify",
-                    );
+                    assert_no_rows(tx.query(VERIFY_ALL, &[]).unwrap(), "verify");
                 }
             }
             tx.commit().unwrap();
@@ -114,10 +111,17 @@ fn view_equals_raw_at_every_moment() {
     assert_exact(&mut client);
     wait_until_merged(&mut client);
     assert_exact(&mut client);
-    let merged: i64 = value(&mut client, "SELECT watermark FROM litellm_spend.rollup");
+    let merged: i64 =
+        value(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'");
     eprintln!("{} rows inserted, {looks} looks, watermark {merged}", inserted.load(Ordering::Relaxed));
     assert!(merged > 0 && looks > 100);
-    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        ),
+        0
+    );
 }
 
 #[test]
@@ -131,7 +135,8 @@ fn an_idle_writer_freezes_the_watermark_only() {
     idle.batch_execute("BEGIN").unwrap();
     idle.batch_execute(&insert_rows("idle", 5, 3)).unwrap();
     let pid: i32 = value(&mut idle, "SELECT pg_backend_pid()");
-    let frozen: i64 = value(&mut client, "SELECT watermark FROM litellm_spend.rollup");
+    let frozen: i64 =
+        value(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'");
     for i in 0..20 {
         let started = Instant::now();
         client.batch_execute(&insert_rows(&format!("later{i}-"), 10, 3)).unwrap();
@@ -139,12 +144,20 @@ fn an_idle_writer_freezes_the_watermark_only() {
         assert_exact(&mut client);
     }
     eventually("the status names the writer", || {
-        value::<Option<Vec<i32>>>(&mut client, "SELECT blocked_by_pids FROM spend_rollup_status")
-            == Some(vec![pid])
+        value::<Option<Vec<i32>>>(
+            &mut client,
+            "SELECT blocked_by_pids FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        ) == Some(vec![pid])
     });
     std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup"), frozen);
-    assert!(value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status") >= 100);
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'"),
+        frozen
+    );
+    assert!(
+        value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status WHERE rollup = 'daily_spend'")
+            >= 100
+    );
 
     // Vacuum of the log is not in anybody's way, nor anybody in its.
     client.batch_execute("VACUUM ANALYZE litellm_spend.change_log").unwrap();
@@ -192,10 +205,16 @@ fn a_prepared_row_is_merged_only_once_it_is_committed() {
     writer.batch_execute("PREPARE TRANSACTION 'rows'").unwrap();
     drop(writer);
     eventually("the status names the prepared transaction", || {
-        holds(&mut client, "SELECT blocked_by_prepared = ARRAY['rows'] FROM spend_rollup_status")
+        holds(
+            &mut client,
+            "SELECT blocked_by_prepared = ARRAY['rows'] FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        )
     });
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup"), 0);
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'"),
+        0
+    );
     assert_exact(&mut client);
     client.batch_execute("COMMIT PREPARED 'rows'").unwrap();
     assert_exact(&mut client);
@@ -216,8 +235,10 @@ fn two_mergers_never_count_a_row_twice() {
                     let mut client = db.connect();
                     let mut merged = 0;
                     while !stop.load(Ordering::Relaxed) {
-                        merged +=
-                            value::<i64>(&mut client, "SELECT sum(rows)::bigint FROM spend_rollup_run()");
+                        merged += value::<i64>(
+                            &mut client,
+                            "SELECT rows FROM spend_rollup_run() WHERE rollup = 'daily_spend'",
+                        );
                     }
                     merged
                 })

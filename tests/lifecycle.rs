@@ -282,7 +282,13 @@ fn capture_follows_when_upstreams_script_replaces_the_table() {
         (before - value::<f64>(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#)).abs() < 1e-9
     );
     client.batch_execute(&insert_rows("last", 10, 2)).unwrap();
-    assert_eq!(value::<i64>(&mut client, "SELECT capture_errors FROM spend_rollup_status"), 0);
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        ),
+        0
+    );
 }
 
 #[test]
@@ -367,7 +373,9 @@ fn a_day_whose_partition_was_dropped_keeps_its_history() {
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
     // Unless the DBA insists.
     client
-        .batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2, force => true)")
+        .batch_execute(
+            "SELECT spend_rollup_rebuild(name, CURRENT_DATE - 2, force => true) FROM litellm_spend.rollup",
+        )
         .unwrap();
     assert_exact(&mut client);
     client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
@@ -386,14 +394,17 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
     eventually("the status says so", || {
         holds(
             &mut client,
-            "SELECT live_views IS NULL AND last_error LIKE '%was replaced%' FROM spend_rollup_status",
+            "SELECT live_views IS NULL AND last_error LIKE '%was replaced%' FROM spend_rollup_status WHERE rollup = 'daily_spend'",
         )
     });
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert_eq!(value::<f64>(&mut client, r#"SELECT spend FROM "MonthlyGlobalSpend""#), 1.0);
     client.batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; SELECT spend_attach()"#).unwrap();
     wait_until_live(&mut client);
-    assert!(holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+    assert!(holds(
+        &mut client,
+        "SELECT last_error IS NULL FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
     assert_exact(&mut client);
 }
 
@@ -486,7 +497,8 @@ fn a_missing_view_is_made_and_a_materialized_one_is_left_alone() {
     client
         .batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; CREATE MATERIALIZED VIEW "MonthlyGlobalSpend" AS SELECT CURRENT_DATE AS date, 1::float8 AS spend"#)
         .unwrap();
-    let action: String = value(&mut client, "SELECT action FROM spend_attach() WHERE object LIKE 'view%'");
+    let action: String =
+        value(&mut client, "SELECT action FROM spend_attach() WHERE object LIKE 'view%MonthlyGlobalSpend\"'");
     assert!(action.contains("materialized"), "{action}");
     client.batch_execute(r#"DROP MATERIALIZED VIEW "MonthlyGlobalSpend"; SELECT spend_attach()"#).unwrap();
     wait_until_live(&mut client);
@@ -505,13 +517,19 @@ fn everything_works_without_a_worker() {
     // Not covered yet: the function adds the raw rows up.
     let raw: f64 = value(&mut client, "SELECT sum(spend) FROM monthly_global_spend()");
     client.batch_execute("CALL spend_backfill()").unwrap();
-    assert!(holds(&mut client, "SELECT live_views = ARRAY['MonthlyGlobalSpend'] FROM spend_rollup_status"));
+    assert!(holds(
+        &mut client,
+        "SELECT live_views = ARRAY['MonthlyGlobalSpend'] FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
     assert!((raw - value::<f64>(&mut client, "SELECT sum(spend) FROM monthly_global_spend()")).abs() < 1e-9);
     client.batch_execute(&insert_rows("new", 100, 5)).unwrap();
     assert_exact(&mut client);
-    let merged: i64 = value(&mut client, "SELECT rows FROM spend_rollup_run()");
+    let merged: i64 = value(&mut client, "SELECT rows FROM spend_rollup_run() WHERE rollup = 'daily_spend'");
     assert!(merged > 0);
-    assert_eq!(value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status"), 0);
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status WHERE rollup = 'daily_spend'"),
+        0
+    );
     assert_exact(&mut client);
     let again: String = value(&mut client, "SELECT outcome FROM spend_rollup_run('daily_spend')");
     assert_eq!(again, "up to date");
@@ -559,7 +577,10 @@ fn workers_come_and_go_with_their_databases() {
     std::thread::sleep(std::time::Duration::from_millis(500));
     client.batch_execute(&insert_rows("a", 10, 2)).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(700));
-    assert!(value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status") > 0);
+    assert!(
+        value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status WHERE rollup = 'daily_spend'")
+            > 0
+    );
     admin.batch_execute("ALTER SYSTEM RESET litellm_spend.merge_interval").unwrap();
     admin.batch_execute("SELECT pg_reload_conf()").unwrap();
     wait_until_merged(&mut client);

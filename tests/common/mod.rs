@@ -356,7 +356,11 @@ pub fn wait_until_live(client: &mut Client) {
     eventually("the view is live", || {
         holds(
             client,
-            "SELECT 'MonthlyGlobalSpend' = ANY (live_views) AND backfill_progress = 100 FROM spend_rollup_status",
+            "SELECT bool_and(backfill_progress = 100)
+                    AND count(*) = (SELECT count(*) FROM litellm_spend.rollup r WHERE r.source = 'change_log')
+                    AND bool_or('MonthlyGlobalSpend' = ANY (live_views))
+                    AND NOT EXISTS (SELECT FROM litellm_spend.public_view WHERE installed IS NULL)
+             FROM spend_rollup_status WHERE kind = 'built-in'",
         )
     });
 }
@@ -393,7 +397,9 @@ impl Drop for RaiseOnDrop<'_> {
 
 /// The worker has merged everything that was committed.
 pub fn wait_until_merged(client: &mut Client) {
-    eventually("the tail is empty", || holds(client, "SELECT tail_rows = 0 FROM spend_rollup_status"));
+    eventually("the tail is empty", || {
+        holds(client, "SELECT bool_and(tail_rows = 0) FROM spend_rollup_status")
+    });
 }
 
 /// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as numeric.
@@ -424,11 +430,13 @@ pub fn assert_exact(client: &mut Client) {
     assert_verified(client);
 }
 
+/// The groups of every rollup that differ from the truth, all in one snapshot.
+pub const VERIFY_ALL: &str = "SELECT r.name, v.*
+    FROM (SELECT name FROM litellm_spend.rollup WHERE definition IS NOT NULL AND source IS NOT NULL) AS r,
+         spend_rollup_verify(r.name) AS v";
+
 pub fn assert_verified(client: &mut Client) {
-    assert_no_rows(
-        client.query("SELECT * FROM spend_rollup_verify('daily_spend')", &[]).unwrap(),
-        "rollup and truth differ",
-    );
+    assert_no_rows(client.query(VERIFY_ALL, &[]).unwrap(), "rollup and truth differ");
 }
 
 /// `n` rows as LiteLLM writes them, the first called `prefix` 1, with hours spread over the last `days` days.

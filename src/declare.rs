@@ -1,0 +1,315 @@
+//! Rollups that a user declares over a table whose rows are numbered by a sequence, and the watermarks of those that
+//! they fill themselves.
+//!
+//! A declared rollup belongs to the owner of its source, whoever calls: expressions, functions and triggers that run
+//! in a merge then are that owner's, and run with no other rights.
+//!
+//! Locks: ACCESS SHARE on the source until the call ends.
+
+use crate::builtin;
+use crate::catalog::{self, Table};
+use crate::declaration::{Declaration, Defined, MergeFunction, define, merge_aggregate};
+use crate::definition::{Combine, Definition, SCHEMA, literal, quoted};
+use crate::error::{Error, Result};
+use crate::litellm::CHANGE_LOG;
+use crate::locks::{self, Fence, Patience};
+use crate::rollup;
+use crate::session::{self, Elevated};
+use crate::source::{self, Notice, Numbering, advice, ensure_source, open_source};
+use pgrx::prelude::*;
+
+// ---- create ----------------------------------------------------------------------------------------------
+
+/// `spend_rollup_create()`: the table, the live view and the watermark. Rows that are there already belong to the tail
+/// until they are merged, so the view is exact from the start.
+pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
+    let (table, numbering) = open_source(declaration.source, declaration.sequence)?;
+    check_name(&declaration.name)?;
+    let Defined { definition, merge_functions, mut notices } = define(declaration, &table, &numbering)?;
+
+    let _elevated = Elevated::enter()?;
+    lock_names()?;
+    require_free(&definition)?;
+    let owner = quoted(&table.owner);
+    grant_owner(&owner, &definition)?;
+    for merge in &merge_functions {
+        let MergeFunction { aggregate, state, function } = merge;
+        // It may not know what to do with the NULL that an aggregate begins with, or take more than two arguments.
+        catalog::execute(
+            &format!(
+                "CREATE FUNCTION {aggregate} (a {state}, b {state}) RETURNS {state} VOLATILE PARALLEL UNSAFE LANGUAGE sql
+                 AS $merge$ SELECT CASE WHEN a IS NULL THEN b WHEN b IS NULL THEN a ELSE {function}(a, b) END $merge$"
+            ),
+            &[],
+        )?;
+        catalog::execute(
+            &format!(
+                "CREATE AGGREGATE {aggregate} ({state}) (SFUNC = {aggregate}, STYPE = {state}, PARALLEL = UNSAFE)"
+            ),
+            &[],
+        )?;
+        own_merge_function(aggregate, state, &owner)?;
+    }
+    for sql in definition.create_table() {
+        catalog::execute(&sql, &[])?;
+    }
+    let source = ensure_source(&table, &numbering)?;
+    insert_rollup(&definition.name, &source, &table, &numbering, Some(&definition))?;
+    catalog::execute(&definition.create_live_view(), &[])?;
+    for comment in definition.comments() {
+        catalog::execute(&comment, &[])?;
+    }
+    catalog::execute(&format!("ALTER TABLE {} OWNER TO {owner}", definition.table()), &[])?;
+    catalog::execute(&format!("ALTER VIEW {} OWNER TO {owner}", definition.live_view()), &[])?;
+    notices.extend(advice(&table, &numbering)?);
+    Ok(notices)
+}
+
+/// What the owner of a rollup needs: the live view reads the watermark, and CALL spend_backfill() runs with the caller's
+/// rights.
+fn grant_owner(owner: &str, definition: &Definition) -> Result<()> {
+    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
+    catalog::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
+    catalog::execute(&definition.grant_watermark(owner), &[])?;
+    Ok(())
+}
+
+fn own_merge_function(aggregate: &str, state: &str, owner: &str) -> Result<()> {
+    for kind in
+        [format!("AGGREGATE {aggregate} ({state})"), format!("FUNCTION {aggregate} ({state}, {state})")]
+    {
+        catalog::execute(&format!("ALTER {kind} OWNER TO {owner}"), &[])?;
+    }
+    Ok(())
+}
+
+/// `spend_rollup_register()`: a watermark only. The rows that are there already are in its first windows.
+pub fn register(
+    name: &str,
+    source: pg_sys::Oid,
+    sequence: Option<pg_sys::Oid>,
+    merged_to: Option<i64>,
+) -> Result<Vec<Notice>> {
+    let (table, numbering) = open_source(source, sequence)?;
+    let _elevated = Elevated::enter()?;
+    if name.is_empty() {
+        return Err(Error::Name { name: name.into(), longest: LONGEST_NAME });
+    }
+    lock_names()?;
+    if catalog::rollup_exists(name)? {
+        return Err(Error::Exists(name.into()));
+    }
+    let source = ensure_source(&table, &numbering)?;
+    insert_rollup(name, &source, &table, &numbering, None)?;
+    if let Some(merged_to) = merged_to {
+        let last = catalog::last_value(numbering.sequence)?.unwrap_or(0);
+        if merged_to > last {
+            return Err(Error::NotMergedYet { merged_to, last });
+        }
+        catalog::execute(
+            &format!("UPDATE {SCHEMA}.rollup SET watermark = $2, first_value = $2 WHERE name = $1"),
+            &[name.into(), merged_to.into()],
+        )?;
+    }
+    advice(&table, &numbering)
+}
+
+/// So that the name with `_rollup` is an identifier.
+const LONGEST_NAME: usize = 56;
+
+fn check_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.len() > LONGEST_NAME {
+        return Err(Error::Name { name: name.into(), longest: LONGEST_NAME });
+    }
+    Ok(())
+}
+
+/// Names are given by one transaction at a time, attach included.
+fn lock_names() -> Result<()> {
+    if locks::lock_attachment(Patience::of_call())? { Ok(()) } else { Err(Error::AttachmentBusy) }
+}
+
+fn require_free(definition: &Definition) -> Result<()> {
+    if is_reserved(&definition.name) {
+        return Err(Error::Reserved(definition.name.clone()));
+    }
+    if catalog::rollup_exists(&definition.name)? {
+        return Err(Error::Exists(definition.name.clone()));
+    }
+    for name in [definition.table(), definition.live_view()] {
+        if catalog::find_relation(&name)?.is_some() {
+            return Err(Error::Exists(definition.name.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// Names that attach takes.
+fn is_reserved(name: &str) -> bool {
+    let indexes = builtin::DAILY_REPORTS.iter().map(|(_, hourly)| format!("{hourly}_by_day"));
+    ["change_log", "change_log_seq", "retired"].contains(&name)
+        || builtin::rollups().iter().any(|r| r.name == name || r.table_name() == name)
+        || builtin::DAILY_REPORTS.iter().any(|(report, _)| *report == name)
+        || indexes.into_iter().any(|index| index == name)
+}
+
+/// The watermark begins before the first row that there is, and before the first value that the sequence can give.
+fn insert_rollup(
+    name: &str,
+    source: &str,
+    table: &Table,
+    numbering: &Numbering,
+    definition: Option<&Definition>,
+) -> Result<()> {
+    let column = quoted(&numbering.column);
+    let definition = definition.map(serde_json::to_string).transpose()?;
+    let last = catalog::last_value(numbering.sequence)?;
+    catalog::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value, covered_from)
+             SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity'
+             FROM (SELECT least(seqstart, (SELECT min({column}) FROM {})) - 1 AS start
+                   FROM pg_catalog.pg_sequence WHERE seqrelid = $4) AS s",
+            table.qualified()
+        ),
+        &[name.into(), source.into(), definition.into(), numbering.sequence.into(), last.into()],
+    )?;
+    Ok(())
+}
+
+// ---- window and drop -------------------------------------------------------------------------------------
+
+/// `spend_rollup_window()`: the next safe window of a registered rollup. The watermark advances in the caller's
+/// transaction, together with whatever the caller writes.
+pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
+    // 1. lock the state row: the window belongs to one transaction at a time.
+    let fence = Fence::wait(name)?;
+    session::require_role(caller, fence.owner, name)?;
+    if fence.definition.is_some() {
+        return Err(Error::NotByHand(name.into()));
+    }
+    // 2. what is safe; the caller's next statement takes a snapshot after it.
+    let mut source = catalog::source_of(name)?.ok_or_else(|| Error::SourceDropped(name.into()))?;
+    rollup::check_not_set_back(&fence)?;
+    let safe = rollup::find_safe_end(&mut source, Patience::None)?.max(fence.watermark);
+    let end = rollup::window_end(fence.watermark, safe);
+    // 3. the watermark.
+    if end > fence.watermark {
+        fence.advance(end, None, 0.0)?;
+    }
+    Ok((fence.watermark + 1, end))
+}
+
+/// `spend_rollup_drop()`: the rollup with its history, or the watermark of one that is filled by hand.
+pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
+    let fence = Fence::take(name, Patience::of_call())?.ok_or_else(|| Error::RollupBusy(name.into()))?;
+    session::require_role(caller, fence.owner, name)?;
+    if fence.is_built_in() {
+        return Err(Error::BuiltIn(name.into()));
+    }
+    if let Some(definition) = &fence.definition {
+        let oid = catalog::find_relation(&definition.live_view())?.unwrap_or(pg_sys::InvalidOid);
+        locks::lock(
+            &format!("DROP VIEW IF EXISTS {}", definition.live_view()),
+            &definition.live_view(),
+            oid,
+        )?;
+        catalog::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
+        for measure in &definition.measures {
+            if let Combine::With(function) = &measure.combine
+                && *function == merge_aggregate(name, &measure.column.name)
+            {
+                let state = &measure.column.r#type;
+                catalog::execute(&format!("DROP AGGREGATE IF EXISTS {function} ({state})"), &[])?;
+                catalog::execute(&format!("DROP FUNCTION IF EXISTS {function} ({state}, {state})"), &[])?;
+            }
+        }
+    }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
+    source::forget_unused_sources()
+}
+
+/// Looks after what became of the sources since the last look.
+pub fn watch(patience: Patience) -> Result<bool> {
+    Ok(release_dropped(patience)? | follow_owners(patience)?)
+}
+
+/// A rollup belongs to the owner of its source, who may have changed; a live view that was dropped is made again.
+fn follow_owners(patience: Patience) -> Result<bool> {
+    let strays = catalog::query(
+        &format!(
+            "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+             JOIN pg_catalog.pg_class c ON c.oid = s.relation
+             JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup' AND t.relnamespace = '{SCHEMA}'::regnamespace
+             LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
+             WHERE s.name <> {} AND r.definition IS NOT NULL
+               AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner)
+             ORDER BY r.name",
+            literal(CHANGE_LOG)
+        ),
+        &[],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    for name in &strays {
+        let Some(fence) = Fence::take(name, patience)? else { continue };
+        let Some(table) = Table::find(fence.relation)? else { continue };
+        let definition = fence.filled()?;
+        let owner = quoted(&table.owner);
+        grant_owner(&owner, definition)?;
+        for measure in &definition.measures {
+            if measure.combine == Combine::With(merge_aggregate(name, &measure.column.name)) {
+                own_merge_function(
+                    &merge_aggregate(name, &measure.column.name),
+                    &measure.column.r#type,
+                    &owner,
+                )?;
+            }
+        }
+        if catalog::find_relation(&definition.live_view())?.is_none() {
+            catalog::execute(&definition.create_live_view(), &[])?;
+        }
+        let view = definition.live_view();
+        let oid = catalog::find_relation(&view)?.unwrap_or(pg_sys::InvalidOid);
+        locks::lock(&format!("ALTER VIEW {view} OWNER TO {owner}"), &view, oid)?;
+        let rollup = definition.table();
+        let oid = catalog::find_relation(&rollup)?.unwrap_or(pg_sys::InvalidOid);
+        locks::lock(&format!("ALTER TABLE {rollup} OWNER TO {owner}"), &rollup, oid)?;
+    }
+    Ok(!strays.is_empty())
+}
+
+/// Sources that were dropped: their rollups keep what was merged, and their live views show that.
+fn release_dropped(patience: Patience) -> Result<bool> {
+    let gone = catalog::query(
+        &format!(
+            "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+             WHERE s.name <> {} AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = s.relation)
+             ORDER BY r.name",
+            literal(CHANGE_LOG)
+        ),
+        &[],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    for name in &gone {
+        let Some(fence) = Fence::take(name, patience)? else { continue };
+        if let Some(definition) = &fence.definition
+            && catalog::find_relation(&definition.table())?.is_some()
+        {
+            catalog::execute(&definition.create_history_view(), &[])?;
+            let owner = quoted(&catalog::role_name(fence.owner)?);
+            catalog::execute(&format!("ALTER VIEW {} OWNER TO {owner}", definition.live_view()), &[])?;
+        }
+        catalog::execute(
+            &format!(
+                "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
+                     last_error = 'its source was dropped; it keeps what had been merged'
+                 WHERE name = $1"
+            ),
+            &[name.as_str().into()],
+        )?;
+    }
+    if !gone.is_empty() {
+        source::forget_unused_sources()?;
+    }
+    Ok(!gone.is_empty())
+}

@@ -1,0 +1,259 @@
+//! Reads SQL expressions with the server's own parser, so that what it accepts, what it finds by name and what it says
+//! is wrong are what a `SELECT` from the table would be.
+//!
+//! What comes out is text again, with every name qualified that is not in pg_catalog: it means the same whatever the
+//! search_path is when it runs, and it cannot be anything but one expression.
+
+use crate::catalog::{query, value};
+use crate::error::{Error, Result};
+use crate::session::{Elevated, attempt};
+use pgrx::pg_sys;
+use std::ffi::{CStr, CString};
+
+/// `expression AS name`, understood.
+pub struct Parsed {
+    pub name: Option<String>,
+    pub scalar: Scalar,
+    pub aggregate: Option<Aggregate>,
+}
+
+/// An expression of one value.
+pub struct Scalar {
+    pub text: String,
+    pub r#type: String,
+    /// Its collation, if that is not the type's own.
+    pub collation: Option<String>,
+    /// The columns of the relation that it reads.
+    pub columns: Vec<String>,
+    /// It is a column and nothing else.
+    pub is_column: bool,
+    pub volatility: Volatility,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Volatility {
+    Immutable,
+    /// It depends on settings, such as TimeZone.
+    Stable,
+    Volatile,
+}
+
+/// A call of an aggregate function that is all of an expression.
+pub struct Aggregate {
+    /// Qualified, quoted.
+    pub function: String,
+    pub built_in: bool,
+    pub arguments: Vec<Scalar>,
+    pub filter: Option<Scalar>,
+    /// DISTINCT, ORDER BY or WITHIN GROUP.
+    pub ordered: bool,
+}
+
+/// Reads `text` over the columns of `relation`, with the caller's search_path. `what` is how errors call it.
+pub fn parse(relation: pg_sys::Oid, text: &str, what: &'static str) -> Result<Parsed> {
+    let refuse = |reason: String| Error::Expression { what, expression: text.into(), reason };
+    let sql = CString::new(format!("SELECT {text}\n")).map_err(|_| refuse("It holds a zero byte.".into()))?;
+    // A subtransaction, because the server's errors are thrown.
+    match attempt(|| Ok(unsafe { analyze(relation, &sql) }.and_then(Analyzed::describe))) {
+        Ok(parsed) => parsed.map_err(refuse),
+        Err(failure) => Err(refuse(sentence(&failure.message))),
+    }
+}
+
+fn sentence(message: &str) -> String {
+    let mut letters = message.chars();
+    letters.next().map_or(String::new(), |first| format!("{}{}.", first.to_uppercase(), letters.as_str()))
+}
+
+type Reason = String;
+
+struct Analyzed {
+    name: Option<String>,
+    node: *mut pg_sys::Node,
+    context: *mut pg_sys::List,
+    relation: pg_sys::Oid,
+}
+
+/// Parses and analyzes one target of a SELECT.
+///
+/// # Safety
+/// Called in a transaction. What it returns lives until the end of the caller's memory context.
+unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr) -> std::result::Result<Analyzed, Reason> {
+    // SAFETY: the server's functions on the trees that they make; each node is read as what its tag says.
+    unsafe {
+        let target = only_target(pg_sys::raw_parser(sql.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT))
+            .ok_or("It is not one expression.")?;
+        let state = pg_sys::make_parsestate(std::ptr::null_mut());
+        let lock = pg_sys::AccessShareLock as i32;
+        let open = pg_sys::relation_open(relation, lock);
+        let item =
+            pg_sys::addRangeTableEntryForRelation(state, open, lock, std::ptr::null_mut(), false, true);
+        pg_sys::addNSItemToQuery(state, item, true, true, true);
+        let kind = pg_sys::ParseExprKind::EXPR_KIND_SELECT_TARGET;
+        let mut node = pg_sys::transformExpr(state, (*target).val, kind);
+        if pg_sys::exprType(node) == pg_sys::UNKNOWNOID {
+            use pg_sys::CoercionContext::COERCION_IMPLICIT;
+            use pg_sys::CoercionForm::COERCE_IMPLICIT_CAST;
+            let (from, to) = (pg_sys::UNKNOWNOID, pg_sys::TEXTOID);
+            node =
+                pg_sys::coerce_type(state, node, from, to, -1, COERCION_IMPLICIT, COERCE_IMPLICIT_CAST, -1);
+        }
+        pg_sys::assign_expr_collations(state, node);
+        let unusable = [
+            ((*state).p_hasSubLinks, "It holds a subquery."),
+            ((*state).p_hasWindowFuncs, "It holds a window function."),
+            ((*state).p_hasTargetSRFs, "It returns a set."),
+            ((*state).p_hasAggs && !is(node, pg_sys::NodeTag::T_Aggref), "It holds an aggregate function."),
+        ];
+        let context = pg_sys::deparse_context_for((*(*open).rd_rel).relname.data.as_ptr(), relation);
+        pg_sys::relation_close(open, pg_sys::NoLock as i32);
+        pg_sys::free_parsestate(state);
+        if let Some((_, reason)) = unusable.into_iter().find(|(found, _)| *found) {
+            return Err(reason.into());
+        }
+        let name = (!(*target).name.is_null())
+            .then(|| CStr::from_ptr((*target).name).to_string_lossy().into_owned())
+            .or_else(|| column_name((*target).val));
+        Ok(Analyzed { name, node, context, relation })
+    }
+}
+
+unsafe fn is(node: *const pg_sys::Node, tag: pg_sys::NodeTag) -> bool {
+    !node.is_null() && unsafe { (*node).type_ } == tag
+}
+
+fn nodes(list: *mut pg_sys::List) -> Vec<*mut pg_sys::Node> {
+    // SAFETY: a list of nodes, or null for an empty one.
+    let Some(list) = (unsafe { list.as_ref() }) else { return vec![] };
+    let cells = unsafe { std::slice::from_raw_parts(list.elements, list.length as usize) };
+    cells.iter().map(|cell| unsafe { cell.ptr_value }.cast()).collect()
+}
+
+/// The target of `SELECT target`, if that is all that was parsed.
+unsafe fn only_target(statements: *mut pg_sys::List) -> Option<*mut pg_sys::ResTarget> {
+    let statements = nodes(statements);
+    let [statement] = statements[..] else { return None };
+    // SAFETY: what raw_parser returns are RawStmts.
+    let select = unsafe { (*statement.cast::<pg_sys::RawStmt>()).stmt };
+    if !unsafe { is(select, pg_sys::NodeTag::T_SelectStmt) } {
+        return None;
+    }
+    let select = unsafe { &*select.cast::<pg_sys::SelectStmt>() };
+    let lists = [
+        select.distinctClause,
+        select.fromClause,
+        select.groupClause,
+        select.windowClause,
+        select.valuesLists,
+        select.sortClause,
+        select.lockingClause,
+    ];
+    let nodes_of = [select.whereClause, select.havingClause, select.limitCount, select.limitOffset];
+    let bare = lists.iter().all(|l| l.is_null())
+        && nodes_of.iter().all(|n| n.is_null())
+        && select.intoClause.is_null()
+        && select.withClause.is_null()
+        && select.op == pg_sys::SetOperation::SETOP_NONE;
+    match nodes(select.targetList)[..] {
+        [target] if bare => Some(target.cast()),
+        _ => None,
+    }
+}
+
+/// The name of a plain column, which needs no `AS`.
+unsafe fn column_name(raw: *mut pg_sys::Node) -> Option<String> {
+    unsafe {
+        if !is(raw, pg_sys::NodeTag::T_ColumnRef) {
+            return None;
+        }
+        let last = nodes((*raw.cast::<pg_sys::ColumnRef>()).fields).pop()?;
+        #[cfg(feature = "pg14")]
+        let (tag, text) = (pg_sys::NodeTag::T_String, (*last.cast::<pg_sys::Value>()).val.str_);
+        #[cfg(not(feature = "pg14"))]
+        let (tag, text) = (pg_sys::NodeTag::T_String, (*last.cast::<pg_sys::String>()).sval);
+        is(last, tag).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+    }
+}
+
+impl Analyzed {
+    fn describe(self) -> std::result::Result<Parsed, Reason> {
+        // SAFETY: the node was analyzed in this memory context.
+        let aggregate = unsafe { is(self.node, pg_sys::NodeTag::T_Aggref) }
+            .then(|| unsafe { self.aggregate(&*self.node.cast::<pg_sys::Aggref>()) })
+            .transpose()?;
+        Ok(Parsed { scalar: self.scalar(self.node)?, name: self.name, aggregate })
+    }
+
+    fn scalar(&self, node: *mut pg_sys::Node) -> std::result::Result<Scalar, Reason> {
+        // SAFETY: analyzed trees; expression_planner works on a copy.
+        let volatility = unsafe {
+            let planned = if is(node, pg_sys::NodeTag::T_Aggref) {
+                node
+            } else {
+                pg_sys::expression_planner(pg_sys::copyObjectImpl(node.cast()).cast()).cast()
+            };
+            match (pg_sys::contain_mutable_functions(planned), pg_sys::contain_volatile_functions(planned)) {
+                (false, _) => Volatility::Immutable,
+                (true, false) => Volatility::Stable,
+                (true, true) => Volatility::Volatile,
+            }
+        };
+        let mut numbers: *mut pg_sys::Bitmapset = std::ptr::null_mut();
+        unsafe { pg_sys::pull_varattnos(node, 1, &mut numbers) };
+        let mut columns = vec![];
+        let mut next = -1;
+        loop {
+            next = unsafe { pg_sys::bms_next_member(numbers, next) };
+            if next < 0 {
+                break;
+            }
+            let number = next + pg_sys::FirstLowInvalidHeapAttributeNumber;
+            if number <= 0 {
+                return Err("It reads a system column or a whole row.".into());
+            }
+            let name = unsafe { pg_sys::get_attname(self.relation, number as i16, false) };
+            columns.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
+        }
+        // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only.
+        let pinned = Elevated::as_user(unsafe { pg_sys::GetUserId() });
+        let (text, r#type, collation) = unsafe {
+            let text = pg_sys::deparse_expression(node, self.context, false, false);
+            let r#type = pg_sys::exprType(node);
+            let collation = pg_sys::exprCollation(node);
+            let own = collation == pg_sys::get_typcollation(r#type) || collation == pg_sys::InvalidOid;
+            // With "no modifier" said, char is bpchar, not char(1).
+            let r#type = pg_sys::format_type_extended(r#type, -1, pg_sys::FORMAT_TYPE_TYPEMOD_GIVEN as u16);
+            let collation = (!own).then(|| CStr::from_ptr(pg_sys::generate_collation_name(collation)));
+            (CStr::from_ptr(text), CStr::from_ptr(r#type), collation)
+        };
+        drop(pinned);
+        Ok(Scalar {
+            text: text.to_string_lossy().into_owned(),
+            r#type: r#type.to_string_lossy().into_owned(),
+            collation: collation.map(|name| name.to_string_lossy().into_owned()),
+            columns,
+            // SAFETY: an analyzed node.
+            is_column: unsafe { is(node, pg_sys::NodeTag::T_Var) },
+            volatility,
+        })
+    }
+
+    fn aggregate(&self, call: &pg_sys::Aggref) -> std::result::Result<Aggregate, Reason> {
+        let names = query(
+            "SELECT pg_catalog.format('%I.%I', n.nspname, p.proname), n.nspname = 'pg_catalog'
+             FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace WHERE p.oid = $1",
+            &[call.aggfnoid.into()],
+            |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
+        );
+        let (function, built_in) =
+            names.ok().and_then(|mut names| names.pop()).ok_or("Its function does not exist.")?;
+        let arguments = nodes(call.args)
+            .into_iter()
+            // SAFETY: the arguments of an analyzed aggregate are targets.
+            .map(|target| self.scalar(unsafe { (*target.cast::<pg_sys::TargetEntry>()).expr }.cast()))
+            .collect::<std::result::Result<_, _>>()?;
+        let filter = (!call.aggfilter.is_null()).then(|| self.scalar(call.aggfilter.cast())).transpose()?;
+        let ordered = [call.aggdistinct, call.aggorder, call.aggdirectargs].iter().any(|l| !l.is_null());
+        Ok(Aggregate { function, built_in, arguments, filter, ordered })
+    }
+}

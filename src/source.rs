@@ -1,0 +1,174 @@
+//! Sources that users roll up: tables whose rows are numbered by a sequence as they are inserted.
+//!
+//! The numbers must rise in the order in which they are drawn, and every way into the table must draw them from that one
+//! sequence. What does not keep to that is refused, with the reason.
+
+use crate::capture;
+use crate::catalog::{self, Table};
+use crate::definition::{SCHEMA, quoted};
+use crate::error::{Error, Result};
+use crate::locks;
+use crate::session::{self, Elevated};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+/// A column that a sequence feeds.
+pub struct Numbering {
+    pub sequence: pg_sys::Oid,
+    sequence_name: String,
+    pub column: String,
+    nullable: bool,
+}
+
+/// The column of `table` that `sequence` numbers, or the only one that any sequence does.
+fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numbering> {
+    // An identity column's sequence depends on it; a default depends on the sequence that it calls.
+    let found = catalog::query(
+        "SELECT f.sequence, f.sequence::regclass::text, a.attname::text, NOT a.attnotnull
+         FROM (SELECT objid AS sequence, refobjsubid AS attnum FROM pg_catalog.pg_depend
+               WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND refobjid = $1 AND deptype = 'i'
+               UNION
+               SELECT d.refobjid, ad.adnum FROM pg_catalog.pg_attrdef ad
+               JOIN pg_catalog.pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = ad.oid
+               WHERE ad.adrelid = $1 AND d.refclassid = 'pg_class'::regclass
+                 AND pg_catalog.pg_get_expr(ad.adbin, ad.adrelid)
+                     = pg_catalog.format('nextval(%L::regclass)', d.refobjid::regclass)) AS f
+         JOIN pg_catalog.pg_class s ON s.oid = f.sequence AND s.relkind = 'S'
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = $1 AND a.attnum = f.attnum
+         WHERE f.sequence = coalesce($2, f.sequence)",
+        &[table.oid.into(), sequence.into()],
+        |r| {
+            Ok(Numbering {
+                sequence: catalog::value(r, 1)?,
+                sequence_name: catalog::value(r, 2)?,
+                column: catalog::value(r, 3)?,
+                nullable: catalog::value(r, 4)?,
+            })
+        },
+    )?;
+    let count = found.len();
+    let named = sequence.map(catalog::relation_name).transpose()?;
+    match found.into_iter().next() {
+        Some(only) if count == 1 => Ok(only),
+        _ => Err(Error::NotNumbered { relation: table.name.clone(), sequence: named, columns: count }),
+    }
+}
+
+/// Partitions whose rows would be numbered otherwise when they are written directly.
+fn require_same_numbering(table: &Table, numbering: &Numbering) -> Result<()> {
+    let other = catalog::query(
+        "SELECT ad.adrelid::regclass::text, pg_catalog.pg_get_expr(ad.adbin, ad.adrelid)
+         FROM pg_catalog.pg_attrdef ad
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum
+         WHERE ad.adrelid = ANY ($1) AND a.attname = $2::name
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                           WHERE d.classid = 'pg_attrdef'::regclass AND d.objid = ad.oid AND d.refobjid = $3)",
+        &[
+            catalog::relation_tree(table.oid)?.into(),
+            numbering.column.as_str().into(),
+            numbering.sequence.into(),
+        ],
+        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?)),
+    )?;
+    match other.into_iter().next() {
+        None => Ok(()),
+        Some((partition, default)) => Err(Error::PartitionNumbered {
+            partition,
+            column: numbering.column.clone(),
+            default,
+            sequence: numbering.sequence_name.clone(),
+        }),
+    }
+}
+
+/// What makes merges slow or leaves rows out, without being wrong.
+pub fn advice(table: &Table, numbering: &Numbering) -> Result<Vec<Notice>> {
+    let (relation, column) = (table.qualified(), quoted(&numbering.column));
+    let indexed = catalog::query(
+        "SELECT FROM pg_catalog.pg_index i
+         JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid JOIN pg_catalog.pg_am m ON m.oid = c.relam
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2::name
+           AND m.amname IN ('btree', 'brin')",
+        &[table.oid.into(), numbering.column.as_str().into()],
+        |_| Ok(()),
+    )?;
+    let mut notices = vec![];
+    if indexed.is_empty() {
+        notices.push(Notice {
+            message: format!("{relation} has no index on column {column}: each merge reads all of it"),
+            hint: format!("A small one is enough: CREATE INDEX ON {relation} USING brin ({column});"),
+        });
+    }
+    if numbering.nullable {
+        notices.push(Notice {
+            message: format!("rows of {relation} whose {column} is NULL are never counted"),
+            hint: format!("ALTER TABLE {relation} ALTER COLUMN {column} SET NOT NULL;"),
+        });
+    }
+    Ok(notices)
+}
+
+/// Something that the caller should know.
+pub struct Notice {
+    pub message: String,
+    pub hint: String,
+}
+
+impl Notice {
+    pub fn report(self) {
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, self.message, "litellm_spend")
+            .set_hint(self.hint)
+            .report(PgLogLevel::NOTICE);
+    }
+}
+
+/// Finds or notes the source. Returns its name.
+pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
+    let existing = catalog::query(
+        &format!("SELECT name FROM {SCHEMA}.source WHERE relation = $1 AND sequence = $2"),
+        &[table.oid.into(), numbering.sequence.into()],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    if let Some(name) = existing.into_iter().next() {
+        return Ok(name);
+    }
+    // A table of that name may have been dropped, or have several sequences.
+    let names = catalog::fresh(
+        &format!(
+            "INSERT INTO {SCHEMA}.source (name, relation, sequence)
+             SELECT name, $2, $3
+             FROM (SELECT n, $1 || CASE n WHEN 1 THEN '' ELSE ' #' || n END AS name
+                   FROM generate_series(1, (SELECT count(*) + 1 FROM {SCHEMA}.source)) AS n) AS names
+             WHERE name NOT IN (SELECT name FROM {SCHEMA}.source) ORDER BY n LIMIT 1
+             RETURNING name"
+        ),
+        &[table.qualified().into(), table.oid.into(), numbering.sequence.into()],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    Ok(names.into_iter().next().unwrap_or_default())
+}
+
+/// The table and its numbering, if it can be a source for the caller.
+pub fn open_source(oid: pg_sys::Oid, sequence: Option<pg_sys::Oid>) -> Result<(Table, Numbering)> {
+    let elevated = Elevated::enter()?;
+    let table = capture::open(oid)?;
+    session::require_owner(elevated.caller(), oid)?;
+    locks::lock_against_dropping(oid)?;
+    let numbering = numbering(&table, sequence)?;
+    catalog::check_sequence(numbering.sequence)?;
+    require_same_numbering(&table, &numbering)?;
+    Ok((table, numbering))
+}
+
+/// Sources that no rollup is over any more.
+pub fn forget_unused_sources() -> Result<()> {
+    catalog::execute(
+        &format!(
+            "DELETE FROM {SCHEMA}.source s WHERE NOT EXISTS (SELECT FROM {SCHEMA}.rollup r WHERE r.source = s.name)
+                 AND NOT EXISTS (SELECT FROM {SCHEMA}.capture c WHERE c.source = s.name)"
+        ),
+        &[],
+    )?;
+    Ok(())
+}

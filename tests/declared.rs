@@ -1,0 +1,1005 @@
+//! Rollups that users declare over their own tables: exact whatever runs beside them, for every kind of source and
+//! measure, and refused where they could not be.
+
+mod common;
+
+use common::*;
+use postgres::{Client, IsolationLevel};
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const PAGE_VIEWS: &str = "
+    CREATE TABLE page_views (site_id int, path text, client_ip inet, view_time timestamptz DEFAULT now(), bytes float8,
+        view_id bigserial);
+    CREATE INDEX ON page_views USING brin (view_id);";
+
+const CREATE: &str = "SELECT spend_rollup_create('views', 'page_views',
+    ARRAY['site_id', 'path', 'date_trunc(''minute'', view_time) AS minute'],
+    ARRAY['count(*) AS views', 'count(path) AS paths', 'sum(bytes) AS bytes', 'min(view_time) AS first',
+          'max(client_ip) AS last_ip', 'avg(bytes) AS average', 'sum(site_id) FILTER (WHERE path > ''/p3'') AS filtered',
+          'bool_or(path IS NULL) AS any_nameless', 'array_agg(site_id) AS sites MERGE WITH array_cat'])";
+
+/// What the live view of [`CREATE`] must say. Sums of floats are exact here: they are multiples of 1/8.
+const BY_HAND: &str = "SELECT site_id, path, date_trunc('minute', view_time, 'UTC') AS minute, count(*) AS views,
+        count(path) AS paths, sum(bytes) AS bytes, min(view_time) AS first, max(client_ip) AS last_ip,
+        avg(bytes) AS average, sum(site_id) FILTER (WHERE path > '/p3') AS filtered, bool_or(path IS NULL) AS any_nameless,
+        array_agg(site_id) AS sites
+    FROM page_views GROUP BY 1, 2, 3";
+
+/// `n` rows from `first` on, some of them with NULLs, over two days.
+fn views(first: u32, n: u32) -> String {
+    format!(
+        "INSERT INTO page_views (site_id, path, client_ip, view_time, bytes)
+         SELECT nullif(i % 5, 4), nullif('/p' || i % 7, '/p6'), ('10.0.0.' || i % 9)::inet,
+                timestamptz '2026-03-29 12:00Z' - i % 97 * interval '29 minutes', nullif(i % 11, 10) / 8.0
+         FROM generate_series({first}, {first} + {n} - 1) AS i"
+    )
+}
+
+fn assert_same(client: &mut Client, ours: &str, expected: &str) {
+    let sql = format!(
+        "WITH ours AS ({ours}), theirs AS ({expected})
+         SELECT to_jsonb(d) FROM ((TABLE ours EXCEPT ALL TABLE theirs) UNION ALL (TABLE theirs EXCEPT ALL TABLE ours)) AS d
+         LIMIT 5"
+    );
+    assert_no_rows(
+        client.query(&sql, &[]).unwrap_or_else(|e| panic!("{sql}: {e:?}")),
+        "live view and source differ",
+    );
+}
+
+fn assert_views_exact(client: &mut Client) {
+    assert_same(client, "SELECT * FROM litellm_spend.views", BY_HAND);
+}
+
+fn merged(client: &mut Client, rollup: &str) {
+    eventually("everything is merged", || {
+        holds(
+            client,
+            &format!(
+                "SELECT tail_rows = 0 AND backfill_progress = 100 FROM spend_rollup_status WHERE rollup = '{rollup}'"
+            ),
+        )
+    });
+}
+
+// ---- exactness -------------------------------------------------------------------------------------------
+
+#[test]
+fn every_kind_of_measure_equals_its_aggregate_in_every_time_zone() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(&views(0, 1000)).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    let zones = ["UTC", "Asia/Seoul", "America/Los_Angeles", "Asia/Kathmandu"];
+    for step in 0..6 {
+        for zone in zones {
+            client.batch_execute(&format!("SET TimeZone = '{zone}'")).unwrap();
+            assert_views_exact(&mut client);
+        }
+        match step {
+            0 | 2 => merged(&mut client, "views"),
+            _ => client.batch_execute(&views(1000 * step, 333)).unwrap(),
+        }
+        // In the tail, and in the same transaction as the row.
+        let mut tx = client.transaction().unwrap();
+        tx.batch_execute(&views(50_000 + 10 * step, 10)).unwrap();
+        let sum: i64 =
+            tx.query_one("SELECT sum(views)::bigint FROM litellm_spend.views", &[]).unwrap().get(0);
+        let rows: i64 = tx.query_one("SELECT count(*) FROM page_views", &[]).unwrap().get(0);
+        assert_eq!(sum, rows);
+        if step % 2 == 0 { tx.rollback() } else { tx.commit() }.unwrap();
+    }
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+    assert_verified(&mut client);
+}
+
+#[test]
+fn buckets_of_hours_and_days_are_those_of_utc_for_every_reader() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute("SET TimeZone = 'Asia/Kathmandu'").unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_rollup_create('hours', 'page_views', ARRAY['date_trunc(''hour'', view_time) AS hour'], '{count(*) AS n}');
+             SELECT spend_rollup_create('days', 'page_views', '{view_time::date AS day}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    client.batch_execute(&views(0, 500)).unwrap();
+    merged(&mut client, "hours");
+    merged(&mut client, "days");
+    let mut writer = db.connect();
+    writer.batch_execute("BEGIN").unwrap();
+    writer.batch_execute(&views(500, 1)).unwrap();
+    // Some in the tail, some merged.
+    client.batch_execute(&views(501, 300)).unwrap();
+    for zone in ["UTC", "Asia/Seoul", "America/Los_Angeles", "Asia/Kathmandu"] {
+        client.batch_execute(&format!("SET TimeZone = '{zone}'")).unwrap();
+        let hours = "SELECT date_trunc('hour', view_time, 'UTC'), count(*) FROM page_views GROUP BY 1";
+        assert_same(&mut client, "SELECT * FROM litellm_spend.hours", hours);
+        let days = "SELECT (view_time AT TIME ZONE 'UTC')::date, count(*) FROM page_views GROUP BY 1";
+        assert_same(&mut client, "SELECT * FROM litellm_spend.days", days);
+    }
+    writer.batch_execute("ROLLBACK").unwrap();
+    merged(&mut client, "hours");
+    merged(&mut client, "days");
+    assert_verified(&mut client);
+}
+
+#[test]
+fn odd_types_collations_and_merge_functions_stay_exact() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE TYPE pair AS (a int, b int);
+               CREATE FUNCTION addup(numeric, numeric) RETURNS numeric LANGUAGE sql AS 'SELECT $1 + $2';
+               CREATE COLLATION backwards (provider = libc, locale = 'C');
+               CREATE TABLE odd (id bigserial PRIMARY KEY, c char(4), bits bit(3), r real, e text COLLATE backwards, p pair,
+                   t timestamptz NOT NULL DEFAULT now());
+               SELECT spend_rollup_create('odd', 'odd', ARRAY['c', 'bits', 'e', 'date_trunc(''day'', t, ''Asia/Seoul'') AS seoul_day'],
+                   ARRAY['sum(r) AS r', 'avg(r) AS mean', 'count(p) AS pairs', 'max(e) AS last', 'min(lower(e)) AS first',
+                         E'sum(id) AS ids\nMERGE\tWITH  addup', $m$string_agg(e, '') AS texts MERGE WITH concat$m$,
+                         'array_agg(id) AS list MERGE WITH array_cat'])"#,
+        )
+        .unwrap();
+    let rows = "INSERT INTO odd (c, bits, r, e, p) VALUES
+        ('a', '101', 1234567, 'a', (1, NULL)), ('a', '101', 16777216, 'a', NULL), ('b', '000', 0.5, 'B', (1, 2))";
+    let theirs = "SELECT c, bits, e, date_trunc('day', t, 'Asia/Seoul'), sum(r::float8)::real, avg(r::float8), count(p), max(e),
+                         min(lower(e)), sum(id), string_agg(e, ''), array_agg(id ORDER BY id)
+                  FROM odd GROUP BY 1, 2, 3, 4";
+    let ours = "SELECT c, bits, e, seoul_day, r, mean, pairs, last, first, ids, texts,
+                       (SELECT array_agg(i ORDER BY i) FROM unnest(list) AS i)
+                FROM litellm_spend.odd";
+    for _ in 0..4 {
+        client.batch_execute(rows).unwrap();
+        assert_same(&mut client, ours, theirs);
+        merged(&mut client, "odd");
+    }
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status"));
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 2 FROM pg_attribute WHERE attrelid = 'litellm_spend.odd_rollup'::regclass AND attcollation = 'backwards'::regcollation AND attname IN ('e', 'last')"
+    ));
+    // What is not the truth is found, arrays included.
+    client.batch_execute("UPDATE litellm_spend.odd_rollup SET list = '{7}' WHERE c = 'b'").unwrap();
+    assert!(
+        value::<i64>(
+            &mut client,
+            "SELECT count(*) FROM spend_rollup_verify('odd') WHERE key ->> 'c' = 'b   '"
+        ) == 1
+    );
+    client.batch_execute("SELECT spend_rollup_rebuild('odd'); SELECT spend_rollup_drop('odd')").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM pg_proc WHERE proname LIKE 'odd.%'"), 0);
+}
+
+#[test]
+fn a_declared_rollup_is_exact_at_every_moment_beside_copy_and_insert() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(&views(0, 20_000)).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    let (stop, round) = (AtomicBool::new(false), AtomicU32::new(100));
+    std::thread::scope(|scope| {
+        let _stop = RaiseOnDrop(&stop);
+        for writer in 0..4 {
+            let (db, stop, round) = (&db, &stop, &round);
+            scope.spawn(move || {
+                let mut client = db.connect();
+                while !stop.load(Ordering::Relaxed) {
+                    let first = 1000 * round.fetch_add(1, Ordering::Relaxed);
+                    if writer == 0 {
+                        copy(&mut client, first, 500);
+                        continue;
+                    }
+                    let mut tx = client.transaction().unwrap();
+                    tx.batch_execute(&views(first, 50)).unwrap();
+                    std::thread::sleep(Duration::from_millis(u64::from(first / 1000 % 5) * 10));
+                    if first / 1000 % 4 == 0 { tx.rollback() } else { tx.commit() }.unwrap();
+                }
+            });
+        }
+        // Mergers beside the worker, two of them.
+        for _ in 0..2 {
+            let (db, stop) = (&db, &stop);
+            scope.spawn(move || {
+                let mut client = db.connect();
+                while !stop.load(Ordering::Relaxed) {
+                    client.batch_execute("SELECT spend_rollup_run('views')").unwrap();
+                }
+            });
+        }
+        let started = Instant::now();
+        let mut looks = 0;
+        while started.elapsed() < Duration::from_secs(8) {
+            let mut tx =
+                client.build_transaction().isolation_level(IsolationLevel::RepeatableRead).start().unwrap();
+            assert_no_rows(tx.query(SHORT_DIFFERENCE, &[]).unwrap(), "live view and source differ");
+            tx.commit().unwrap();
+            looks += 1;
+        }
+        assert!(looks > 5, "{looks} looks");
+    });
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+    assert!(holds(&mut client, "SELECT watermark > 20000 FROM spend_rollup_status"));
+}
+
+/// Groups whose count or sum differs.
+const SHORT_DIFFERENCE: &str = "
+    SELECT * FROM (SELECT site_id, path, minute, views, bytes FROM litellm_spend.views) AS v
+    FULL JOIN (SELECT site_id, path, date_trunc('minute', view_time, 'UTC') AS minute, count(*) AS views, sum(bytes) AS bytes
+               FROM page_views GROUP BY 1, 2, 3) AS s
+        ON (coalesce(v.site_id, -1), coalesce(v.path, ''), v.minute) = (coalesce(s.site_id, -1), coalesce(s.path, ''), s.minute)
+    WHERE (v.views, v.bytes) IS DISTINCT FROM (s.views, s.bytes)";
+
+fn copy(client: &mut Client, first: u32, n: u32) {
+    let mut writer = client.copy_in("COPY page_views (site_id, path, view_time, bytes) FROM STDIN").unwrap();
+    for i in first..first + n {
+        writeln!(writer, "{}\t/copied\t2026-03-{} 10:{}:00Z\t0.125", i % 5, 10 + i % 9, 10 + i % 50).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+#[test]
+fn two_mergers_never_count_a_row_twice() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = RaiseOnDrop(&stop);
+        let mergers: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut client = db.connect();
+                    let mut merged = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        let row = client
+                            .query_one("SELECT rows, outcome FROM spend_rollup_run('views')", &[])
+                            .unwrap();
+                        assert_ne!(row.get::<_, &str>(1), "failed", "that another was faster is no failure");
+                        merged += row.get::<_, i64>(0);
+                    }
+                    merged
+                })
+            })
+            .collect();
+        for i in 0..200 {
+            client.batch_execute(&views(i * 40, 40)).unwrap();
+        }
+        merged(&mut client, "views");
+        stop.store(true, Ordering::Relaxed);
+        let by_calls: i64 = mergers.into_iter().map(|m| m.join().unwrap()).sum();
+        assert!(by_calls > 0, "the callers merged nothing");
+        assert!(
+            holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"),
+            "a slower one saw an error"
+        );
+        // Not the live view, which would add the tail.
+        let counted: i64 = value(&mut client, "SELECT sum(views)::bigint FROM litellm_spend.views_rollup");
+        assert_eq!(counted, 8000);
+        assert_views_exact(&mut client);
+    });
+}
+
+#[test]
+fn a_rolled_back_or_prepared_row_is_counted_only_once_committed() {
+    let db = shared().database();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    let counted = "SELECT coalesce(sum(views), 0)::bigint FROM litellm_spend.views";
+    writer.batch_execute(&format!("BEGIN; {}; ROLLBACK", views(0, 10))).unwrap();
+    assert_eq!(value::<i64>(&mut client, counted), 0);
+    writer.batch_execute(&format!("BEGIN; {}; PREPARE TRANSACTION 'declared'", views(10, 10))).unwrap();
+    client.batch_execute(&views(20, 5)).unwrap();
+    assert_eq!(value::<i64>(&mut client, counted), 5);
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(
+        holds(&mut client, "SELECT watermark <= 10 AND tail_rows = 5 FROM spend_rollup_status"),
+        "merged too far"
+    );
+    client.batch_execute("COMMIT PREPARED 'declared'").unwrap();
+    assert_eq!(value::<i64>(&mut client, counted), 15);
+    merged(&mut client, "views");
+    assert_eq!(value::<i64>(&mut client, counted), 15);
+    assert_views_exact(&mut client);
+}
+
+// ---- sources ---------------------------------------------------------------------------------------------
+
+#[test]
+fn a_row_inserted_straight_into_a_leaf_is_counted() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE events (id bigserial, at timestamp NOT NULL, kind text) PARTITION BY RANGE (at);
+             CREATE TABLE events_a PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
+             CREATE TABLE events_b PARTITION OF events FOR VALUES FROM ('2026-02-01') TO ('2026-03-01') PARTITION BY LIST (kind);
+             CREATE TABLE events_bx PARTITION OF events_b FOR VALUES IN ('x');
+             INSERT INTO events (at, kind) SELECT '2026-01-05', 'x' FROM generate_series(1, 10);
+             SELECT spend_rollup_create('per_day', 'events', '{at::date AS day,kind}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    let mut open = db.connect();
+    // It is waited for, too, though it holds no lock on the parent.
+    open.batch_execute("BEGIN; INSERT INTO events_bx (at, kind) VALUES ('2026-02-02', 'x')").unwrap();
+    for _ in 0..5 {
+        client
+            .batch_execute(
+                "INSERT INTO events_a (at, kind) VALUES ('2026-01-06', 'x'); INSERT INTO events (at, kind) VALUES ('2026-02-03', 'x')",
+            )
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(60));
+    }
+    assert!(
+        holds(&mut client, "SELECT watermark <= 10 FROM spend_rollup_status"),
+        "the leaf's writer was passed"
+    );
+    open.batch_execute("COMMIT").unwrap();
+    merged(&mut client, "per_day");
+    assert_same(
+        &mut client,
+        "SELECT day, kind, n FROM litellm_spend.per_day_rollup",
+        "SELECT at::date, kind, count(*) FROM events GROUP BY 1, 2",
+    );
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.per_day"), 21);
+}
+
+#[test]
+fn identity_and_default_columns_number_rows_as_well() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE TABLE a (id int GENERATED ALWAYS AS IDENTITY, x int);
+               CREATE SEQUENCE "Odd 'seq'" START 1000; CREATE SEQUENCE other;
+               CREATE TABLE "B ""tab""" ("the Id" bigint NOT NULL DEFAULT nextval('"Odd ''seq''"'), x int, y bigint DEFAULT nextval('other'));
+               CREATE TABLE c (id smallserial, x int);"#,
+        )
+        .unwrap();
+    for (name, table, sequence) in
+        [("ra", "a", "NULL"), ("r\"b", r#""B ""tab""""#, r#"'"Odd ''seq''"'"#), ("rc", "c", "NULL")]
+    {
+        client
+            .batch_execute(&format!("INSERT INTO {table} (x) SELECT i % 3 FROM generate_series(1, 100) i"))
+            .unwrap();
+        client
+            .batch_execute(&format!(
+                "SELECT spend_rollup_create('{name}', '{}', '{{x}}', '{{count(*) AS n}}', {sequence})",
+                table.replace('\'', "''")
+            ))
+            .unwrap();
+        client
+            .batch_execute(&format!("INSERT INTO {table} (x) SELECT i % 3 FROM generate_series(1, 100) i"))
+            .unwrap();
+        merged(&mut client, name);
+        let view = format!("litellm_spend.\"{}\"", name.replace('"', "\"\""));
+        assert_eq!(value::<i64>(&mut client, &format!("SELECT sum(n)::bigint FROM {view}")), 200, "{name}");
+    }
+    assert_verified(&mut client);
+}
+
+#[test]
+fn rows_that_are_there_are_merged_in_bounded_batches_with_progress() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(&views(0, 1000)).unwrap();
+    // A gap of many windows costs one.
+    client.batch_execute("SELECT setval('page_views_view_id_seq', 9000000000)").unwrap();
+    client.batch_execute(&views(1000, 500)).unwrap();
+    client.batch_execute("SET litellm_spend.max_window = 100").unwrap();
+    client.batch_execute(CREATE).unwrap();
+    assert_views_exact(&mut client);
+    let step = "SELECT litellm_spend.backfill_step('page_views')";
+    let mut steps = 0;
+    loop {
+        let progress: Option<String> = value(&mut client, step);
+        assert_views_exact(&mut client);
+        steps += 1;
+        if steps == 5 {
+            assert!(progress.unwrap().contains("rollup views: 500 of 9000000500"));
+            assert_eq!(
+                value::<i64>(&mut client, "SELECT sum(views)::bigint FROM litellm_spend.views_rollup"),
+                500
+            );
+        } else if progress.is_none() {
+            break;
+        }
+    }
+    assert!((15..=17).contains(&steps), "{steps} steps");
+    client.batch_execute("CALL spend_backfill('page_views')").unwrap();
+    assert!(holds(&mut client, "SELECT backfill_progress = 100 AND tail_rows = 0 FROM spend_rollup_status"));
+    assert_views_exact(&mut client);
+}
+
+#[test]
+fn a_sequence_set_back_stops_the_rollup_and_says_so() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut client, "views");
+    client.batch_execute("SELECT setval('page_views_view_id_seq', 10)").unwrap();
+    eventually("the status says so", || {
+        holds(&mut client, "SELECT last_error LIKE '%was set back%' FROM spend_rollup_status")
+    });
+    client.batch_execute(&views(100, 20)).unwrap();
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT sum(views)::bigint FROM litellm_spend.views"),
+        100,
+        "nothing is lost"
+    );
+    // As the hint says.
+    client.batch_execute("SELECT setval('page_views_view_id_seq', 100)").unwrap();
+    client.batch_execute(&views(200, 20)).unwrap();
+    merged(&mut client, "views");
+    assert!(holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+    client.batch_execute("SELECT spend_rollup_rebuild('views')").unwrap();
+    assert_views_exact(&mut client);
+    // A restart that goes forward is none.
+    client.batch_execute("ALTER SEQUENCE page_views_view_id_seq RESTART 5000").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+    client.batch_execute(&views(300, 20)).unwrap();
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+}
+
+// ---- others beside it ------------------------------------------------------------------------------------
+
+#[test]
+fn vacuum_analyze_and_concurrent_indexes_neither_block_nor_are_cancelled() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client
+        .batch_execute("ALTER TABLE page_views SET (autovacuum_vacuum_insert_threshold = 100, autovacuum_vacuum_insert_scale_factor = 0, autovacuum_analyze_threshold = 100)")
+        .unwrap();
+    client.batch_execute(CREATE).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = RaiseOnDrop(&stop);
+        scope.spawn(|| {
+            let mut client = db.connect();
+            let mut i = 0;
+            while !stop.load(Ordering::Relaxed) {
+                client.batch_execute(&views(i * 100, 100)).unwrap();
+                i += 1;
+            }
+        });
+        let before: i64 = value(&mut client, "SELECT watermark FROM spend_rollup_status");
+        for _ in 0..5 {
+            client.batch_execute("VACUUM ANALYZE page_views").unwrap();
+            client.batch_execute("CREATE INDEX CONCURRENTLY by_path ON page_views (path)").unwrap();
+            client.batch_execute("DROP INDEX CONCURRENTLY by_path").unwrap();
+        }
+        // Nor does one that stays stop the merges: its lock is not a writer's.
+        let mut other = db.connect();
+        other.batch_execute("BEGIN; LOCK TABLE page_views IN SHARE UPDATE EXCLUSIVE MODE").unwrap();
+        let during: i64 = value(&mut client, "SELECT watermark FROM spend_rollup_status");
+        eventually("it merges on", || {
+            value::<i64>(&mut client, "SELECT watermark FROM spend_rollup_status") > during + 1000
+        });
+        other.batch_execute("COMMIT").unwrap();
+        assert!(during >= before);
+        eventually("autovacuum came", || {
+            holds(
+                &mut client,
+                "SELECT autovacuum_count + autoanalyze_count >= 2 FROM pg_stat_all_tables WHERE relname = 'page_views'",
+            )
+        });
+    });
+    let log = std::fs::read_to_string(shared().dir.join("server.log")).unwrap();
+    let cancelled: Vec<&str> = log.lines().filter(|l| l.contains("canceling autovacuum task")).collect();
+    assert!(cancelled.is_empty(), "{cancelled:?}");
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+}
+
+#[test]
+fn an_error_in_one_rollup_does_not_stop_another() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_rollup_create('a_fails', 'page_views', '{100 / site_id AS x}', '{count(*) AS n}');
+             SELECT spend_rollup_create('b_works', 'page_views', '{site_id}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    client.batch_execute("INSERT INTO page_views (site_id) VALUES (5), (0)").unwrap();
+    client.batch_execute(&insert_rows("z", 10, 3)).unwrap();
+    merged(&mut client, "b_works");
+    eventually("the failure is noted", || {
+        holds(
+            &mut client,
+            "SELECT last_error = 'division by zero' AND last_error_at IS NOT NULL FROM spend_rollup_status WHERE rollup = 'a_fails'",
+        )
+    });
+    wait_until_live(&mut client);
+    merged(&mut client, "daily_spend");
+    // A call says it and goes on as well.
+    let outcomes = client.query("SELECT rollup, outcome FROM spend_rollup_run()", &[]).unwrap();
+    let failed: Vec<&str> =
+        outcomes.iter().filter(|r| r.get::<_, &str>(1) == "failed").map(|r| r.get(0)).collect();
+    assert_eq!(failed, ["a_fails"]);
+    // Mended, it goes on by itself.
+    client.batch_execute("DELETE FROM page_views WHERE site_id = 0").unwrap();
+    merged(&mut client, "a_fails");
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status"));
+}
+
+#[test]
+fn two_databases_with_three_rollups_each_are_current_by_one_worker_each() {
+    let databases = [shared().database(), shared().database()];
+    let mut clients: Vec<Client> = databases.iter().map(|db| db.connect()).collect();
+    for client in &mut clients {
+        client.batch_execute(PAGE_VIEWS).unwrap();
+        for (name, dimension) in
+            [("by_site", "site_id"), ("by_path", "path"), ("by_day", "view_time::date AS day")]
+        {
+            client
+                .batch_execute(&format!(
+                    "SELECT spend_rollup_create('{name}', 'page_views', ARRAY['{dimension}'], '{{count(*) AS n}}')"
+                ))
+                .unwrap();
+        }
+    }
+    for i in 0..20 {
+        clients.iter_mut().for_each(|client| client.batch_execute(&views(i * 100, 100)).unwrap());
+    }
+    for (client, db) in clients.iter_mut().zip(&databases) {
+        ["by_site", "by_path", "by_day"].iter().for_each(|rollup| merged(client, rollup));
+        for rollup in ["by_site", "by_path", "by_day"] {
+            let sql = format!("SELECT sum(n)::bigint FROM litellm_spend.{rollup}_rollup");
+            assert_eq!(value::<i64>(client, &sql), 2000, "{rollup}");
+        }
+        let sql = format!(
+            "SELECT count(*) FROM spend_worker_status WHERE kind = 'litellm_spend worker' AND database = '{}'",
+            db.name
+        );
+        assert_eq!(value::<i64>(client, &sql), 1);
+        assert_verified(client);
+    }
+}
+
+#[test]
+fn a_publication_for_all_tables_does_not_stop_merging() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute("CREATE PUBLICATION everything FOR ALL TABLES").unwrap();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    for i in 0..3 {
+        client.batch_execute(&views(0, 100)).unwrap();
+        client.batch_execute(&insert_rows(&format!("p{i}-"), 100, 3)).unwrap();
+        merged(&mut client, "views");
+        wait_until_merged(&mut client);
+    }
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status"));
+    assert_views_exact(&mut client);
+    assert_exact(&mut client);
+}
+
+// ---- rebuild, verify, drop -------------------------------------------------------------------------------
+
+#[test]
+fn a_range_is_rebuilt_and_what_differs_is_found() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 2000)).unwrap();
+    merged(&mut client, "views");
+    client
+        .batch_execute("UPDATE litellm_spend.views_rollup SET views = views + 1, bytes = 0 WHERE minute = '2026-03-29 11:31Z'")
+        .unwrap();
+    let differing: i64 = value(&mut client, "SELECT count(*) FROM spend_rollup_verify('views')");
+    let touched: i64 = value(
+        &mut client,
+        "SELECT count(*) FROM litellm_spend.views_rollup WHERE minute = '2026-03-29 11:31Z'",
+    );
+    assert_eq!(differing, touched);
+    // The arguments are UTC, whatever the session's zone.
+    client.batch_execute("SET TimeZone = 'Asia/Seoul'").unwrap();
+    let groups: i64 = value(
+        &mut client,
+        "SELECT spend_rollup_rebuild('views', '2026-03-29 11:31', '2026-03-29 11:32', true)",
+    );
+    assert_eq!(groups, touched);
+    assert_verified(&mut client);
+    assert_views_exact(&mut client);
+    // Raw rows that are gone: the rollup is their only record.
+    client.batch_execute("DELETE FROM page_views WHERE view_time >= '2026-03-29 10:00Z'").unwrap();
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('views')", "55000");
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('views', '2026-03-29 10:00')", "55000");
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(views)::bigint FROM litellm_spend.views"), 2000);
+    client.batch_execute("SELECT spend_rollup_rebuild('views', '2026-03-29 10:00', force => true)").unwrap();
+    assert_views_exact(&mut client);
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('views', '2026-03-29 10:00:30')", "22023");
+    assert_refused(&mut client, "SELECT spend_rollup_verify('views', '2026-03-29', '2026-03-28')", "22023");
+}
+
+#[test]
+fn a_rollup_without_time_is_rebuilt_as_a_whole() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_rollup_create('sites', 'page_views', '{site_id}', '{max(bytes) AS most}')",
+        )
+        .unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut client, "sites");
+    client.batch_execute("UPDATE page_views SET bytes = 99 WHERE site_id = 1").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_rollup_verify('sites')"), 1);
+    client.batch_execute("SELECT spend_rollup_rebuild('sites')").unwrap();
+    assert_same(
+        &mut client,
+        "SELECT * FROM litellm_spend.sites",
+        "SELECT site_id, max(bytes) FROM page_views GROUP BY 1",
+    );
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('sites', '2026-03-29')", "22023");
+}
+
+#[test]
+fn dropping_a_rollup_leaves_nothing_and_dropping_its_source_leaves_history() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut client, "views");
+    client.batch_execute("SELECT spend_rollup_drop('views')").unwrap();
+    let left = "SELECT (SELECT count(*) FROM pg_class WHERE relname LIKE 'views%' AND relnamespace = 'litellm_spend'::regnamespace)
+                     + (SELECT count(*) FROM pg_proc WHERE proname = 'views.sites')
+                     + (SELECT count(*) FROM litellm_spend.rollup) + (SELECT count(*) FROM litellm_spend.source)";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute("SELECT spend_rollup_register('mine', 'page_views')").unwrap();
+    merged(&mut client, "views");
+    assert_eq!(error(&mut client, "DROP TABLE page_views").code().code(), "2BP01", "a reader depends on it");
+    client.batch_execute("DROP TABLE page_views CASCADE").unwrap();
+    eventually("the status says so", || {
+        holds(
+            &mut client,
+            "SELECT bool_and(source IS NULL AND last_error LIKE 'its source was dropped%') AND count(*) = 2 FROM spend_rollup_status",
+        )
+    });
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT sum(views)::bigint FROM litellm_spend.views"),
+        100,
+        "history"
+    );
+    for call in [
+        "SELECT spend_rollup_rebuild('views')",
+        "SELECT spend_rollup_run('views')",
+        "SELECT spend_rollup_window('mine')",
+    ] {
+        assert_refused(&mut client, call, "55000");
+    }
+    client.batch_execute("SELECT spend_rollup_drop('views'), spend_rollup_drop('mine')").unwrap();
+    assert_eq!(value::<i64>(&mut client, left), 0);
+    // The name is free again.
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+}
+
+#[test]
+fn the_rollup_follows_the_owner_of_its_source_and_a_dropped_live_view_is_made_again() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute("DROP ROLE IF EXISTS heir_h; CREATE ROLE heir_h LOGIN").unwrap();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut client, "views");
+    client.batch_execute("ALTER TABLE page_views OWNER TO heir_h; DROP VIEW litellm_spend.views").unwrap();
+    client.batch_execute(&views(100, 100)).unwrap();
+    eventually("the heir reads it", || {
+        let mut heir = shared().connect_as(&db.name, "heir_h");
+        let sum = heir.query_one("SELECT sum(views)::bigint FROM litellm_spend.views", &[]);
+        sum.is_ok_and(|row| row.get::<_, i64>(0) == 200)
+    });
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+    let owner = "SELECT relowner = 'heir_h'::regrole FROM pg_class WHERE oid = 'litellm_spend.views_rollup'::regclass";
+    assert!(holds(&mut client, owner));
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(proowner = 'heir_h'::regrole) FROM pg_proc WHERE proname = 'views.sites'"
+    ));
+    client
+        .batch_execute("SELECT spend_rollup_drop('views'); DROP OWNED BY heir_h CASCADE; DROP ROLE heir_h")
+        .unwrap();
+}
+
+#[test]
+fn one_rollup_that_cannot_be_read_does_not_hide_the_others() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client
+        .batch_execute("CREATE TABLE other (id bigserial, x int); SELECT spend_rollup_create('fine', 'other', '{x}', '{count(*) AS n}')")
+        .unwrap();
+    client.batch_execute("INSERT INTO page_views (view_time) VALUES ('-infinity')").unwrap();
+    client.batch_execute("ALTER TABLE page_views RENAME COLUMN view_id TO number").unwrap();
+    client.batch_execute("INSERT INTO page_views (site_id) VALUES (1)").unwrap();
+    eventually("the status names the one", || {
+        holds(
+            &mut client,
+            "SELECT bool_or(last_error LIKE '%view_id%') AND count(*) = 2 FROM spend_rollup_status",
+        )
+    });
+    client.batch_execute("INSERT INTO other (x) VALUES (1)").unwrap();
+    merged(&mut client, "fine");
+    client.batch_execute("ALTER TABLE page_views RENAME COLUMN number TO view_id").unwrap();
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+}
+
+#[test]
+fn a_renamed_source_goes_on() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut client, "views");
+    client.batch_execute("CREATE SCHEMA elsewhere; ALTER TABLE page_views RENAME TO seen; ALTER TABLE seen SET SCHEMA elsewhere").unwrap();
+    client.batch_execute(&views(100, 100).replace("page_views", "elsewhere.seen")).unwrap();
+    merged(&mut client, "views");
+    assert_same(
+        &mut client,
+        "SELECT * FROM litellm_spend.views",
+        &BY_HAND.replace("page_views", "elsewhere.seen"),
+    );
+    assert_verified(&mut client);
+}
+
+// ---- refusals --------------------------------------------------------------------------------------------
+
+#[test]
+fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    let refused = [
+        ("dimension", "random() AS r", "volatile"),
+        ("dimension", "clock_timestamp() AS r", "volatile"),
+        ("dimension", "nextval('page_views_view_id_seq') AS r", "volatile"),
+        ("dimension", "count(*) AS n", "aggregate"),
+        ("dimension", "1 + sum(site_id) AS n", "aggregate"),
+        ("dimension", "(SELECT 1) AS s", "subquery"),
+        ("dimension", "EXISTS (SELECT FROM pg_class) AS s", "subquery"),
+        ("dimension", "row_number() OVER () AS w", "window"),
+        ("dimension", "generate_series(1, 3) AS g", "set"),
+        ("dimension", "no_such_column AS x", "no_such_column"),
+        ("dimension", "other.site_id AS x", "other"),
+        ("dimension", "no_such_function(site_id) AS x", "no_such_function"),
+        ("dimension", "site_id + AS x", "yntax"),
+        ("dimension", "site_id AS x, path AS y", "not one expression"),
+        ("dimension", "site_id AS x FROM page_views", "not one expression"),
+        ("dimension", "1 AS x; DROP TABLE page_views", "not one expression"),
+        ("dimension", "1 AS x UNION SELECT 2", "not one expression"),
+        ("dimension", "", "not one expression"),
+        ("dimension", "lower(path)", "no name"),
+        ("dimension", "ctid AS x", "system column"),
+        ("dimension", "page_views AS x", "whole row"),
+        ("dimension", "point(1, site_id) AS p", "cannot be sorted"),
+        ("dimension", "$1 AS p", "parameter"),
+        ("dimension", "ROW(site_id, path) AS p", "cannot be sorted"),
+        ("measure", "site_id AS x", "aggregate function"),
+        ("measure", "count(*) + 1 AS x", "aggregate"),
+        ("measure", "sum(random()) AS x", "volatile"),
+        ("measure", "count(DISTINCT path) AS x", "cannot be merged"),
+        ("measure", "sum(path) AS x", "does not exist"),
+        ("measure", "sum((SELECT 1)) AS x", "subquery"),
+        ("measure", "count(*) OVER () AS x", "window"),
+        ("measure", "string_agg(path, ',') AS x", "MERGE WITH"),
+        ("measure", "array_agg(site_id) AS x MERGE WITH no_such", "does not merge"),
+        ("measure", "array_agg(site_id) AS x MERGE WITH lower", "does not merge"),
+        ("measure", "array_agg(site_id) AS x MERGE WITH a); DROP TABLE page_views; --", "does not merge"),
+        ("measure", "percentile_cont(0.5) WITHIN GROUP (ORDER BY bytes) AS x", "MERGE WITH"),
+    ];
+    for (what, expression, reason) in refused {
+        let (mut dimension, mut measure) = ("site_id", "count(*) AS n");
+        if what == "dimension" {
+            dimension = expression
+        } else {
+            measure = expression
+        }
+        let sql = format!(
+            "SELECT spend_rollup_create('x', 'page_views', ARRAY['{}'], ARRAY['{}'])",
+            dimension.replace('\'', "''"),
+            measure.replace('\'', "''")
+        );
+        assert_refused(&mut client, &sql, "42611");
+        let error = error(&mut client, &sql);
+        assert!(error.message().contains(&format!("{what} \"{expression}\"")), "{error:?}");
+        assert!(error.detail().unwrap().contains(reason), "{expression}: {:?}", error.detail());
+    }
+    for (call, sqlstate) in [
+        ("'x', 'page_views', '{site_id,path AS site_id}', '{count(*) AS n}'", "42701"),
+        ("'x', 'page_views', '{site_id}', '{count(*) AS site_id}'", "42701"),
+        ("'x', 'page_views', '{site_id}', '{avg(bytes) AS a,count(*) AS a_count}'", "42701"),
+        ("'x', 'page_views', '{}', '{count(*) AS n}'", "22004"),
+        ("'x', 'page_views', '{site_id}', '{}'", "22004"),
+        ("'x', 'page_views', '{site_id,NULL}', '{count(*) AS n}'", "22004"),
+        ("NULL, 'page_views', '{site_id}', '{count(*) AS n}'", "22004"),
+        ("'x', NULL, '{site_id}', '{count(*) AS n}'", "22004"),
+        ("'', 'page_views', '{site_id}', '{count(*) AS n}'", "42602"),
+        ("repeat('n', 57), 'page_views', '{site_id}', '{count(*) AS n}'", "42602"),
+        ("'rollup', 'page_views', '{site_id}', '{count(*) AS n}'", "42710"),
+        ("'retired', 'page_views', '{site_id}', '{count(*) AS n}'", "42710"),
+        ("'daily_usage', 'page_views', '{site_id}', '{count(*) AS n}'", "42710"),
+        ("'daily_spend', 'page_views', '{site_id}', '{count(*) AS n}'", "42710"),
+        ("'daily_spend_rollup', 'page_views', '{site_id}', '{count(*) AS n}'", "42710"),
+        ("'x', 'page_views', '{site_id}', '{count(*) AS n}', NULL, 'nothing'", "42703"),
+        ("'x', 'page_views', '{site_id}', '{count(*) AS n}', NULL, 'view_time'", "22023"),
+    ] {
+        assert_refused(&mut client, &format!("SELECT spend_rollup_create({call})"), sqlstate);
+    }
+    let left =
+        "SELECT (SELECT count(*) FROM litellm_spend.rollup) + (SELECT count(*) FROM litellm_spend.source)
+                     + (SELECT count(*) FROM pg_class WHERE relname LIKE 'x%')";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+    client.batch_execute("SELECT 1 FROM page_views").unwrap();
+}
+
+#[test]
+fn a_source_that_cannot_be_exact_is_refused() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE cached (id bigserial, x int); ALTER SEQUENCE cached_id_seq CACHE 10;
+             CREATE TABLE cycling (id bigserial, x int); ALTER SEQUENCE cycling_id_seq CYCLE;
+             CREATE TABLE descending (id bigint DEFAULT 0, x int); CREATE SEQUENCE down INCREMENT -1;
+             ALTER TABLE descending ALTER id SET DEFAULT nextval('down');
+             CREATE TABLE numberless (x int);
+             CREATE TABLE computed (id bigint DEFAULT nextval('down') * 2, x int);
+             CREATE TABLE twice (a bigserial, b bigserial, x int);
+             CREATE UNLOGGED TABLE unlogged (id bigserial, x int);
+             CREATE TEMP TABLE temporary (id bigserial, x int);
+             CREATE TABLE fed (id bigserial, x int);
+             CREATE VIEW a_view AS SELECT * FROM fed; CREATE MATERIALIZED VIEW a_matview AS SELECT * FROM fed;
+             CREATE TABLE parted (id bigserial, x int) PARTITION BY LIST (x); CREATE SEQUENCE own;
+             CREATE TABLE parted_1 PARTITION OF parted (id DEFAULT nextval('own')) FOR VALUES IN (1);",
+        )
+        .unwrap();
+    for (source, sequence, sqlstate, reason) in [
+        ("cached", "NULL", "55000", "cache is 10"),
+        ("cycling", "NULL", "55000", "cycles"),
+        ("descending", "NULL", "55000", "increment is -1"),
+        ("numberless", "NULL", "55000", "No column"),
+        ("computed", "NULL", "55000", "No column"),
+        ("twice", "NULL", "55000", "2 columns"),
+        ("fed", "'own'", "55000", "No column"),
+        ("fed", "'fed'", "55000", "No column"),
+        ("unlogged", "NULL", "42809", "permanent"),
+        ("temporary", "NULL", "42809", "permanent"),
+        ("a_view", "NULL", "42809", "permanent"),
+        ("a_matview", "NULL", "42809", "permanent"),
+        ("parted", "NULL", "55000", "nextval('public.own'"),
+    ] {
+        for call in [
+            format!("SELECT spend_rollup_create('x', '{source}', '{{x}}', '{{count(*) AS n}}', {sequence})"),
+            format!("SELECT spend_rollup_register('x', '{source}', {sequence})"),
+        ] {
+            assert_refused(&mut client, &call, sqlstate);
+            let error = error(&mut client, &call);
+            assert!(error.detail().unwrap().contains(reason), "{source}: {error:?}");
+        }
+    }
+    client
+        .batch_execute("SELECT spend_rollup_create('t', 'twice', '{x}', '{count(*) AS n}', 'twice_b_seq')")
+        .unwrap();
+    // A sequence that loses its shape later stops the rollup, and goes on when it has it back.
+    client.batch_execute("ALTER SEQUENCE twice_b_seq CACHE 5; INSERT INTO twice (x) VALUES (1)").unwrap();
+    eventually("the status says so", || {
+        holds(&mut client, "SELECT last_error LIKE '%cannot number%' FROM spend_rollup_status")
+    });
+    client.batch_execute("ALTER SEQUENCE twice_b_seq CACHE 1").unwrap();
+    merged(&mut client, "t");
+}
+
+#[test]
+fn a_source_without_an_index_gets_a_notice_that_names_one() {
+    let db = shared().database();
+    let cluster = shared();
+    db.connect().batch_execute(r#"CREATE TABLE "no index" ("Id" bigserial, x int)"#).unwrap();
+    let script = r#"SELECT spend_rollup_create('n', '"no index"', '{x}', '{count(*) AS n}')"#;
+    let output = cluster
+        .program("psql")
+        .args(["-X", "-h", cluster.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"])
+        .args(["-d", &db.name, "-c", script])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    let create = r#"CREATE INDEX ON "public"."no index" USING brin ("Id");"#;
+    assert!(text.contains("NOTICE") && text.contains("HINT") && text.contains(create), "{text}");
+    db.connect().batch_execute(create).unwrap();
+}
+
+#[test]
+fn a_rollup_belongs_to_the_owner_of_its_source_and_runs_as_that_role() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS app_f; DROP ROLE IF EXISTS stranger_f; CREATE ROLE app_f LOGIN; CREATE ROLE stranger_f LOGIN;
+             CREATE SCHEMA app AUTHORIZATION app_f; GRANT USAGE ON SCHEMA app TO stranger_f;
+             GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO app_f, stranger_f",
+        )
+        .unwrap();
+    let mut app = shared().connect_as(&db.name, "app_f");
+    app.batch_execute(
+        "CREATE TABLE app.log (id bigserial PRIMARY KEY, x int);
+         CREATE FUNCTION app.who(x int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN current_user; END $$;
+         SELECT spend_rollup_create('whose', 'app.log', '{app.who(x) AS who}', '{count(*) AS n}');
+         INSERT INTO app.log (x) VALUES (1), (2)",
+    )
+    .unwrap();
+    merged(&mut client, "whose");
+    assert_eq!(
+        value::<String>(&mut app, "SELECT string_agg(who, ',') FROM litellm_spend.whose_rollup"),
+        "app_f"
+    );
+    assert_eq!(value::<i64>(&mut app, "SELECT sum(n)::bigint FROM litellm_spend.whose"), 2);
+    app.batch_execute("SELECT spend_rollup_run(); SELECT * FROM spend_rollup_verify('whose')").unwrap();
+
+    let mut stranger = shared().connect_as(&db.name, "stranger_f");
+    for call in [
+        "SELECT spend_rollup_create('theirs', 'app.log', '{x}', '{count(*) AS n}')",
+        "SELECT spend_rollup_register('theirs', 'app.log')",
+        "SELECT spend_rollup_run()",
+        "SELECT spend_rollup_run('whose')",
+        "SELECT spend_rollup_rebuild('whose')",
+        "SELECT * FROM spend_rollup_verify('whose')",
+        "SELECT spend_rollup_drop('whose')",
+    ] {
+        assert_refused(&mut stranger, call, "42501");
+    }
+    assert_eq!(error(&mut stranger, "SELECT * FROM litellm_spend.whose").code().code(), "42501");
+    // The function cannot become anybody else, nor leave something behind that runs with other rights.
+    for trick in ["SET ROLE postgres", "SET SESSION AUTHORIZATION postgres", "CREATE TEMP TABLE t (x int)"] {
+        // By a volatile one, which alone may run such statements.
+        app.batch_execute(&format!(
+            "CREATE OR REPLACE FUNCTION app.trick() RETURNS void VOLATILE LANGUAGE plpgsql AS $$ BEGIN EXECUTE '{trick}'; END $$;
+             CREATE OR REPLACE FUNCTION app.who(x int) RETURNS text IMMUTABLE LANGUAGE plpgsql
+             AS $$ BEGIN PERFORM app.trick(); RETURN current_user; END $$;
+             INSERT INTO app.log (x) VALUES (3)"
+        ))
+        .unwrap();
+        eventually("the merge failed", || {
+            holds(
+                &mut client,
+                "SELECT last_error IS NOT NULL FROM spend_rollup_status WHERE rollup = 'whose'",
+            )
+        });
+        app.batch_execute(
+            "CREATE OR REPLACE FUNCTION app.who(x int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN current_user; END $$",
+        )
+        .unwrap();
+        merged(&mut client, "whose");
+    }
+    app.batch_execute("SELECT spend_rollup_drop('whose')").unwrap();
+    drop((app, stranger));
+    client.batch_execute("DROP OWNED BY app_f, stranger_f; DROP ROLE app_f, stranger_f").unwrap();
+}

@@ -1,0 +1,363 @@
+//! LiteLLM's reports and views, as our rollups answer them, against LiteLLM's own SQL on the raw rows.
+//!
+//! LiteLLM's SQL is in target/litellm (scripts/litellm_fixtures.py); ours is what docs/reports.md says.
+
+mod common;
+
+use common::*;
+use postgres::{Client, Transaction};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+/// Rows `:first` to `:last`, none of them at midnight. The dimensions run through their values at different speeds.
+const ROWS: &str = r#"
+    INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, prompt_tokens,
+        completion_tokens, "startTime", "endTime", model, model_group, custom_llm_provider, "user", team_id,
+        organization_id, end_user, agent_id, cache_hit, status, request_tags, metadata)
+    SELECT 'r' || i,
+        (ARRAY['acompletion', 'aembedding', '', '/key/info'])[1 + i % 4],
+        (ARRAY['key-a', 'key-b', 'litellm_proxy_master_key', '', 'schlüssel ✓'])[1 + i % 5],
+        CASE WHEN i % 7 = 0 THEN 0 ELSE i * 7919 % 10007 / 1e6 END, 3 * i, i, 2 * i,
+        (now() AT TIME ZONE 'UTC')::date + interval '17 seconds' - (i * 37 % (40 * 1440)) * interval '1 minute',
+        now() AT TIME ZONE 'UTC',
+        (ARRAY['gpt-4o', 'модель', ''])[1 + i % 3],
+        (ARRAY['gpt', '', NULL])[1 + i / 2 % 3],
+        (ARRAY['openai', '', NULL])[1 + i / 3 % 3],
+        (ARRAY['ann', 'bob', '', NULL])[1 + i / 5 % 4],
+        (ARRAY['t1', 't2', 't3', 't4', '', NULL, 'unknown'])[1 + i % 7],
+        (ARRAY['org', '', NULL])[1 + i / 7 % 3],
+        CASE WHEN i % 2 = 0 THEN 'customer ' || i % 127
+             ELSE (ARRAY['postgres', '', NULL, '客户'])[1 + i / 2 % 4] END,
+        (ARRAY['agent', '', NULL])[1 + i / 11 % 3],
+        (ARRAY['True', 'False', 'None', '', NULL])[1 + i / 4 % 5],
+        (ARRAY['success', 'failure', NULL])[1 + i / 13 % 3],
+        (ARRAY['["a", "b"]', '["a", "a"]', '["тег 🏷", "a"]', '[null, "b", null]', '["", 5, true, {"x": 1}, [2]]',
+               '[]', NULL, '{"a": 1}', '"a"', '7', 'null'])[1 + i % 11]::jsonb,
+        '{}'
+    FROM generate_series(:first, :last) AS i"#;
+
+/// Rows a millisecond and a minute around each UTC midnight, from the day after tomorrow to six weeks ago, and at
+/// midnight itself of every other day and at both ends of a month.
+const MIDNIGHTS: &str = r#"
+    INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, prompt_tokens,
+        completion_tokens, "startTime", "endTime", model, "user", team_id, end_user, request_tags)
+    SELECT 'm' || day || ' ' || shift, 'acompletion', 'key ' || day, 0.001 * (day + 3), 1, 1, 0,
+        (now() AT TIME ZONE 'UTC')::date - day + shift, now() AT TIME ZONE 'UTC', 'model ' || day, 'ann', 't1', 'c', '["a"]'
+    FROM generate_series(-2, 42) AS day,
+         unnest(ARRAY['-1 minute', '-1 ms', '0', '1 ms', '1 minute']::interval[]) AS shift
+    WHERE shift <> '0' OR day % 2 = 0 OR day IN (29, 31)"#;
+
+/// What rows are joined to, and groups in which nothing was spent.
+const NAMES: &str = r#"
+    INSERT INTO "LiteLLM_VerificationToken" (token, key_alias, key_name)
+    VALUES ('key-a', 'alias a', 'sk-...a'), ('key-b', NULL, 'sk-...b'), ('unused', 'unused', NULL);
+    INSERT INTO "LiteLLM_VerificationToken" (token, key_alias)
+    SELECT 'key ' || i, 'alias ' || i FROM generate_series(1, 42) AS i;
+    INSERT INTO "LiteLLM_TeamTable" (team_id, team_alias)
+    VALUES ('t1', 'Team One'), ('t2', NULL), ('t3', 'Team One'), ('t4', 'Unassigned Team');
+    INSERT INTO "LiteLLM_UserTable" (user_id, user_email, user_alias) VALUES ('ann', 'a@x', 'Ann'), ('bob', NULL, NULL);
+    INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, "startTime", "endTime", model, "user",
+        team_id, end_user, request_tags)
+    SELECT 'free ' || day, 'acompletion', 'free', 0, (now() AT TIME ZONE 'UTC')::date - day + time '01:02',
+        now() AT TIME ZONE 'UTC', 'free', 'free', 'free', 'free', '["free"]'
+    FROM generate_series(1, 35, 5) AS day"#;
+
+/// The batch cost take-over: spend 0 -> x, and the time moves, some across the edges of what reports ask for.
+const UPDATES: &str = r#"
+    UPDATE "LiteLLM_SpendLogs" SET spend = 0.125, "startTime" = "startTime" - interval '26 hours', model = 'batch',
+        status = 'success', request_tags = '["batch", "a"]'
+    WHERE spend = 0 AND total_tokens % 2 = 0 AND request_id LIKE 'r%'"#;
+
+/// Report | parameters of LiteLLM's SQL | of ours, where those are others. DAYS are two midnights.
+const CASES: &str = r#"
+    global_spend_logs
+    global_spend_logs_by_key | 'key-a'
+    global_spend_logs_by_key | 'litellm_proxy_master_key'
+    global_spend_logs_by_user | 'ann' | 'ann', NULL
+    global_spend_logs_by_user | '' | '', NULL
+    global_spend_logs_by_user.key | 'key-a', 'ann' | 'ann', 'key-a'
+    global_spend
+    global_spend_keys |  | NULL
+    global_spend_keys.limit | 2
+    global_spend_models | 2
+    global_spend_models | NULL
+    global_spend_tags | DAYS
+    global_spend_tags_selected | DAYS, '{a, тег 🏷, 5, missing}'
+    global_activity | DAYS | DAYS, NULL
+    global_activity.user | DAYS, 'ann'
+    global_activity_model | DAYS | DAYS, NULL
+    global_activity_model.user | DAYS, ''
+    cache_hits | DAYS, '[]', '[]', '["/key/info"]', true, NULL, '[]' | DAYS, NULL, NULL, '{/key/info}', NULL, NULL
+    cache_hits | DAYS, '["Unnamed Key"]', '["gpt-4o", ""]', '[]', false, 'ann', '["t2"]' | DAYS, '{Unnamed Key}', '{gpt-4o, ""}', '{}', 'ann', '{t2}'
+    cache_hits | DAYS, '[]', '[]', '[]', false, 'bob', '[]' | DAYS, NULL, NULL, '{}', 'bob', NULL
+    cache_hits_key_aliases | DAYS, '[]', false, NULL, '["t1"]' | DAYS, '{}', NULL, '{t1}'
+    cache_hits_key_aliases | DAYS, '[]', false, 'free', '[]' | DAYS, '{}', 'free', NULL
+    cache_hits_models | DAYS, '["", "acompletion"]', true, NULL, '[]' | DAYS, '{"", acompletion}', NULL, NULL
+    cache_hits_models | DAYS, '[]', false, 'free', '["t1"]' | DAYS, '{}', 'free', '{t1}'
+    spend_report_keys | DAYS | DAYS, NULL, NULL, NULL
+    spend_report_keys.key | DAYS, 'key-a' | DAYS, 'key-a', NULL, NULL
+    spend_report_keys.user | DAYS, 'ann' | DAYS, NULL, 'ann', NULL
+    spend_report_keys.own_key | DAYS, 'schlüssel ✓' | DAYS, 'schlüssel ✓', NULL, NULL
+    spend_report_keys.own_user | DAYS, '' | DAYS, NULL, '', NULL
+    spend_report_keys.own_team | DAYS, 't1' | DAYS, NULL, NULL, 't1'
+    spend_report_organization | DAYS, 'org', '{t2, t3}'
+    spend_report_customers | DAYS
+    spend_report_teams | DAYS, NULL
+    spend_report_teams | DAYS, 't2'
+    spend_report_team_customer | DAYS, 't1', 'postgres'
+    spend_report_team_customer | DAYS, 'unknown', 'postgres'
+    global_spend_teams
+    global_spend_keys_of_user | 'ann', 2
+    global_spend_models_of_user | 'bob', 2
+    global_spend_end_users | HOURS, NULL
+    global_spend_end_users | HOURS, 'key-a'
+    all_end_users
+    all_tag_names
+    spend_tags |  | NULL, NULL, NULL, NULL
+    spend_tags.owned | 'ann', '{t2, t3}', DAYS | DAYS, 'ann', '{t2, t3}'
+    spend_logs_summary | DAYS | DAYS, NULL, NULL
+    spend_logs_summary.key | DAYS, 'key-b' | DAYS, 'key-b', NULL
+    spend_logs_summary.user | DAYS, 'ann' | DAYS, NULL, 'ann'
+    team_spend_by_user | DAYS, '{t1, t2, ""}' | DAYS, '{t1, t2, ""}', NULL
+    team_spend_by_user.user | DAYS, '{t1, t2}', 'ann'
+    slack_teams | DAYS
+    slack_tags | DAYS
+    budget_window.key | 'key-a', HOUR | HOUR, 'key-a', NULL
+    budget_window.team | 't1', HOUR | HOUR, NULL, 't1'"#;
+
+/// LiteLLM's views, and the column that they are sorted by, if any.
+const VIEWS: &[(&str, &str)] = &[
+    ("MonthlyGlobalSpend", ""),
+    ("MonthlyGlobalSpendPerKey", ""),
+    ("MonthlyGlobalSpendPerUserPerKey", ""),
+    ("Last30dKeysBySpend", "total_spend"),
+    ("Last30dModelsBySpend", "total_spend"),
+    ("Last30dTopEndUsersSpend", "total_spend"),
+    ("DailyTagSpend", ""),
+];
+
+const ZONES: [&str; 3] = ["UTC", "Asia/Seoul", "America/Los_Angeles"];
+
+/// LiteLLM's views over the raw rows, and the same without the rows that its tag queries fail on.
+const OWN: &str = "own, public";
+const WELL_FORMED: &str = "well_formed, public";
+const OURS: &str = "public";
+
+#[test]
+fn every_report_equals_litellms_own_sql() {
+    let docs = read("docs/reports.md");
+    let documented: BTreeMap<_, _> = marked(&docs, "report").map(|(key, text)| (key, sql_in(text))).collect();
+    let unanswered: Vec<_> = marked(&docs, "not answered").map(|(key, _)| key).collect();
+    let cases: Vec<_> = CASES.trim().lines().map(case).collect();
+    let own: BTreeMap<String, String> = serde_json::from_str(&read("target/litellm/reports.json")).unwrap();
+
+    for name in own.keys() {
+        let answered = documented.contains_key(report_of(name));
+        assert_ne!(answered, unanswered.contains(&report_of(name)), "{name} in docs/reports.md");
+        assert_eq!(answered, cases.iter().any(|case| case.0 == name), "{name} and its parameters");
+    }
+    for report in documented.keys().chain(&unanswered) {
+        assert!(own.keys().any(|name| report_of(name) == *report), "LiteLLM has no report {report}");
+    }
+
+    at_three_moments(|tx| {
+        let days = days(tx);
+        for (name, theirs, ours) in &cases {
+            let (sql, documented) = (&own[*name], documented[report_of(name)]);
+            let expected = Answer::of(tx, path_for(sql), sql, &with_times(theirs, &days));
+            let answer = Answer::of(tx, OURS, documented, &with_times(ours, &days));
+            answer.assert_equals(&expected, expected.sorted_by(sql), name);
+        }
+    });
+    let variants: BTreeSet<_> = cases.iter().map(|case| case.0).collect();
+    let (reports, variants) = (documented.len(), variants.len());
+    eprintln!(
+        "{reports} reports in {variants} variants equal LiteLLM's; {} have no answer",
+        unanswered.len()
+    );
+}
+
+#[test]
+fn every_view_equals_litellms_own_definition() {
+    at_three_moments(|tx| {
+        for (view, sorted_by) in VIEWS {
+            let sql = format!(r#"SELECT * FROM "{view}""#);
+            let expected = Answer::of(tx, path_for(&sql), &sql, "");
+            Answer::of(tx, OURS, &sql, "").assert_equals(&expected, Some(sorted_by), view);
+        }
+    });
+}
+
+/// Runs `compare` in each time zone: when the table is attached and backfilled; with changes that cannot be merged,
+/// since their transaction is open; when all is merged.
+fn at_three_moments(compare: impl Fn(&mut Transaction)) {
+    let rows = |first: &str, last: &str| ROWS.replace(":first", first).replace(":last", last);
+    let db = shared().database();
+    db.connect().batch_execute(&format!("{NAMES}; {MIDNIGHTS}; {}", rows("1", "3000"))).unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    make_own_views(&mut client);
+    for (view, _) in VIEWS {
+        let definition = format!(r#"SELECT pg_get_viewdef('public."{view}"'::regclass)"#);
+        eventually("every view is live", || {
+            !value::<String>(&mut client, &definition).contains("LiteLLM_SpendLogs")
+        });
+    }
+
+    let in_each_zone = |tx: &mut Transaction| {
+        for zone in ZONES {
+            tx.batch_execute(&format!("SET LOCAL timezone = '{zone}'")).unwrap();
+            compare(tx);
+        }
+    };
+    // CURRENT_DATE is that of the transaction's start.
+    in_each_zone(&mut client.transaction().unwrap());
+
+    let mut tx = client.transaction().unwrap();
+    tx.batch_execute(&format!("{}; {UPDATES}", rows("3001", "4000"))).unwrap();
+    in_each_zone(&mut tx);
+    tx.commit().unwrap();
+
+    wait_until_merged(&mut client);
+    in_each_zone(&mut client.transaction().unwrap());
+}
+
+/// LiteLLM's statements make LiteLLM's views in the first schema of the path, over the first spend log there.
+fn make_own_views(client: &mut Client) {
+    let views = read("target/litellm/views.sql");
+    client
+        .batch_execute(&format!(
+            r#"CREATE SCHEMA own; CREATE SCHEMA well_formed;
+               CREATE VIEW well_formed."LiteLLM_SpendLogs" AS SELECT * FROM public."LiteLLM_SpendLogs"
+                   WHERE request_tags IS NULL OR jsonb_typeof(request_tags) = 'array';
+               SET search_path = {OWN}; {views}; SET search_path = {WELL_FORMED}; {views}; RESET search_path"#
+        ))
+        .unwrap();
+}
+
+fn path_for(sql: &str) -> &'static str {
+    if ["request_tags", "DailyTagSpend"].iter().any(|tags| sql.contains(tags)) { WELL_FORMED } else { OWN }
+}
+
+// ---- what is asked ---------------------------------------------------------------------------------------
+
+fn read(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The keys of comments `<!-- mark: key -->`, each with the text behind it.
+fn marked<'a>(text: &'a str, mark: &str) -> impl Iterator<Item = (&'a str, &'a str)> {
+    let parts: Vec<_> = text.split(&format!("<!-- {mark}: ")).skip(1).collect();
+    parts.into_iter().map(|part| part.split_once(" -->").unwrap())
+}
+
+fn sql_in(text: &str) -> &str {
+    text.split_once("```sql\n").and_then(|(_, sql)| sql.split_once("\n```")).expect("a block of SQL").0
+}
+
+fn case(line: &str) -> (&str, &str, &str) {
+    let mut parts = line.split('|').map(str::trim);
+    let (name, theirs) = (parts.next().unwrap(), parts.next().unwrap_or_default());
+    (name, theirs, parts.next().unwrap_or(theirs))
+}
+
+/// The report that `name` is a variant of.
+fn report_of(name: &str) -> &str {
+    name.split('.').next().unwrap()
+}
+
+/// The first and the last day to ask for. LiteLLM adds a day in the session's time zone: not one on which the clock
+/// changes in Los Angeles. The last day has no row at its midnight, which /spend/logs?summarize=true counts.
+fn days(tx: &mut Transaction) -> (String, String) {
+    let days = "SELECT (today - 12)::text, (today - ago)::text
+        FROM generate_series(3, 5, 2) AS ago, date(now() AT TIME ZONE 'UTC') AS today,
+             LATERAL (SELECT (today - ago)::timestamp AT TIME ZONE 'UTC' AT TIME ZONE 'America/Los_Angeles') AS la(day)
+        WHERE (la.day + interval '1 day') AT TIME ZONE 'America/Los_Angeles' AT TIME ZONE 'UTC' = today - ago + 1
+        ORDER BY ago LIMIT 1";
+    let row = tx.query_one(days, &[]).unwrap();
+    (row.get(0), row.get(1))
+}
+
+/// As LiteLLM passes them: in UTC, and saying so.
+fn with_times(parameters: &str, (first, last): &(String, String)) -> String {
+    parameters
+        .replace("DAYS", &format!("'{first}T00:00:00+00:00', '{last}T00:00:00+00:00'"))
+        .replace("HOURS", &format!("'{first}T07:00:00+00:00', '{last}T13:00:00+00:00'"))
+        .replace("HOUR", &format!("'{first}T23:00:00+00:00'"))
+}
+
+// ---- what is answered ------------------------------------------------------------------------------------
+
+struct Answer {
+    /// Name and type.
+    columns: Vec<(String, String)>,
+    rows: Vec<Value>,
+}
+
+impl Answer {
+    fn of(tx: &mut Transaction, search_path: &str, sql: &str, parameters: &str) -> Answer {
+        let parameters = if parameters.is_empty() { String::new() } else { format!("({parameters})") };
+        tx.batch_execute(&format!(
+            "SET LOCAL search_path = {search_path}; PREPARE report AS {sql}\n;
+             CREATE TEMP TABLE answer ON COMMIT DROP AS EXECUTE report{parameters}; DEALLOCATE report"
+        ))
+        .unwrap_or_else(|e| panic!("{e:?}\n{sql}\n{parameters}"));
+        let columns = tx.prepare("SELECT * FROM pg_temp.answer").unwrap();
+        let rows = tx.query("SELECT to_jsonb(a) FROM pg_temp.answer AS a", &[]).unwrap();
+        tx.batch_execute("DROP TABLE pg_temp.answer").unwrap();
+        Answer {
+            columns: columns.columns().iter().map(|c| (c.name().into(), c.type_().to_string())).collect(),
+            rows: rows.iter().map(|r| r.get(0)).collect(),
+        }
+    }
+
+    /// The column that a query sorts by first, if it says so.
+    fn sorted_by(&self, sql: &str) -> Option<&str> {
+        let (_, order) = sql.rsplit_once("ORDER BY")?;
+        let word = order.split_whitespace().next()?.rsplit('.').next()?.trim_matches(['"', ',']);
+        let word = if word == "1" { &self.columns[0].0 } else { word };
+        self.columns.iter().map(|(name, _)| name.as_str()).find(|name| *name == word)
+    }
+
+    /// The same columns, the same rows, and the same order as far as `sorted_by` gives one.
+    fn assert_equals(&self, expected: &Answer, sorted_by: Option<&str>, what: &str) {
+        assert_eq!(self.columns, expected.columns, "{what}");
+        assert!(!expected.rows.is_empty(), "{what}: LiteLLM's own SQL finds nothing");
+        assert_eq!(self.rows.len(), expected.rows.len(), "{what}: rows");
+        if let Some(column) = sorted_by {
+            let same = |(a, b): (&Value, &Value)| close(&flat(&a[column]), &flat(&b[column]));
+            assert!(self.rows.iter().zip(&expected.rows).all(same), "{what}: order of {column}");
+        }
+        for (ours, theirs) in sorted(&self.rows).iter().zip(&sorted(&expected.rows)) {
+            assert!(close(ours, theirs), "{what}:\n  ours      {ours:?}\n  LiteLLM's {theirs:?}");
+        }
+    }
+}
+
+/// A value's text with # for each number, and the numbers.
+type Flat = (String, Vec<f64>);
+
+fn flat(value: &Value) -> Flat {
+    let parts = match value {
+        Value::Number(n) => return ("#".into(), vec![n.as_f64().unwrap()]),
+        Value::Array(items) => sorted(items),
+        Value::Object(fields) => fields.iter().flat_map(|(k, v)| [(k.clone(), vec![]), flat(v)]).collect(),
+        other => return (other.to_string(), vec![]),
+    };
+    let texts: Vec<&str> = parts.iter().map(|part| part.0.as_str()).collect();
+    (format!("[{}]", texts.join(" ")), parts.iter().flat_map(|part| part.1.clone()).collect())
+}
+
+/// Neither rows nor what jsonb_agg makes of them have an order.
+fn sorted(values: &[Value]) -> Vec<Flat> {
+    let mut flats: Vec<Flat> = values.iter().map(flat).collect();
+    flats.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    flats
+}
+
+fn close(a: &Flat, b: &Flat) -> bool {
+    a.0 == b.0 && a.1.iter().zip(&b.1).all(|(a, b)| (a - b).abs() <= 1e-9 * a.abs().max(b.abs()))
+}
