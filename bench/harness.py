@@ -139,7 +139,7 @@ def _schema():
     return "litellm"
 
 
-def loaded(name, rows, narrow=False, without=(), seeds=(1, 2)):
+def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
     """A database with that many spend logs; made once, then kept for the other scenarios to clone."""
     if _exists(name):
         return name
@@ -151,7 +151,7 @@ def loaded(name, rows, narrow=False, without=(), seeds=(1, 2)):
     loads = [
         subprocess.Popen(
             ["psql", "-qX", "-o", os.devnull, "-d", name, "-v", f"rows={rows // 2}", "-v", f"seed={seed}",
-             "-v", f"narrow={'on' if narrow else 'off'}", "-f", ROOT / "bench/spend_rows.sql"])
+             "-v", f"narrow={narrow:d}", "-v", f"many={many:d}", "-f", ROOT / "bench/spend_rows.sql"])
         for seed in seeds
     ]
     if any([load.wait() for load in loads]):
@@ -192,8 +192,16 @@ def create_extension(session):
                         " AND database = current_database() AND state = 'idle')")
 
 
+def end_worker(session):
+    """For good: the launcher serves no database that takes no connections. The worker would merge early, whenever the
+    server wakes it to hear of changes to the catalogs."""
+    on_server(f"ALTER DATABASE {session.connection.info.dbname} ALLOW_CONNECTIONS false")
+    wait_until(session, "SELECT NOT EXISTS (SELECT FROM spend_worker_status WHERE kind = 'litellm_spend worker'"
+                        " AND database = current_database())")
+
+
 def attach(session):
-    """Everything, until LiteLLM's view is live."""
+    """Everything, until LiteLLM's views are live."""
     create_extension(session)
     session.run("SELECT * FROM spend_attach()")
     backfill(session)
@@ -202,7 +210,7 @@ def attach(session):
 def backfill(session):
     session.run("SET client_min_messages = warning")
     session.run("CALL spend_backfill()")
-    if session.value("SELECT min(backfill_progress) = 100 AND bool_and(live_views IS NOT NULL)"
+    if session.value("SELECT min(backfill_progress) = 100 AND sum(cardinality(live_views)) = 7"
                      " FROM spend_rollup_status") != "t":
         raise RuntimeError("CALL spend_backfill() did not finish the backfill")
 

@@ -6,6 +6,7 @@
 --   days     30       the first day is that many days ago
 --   seed     1        the same seed and day make the same rows; another one adds to them
 --   narrow   off      on: tiny metadata, for runs with many rows
+--   many     off      on: 300 users, 40 models, up to 4 tags a row instead of 60, 12 and 3
 --
 -- No random(): every value is a hash of (seed, day, row number), so that runs can be compared.
 \set ON_ERROR_STOP on
@@ -14,6 +15,7 @@
 \if :{?days}   \else \set days 30     \endif
 \if :{?seed}   \else \set seed 1      \endif
 \if :{?narrow} \else \set narrow off  \endif
+\if :{?many}   \else \set many off    \endif
 SELECT :seed * 100 AS seed00 \gset
 SET synchronous_commit = off;
 SET client_min_messages = warning;
@@ -44,10 +46,11 @@ FROM generate_series(1, 200) k
 UNION ALL
 SELECT 0, 'litellm_proxy_master_key', NULL, 'default_user_id', '', '', '10.0.0.2';
 
--- Models: share of requests, dollars per million tokens in and out.
+-- Models: share of requests, dollars per million tokens in and out. With many, each has three or four versions.
 CREATE TEMP TABLE models AS
 SELECT model_group, model, provider, call_type, dollars_in::float8, dollars_out::float8, left(md5(model), 10) AS model_id,
-       (sum(share) OVER w - share)::float8 AS share_from, (sum(share) OVER w)::float8 AS share_to
+       (sum(share) OVER w - share)::float8 AS share_from, (sum(share) OVER w)::float8 AS share_to,
+       CASE WHEN NOT :'many'::boolean THEN 1 WHEN row_number() OVER w <= 4 THEN 4 ELSE 3 END AS versions
 FROM (VALUES
     ('gpt-4o-mini',            'openai/gpt-4o-mini',                              'openai',    'acompletion',        0.26, 0.15,  0.60),
     ('gpt-4o',                 'openai/gpt-4o',                                   'openai',    'acompletion',        0.14, 2.50, 10.00),
@@ -75,9 +78,14 @@ SELECT
     CASE WHEN failed THEN call_id ELSE 'chatcmpl-' || request_uuid END
         || CASE WHEN cached THEN '_cache_hit' || round(extract(epoch FROM started), 3) ELSE '' END,
     m.call_type, k.api_key, cost, tokens_in + tokens_out, tokens_in, tokens_out,
-    started, ended, started + (ended - started) / 3, m.model, m.model_id, m.model_group,
+    started, ended, started + (ended - started) / 3,
+    m.model || CASE WHEN version > 0 THEN '-2025-0' || version ELSE '' END, m.model_id, m.model_group,
     CASE WHEN failed THEN '' ELSE m.provider END, '',
-    k.user_id,
+    CASE -- with many, every fourth key is shared by four users
+        WHEN NOT :'many'::boolean THEN k.user_id
+        WHEN k.key_rank % 4 = 0 THEN format('user%s@corp.example', (k.key_rank + 75 * floor(4 * user_draw)::int) % 300)
+        ELSE format('user%s@corp.example', k.key_rank)
+    END,
     CASE WHEN :'narrow'::boolean
         THEN jsonb_build_object('user_api_key_alias', k.alias, 'status', CASE WHEN failed THEN 'failure' END)
         ELSE concat(
@@ -106,10 +114,12 @@ SELECT
     END,
     CASE WHEN cached THEN 'True' WHEN failed OR cache_draw < 0.4 THEN 'False' ELSE 'None' END,
     CASE WHEN cached THEN md5(request_uuid) || md5(call_id) ELSE 'Cache OFF' END,
-    CASE -- 0 to 3 tags, sometimes the same one twice
+    CASE -- 0 to 3 tags, or 4, sometimes the same one twice
         WHEN tag_draw < 0.30 THEN '[]'
         WHEN tag_draw < 0.60 THEN jsonb_build_array(agent)
         WHEN tag_draw < 0.80 THEN jsonb_build_array(agent, stage)
+        WHEN tag_draw < 0.85 AND :'many'::boolean
+            THEN jsonb_build_array(agent, stage, 'repo:acme/app-' || k.key_rank % 25, 'job:' || k.key_rank % 3)
         WHEN tag_draw < 0.97 THEN jsonb_build_array(agent, stage, 'repo:acme/app-' || k.key_rank % 25)
         ELSE jsonb_build_array(stage, stage)
     END,
@@ -136,6 +146,8 @@ CROSS JOIN LATERAL (
         pg_temp.uniform(row_key, :seed00 + 6) AS cache_draw,
         pg_temp.uniform(row_key, :seed00 + 7) AS tag_draw,
         pg_temp.uniform(row_key, :seed00 + 8) AS customer_draw,
+        pg_temp.uniform(row_key, :seed00 + 9) AS user_draw,
+        pg_temp.uniform(row_key, :seed00 + 16) AS version_draw,
         md5(row_key || ' request ' || :seed)::uuid::text AS request_uuid,
         md5(row_key || ' call ' || :seed)::uuid::text AS call_id,
         greatest(1, pg_temp.log_normal(row_key, :seed00 + 10, 6.0, 1.6))::int AS prompt,
@@ -153,6 +165,7 @@ CROSS JOIN LATERAL (
         CASE WHEN fate_draw < 0.03 THEN 0 ELSE prompt END AS tokens_in,
         CASE WHEN fate_draw < 0.03 OR m.call_type = 'aembedding' THEN 0 ELSE completion END AS tokens_out,
         CASE WHEN fate_draw > 0.95 THEN 2 ELSE duration END AS milliseconds,
+        floor(versions * version_draw)::int AS version,
         'User-Agent: OpenAI/Python 1.' || 60 + k.key_rank % 40 AS agent,
         (ARRAY['env:prod', 'env:staging', 'env:dev'])[1 + k.key_rank % 3] AS stage,
         $1 + INTERVAL '1 day' * ($3 * (u + 0.6 * sin(2 * pi() * u) / (2 * pi()))) AS started

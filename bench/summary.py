@@ -8,6 +8,8 @@ import csv
 import statistics
 from collections import defaultdict
 
+import merge
+import views
 from harness import QUICK, RESULTS
 
 SIZES = ["1 row", "100 rows", "100 rows, parsed anew", "100 rows of 9 kB metadata", "1000 rows"]
@@ -15,9 +17,11 @@ TEN = ", ten times the rows"
 
 TITLES = {
     "view": 'SELECT SUM(spend) FROM "MonthlyGlobalSpend", 470,000 rows (ten times: 4.7 million)',
+    "views": "Each of LiteLLM's views, 470,000 rows, at the client",
     "capture": "Capture and merge, per row inserted",
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
+    "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
 }
 
 # Scenario: metric, variants of the numerator (added up), variant of the denominator.
@@ -28,12 +32,23 @@ RATIOS = {
         *(("client", ["LiteLLM"], f"view tail {n}") for n in (0, 100, 1000)),
         *(("client", [f"view tail {n}{TEN}"], f"view tail {n}") for n in (0, 100, 1000)),
     ],
+    "views": [
+        (query, [f"{view} {above}"], f"{view} {below}")
+        for above, below in (("LiteLLM", "ours tail 100"), ("ours tail 100", "materialized"))
+        for query in ("whole", "asked") for view in views.VIEWS
+    ],
     "capture": [
         *((metric, [f"{size} attached"], f"{size} plain") for size in SIZES for metric in ("cpu", "wall", "wal")),
         *((metric, [f"{size} attached", f"{size} merge"], f"{size} plain") for size in SIZES for metric in ("cpu", "wal")),
     ],
     "stall": [(metric, [variant], "plain") for variant in ("ours", "lock") for metric in ("longest", "p99.9", "median")],
     "backfill": [("attach + backfill", ["ours"], "scan")],
+    "merge": [
+        (metric, [f"{case}: {above}"], f"{case}: {below}")
+        for _, cases in merge.CASES for case in cases
+        for above, below in (("ours", "plain"), ("ours", "plain, windows"), ("ours, one window", "plain"))
+        for metric in ("time", "cpu")
+    ],
 }
 
 
