@@ -631,7 +631,24 @@ fn a_standby_answers_and_a_promoted_one_merges() {
     let answer: f64 = value(&mut reader, "SELECT sum(spend) FROM monthly_global_spend(30)");
     assert!((answer - expected).abs() < 1e-9);
     assert_eq!(value::<i64>(&mut reader, "SELECT count(*) FROM spend_worker_status"), 0);
+    // A read replica answers all of LiteLLM's views, the reports, and the status.
+    for view in [
+        r#""Last30dKeysBySpend""#,
+        r#""Last30dModelsBySpend""#,
+        r#""MonthlyGlobalSpendPerKey""#,
+        r#""MonthlyGlobalSpendPerUserPerKey""#,
+        r#""DailyTagSpend""#,
+        "litellm_spend.hourly_usage",
+        "litellm_spend.daily_usage_by_tag",
+        "spend_rollup_status",
+    ] {
+        let rows = format!("SELECT count(*) FROM {view}");
+        assert!(value::<i64>(&mut reader, &rows) > 0, "{view}");
+        assert_eq!(value::<i64>(&mut reader, &rows), value::<i64>(&mut client, &rows), "{view}");
+    }
     for call in [
+        "SELECT spend_rollup_create('x', '\"LiteLLM_SpendLogs\"', '{model}', '{count(*) AS n}')",
+        "SELECT spend_rollup_window('daily_spend')",
         "SELECT spend_attach()",
         "SELECT spend_detach()",
         "SELECT spend_rollup_run()",
@@ -646,4 +663,95 @@ fn a_standby_answers_and_a_promoted_one_merges() {
     reader.batch_execute(&insert_rows("b", 100, 5)).unwrap();
     wait_until_merged(&mut reader);
     assert_exact(&mut reader);
+}
+
+/// What identifies a view to everybody else, and (`%s`) what it says.
+const VIEWS: &str = r#"
+    SELECT format('%s %s %s %s %s', c.oid, c.relname, c.relowner::regrole, c.relacl,
+                  (SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod), ', ' ORDER BY attnum)
+                   FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0)),
+           pg_get_viewdef(c.oid)
+    FROM pg_class c WHERE c.relkind = 'v' AND c.relnamespace = 'public'::regnamespace AND c.relname NOT LIKE 'spend%' ORDER BY c.relname"#;
+
+fn views(client: &mut Client) -> Vec<(String, String)> {
+    client.query(VIEWS, &[]).unwrap().iter().map(|row| (row.get(0), row.get(1))).collect()
+}
+
+#[test]
+fn all_seven_views_stay_the_same_objects_and_get_their_own_queries_back() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let seven = r#""MonthlyGlobalSpend", "Last30dKeysBySpend", "Last30dModelsBySpend", "MonthlyGlobalSpendPerKey",
+                   "MonthlyGlobalSpendPerUserPerKey", "DailyTagSpend", "Last30dTopEndUsersSpend""#;
+    client
+        .batch_execute(&format!(
+            "DROP ROLE IF EXISTS owner_i; DROP ROLE IF EXISTS reader_i; CREATE ROLE owner_i LOGIN; CREATE ROLE reader_i LOGIN;
+             GRANT SELECT ON {seven} TO reader_i;
+             CREATE VIEW over_tags AS SELECT * FROM \"DailyTagSpend\"; CREATE VIEW over_keys AS SELECT * FROM \"Last30dKeysBySpend\";
+             ALTER VIEW \"Last30dKeysBySpend\" OWNER TO owner_i; GRANT SELECT ON \"LiteLLM_VerificationToken\" TO owner_i"
+        ))
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 200, 40)).unwrap();
+    let before = views(&mut client);
+    assert_eq!(before.len(), 10, "{before:?}");
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let live = views(&mut client);
+    for ((identity, query), (then, own)) in live.iter().zip(&before) {
+        assert_eq!(identity, then);
+        let ours = query.contains("litellm_spend.");
+        // LiteLLM reads this one for each request: it is not ours to touch.
+        let others = ["LiteLLM_VerificationTokenView", "over_tags", "over_keys"]
+            .iter()
+            .any(|name| identity.contains(name));
+        assert_eq!(ours, !others, "{identity}");
+        assert!(ours || query == own);
+    }
+    let mut reader = shared().connect_as(&db.name, "reader_i");
+    for view in seven.split(',') {
+        reader.query(&format!("SELECT * FROM {view}"), &[]).unwrap_or_else(|e| panic!("{view}: {e:?}"));
+    }
+    drop(reader);
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_eq!(views(&mut client), before);
+    client.batch_execute("DROP OWNED BY owner_i, reader_i CASCADE; DROP ROLE owner_i, reader_i").unwrap();
+}
+
+#[test]
+fn one_statement_lets_a_dashboard_read_the_reports() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 3)).unwrap();
+    client.batch_execute("DROP ROLE IF EXISTS grafana_j; CREATE ROLE grafana_j LOGIN").unwrap();
+    let reports: Vec<String> = client
+        .query(
+            "SELECT name FROM litellm_spend.rollup UNION SELECT relname::text FROM pg_class
+             WHERE relnamespace = 'litellm_spend'::regnamespace AND relkind = 'v' AND relname LIKE 'daily_usage%'",
+            &[],
+        )
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!(reports.len(), 11, "{reports:?}");
+    let mut grafana = shared().connect_as(&db.name, "grafana_j");
+    let read = |name: &str| format!("SELECT sum(requests) FROM litellm_spend.{name}");
+    assert_eq!(error(&mut grafana, &read("hourly_usage")).code().code(), "42501");
+    client.batch_execute("SELECT spend_grant_reports('grafana_j')").unwrap();
+    for name in &reports {
+        grafana.query_one(&read(name), &[]).unwrap();
+    }
+    // The raw rows, the state and the tables stay out of reach.
+    for table in [
+        "litellm_spend.change_log",
+        "litellm_spend.hourly_usage_rollup",
+        "litellm_spend.rollup",
+        "\"LiteLLM_SpendLogs\"",
+    ] {
+        assert_eq!(error(&mut grafana, &format!("SELECT * FROM {table}")).code().code(), "42501", "{table}");
+    }
+    assert_eq!(error(&mut client, "SELECT spend_grant_reports('nobody_j')").code().code(), "42704");
+    assert_refused(&mut client, "SELECT spend_grant_reports(NULL)", "22004");
+    drop(grafana);
+    client.batch_execute("DROP OWNED BY grafana_j; DROP ROLE grafana_j").unwrap();
 }
