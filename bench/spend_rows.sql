@@ -6,7 +6,7 @@
 --   days     30       the first day is that many days ago
 --   seed     1        the same seed and day make the same rows; another one adds to them
 --   narrow   off      on: tiny metadata, for runs with many rows
---   many     off      on: 300 users, 40 models, up to 4 tags a row instead of 60, 12 and 3
+--   many     off      on: 264 users, 40 models, up to 4 tags a row instead of 60, 12 and 3
 --
 -- No random(): every value is a hash of (seed, day, row number), so that runs can be compared.
 \set ON_ERROR_STOP on
