@@ -348,8 +348,8 @@ fn merge_all() -> Result<()> {
     let patience = Patience::of_call();
     for mut source in catalog::sources()?.into_iter().filter(|s| s.name == CHANGE_LOG) {
         let safe = rollup::find_safe_end(&mut source, patience)?;
-        for name in catalog::rollup_names(Some(&source.name))? {
-            while let Merged::Window(_) = rollup::merge(&name, safe, patience)? {}
+        for name in &source.rollups {
+            while let Merged::Window(_) = rollup::merge(name, safe, patience)? {}
         }
     }
     Ok(())

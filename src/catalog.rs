@@ -52,6 +52,8 @@ pub struct Source {
     pub trimmed_to: i64,
     /// The lowest watermark of its rollups, but for those that are filled by hand.
     pub merged_to: i64,
+    /// Their names.
+    pub rollups: Vec<String>,
 }
 
 /// The sources that have rollups for us to merge.
@@ -72,7 +74,8 @@ pub fn source_on(relation: pg_sys::Oid) -> Result<Option<Source>> {
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
     query(
         &format!(
-            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to, min(r.watermark)
+            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to, min(r.watermark),
+                    array_agg(r.name ORDER BY r.name)
              FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
              WHERE {condition} GROUP BY s.name ORDER BY s.name"
         ),
@@ -85,6 +88,7 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
                 window: serde_json::from_str(&value::<String>(r, 4)?)?,
                 trimmed_to: value(r, 5)?,
                 merged_to: value(r, 6)?,
+                rollups: value(r, 7)?,
             })
         },
     )

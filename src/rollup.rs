@@ -36,27 +36,40 @@ pub enum Merged {
     Busy,
 }
 
-/// The newest value of the source that is safe to merge, found without waiting for anybody longer than `patience`.
+/// What a look at a source found.
+pub struct Look {
+    /// The newest value that is safe to merge.
+    pub safe_end: i64,
+    /// The newest there is.
+    pub last_value: i64,
+}
+
+/// The newest value of the source that is safe to merge.
 pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
+    Ok(look(source, patience)?.safe_end)
+}
+
+/// Looks how far it is safe to merge, without waiting for anybody longer than `patience`.
+pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
     loop {
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
         //    who has ended.
         let last_value = catalog::last_value(source.sequence)?.unwrap_or(source.merged_to);
         if last_value == source.merged_to {
-            return Ok(last_value);
+            return Ok(Look { safe_end: last_value, last_value });
         }
         catalog::check_sequence(source.sequence)?;
         // 2. the transactions that may still add rows.
         let writers = catalog::writers(catalog::relation_tree(source.relation)?)?;
         // 3. what is safe now; the rest is remembered for the next look.
         let before = source.window.clone();
-        let safe = source.window.look(last_value, &writers).unwrap_or(source.merged_to);
-        let done = safe >= last_value || !patience.try_again();
+        let safe_end = source.window.look(last_value, &writers).unwrap_or(source.merged_to);
+        let done = safe_end >= last_value || !patience.try_again();
         if done && source.window != before {
             catalog::store_window(&source.name, &source.window)?;
         }
         if done {
-            return Ok(safe);
+            return Ok(Look { safe_end, last_value });
         }
     }
 }
@@ -165,8 +178,8 @@ pub fn trim(source: &Source) -> Result<i64> {
 pub fn backfill_step(source: &mut Source, patience: Patience) -> Result<Option<String>> {
     let safe = find_safe_end(source, patience)?;
     let mut progress = vec![];
-    for name in catalog::rollup_names(Some(&source.name))? {
-        match merge(&name, safe, patience)? {
+    for name in &source.rollups {
+        match merge(name, safe, patience)? {
             Merged::Window(merged) if merged.window_end < safe => {
                 progress.push(format!("rollup {name}: {} of {safe}", merged.window_end));
             }

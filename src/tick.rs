@@ -7,7 +7,7 @@ use crate::declare;
 use crate::error::Result;
 use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
-use crate::rollup::{self, Merge, Merged};
+use crate::rollup::{self, Look, Merge, Merged};
 use crate::session::Failure;
 use crate::{backfill, repair, views, watch};
 
@@ -87,37 +87,33 @@ fn merge_all(run: &mut impl Runner) -> (Vec<Outcome>, bool) {
 fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Outcome>) -> bool {
     let patience = run.patience();
     let subject = Subject::Source(source.name.clone());
-    let list = || catalog::rollup_names(Some(&source.name));
-    let mut names = run.step(Subject::Task("merge"), list).unwrap_or_default();
-    names.retain(|name| run.may_fill(name));
-    if names.is_empty() {
+    source.rollups.retain(|name| run.may_fill(name));
+    if source.rollups.is_empty() {
         return false;
     }
-    let looked = run.step(subject.clone(), || {
-        Ok((rollup::find_safe_end(&mut source, patience)?, catalog::last_value(source.sequence)?))
-    });
-    let Some((safe, last_value)) = looked else {
-        outcomes.extend(names.into_iter().map(|rollup| Outcome { rollup, merge: None, text: "failed" }));
+    let look = run.step(subject.clone(), || rollup::look(&mut source, patience));
+    let Some(Look { safe_end, last_value }) = look else {
+        let failed = |rollup| Outcome { rollup, merge: None, text: "failed" };
+        outcomes.extend(source.rollups.into_iter().map(failed));
         return false;
     };
-    let last_value = last_value.unwrap_or(source.merged_to);
     if source.name == CHANGE_LOG && last_value < source.merged_to {
         run.step(Subject::Task("watch"), || watch::raise_sequence(&source));
     }
     // With nothing new the fences are not touched: an idle source writes no WAL.
-    let news = safe != source.merged_to;
+    let news = safe_end != source.merged_to;
     let mut more = false;
-    for rollup in names {
-        let (merge, end) = if news { merge_windows(run, &rollup, safe) } else { (None, End::Done) };
+    for rollup in &source.rollups {
+        let (merge, end) = if news { merge_windows(run, rollup, safe_end) } else { (None, End::Done) };
         more |= matches!(end, End::More);
         let text = match end {
             End::Failed => "failed",
             End::Busy => "busy",
-            End::Done if safe < last_value => "waiting for writers",
+            End::Done if safe_end < last_value => "waiting for writers",
             _ if merge.is_some() => "merged",
             _ => "up to date",
         };
-        outcomes.push(Outcome { rollup, merge, text });
+        outcomes.push(Outcome { rollup: rollup.clone(), merge, text });
     }
     if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
         run.step(subject, || rollup::trim(&source));
