@@ -3,7 +3,7 @@
 use crate::definition::{
     Bucket, Column, Combine, Definition, Dimension, Key, Measure, SCHEMA, qualified, quoted,
 };
-use crate::litellm::{CHANGE_LOG, MEASURES};
+use crate::litellm::{CHANGE_LOG, LOG_RELATIONS, MEASURES};
 
 /// Sized to what reads them: the daily ones answer LiteLLM's views, the hourly ones its reports.
 pub fn rollups() -> Vec<Definition> {
@@ -93,6 +93,18 @@ pub const DAILY_REPORTS: [(&str, &str); 3] = [
     ("daily_usage_by_end_user", "hourly_usage_by_end_user"),
     ("daily_usage_by_tag", "hourly_usage_by_tag"),
 ];
+
+/// The index that a daily report needs on its hourly rollup.
+pub fn report_index(hourly: &str) -> String {
+    format!("{hourly}_by_day")
+}
+
+/// The tables, sequences and views that attach makes in our schema.
+pub fn relations() -> Vec<String> {
+    let rollups = rollups().into_iter().flat_map(|rollup| [rollup.table_name(), rollup.name]);
+    let others = LOG_RELATIONS.into_iter().chain(DAILY_REPORTS.map(|(report, _)| report));
+    rollups.chain(others.map(str::to_string)).collect()
+}
 
 // ---- LiteLLM's views -------------------------------------------------------------------------------------
 

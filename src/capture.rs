@@ -10,7 +10,7 @@
 use crate::catalog::{self, CaptureState, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
-use crate::litellm::{self, CHANGE_LOG, Capture, OPERATIONS, SPEND_LOGS};
+use crate::litellm::{self, CHANGE_LOG, Capture, LOG_RELATIONS, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Patience};
 use crate::rollup::Merged;
 use crate::views::Action;
@@ -121,9 +121,7 @@ pub fn attached_to(table: &Table) -> Result<CaptureState> {
 /// Makes the change log and the ledger where they are missing.
 fn create_log() -> Result<Vec<Action>> {
     let mut actions = vec![];
-    for (name, sql) in
-        ["change_log_seq", "change_log", "retired"].into_iter().zip(litellm::create_log_tables())
-    {
+    for (name, sql) in LOG_RELATIONS.into_iter().zip(litellm::create_log_tables()) {
         let full = qualified(SCHEMA, name);
         if catalog::find_relation(&full)?.is_none() {
             catalog::execute(&sql, &[])?;

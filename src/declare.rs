@@ -146,11 +146,8 @@ fn require_free(definition: &Definition) -> Result<()> {
 
 /// Names that attach takes.
 fn is_reserved(name: &str) -> bool {
-    let indexes = builtin::DAILY_REPORTS.iter().map(|(_, hourly)| format!("{hourly}_by_day"));
-    ["change_log", "change_log_seq", "retired"].contains(&name)
-        || builtin::rollups().iter().any(|r| r.name == name || r.table_name() == name)
-        || builtin::DAILY_REPORTS.iter().any(|(report, _)| *report == name)
-        || indexes.into_iter().any(|index| index == name)
+    let mut indexes = builtin::DAILY_REPORTS.iter().map(|(_, hourly)| builtin::report_index(hourly));
+    builtin::relations().iter().any(|relation| relation == name) || indexes.any(|index| index == name)
 }
 
 /// The watermark begins before the first row that there is, and before the first value that the sequence can give.

@@ -11,6 +11,9 @@ pub const SPEND_LOGS: &str = "LiteLLM_SpendLogs";
 /// The name of the change log as a source.
 pub const CHANGE_LOG: &str = "change_log";
 
+/// What [`create_log_tables`] makes, in its order.
+pub const LOG_RELATIONS: [&str; 3] = ["change_log_seq", CHANGE_LOG, "retired"];
+
 /// A column of the spend log that capture reads.
 pub struct SourceColumn {
     pub name: &'static str,

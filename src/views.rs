@@ -207,11 +207,8 @@ pub fn ensure_reports() -> Result<()> {
             let query = rollup(hourly)?.by_day();
             catalog::execute(&format!("CREATE VIEW {view} AS {query}"), &[])?;
             // For ranges of days.
-            let hours = rollup(hourly)?.table();
-            catalog::execute(
-                &format!("CREATE INDEX IF NOT EXISTS {hourly}_by_day ON {hours} ((hour::date))"),
-                &[],
-            )?;
+            let (index, hours) = (builtin::report_index(hourly), rollup(hourly)?.table());
+            catalog::execute(&format!("CREATE INDEX IF NOT EXISTS {index} ON {hours} ((hour::date))"), &[])?;
             let comment = literal(&format!("Rollup {hourly} by day, exact in every snapshot"));
             catalog::execute(&format!("COMMENT ON VIEW {view} IS {comment}"), &[])?;
         }
