@@ -349,6 +349,12 @@ pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     Ok(query("SELECT pg_catalog.to_regclass($1)::oid", &[name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
 }
 
+/// Whether one of the relations, by qualified and quoted names, does not exist.
+pub fn any_missing(names: Vec<String>) -> Result<bool> {
+    let sql = "SELECT FROM unnest($1::text[]) AS name WHERE pg_catalog.to_regclass(name) IS NULL LIMIT 1";
+    Ok(!query(sql, &[names.into()], |_| Ok(()))?.is_empty())
+}
+
 pub fn role_name(role: pg_sys::Oid) -> Result<String> {
     let sql = "SELECT pg_catalog.pg_get_userbyid($1)::text";
     Ok(query(sql, &[role.into()], |r| value(r, 1))?.pop().unwrap_or_default())

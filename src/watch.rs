@@ -45,14 +45,8 @@ fn damage() -> Result<Option<Damage>> {
     {
         return Ok(Some(Damage::PredecessorDropped));
     }
-    let mut ours: Vec<String> =
-        ["change_log", "change_log_seq", "retired"].iter().map(|name| qualified(SCHEMA, name)).collect();
-    ours.extend(builtin::rollups().iter().flat_map(|d| [d.table(), d.live_view()]));
-    ours.extend(builtin::DAILY_REPORTS.iter().map(|(name, _)| qualified(SCHEMA, name)));
-    for name in ours {
-        if catalog::find_relation(&name)?.is_none() {
-            return Ok(Some(Damage::Incomplete));
-        }
+    if catalog::any_missing(builtin::relations().iter().map(|name| qualified(SCHEMA, name)).collect())? {
+        return Ok(Some(Damage::Incomplete));
     }
     let missing = missing_triggers(state.relation)?;
     if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
