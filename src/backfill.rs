@@ -50,6 +50,13 @@ pub fn step(patience: Patience) -> Result<bool> {
         || !covered_from.is_neg_infinity())
 }
 
+/// Lets the owner of a table CALL spend_backfill(), which is a procedure and runs with the caller's rights.
+pub fn grant_step(owner: &str) -> Result<()> {
+    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
+    catalog::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
+    Ok(())
+}
+
 #[derive(Clone, Copy)]
 struct Days {
     first: Timestamp,

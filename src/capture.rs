@@ -102,10 +102,7 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     }
     actions.extend(views::adopt(&table)?);
     let state = attached_to(&table)?;
-    // The owner may CALL spend_backfill(), which is a procedure and runs with the caller's rights.
-    let owner = quoted(&table.owner);
-    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
-    catalog::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
+    backfill::grant_step(&quoted(&table.owner))?;
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
@@ -190,13 +187,9 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
         }
     }
     // Replacing a view locks its readers out for a moment: only when it changes.
-    let view = catalog::find_relation(&definition.live_view())?;
-    if action != "already there" || view.is_none() || stored.as_ref() != Some(definition) {
-        let oid = view.unwrap_or(pg_sys::InvalidOid);
-        locks::lock(&definition.create_live_view(), &definition.live_view(), oid)?;
-        for comment in definition.comments() {
-            catalog::execute(&comment, &[])?;
-        }
+    let exists = catalog::find_relation(&definition.live_view())?.is_some();
+    if action != "already there" || !exists || stored.as_ref() != Some(definition) {
+        views::make_live(definition)?;
     }
     // A new rollup begins at a watermark that is known to be safe.
     catalog::execute(

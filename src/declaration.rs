@@ -1,9 +1,7 @@
 //! What a user says a rollup is, made into a [`Definition`].
 
 use crate::catalog::{self, Table};
-use crate::definition::{
-    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, SCHEMA, qualified, quoted,
-};
+use crate::definition::{Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, quoted};
 use crate::error::{Error, Result};
 use crate::expression::{self, Aggregate, Parsed, Scalar, Volatility};
 use crate::session::attempt;
@@ -295,7 +293,7 @@ fn add_measure(
                             "Its name is too long: an aggregate is made that is called ROLLUP.MEASURE.",
                         ));
                     }
-                    let aggregate = merge_aggregate(&definition.name, &name);
+                    let aggregate = definition.merge_aggregate(&name);
                     let state = r#type.to_string();
                     merge_function = Some(MergeFunction { aggregate: aggregate.clone(), state, function });
                     aggregate
@@ -354,11 +352,6 @@ fn one_if_counted(aggregate: &Aggregate) -> String {
     let filter = aggregate.filter.as_ref().map(|f| format!("({}) IS TRUE", f.text));
     let conditions: Vec<String> = argument.into_iter().chain(filter).collect();
     if conditions.is_empty() { ONE_ROW.into() } else { format!("({})::int", conditions.join(" AND ")) }
-}
-
-/// The aggregate that is made for a measure, qualified.
-pub fn merge_aggregate(rollup: &str, measure: &str) -> String {
-    qualified(SCHEMA, &format!("{rollup}.{measure}"))
 }
 
 enum Merge {

@@ -6,16 +6,15 @@
 //!
 //! Locks: ACCESS SHARE on the source until the call ends.
 
-use crate::builtin;
 use crate::catalog::{self, Table};
-use crate::declaration::{Declaration, Defined, MergeFunction, define, merge_aggregate};
-use crate::definition::{Combine, Definition, SCHEMA, literal, quoted};
+use crate::declaration::{Declaration, Defined, MergeFunction, define};
+use crate::definition::{Definition, SCHEMA, literal, quoted};
 use crate::error::{Error, Result};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{self, Fence, Patience};
-use crate::rollup;
 use crate::session::{self, Elevated};
 use crate::source::{self, Notice, Numbering, advice, ensure_source, open_source};
+use crate::{backfill, builtin, rollup, views};
 use pgrx::prelude::*;
 
 // ---- create ----------------------------------------------------------------------------------------------
@@ -30,8 +29,6 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let _elevated = Elevated::enter()?;
     lock_names()?;
     require_free(&definition)?;
-    let owner = quoted(&table.owner);
-    grant_owner(&owner, &definition)?;
     for merge in &merge_functions {
         let MergeFunction { aggregate, state, function } = merge;
         // It may not know what to do with the NULL that an aggregate begins with, or take more than two arguments.
@@ -48,37 +45,29 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
             ),
             &[],
         )?;
-        own_merge_function(aggregate, state, &owner)?;
     }
     for sql in definition.create_table() {
         catalog::execute(&sql, &[])?;
     }
     let source = ensure_source(&table, &numbering)?;
     insert_rollup(&definition.name, &source, &table, &numbering, Some(&definition))?;
-    catalog::execute(&definition.create_live_view(), &[])?;
-    for comment in definition.comments() {
-        catalog::execute(&comment, &[])?;
-    }
-    catalog::execute(&format!("ALTER TABLE {} OWNER TO {owner}", definition.table()), &[])?;
-    catalog::execute(&format!("ALTER VIEW {} OWNER TO {owner}", definition.live_view()), &[])?;
+    views::make_live(&definition)?;
+    give_to_owner(&definition, &quoted(&table.owner))?;
     notices.extend(advice(&table, &numbering)?);
     Ok(notices)
 }
 
-/// What the owner of a rollup needs: the live view reads the watermark, and CALL spend_backfill() runs with the caller's
-/// rights.
-fn grant_owner(owner: &str, definition: &Definition) -> Result<()> {
-    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
-    catalog::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
+/// Gives a rollup and all that was made for it to the owner of its source, who also needs to read the watermark, as the
+/// live view does.
+fn give_to_owner(definition: &Definition, owner: &str) -> Result<()> {
+    backfill::grant_step(owner)?;
     catalog::execute(&definition.grant_watermark(owner), &[])?;
-    Ok(())
-}
-
-fn own_merge_function(aggregate: &str, state: &str, owner: &str) -> Result<()> {
-    for kind in
-        [format!("AGGREGATE {aggregate} ({state})"), format!("FUNCTION {aggregate} ({state}, {state})")]
-    {
-        catalog::execute(&format!("ALTER {kind} OWNER TO {owner}"), &[])?;
+    for (aggregate, state) in definition.own_aggregates() {
+        catalog::execute(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
+        catalog::execute(&format!("ALTER FUNCTION {aggregate} ({state}, {state}) OWNER TO {owner}"), &[])?;
+    }
+    for (kind, name) in [("VIEW", definition.live_view()), ("TABLE", definition.table())] {
+        locks::lock_named(&format!("ALTER {kind} {name} OWNER TO {owner}"), &name)?;
     }
     Ok(())
 }
@@ -205,21 +194,12 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
         return Err(Error::BuiltIn(name.into()));
     }
     if let Some(definition) = &fence.definition {
-        let oid = catalog::find_relation(&definition.live_view())?.unwrap_or(pg_sys::InvalidOid);
-        locks::lock(
-            &format!("DROP VIEW IF EXISTS {}", definition.live_view()),
-            &definition.live_view(),
-            oid,
-        )?;
+        let view = definition.live_view();
+        locks::lock_named(&format!("DROP VIEW IF EXISTS {view}"), &view)?;
         catalog::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
-        for measure in &definition.measures {
-            if let Combine::With(function) = &measure.combine
-                && *function == merge_aggregate(name, &measure.column.name)
-            {
-                let state = &measure.column.r#type;
-                catalog::execute(&format!("DROP AGGREGATE IF EXISTS {function} ({state})"), &[])?;
-                catalog::execute(&format!("DROP FUNCTION IF EXISTS {function} ({state}, {state})"), &[])?;
-            }
+        for (aggregate, state) in definition.own_aggregates() {
+            catalog::execute(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
+            catalog::execute(&format!("DROP FUNCTION IF EXISTS {aggregate} ({state}, {state})"), &[])?;
         }
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
@@ -251,26 +231,10 @@ fn follow_owners(patience: Patience) -> Result<bool> {
         let Some(fence) = Fence::take(name, patience)? else { continue };
         let Some(table) = Table::find(fence.relation)? else { continue };
         let definition = fence.filled()?;
-        let owner = quoted(&table.owner);
-        grant_owner(&owner, definition)?;
-        for measure in &definition.measures {
-            if measure.combine == Combine::With(merge_aggregate(name, &measure.column.name)) {
-                own_merge_function(
-                    &merge_aggregate(name, &measure.column.name),
-                    &measure.column.r#type,
-                    &owner,
-                )?;
-            }
-        }
         if catalog::find_relation(&definition.live_view())?.is_none() {
-            catalog::execute(&definition.create_live_view(), &[])?;
+            views::make_live(definition)?;
         }
-        let view = definition.live_view();
-        let oid = catalog::find_relation(&view)?.unwrap_or(pg_sys::InvalidOid);
-        locks::lock(&format!("ALTER VIEW {view} OWNER TO {owner}"), &view, oid)?;
-        let rollup = definition.table();
-        let oid = catalog::find_relation(&rollup)?.unwrap_or(pg_sys::InvalidOid);
-        locks::lock(&format!("ALTER TABLE {rollup} OWNER TO {owner}"), &rollup, oid)?;
+        give_to_owner(definition, &quoted(&table.owner))?;
     }
     Ok(!strays.is_empty())
 }

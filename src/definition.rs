@@ -129,6 +129,21 @@ impl Definition {
         qualified(SCHEMA, &self.name)
     }
 
+    /// The aggregate that is made for a measure which only a function merges, qualified.
+    pub fn merge_aggregate(&self, measure: &str) -> String {
+        qualified(SCHEMA, &format!("{}.{measure}", self.name))
+    }
+
+    /// The aggregates that were made for it, and the type of their states.
+    pub fn own_aggregates(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.measures.iter().filter_map(|m| match &m.combine {
+            Combine::With(aggregate) if *aggregate == self.merge_aggregate(&m.column.name) => {
+                Some((aggregate.as_str(), m.column.r#type.as_str()))
+            }
+            _ => None,
+        })
+    }
+
     fn columns(&self) -> impl Iterator<Item = &Column> {
         self.dimensions.iter().map(|d| &d.column).chain(self.measures.iter().map(|m| &m.column))
     }

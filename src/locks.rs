@@ -223,6 +223,11 @@ pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
     if find_relation(&name)? == Some(relation) { Ok(true) } else { Err(Error::NoTable(name)) }
 }
 
+/// Runs `sql`, which needs a lock on the relation called `name` if there is one, with our lock_timeout.
+pub fn lock_named(sql: &str, name: &str) -> Result<()> {
+    lock(sql, name, find_relation(name)?.unwrap_or(pg_sys::InvalidOid))
+}
+
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
 pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.

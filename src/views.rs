@@ -1,5 +1,5 @@
 //! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given back by
-//! detach. And the report views, which are ours.
+//! detach. And what is ours: the live views, and the report views.
 //!
 //! A view is replaced with CREATE OR REPLACE VIEW, so its OID, owner, grants and dependents stay. That takes ACCESS
 //! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
@@ -195,6 +195,17 @@ fn live(view: &PublicView, schema: &str) -> Result<String> {
 
 fn rollup(name: &str) -> Result<Definition> {
     builtin::rollups().into_iter().find(|r| r.name == name).ok_or_else(|| Error::NoRollup(name.into()))
+}
+
+// ---- live views ------------------------------------------------------------------------------------------
+
+/// Makes a rollup's live view, or brings it up to the definition.
+pub fn make_live(definition: &Definition) -> Result<()> {
+    locks::lock_named(&definition.create_live_view(), &definition.live_view())?;
+    for comment in definition.comments() {
+        catalog::execute(&comment, &[])?;
+    }
+    Ok(())
 }
 
 // ---- reports ---------------------------------------------------------------------------------------------
