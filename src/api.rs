@@ -21,6 +21,7 @@ use pgrx::prelude::*;
 /// without a useful SQLSTATE.
 macro_rules! reg_type {
     ($name:ident, $sql:literal) => {
+        #[derive(Clone, Copy)]
         pub struct $name(pg_sys::Oid);
 
         // SAFETY: it is an Oid.
@@ -46,16 +47,13 @@ fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
     source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))
 }
 
-/// Becomes the extension's owner on behalf of a caller who may act for the owner of the captured table, which is
-/// `source` unless that is NULL.
-fn enter_attached(source: Option<Regclass>) -> error::Result<Elevated> {
-    let elevated = Elevated::enter()?;
+/// `caller` may act for the owner of the captured table, which is `source` unless that is NULL.
+fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Result<()> {
     let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
     if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
         return Err(Error::NotAttached(catalog::relation_name(oid)?));
     }
-    session::require_owner(elevated.caller(), state.relation)?;
-    Ok(elevated)
+    session::require_owner(caller, state.relation)
 }
 
 fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
@@ -99,15 +97,13 @@ fn spend_detach(
     report(|| {
         require_changeable()?;
         let drop_history = drop_history.unwrap_or(false);
-        if drop_history && source.is_none() {
-            let elevated = Elevated::enter()?;
-            if catalog::capture()?.is_none() {
-                // Detached before: only the history is left.
-                session::require_extension_owner(elevated.caller())?;
-                return capture::forget_history();
-            }
+        let elevated = Elevated::enter()?;
+        if drop_history && source.is_none() && catalog::capture()?.is_none() {
+            // Detached before: only the history is left.
+            session::require_extension_owner(elevated.caller())?;
+            return capture::forget_history();
         }
-        let _elevated = enter_attached(source)?;
+        require_attached(elevated.caller(), source)?;
         capture::detach(drop_history)
     })
     .map(TableIterator::new)
@@ -238,22 +234,15 @@ mod litellm_spend {
         report(|| {
             require_changeable()?;
             let patience = Patience::of_call();
-            let declared = match &source {
-                Some(Regclass(oid)) => {
-                    let elevated = Elevated::enter()?;
-                    let source = catalog::source_on(*oid)?;
-                    if source.is_some() {
-                        session::require_owner(elevated.caller(), *oid)?;
-                    }
-                    source
+            let elevated = Elevated::enter()?;
+            if let Some(Regclass(oid)) = source {
+                let declared = catalog::sources_on(oid)?;
+                if !declared.is_empty() {
+                    session::require_owner(elevated.caller(), oid)?;
+                    return crate::rollup::backfill_step(declared, patience);
                 }
-                None => None,
-            };
-            if let Some(mut source) = declared {
-                let _elevated = Elevated::enter()?;
-                return crate::rollup::backfill_step(&mut source, patience);
             }
-            let _elevated = enter_attached(source)?;
+            require_attached(elevated.caller(), source)?;
             backfill::step(patience)?;
             views::switch_covered(patience)?;
             catalog::backfill_progress()
@@ -399,7 +388,8 @@ fn spend_grant_reports(
     report(|| {
         require_changeable()?;
         let Regrole(role) = role.ok_or(Error::Null("role"))?;
-        let _elevated = enter_attached(None)?;
+        let elevated = Elevated::enter()?;
+        require_attached(elevated.caller(), None)?;
         views::grant_reports(&catalog::role_name(role)?)
     })
     .map(TableIterator::new)

@@ -66,9 +66,9 @@ pub fn source_of(rollup: &str) -> Result<Option<Source>> {
     Ok(sources_where("r.name = $1", &[rollup.into()])?.pop())
 }
 
-/// The source that a table is, if declared rollups are over it.
-pub fn source_on(relation: pg_sys::Oid) -> Result<Option<Source>> {
-    Ok(sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])?.pop())
+/// The sources that a table is, one for each sequence of which we are to merge rollups.
+pub fn sources_on(relation: pg_sys::Oid) -> Result<Vec<Source>> {
+    sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])
 }
 
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {

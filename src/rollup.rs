@@ -175,16 +175,18 @@ pub fn trim(source: &Source) -> Result<i64> {
 
 /// One step of `spend_backfill()` on a table with declared rollups: a window of each. Says how far they are, `None` when
 /// everything that was safe is merged.
-pub fn backfill_step(source: &mut Source, patience: Patience) -> Result<Option<String>> {
-    let safe = find_safe_end(source, patience)?;
+pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<String>> {
     let mut progress = vec![];
-    for name in &source.rollups {
-        match merge(name, safe, patience)? {
-            Merged::Window(merged) if merged.window_end < safe => {
-                progress.push(format!("rollup {name}: {} of {safe}", merged.window_end));
+    for mut source in sources {
+        let safe = find_safe_end(&mut source, patience)?;
+        for name in &source.rollups {
+            match merge(name, safe, patience)? {
+                Merged::Window(merged) if merged.window_end < safe => {
+                    progress.push(format!("rollup {name}: {} of {safe}", merged.window_end));
+                }
+                Merged::Busy => progress.push(format!("rollup {name}: another transaction works on it")),
+                _ => {}
             }
-            Merged::Busy => progress.push(format!("rollup {name}: another transaction works on it")),
-            _ => {}
         }
     }
     Ok(if progress.is_empty() { None } else { Some(progress.join("; ")) })

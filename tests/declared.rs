@@ -424,6 +424,26 @@ fn rows_that_are_there_are_merged_in_bounded_batches_with_progress() {
 }
 
 #[test]
+fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE twice (a bigserial, b bigserial, x int);
+             SELECT spend_rollup_create('by_a', 'twice', '{x}', '{count(*) AS n}', 'twice_a_seq');
+             SELECT spend_rollup_create('by_b', 'twice', '{x}', '{count(*) AS n}', 'twice_b_seq');
+             INSERT INTO twice (x) SELECT i % 3 FROM generate_series(1, 100) AS i",
+        )
+        .unwrap();
+    client.batch_execute("CALL spend_backfill('twice')").unwrap();
+    for rollup in ["by_a", "by_b"] {
+        let sql = format!("SELECT coalesce(sum(n), 0)::bigint FROM litellm_spend.{rollup}_rollup");
+        assert_eq!(value::<i64>(&mut client, &sql), 100, "{rollup}");
+    }
+}
+
+#[test]
 fn a_sequence_set_back_stops_the_rollup_and_says_so() {
     let db = shared().database();
     let mut client = db.connect();
