@@ -65,15 +65,6 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
     for text in &declaration.measures {
         merge_functions.extend(add_measure(&mut definition, table, text, &mut notices)?);
     }
-    for (what, list) in [("dimension", &declaration.dimensions), ("measure", &declaration.measures)] {
-        if list.is_empty() {
-            return Err(Error::Null(if what == "dimension" {
-                "list of dimensions"
-            } else {
-                "list of measures"
-            }));
-        }
-    }
     // count(*) says how many rows a group has.
     let rows = definition.measures.iter().find(|m| m.column.expression == ONE_ROW && !m.aggregates);
     definition.presence = match rows {
@@ -141,12 +132,13 @@ fn require_steady(scalar: &Scalar, refuse: impl Fn(&str) -> Error) -> Result<Opt
 
 const TIMESTAMPTZ: &str = "timestamp with time zone";
 
+const TIME_TYPES: [&str; 3] = ["date", "timestamp without time zone", TIMESTAMPTZ];
+
 /// The one column of a type of time that the expression reads, as the server writes it.
 fn time_column<'a>(table: &'a Table, scalar: &Scalar) -> Option<(&'a str, &'a str)> {
     let [column] = &scalar.columns[..] else { return None };
     let (name, r#type) = table.columns.iter().find(|(name, _)| name == column)?;
-    let is_time = ["date", "timestamp without time zone", TIMESTAMPTZ].contains(&r#type.as_str());
-    is_time.then_some((name.as_str(), r#type.as_str()))
+    TIME_TYPES.contains(&r#type.as_str()).then_some((name.as_str(), r#type.as_str()))
 }
 
 /// The usual buckets of a timestamptz depend on the session's TimeZone: ours are those of UTC.
@@ -200,8 +192,7 @@ fn cuts_time(table: &Table, scalar: &Scalar) -> bool {
 /// A dimension that buckets time: of a type of time, and over one column of such a type.
 fn bucket(table: &Table, dimension: &Dimension, scalar: &Scalar, wanted: Option<&str>) -> Option<Bucket> {
     let (column, r#type) = time_column(table, scalar)?;
-    let is_time = ["date", "timestamp without time zone", TIMESTAMPTZ].contains(&scalar.r#type.as_str());
-    if !is_time || wanted.is_some_and(|wanted| wanted != column) {
+    if !TIME_TYPES.contains(&scalar.r#type.as_str()) || wanted.is_some_and(|wanted| wanted != column) {
         return None;
     }
     Some(Bucket {
