@@ -4,7 +4,6 @@ use crate::catalog::{self, Table};
 use crate::definition::{Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, quoted};
 use crate::error::{Error, Result};
 use crate::expression::{self, Aggregate, Parsed, Scalar, Volatility};
-use crate::session::attempt;
 use crate::source::{Notice, Numbering};
 use pgrx::prelude::*;
 use pgrx::spi::quote_identifier;
@@ -357,9 +356,7 @@ fn find_merge(table: &Table, name: &str, r#type: &str) -> Option<Merge> {
     let words = name.chars().all(|c| c.is_alphanumeric() || "_.\"$".contains(c));
     let parse = |arguments: &str| {
         let call = format!("{name}({arguments}) AS merged");
-        attempt(|| expression::parse(table.oid, &call, "merge function"))
-            .ok()
-            .filter(|p| p.scalar.r#type == r#type)
+        expression::parse(table.oid, &call, "merge function").ok().filter(|p| p.scalar.r#type == r#type)
     };
     if !words {
         return None;

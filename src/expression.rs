@@ -56,7 +56,7 @@ pub fn parse(relation: pg_sys::Oid, text: &str, what: &'static str) -> Result<Pa
     // A subtransaction, because the server's errors are thrown.
     match attempt(|| Ok(unsafe { analyze(relation, &sql) }.and_then(Analyzed::describe))) {
         Ok(parsed) => parsed.map_err(refuse),
-        Err(failure) => Err(refuse(sentence(&failure.message))),
+        Err(failure) => Err(refuse(sentence(&failure.unless_cancel().message))),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::definition::{Definition, SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::locks::{self, Fence, Patience};
-use crate::session::{Elevated, attempt};
+use crate::session::{Elevated, Failure, attempt};
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys;
 use std::time::Instant;
@@ -219,7 +219,7 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
         let _owner = Elevated::restricted(fence.owner);
         catalog::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
     });
-    Ok(tail.ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
+    Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
 }
 
 /// A status must not read for minutes.

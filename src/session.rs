@@ -166,8 +166,7 @@ impl Drop for Elevated {
     }
 }
 
-/// Runs `work` in a subtransaction: an error undoes only what it did and is returned as text. A cancelled query
-/// is passed on unless `absorb_cancel`.
+/// Runs `work` in a subtransaction: an error undoes only what it did and is returned, also that of a cancelled query.
 pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
     // SAFETY: as PL/pgSQL does for a block with EXCEPTION: the memory context and the resource owner are put back
     // by hand, the rest by the (sub)transaction.
@@ -203,6 +202,14 @@ pub struct Failure {
 impl Failure {
     pub fn is_cancel(&self) -> bool {
         self.sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED
+    }
+
+    /// Throws a cancel again, which is no answer to whatever was attempted.
+    pub fn unless_cancel(self) -> Failure {
+        if self.is_cancel() {
+            ereport!(ERROR, self.sqlstate, self.message);
+        }
+        self
     }
 }
 

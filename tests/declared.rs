@@ -743,6 +743,10 @@ fn the_rollup_follows_the_owner_of_its_source_and_a_dropped_live_view_is_made_ag
         &mut client,
         "SELECT bool_and(proowner = 'heir_h'::regrole) FROM pg_proc WHERE proname = 'views.sites'"
     ));
+    assert!(holds(
+        &mut client,
+        "SELECT obj_description('litellm_spend.views'::regclass, 'pg_class') LIKE 'Rollup views%'"
+    ));
     client
         .batch_execute("SELECT spend_rollup_drop('views'); DROP OWNED BY heir_h CASCADE; DROP ROLE heir_h")
         .unwrap();
@@ -880,6 +884,26 @@ fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
                      + (SELECT count(*) FROM pg_class WHERE relname LIKE 'x%')";
     assert_eq!(value::<i64>(&mut client, left), 0);
     client.batch_execute("SELECT 1 FROM page_views").unwrap();
+}
+
+#[test]
+fn a_cancelled_declaration_is_no_refusal() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client
+        .batch_execute(
+            "CREATE FUNCTION slow(x int) RETURNS int IMMUTABLE LANGUAGE plpgsql
+             AS $$ BEGIN PERFORM pg_sleep(60); RETURN x; END $$;
+             SET statement_timeout = '300ms'",
+        )
+        .unwrap();
+    // What is constant is computed when the expression is read.
+    for (dimension, measure) in [("slow(1) AS x", "count(*) AS n"), ("site_id", "max(slow(1)) AS x")] {
+        let sql =
+            format!("SELECT spend_rollup_create('x', 'page_views', '{{{dimension}}}', '{{{measure}}}')");
+        assert_eq!(error(&mut client, &sql).code().code(), "57014");
+    }
 }
 
 #[test]
