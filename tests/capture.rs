@@ -12,10 +12,7 @@ fn insert(client: &mut Client, prefix: &str) -> u64 {
 
 /// The failure was counted, and the worker has mended what it did.
 fn assert_healed(client: &mut Client, errors: i64) {
-    assert!(
-        value::<i64>(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
-            >= errors
-    );
+    assert!(capture_errors(client) >= errors);
     eventually("the damage is repaired", || {
         let idle = "SELECT dirty_ranges = 0 AND backfill_progress = 100 AND tail_rows = 0 AND
                         (SELECT failures_seen FROM litellm_spend.capture) = capture_errors
@@ -107,13 +104,7 @@ fn malformed_request_tags_do_not_fail_the_statement() {
         );
         assert_eq!(client.execute(&insert, &[]).unwrap(), 1, "{tags}");
     }
-    assert_eq!(
-        value::<i64>(
-            &mut client,
-            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
-        ),
-        0
-    );
+    assert_eq!(capture_errors(&mut client), 0);
     assert_exact(&mut client);
 }
 

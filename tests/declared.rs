@@ -27,6 +27,21 @@ const BY_HAND: &str = "SELECT site_id, path, date_trunc('minute', view_time, 'UT
         array_agg(site_id) AS sites
     FROM page_views GROUP BY 1, 2, 3";
 
+/// A database with the table page_views.
+fn page_views() -> (Database, Client) {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    (db, client)
+}
+
+/// A database with the rollup of [`CREATE`].
+fn page_views_with_rollup() -> (Database, Client) {
+    let (db, mut client) = page_views();
+    client.batch_execute(CREATE).unwrap();
+    (db, client)
+}
+
 /// `n` rows from `first` on, some of them with NULLs, over two days.
 fn views(first: u32, n: u32) -> String {
     format!(
@@ -68,9 +83,7 @@ fn merged(client: &mut Client, rollup: &str) {
 
 #[test]
 fn every_kind_of_measure_equals_its_aggregate_in_every_time_zone() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (_db, mut client) = page_views();
     client.batch_execute(&views(0, 1000)).unwrap();
     client.batch_execute(CREATE).unwrap();
     let zones = ["UTC", "Asia/Seoul", "America/Los_Angeles", "Asia/Kathmandu"];
@@ -99,9 +112,7 @@ fn every_kind_of_measure_equals_its_aggregate_in_every_time_zone() {
 
 #[test]
 fn buckets_of_hours_and_days_are_those_of_utc_for_every_reader() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (db, mut client) = page_views();
     client.batch_execute("SET TimeZone = 'Asia/Kathmandu'").unwrap();
     client
         .batch_execute(
@@ -179,9 +190,7 @@ fn odd_types_collations_and_merge_functions_stay_exact() {
 
 #[test]
 fn a_declared_rollup_is_exact_at_every_moment_beside_copy_and_insert() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (db, mut client) = page_views();
     client.batch_execute(&views(0, 20_000)).unwrap();
     client.batch_execute(CREATE).unwrap();
     let (stop, round) = (AtomicBool::new(false), AtomicU32::new(100));
@@ -248,10 +257,7 @@ fn copy(client: &mut Client, first: u32, n: u32) {
 
 #[test]
 fn two_mergers_never_count_a_row_twice() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (db, mut client) = page_views_with_rollup();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let _stop = RaiseOnDrop(&stop);
@@ -291,10 +297,8 @@ fn two_mergers_never_count_a_row_twice() {
 
 #[test]
 fn a_rolled_back_or_prepared_row_is_counted_only_once_committed() {
-    let db = shared().database();
-    let (mut client, mut writer) = (db.connect(), db.connect());
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (db, mut client) = page_views_with_rollup();
+    let mut writer = db.connect();
     let counted = "SELECT coalesce(sum(views), 0)::bigint FROM litellm_spend.views";
     writer.batch_execute(&format!("BEGIN; {}; ROLLBACK", views(0, 10))).unwrap();
     assert_eq!(value::<i64>(&mut client, counted), 0);
@@ -445,10 +449,7 @@ fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
 
 #[test]
 fn a_sequence_set_back_stops_the_rollup_and_says_so() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (_db, mut client) = page_views_with_rollup();
     client.batch_execute(&views(0, 100)).unwrap();
     merged(&mut client, "views");
     client.batch_execute("SELECT setval('page_views_view_id_seq', 10)").unwrap();
@@ -481,9 +482,7 @@ fn a_sequence_set_back_stops_the_rollup_and_says_so() {
 
 #[test]
 fn vacuum_analyze_and_concurrent_indexes_neither_block_nor_are_cancelled() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (db, mut client) = page_views();
     client
         .batch_execute("ALTER TABLE page_views SET (autovacuum_vacuum_insert_threshold = 100, autovacuum_vacuum_insert_scale_factor = 0, autovacuum_analyze_threshold = 100)")
         .unwrap();
@@ -617,10 +616,7 @@ fn a_publication_for_all_tables_does_not_stop_merging() {
 
 #[test]
 fn a_range_is_rebuilt_and_what_differs_is_found() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (_db, mut client) = page_views_with_rollup();
     client.batch_execute(&views(0, 2000)).unwrap();
     merged(&mut client, "views");
     client
@@ -654,9 +650,7 @@ fn a_range_is_rebuilt_and_what_differs_is_found() {
 
 #[test]
 fn a_rollup_without_time_is_rebuilt_as_a_whole() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (_db, mut client) = page_views();
     client
         .batch_execute(
             "SELECT spend_rollup_create('sites', 'page_views', '{site_id}', '{max(bytes) AS most}')",
@@ -677,10 +671,7 @@ fn a_rollup_without_time_is_rebuilt_as_a_whole() {
 
 #[test]
 fn dropping_a_rollup_leaves_nothing_and_dropping_its_source_leaves_history() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (_db, mut client) = page_views_with_rollup();
     client.batch_execute(&views(0, 100)).unwrap();
     merged(&mut client, "views");
     client.batch_execute("SELECT spend_rollup_drop('views')").unwrap();
@@ -721,11 +712,8 @@ fn dropping_a_rollup_leaves_nothing_and_dropping_its_source_leaves_history() {
 
 #[test]
 fn the_rollup_follows_the_owner_of_its_source_and_a_dropped_live_view_is_made_again() {
-    let db = shared().database();
-    let mut client = db.connect();
+    let (db, mut client) = page_views_with_rollup();
     client.batch_execute("DROP ROLE IF EXISTS heir_h; CREATE ROLE heir_h LOGIN").unwrap();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
     client.batch_execute(&views(0, 100)).unwrap();
     merged(&mut client, "views");
     client.batch_execute("ALTER TABLE page_views OWNER TO heir_h; DROP VIEW litellm_spend.views").unwrap();
@@ -754,10 +742,7 @@ fn the_rollup_follows_the_owner_of_its_source_and_a_dropped_live_view_is_made_ag
 
 #[test]
 fn one_rollup_that_cannot_be_read_does_not_hide_the_others() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (_db, mut client) = page_views_with_rollup();
     client
         .batch_execute("CREATE TABLE other (id bigserial, x int); SELECT spend_rollup_create('fine', 'other', '{x}', '{count(*) AS n}')")
         .unwrap();
@@ -779,10 +764,7 @@ fn one_rollup_that_cannot_be_read_does_not_hide_the_others() {
 
 #[test]
 fn a_renamed_source_goes_on() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
-    client.batch_execute(CREATE).unwrap();
+    let (_db, mut client) = page_views_with_rollup();
     client.batch_execute(&views(0, 100)).unwrap();
     merged(&mut client, "views");
     client.batch_execute("CREATE SCHEMA elsewhere; ALTER TABLE page_views RENAME TO seen; ALTER TABLE seen SET SCHEMA elsewhere").unwrap();
@@ -800,9 +782,7 @@ fn a_renamed_source_goes_on() {
 
 #[test]
 fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (_db, mut client) = page_views();
     let refused = [
         ("dimension", "random() AS r", "volatile"),
         ("dimension", "clock_timestamp() AS r", "volatile"),
@@ -888,9 +868,7 @@ fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
 
 #[test]
 fn a_cancelled_declaration_is_no_refusal() {
-    let db = shared().database();
-    let mut client = db.connect();
-    client.batch_execute(PAGE_VIEWS).unwrap();
+    let (_db, mut client) = page_views();
     client
         .batch_execute(
             "CREATE FUNCTION slow(x int) RETURNS int IMMUTABLE LANGUAGE plpgsql

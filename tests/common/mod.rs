@@ -402,6 +402,11 @@ pub fn wait_until_merged(client: &mut Client) {
     });
 }
 
+/// How often capture has failed.
+pub fn capture_errors(client: &mut Client) -> i64 {
+    value(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
+}
+
 /// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as numeric.
 pub const VIEW_AGAINST_RAW: &str = r#"
     SELECT coalesce(v.date, r.date)::text, v.spend, r.spend
