@@ -4,7 +4,7 @@
 //!  enter    api (SQL functions)      worker (loop)   launcher   hook
 //!           tick (one round of everything)
 //!  act      capture   watch   views   declare   declaration   source   rollup   rebuild   backfill   repair
-//!  decide   window   definition   litellm   builtin             pure Rust, no pgrx
+//!  decide   window   definition   statements   litellm   builtin             pure Rust, no pgrx
 //!  base     catalog (state)   expression   locks   session   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
@@ -29,6 +29,7 @@ mod repair;
 mod rollup;
 mod session;
 mod source;
+mod statements;
 mod tick;
 mod views;
 mod watch;
