@@ -42,6 +42,14 @@ fn page_views_with_rollup() -> (Database, Client) {
     (db, client)
 }
 
+/// A database in which nothing is merged but by a call.
+fn without_worker() -> (Database, Client) {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let client = db.connect();
+    (db, client)
+}
+
 /// `n` rows from `first` on, some of them with NULLs, over two days.
 fn views(first: u32, n: u32) -> String {
     format!(
@@ -394,9 +402,7 @@ fn identity_and_default_columns_number_rows_as_well() {
 
 #[test]
 fn rows_that_are_there_are_merged_in_bounded_batches_with_progress() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
-    let db = cluster.database();
-    let mut client = db.connect();
+    let (_db, mut client) = without_worker();
     client.batch_execute(PAGE_VIEWS).unwrap();
     client.batch_execute(&views(0, 1000)).unwrap();
     // A gap of many windows costs one.
@@ -429,9 +435,7 @@ fn rows_that_are_there_are_merged_in_bounded_batches_with_progress() {
 
 #[test]
 fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
-    let db = cluster.database();
-    let mut client = db.connect();
+    let (_db, mut client) = without_worker();
     client
         .batch_execute(
             "CREATE TABLE twice (a bigserial, b bigserial, x int);
@@ -558,6 +562,25 @@ fn an_error_in_one_rollup_does_not_stop_another() {
     client.batch_execute("DELETE FROM page_views WHERE site_id = 0").unwrap();
     merged(&mut client, "a_fails");
     assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status"));
+}
+
+#[test]
+fn a_merge_does_not_wait_for_who_changes_the_source() {
+    let (db, mut client) = without_worker();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    client.batch_execute("SET statement_timeout = '10s'").unwrap();
+    let mut owner = db.connect();
+    let run = "SELECT outcome FROM spend_rollup_run('views')";
+    for change in ["TRUNCATE page_views", "ALTER TABLE page_views ADD COLUMN more int"] {
+        owner.batch_execute(&format!("BEGIN; {change}")).unwrap();
+        assert_eq!(value::<String>(&mut client, run), "busy", "{change}");
+        owner.batch_execute("ROLLBACK").unwrap();
+    }
+    assert_eq!(value::<String>(&mut client, run), "merged");
+    assert!(holds(&mut client, "SELECT tail_rows = 0 AND last_error IS NULL FROM spend_rollup_status"));
+    assert_views_exact(&mut client);
 }
 
 #[test]
@@ -864,6 +887,36 @@ fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
                      + (SELECT count(*) FROM pg_class WHERE relname LIKE 'x%')";
     assert_eq!(value::<i64>(&mut client, left), 0);
     client.batch_execute("SELECT 1 FROM page_views").unwrap();
+}
+
+#[test]
+fn of_two_sessions_that_create_the_same_rollup_one_is_refused() {
+    let (db, mut first) = page_views();
+    let mut second = db.connect();
+    let pid: i32 = value(&mut second, "SELECT pg_backend_pid()");
+    first.batch_execute(&format!("BEGIN; {CREATE}")).unwrap();
+    std::thread::scope(|scope| {
+        let refused = scope.spawn(|| assert_refused(&mut second, CREATE, "42710"));
+        let mut client = db.connect();
+        let runs = format!(
+            "SELECT count(*) = 1 FROM pg_stat_activity
+             WHERE pid = {pid} AND state = 'active' AND clock_timestamp() - query_start > interval '300 ms'"
+        );
+        eventually("the second waits", || holds(&mut client, &runs));
+        first.batch_execute("COMMIT").unwrap();
+        refused.join().unwrap();
+    });
+    let made =
+        "SELECT ARRAY[(SELECT count(*) FROM litellm_spend.rollup), (SELECT count(*) FROM litellm_spend.source),
+            (SELECT count(*) FROM pg_class WHERE relname LIKE 'views%' AND relkind IN ('r', 'v')
+                AND relnamespace = 'litellm_spend'::regnamespace),
+            (SELECT count(*) FROM pg_proc WHERE proname = 'views.sites')]";
+    assert_eq!(value::<Vec<i64>>(&mut first, made), [1, 1, 2, 2]);
+    first.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut first, "views");
+    assert_views_exact(&mut first);
+    first.batch_execute("SELECT spend_rollup_drop('views')").unwrap();
+    assert_eq!(value::<Vec<i64>>(&mut first, made), [0, 0, 0, 0]);
 }
 
 #[test]
