@@ -938,6 +938,26 @@ fn a_cancelled_declaration_is_no_refusal() {
 }
 
 #[test]
+fn a_cancelled_status_shows_no_empty_tail() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE ROLE guarded; CREATE TABLE guarded_log (id bigserial, x int);
+             ALTER TABLE guarded_log OWNER TO guarded;
+             SELECT spend_rollup_create('guarded', 'guarded_log', '{x}', '{count(*) AS n}');
+             INSERT INTO guarded_log (x) VALUES (1);
+             CREATE FUNCTION slow(x int) RETURNS bool LANGUAGE plpgsql
+             AS $$ BEGIN PERFORM pg_sleep(60); RETURN true; END $$;
+             ALTER TABLE guarded_log ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+             CREATE POLICY slow ON guarded_log USING (slow(x));
+             SET statement_timeout = '300ms'",
+        )
+        .unwrap();
+    let status = "SELECT tail_rows FROM spend_rollup_status";
+    assert_eq!(error(&mut client, status).code().code(), "57014");
+}
+
+#[test]
 fn a_source_that_cannot_be_exact_is_refused() {
     let db = shared().database();
     let mut client = db.connect();
