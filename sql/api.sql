@@ -60,11 +60,18 @@ COMMENT ON TABLE litellm_spend.rollup IS 'Rollups: definition, watermark, covera
 COMMENT ON TABLE litellm_spend.capture IS 'The table that triggers capture into the change log';
 COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of time in which capture failed, and whether they are repaired';
 COMMENT ON TABLE litellm_spend.public_view IS 'LiteLLM''s views that are answered from rollups, with their own definitions';
+COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
+COMMENT ON TABLE litellm_spend.conversion IS 'Tables on their way to being partitioned, or back';
+COMMENT ON TABLE litellm_spend.expired_partition IS 'Proof of each partition that expired: its bounds, rows, spend, and by which policy';
 COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
 COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of the days';
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
 COMMENT ON VIEW spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
 COMMENT ON VIEW spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
+COMMENT ON VIEW spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
+COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, timestamp) IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
+COMMENT ON FUNCTION spend_partition_set(regclass, text, integer, interval, text, text) IS 'Sets how a table is partitioned and how long its rows stay; interval NULL forgets it';
+COMMENT ON FUNCTION spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
 COMMENT ON FUNCTION spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
@@ -76,6 +83,9 @@ COMMENT ON FUNCTION spend_rollup_create(text, regclass, text[], text[], regclass
 COMMENT ON FUNCTION spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
 COMMENT ON FUNCTION spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
 COMMENT ON FUNCTION spend_rollup_drop(text) IS 'Drops a declared rollup with its history, or the watermark of a registered one';
+COMMENT ON FUNCTION spend_partition_plan(regclass, text, timestamp, text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
+COMMENT ON FUNCTION spend_partition_convert(regclass, text, timestamp, text, integer, boolean) IS 'Partitions a table by time without copying it; says how far it is';
+COMMENT ON FUNCTION spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
 COMMENT ON FUNCTION spend_grant_reports(regrole) IS 'Lets a role read the report views';
 COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup from the raw rows; returns the groups written';
 COMMENT ON FUNCTION spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
@@ -87,10 +97,14 @@ REVOKE ALL ON FUNCTION
     spend_rollup_verify(text, timestamp, timestamp),
     spend_rollup_create(text, regclass, text[], text[], regclass, text),
     spend_rollup_register(text, regclass, regclass, bigint), spend_rollup_window(text), spend_rollup_drop(text),
-    spend_grant_reports(regrole)
+    spend_grant_reports(regrole),
+    spend_partition_plan(regclass, text, timestamp, text, integer), spend_partition_revert(regclass, boolean),
+    spend_partition_convert(regclass, text, timestamp, text, integer, boolean),
+    litellm_spend.maintain_at(regclass, timestamp),
+    spend_partition_set(regclass, text, integer, interval, text, text), spend_partition_maintain(regclass)
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE spend_backfill(regclass) FROM PUBLIC;
 
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text) TO pg_monitor;
-GRANT SELECT ON spend_rollup_status, spend_worker_status TO pg_monitor;
+GRANT SELECT ON spend_rollup_status, spend_worker_status, spend_partition_status TO pg_monitor;

@@ -91,6 +91,60 @@ CREATE TABLE litellm_spend.public_view (
     installed  text
 );
 
+-- How a table is partitioned, and how long its rows stay. By name: a table that is replaced keeps its policy.
+CREATE TABLE litellm_spend.policy (
+    table_schema   name NOT NULL,
+    table_name     name NOT NULL,
+    time_column    name NOT NULL,
+    "interval"     text NOT NULL CHECK ("interval" IN ('day', 'week', 'month')),
+    -- Periods that are kept ready beyond the current one.
+    precreate      integer NOT NULL CHECK (precreate >= 0),
+    -- NULL: rows stay.
+    retention      interval,
+    on_expire      text NOT NULL CHECK (on_expire IN ('drop', 'detach')),
+    maintained_at  timestamptz,
+    -- When the worker maintains it before its interval is over: it was not done, or somebody was in the way.
+    retry_at       timestamptz,
+    last_error     text,
+    last_error_at  timestamptz,
+    PRIMARY KEY (table_schema, table_name)
+);
+
+-- A table on its way to being partitioned, or back.
+CREATE TABLE litellm_spend.conversion (
+    table_schema   name NOT NULL,
+    table_name     name NOT NULL,
+    relation       regclass NOT NULL,
+    direction      text NOT NULL CHECK (direction IN ('convert', 'revert')),
+    options        jsonb NOT NULL,
+    started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- It waits for a new call: the cutover came too near.
+    stopped        boolean NOT NULL DEFAULT false,
+    -- Since when the step at hand could not be done, and why.
+    last_error     text,
+    last_error_at  timestamptz,
+    PRIMARY KEY (table_schema, table_name)
+);
+
+-- What was in each partition that expired: the proof that nothing was lost unseen.
+CREATE TABLE litellm_spend.expired_partition (
+    table_schema   name NOT NULL,
+    table_name     name NOT NULL,
+    partition      text NOT NULL,
+    range_start    timestamp,
+    range_end      timestamp,
+    rows           bigint NOT NULL,
+    spend          numeric,
+    action         text NOT NULL CHECK (action IN ('drop', 'detach')),
+    -- The policy by which it expired.
+    policy         text NOT NULL,
+    expired_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (table_schema, table_name, partition, expired_at)
+);
+
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.policy', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.conversion', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.expired_partition', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.rollup', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture', '');

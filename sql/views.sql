@@ -72,3 +72,51 @@ CREATE VIEW spend_worker_status AS
 SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start
 FROM pg_catalog.pg_stat_activity
 WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker');
+
+-- One row a partition (a table without any: one for itself), with what concerns the whole table repeated.
+CREATE VIEW spend_partition_status AS
+WITH parts AS (
+    SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
+           pg_catalog.pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples,
+           (SELECT format_type(a.atttypid, NULL) FROM pg_catalog.pg_attribute a
+            WHERE a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped) AS time_type
+    FROM litellm_spend.policy p
+    JOIN pg_catalog.pg_namespace n ON n.nspname = p.table_schema
+    JOIN pg_catalog.pg_class t ON t.relnamespace = n.oid AND t.relname = p.table_name AND t.relkind IN ('r', 'p')
+    LEFT JOIN pg_catalog.pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
+    JOIN pg_catalog.pg_class c ON c.oid = coalesce(i.inhrelid, t.oid)
+    -- A partitioned table without partitions has no row: it has no rows either.
+    WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL
+), bounds AS (
+    SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
+), ranges AS (
+    SELECT bounds.*, is_partition AND bound = 'DEFAULT' AS is_default,
+           -- Bounds of a timestamp with time zone are shown in the reader's zone: back to UTC.
+           CASE WHEN b[1] = 'MINVALUE' THEN '-infinity'
+                WHEN time_type = 'timestamp with time zone' THEN b[1]::timestamptz AT TIME ZONE 'UTC'
+                ELSE b[1]::timestamp END AS range_start,
+           CASE WHEN b[2] = 'MAXVALUE' THEN 'infinity'
+                WHEN time_type = 'timestamp with time zone' THEN b[2]::timestamptz AT TIME ZONE 'UTC'
+                ELSE b[2]::timestamp END AS range_end
+    FROM bounds
+)
+SELECT table_oid::regclass AS "table",
+       partition_oid::regclass AS partition,
+       is_default,
+       range_start,
+       range_end,
+       CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
+       pg_catalog.pg_total_relation_size(partition_oid) AS bytes,
+       CASE WHEN isfinite(range_end) THEN range_end + retention END AS expires_at,
+       count(*) FILTER (WHERE range_start > clock_timestamp() AT TIME ZONE 'UTC') OVER per_table AS partitions_ahead,
+       sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
+       "interval",
+       precreate,
+       retention,
+       on_expire,
+       maintained_at AS last_maintained_at,
+       last_error,
+       last_error_at
+FROM ranges
+WINDOW per_table AS (PARTITION BY table_oid)
+ORDER BY table_oid::regclass::text, is_default, range_start;

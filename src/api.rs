@@ -22,7 +22,7 @@ use pgrx::prelude::*;
 macro_rules! reg_type {
     ($name:ident, $sql:literal) => {
         #[derive(Clone, Copy)]
-        pub struct $name(pg_sys::Oid);
+        pub struct $name(pub pg_sys::Oid);
 
         // SAFETY: it is an Oid.
         unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for $name {
@@ -43,7 +43,7 @@ macro_rules! reg_type {
 reg_type!(Regclass, "regclass");
 reg_type!(Regrole, "regrole");
 
-fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
+pub fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
     source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))
 }
 
@@ -56,11 +56,11 @@ fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Res
     session::require_owner(caller, state.relation)
 }
 
-fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
+pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
     work().map_err(ErrorReport::from)
 }
 
-fn require_changeable() -> error::Result<()> {
+pub fn require_changeable() -> error::Result<()> {
     session::require_writable()?;
     session::require_read_committed()
 }
@@ -110,12 +110,26 @@ fn spend_detach(
 }
 
 /// The steps of a round, each in a subtransaction of the caller's.
-struct Subtransactions {
+pub struct Subtransactions {
     patience: Patience,
     cancelled: Option<Failure>,
     /// The rollups to work on.
     rollups: Vec<String>,
     watching: bool,
+}
+
+impl Subtransactions {
+    pub fn of_call() -> Self {
+        Subtransactions { patience: Patience::of_call(), cancelled: None, rollups: vec![], watching: false }
+    }
+
+    /// Fails if the caller was cancelled meanwhile.
+    pub fn end(&mut self, function: &'static str) -> Result<(), ErrorReport> {
+        match self.cancelled.take() {
+            Some(failure) => Err(ErrorReport::new(failure.sqlstate, failure.message, function)),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Runner for Subtransactions {
@@ -149,6 +163,10 @@ impl Runner for Subtransactions {
         self.watching
     }
 
+    fn converts(&self) -> bool {
+        false
+    }
+
     fn watch_is_due(&mut self) -> bool {
         true
     }
@@ -156,8 +174,7 @@ impl Runner for Subtransactions {
 
 /// What a call of `spend_rollup_run()` may work on, which is `name` if that is given.
 fn scope(caller: pg_sys::Oid, name: Option<&str>) -> error::Result<Subtransactions> {
-    let mut run =
-        Subtransactions { patience: Patience::of_call(), cancelled: None, rollups: vec![], watching: false };
+    let mut run = Subtransactions::of_call();
     if let Some(name) = name {
         let fence = Fence::look(name)?;
         rebuild::require_right(caller, &fence)?;
@@ -200,17 +217,15 @@ fn spend_rollup_run(
     >,
     ErrorReport,
 > {
-    let (round, cancelled) = report(|| {
+    let (round, mut run) = report(|| {
         require_changeable()?;
         let elevated = Elevated::enter()?;
         let mut run = scope(elevated.caller(), name)?;
         let round = tick::tick(&mut run);
         tick::tidy(&mut run);
-        Ok((round, run.cancelled))
+        Ok((round, run))
     })?;
-    if let Some(failure) = cancelled {
-        return Err(ErrorReport::new(failure.sqlstate, failure.message, "spend_rollup_run"));
-    }
+    run.end("spend_rollup_run")?;
     Ok(TableIterator::new(round.outcomes.into_iter().map(|outcome| {
         let merge = outcome.merge;
         (

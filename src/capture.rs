@@ -248,6 +248,18 @@ pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     Ok(missing.len())
 }
 
+/// Capture and rollups go on where the rows are now.
+pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
+    for table in ["capture", "source"] {
+        let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
+        catalog::execute(&sql, &[old.into(), new.into()])?;
+    }
+    match catalog::capture()?.filter(|state| state.relation == new) {
+        Some(state) => create_triggers(&state).map(drop),
+        None => Ok(()),
+    }
+}
+
 /// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();

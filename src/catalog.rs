@@ -6,6 +6,7 @@
 
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
+use crate::partition::suffixed;
 use crate::window::{Holder, Window};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -344,9 +345,32 @@ impl Table {
     }
 }
 
+/// The columns that can be inserted into, as a list: not the generated ones.
+pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
+    let columns = query(
+        "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_catalog.pg_attribute
+         WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
+        &[relation.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(columns.into_iter().next().unwrap_or_default())
+}
+
 /// Finds a relation by a qualified, quoted name.
 pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     Ok(query("SELECT pg_catalog.to_regclass($1)::oid", &[name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
+}
+
+/// A name that nothing has in either schema: `name`, or `name_2`, …
+pub fn free_name(schemas: [&str; 2], name: &str) -> Result<String> {
+    for number in 1..1000 {
+        let candidate = if number == 1 { name.to_string() } else { suffixed(name, &format!("_{number}")) };
+        let [one, other] = schemas.map(|schema| find_relation(&qualified(schema, &candidate)));
+        if one?.or(other?).is_none() {
+            return Ok(candidate);
+        }
+    }
+    Err(Error::Exists(name.into()))
 }
 
 /// Whether one of the relations, by qualified and quoted names, does not exist.

@@ -84,6 +84,50 @@ pub enum Error {
     NotMergedYet { merged_to: i64, last: i64 },
     #[error("sequence {sequence} cannot number the rows of a source")]
     SequenceShape { sequence: String, reason: String },
+    #[error("{0} is partitioned already")]
+    AlreadyPartitioned(String),
+    #[error("{0} is not partitioned")]
+    NotPartitioned(String),
+    #[error("{relation} cannot be partitioned as it is")]
+    CannotConvert { relation: String, reason: String },
+    #[error("cutover {cutover} is too near")]
+    CutoverTooNear { cutover: String },
+    #[error("{relation} has rows from the cutover on")]
+    RowsBeyondCutover { relation: String, rows: i64, last: String, cutover: String },
+    #[error("\"{relation}\" is not partitioned by ranges of one time column")]
+    NotByTime { relation: String, reason: String },
+    #[error("relation \"{relation}\" has no column \"{column}\" to partition by")]
+    NoPartitionColumn { relation: String, column: String },
+    #[error("\"interval\" must be \"day\", \"week\" or \"month\", not \"{0}\"")]
+    Interval(String),
+    #[error("precreate must be from 0 to {most}, not {given}")]
+    Precreate { given: i32, most: i32 },
+    #[error("on_expire must be \"drop\" or \"detach\", not \"{0}\"")]
+    OnExpire(String),
+    #[error("retention \"{given}\" is shorter than one {interval}")]
+    Retention { given: String, interval: String },
+    #[error("{0} has no partition policy")]
+    NoPolicy(String),
+    #[error("{0} is not being converted")]
+    NoConversion(String),
+    #[error("\"{0}\" is being converted")]
+    Converting(String),
+    #[error("{0} is being converted by another session")]
+    ConversionBusy(String),
+    #[error("partition \"{0}\" is not an ordinary table")]
+    NotOrdinary(String),
+    #[error("{relation} has no index on column \"{column}\"")]
+    NoTimeIndex { relation: String, column: String },
+    #[error("somebody changed \"{0}\" at the same time")]
+    CameBetween(String),
+    #[error("\"{relation}\" is referenced by {by}")]
+    Referenced { relation: String, by: String },
+    #[error("partition \"{partition}\" is not rolled up: rollup \"{rollup}\" has merged up to {watermark}")]
+    NotMerged { partition: String, rollup: String, watermark: i64 },
+    #[error("partition \"{partition}\" is not rolled up: rollup \"{rollup}\" is not backfilled")]
+    NotCovered { partition: String, rollup: String },
+    #[error("partition \"{0}\" is not rolled up: capture has something to repair")]
+    NotRepaired(String),
     #[error("could not get a lock on {relation} within {waited_ms} ms")]
     LockNotAvailable { relation: String, waited_ms: u128, holders: String },
     #[error("unexpected answer from the server: {0}")]
@@ -98,7 +142,20 @@ impl Error {
         match self {
             Error::NoTable(_) => ERRCODE_UNDEFINED_TABLE,
             Error::NotATable { .. } => ERRCODE_WRONG_OBJECT_TYPE,
-            Error::NoColumn { .. } | Error::NoTimeColumn { .. } => ERRCODE_UNDEFINED_COLUMN,
+            Error::NoColumn { .. } | Error::NoTimeColumn { .. } | Error::NoPartitionColumn { .. } => {
+                ERRCODE_UNDEFINED_COLUMN
+            }
+            Error::NotByTime { .. } | Error::NotOrdinary(_) => ERRCODE_WRONG_OBJECT_TYPE,
+            Error::Interval(_) | Error::Precreate { .. } | Error::OnExpire(_) | Error::Retention { .. } => {
+                ERRCODE_INVALID_PARAMETER_VALUE
+            }
+            Error::NoPolicy(_) | Error::NoConversion(_) => ERRCODE_UNDEFINED_OBJECT,
+            Error::Converting(_) | Error::ConversionBusy(_) | Error::CameBetween(_) => ERRCODE_OBJECT_IN_USE,
+            Error::NoTimeIndex { .. }
+            | Error::Referenced { .. }
+            | Error::NotMerged { .. }
+            | Error::NotCovered { .. }
+            | Error::NotRepaired(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::ColumnType { .. } => ERRCODE_DATATYPE_MISMATCH,
             Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
@@ -129,9 +186,19 @@ impl Error {
             | Error::RawRowsLost { .. }
             | Error::SequenceSetBack { .. }
             | Error::SequenceShape { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Error::AlreadyPartitioned(_)
+            | Error::NotPartitioned(_)
+            | Error::CannotConvert { .. }
+            | Error::RowsBeyondCutover { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Error::CutoverTooNear { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
             Error::RawVanished(_) => ERRCODE_T_R_SERIALIZATION_FAILURE,
             Error::Spi(_) | Error::State(_) => ERRCODE_INTERNAL_ERROR,
         }
+    }
+
+    /// For plans that list what is in the way.
+    pub fn reason(&self) -> String {
+        self.detail().unwrap_or_else(|| self.to_string())
     }
 
     fn detail(&self) -> Option<String> {
@@ -189,7 +256,31 @@ impl Error {
                 "Its last value is {last_value}, but values up to {watermark} have been merged. The rollup is stopped; nothing is lost."
             ),
             Error::SequenceShape { reason, .. } => reason.clone(),
+            Error::AlreadyPartitioned(_) => "spend_partition_maintain() looks after its partitions.".into(),
+            Error::NotPartitioned(_) => "Nothing was changed.".into(),
+            Error::CannotConvert { reason, .. } => reason.clone(),
+            Error::CutoverTooNear { .. } => "Before it a unique index is built, and gateways' clocks may differ.".into(),
+            Error::RowsBeyondCutover { rows, last, cutover, .. } => {
+                format!("{rows} rows are at {cutover} or later, the last of them at {last}; they could not be in a partition that ends there.")
+            }
             Error::LockNotAvailable { holders, .. } => holders.clone(),
+            Error::NotByTime { reason, .. } => reason.clone(),
+            Error::NoPartitionColumn { .. } => "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.".into(),
+            Error::Interval(_) => "A partition holds a day, a week from Monday, or a month, in UTC.".into(),
+            Error::Precreate { .. } => "It is the number of periods that are kept ready beyond the current one.".into(),
+            Error::OnExpire(_) => "drop: an expired partition is gone. detach: it moves to schema litellm_spend_archive.".into(),
+            Error::Retention { .. } => "A partition goes as a whole, when all of it has expired.".into(),
+            Error::NoPolicy(_) => "Nothing is known of how it is to be partitioned, nor of how long its rows stay.".into(),
+            Error::NoConversion(_) => "There is nothing to abort.".into(),
+            Error::Converting(_) => "Its partitions are left alone until that has ended.".into(),
+            Error::NotOrdinary(_) => "It is partitioned itself, or foreign.".into(),
+            Error::ConversionBusy(_) => "A step of it is being done; only one can be at a time.".into(),
+            Error::NoTimeIndex { .. } => "Without one its rows could only be found by reading the whole table, again and again or under an exclusive lock.".into(),
+            Error::CameBetween(_) => "What had been decided was no longer true once the lock was there. Nothing was changed.".into(),
+            Error::Referenced { .. } => "What refers to it would fail, or lose rows.".into(),
+            Error::NotMerged { .. } => "It holds rows above that.".into(),
+            Error::NotCovered { .. } => "Its days may still have to be computed from the raw rows.".into(),
+            Error::NotRepaired(_) => "Days whose capture failed are rebuilt from the raw rows.".into(),
             Error::Spi(_) | Error::State(_) => return None,
         })
     }
@@ -266,9 +357,31 @@ impl Error {
             Error::SequenceShape { sequence, .. } => {
                 format!("ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 NO CYCLE.")
             }
+            Error::AlreadyPartitioned(_) => "See spend_partition_status.".into(),
+            Error::NotPartitioned(_) => "Pass a partitioned table.".into(),
+            Error::CannotConvert { .. } => "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.".into(),
+            Error::CutoverTooNear { .. } => "Pass a later cutover, or leave it out.".into(),
+            Error::RowsBeyondCutover { .. } => "Pass a cutover after the last row, or correct the rows.".into(),
+            Error::Interval(_) => "Pass 'day', 'week' or 'month'.".into(),
             Error::LockNotAvailable { .. } => {
                 "Try again when those transactions have ended, or raise litellm_spend.lock_timeout.".into()
             }
+            Error::NotByTime { .. } => "Pass a table that is not partitioned yet, or one that is PARTITION BY RANGE of a time column.".into(),
+            Error::NoPartitionColumn { .. } => "Pass time_column := '<name>'.".into(),
+            Error::Precreate { .. } => "Leave it out for 7.".into(),
+            Error::OnExpire(_) => "Leave it out for drop.".into(),
+            Error::Retention { interval, .. } => format!("Pass at least '1 {interval}', or NULL to keep all rows."),
+            Error::NoPolicy(_) => "Call spend_partition_set() first.".into(),
+            Error::NoConversion(_) => "SELECT spend_partition_revert() begins a reversion.".into(),
+            Error::Converting(_) => "Wait for it, or call spend_partition_convert() again.".into(),
+            Error::ConversionBusy(_) => "Try again.".into(),
+            Error::NotOrdinary(_) => "Maintain it by hand.".into(),
+            Error::NoTimeIndex { relation, column } => format!("CREATE INDEX CONCURRENTLY ON {relation} (\"{column}\"), on each partition if it has any."),
+            Error::CameBetween(_) => "It is tried again at the next maintenance.".into(),
+            Error::Referenced { .. } => "Drop the reference, or maintain the table by hand.".into(),
+            Error::NotMerged { .. } => "It expires once its rows are merged; SELECT spend_rollup_run() merges what is safe.".into(),
+            Error::NotCovered { .. } => "It expires once the backfill is complete; spend_rollup_status shows how far it is.".into(),
+            Error::NotRepaired(_) => "It expires once that is done; see dirty_ranges in spend_rollup_status.".into(),
             Error::Spi(_) | Error::State(_) => "Please report this as a bug.".into(),
         })
     }

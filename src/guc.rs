@@ -5,8 +5,11 @@ use std::time::Duration;
 
 static MERGE_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static SWAP_LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
+static CUTOVER_MARGIN: GucSetting<i32> = GucSetting::<i32>::new(600);
 static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(1_000_000);
+static MAINTAIN_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static DISCOVERY_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
 
 /// Time between two looks of a worker at its sources. Live views are exact whatever it is; it only bounds their
@@ -21,6 +24,18 @@ pub fn lock_timeout() -> Duration {
     millis(&LOCK_TIMEOUT)
 }
 
+/// The same for the exclusive locks of a conversion, for which readers queue as well. Less than deadlock_timeout: it is
+/// the conversion that gives way, and tries again.
+pub fn swap_lock_timeout() -> Duration {
+    millis(&SWAP_LOCK_TIMEOUT)
+}
+
+/// How near the cutover may come before a conversion gives up. Ten minutes are more than the clocks of gateways differ
+/// by, and leave time for some hundred attempts to remove the CHECK.
+pub fn cutover_margin() -> Duration {
+    Duration::from_secs(CUTOVER_MARGIN.get() as u64)
+}
+
 /// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next call.
 pub fn window_wait() -> Duration {
     millis(&WINDOW_WAIT)
@@ -29,6 +44,12 @@ pub fn window_wait() -> Duration {
 /// Most sequence values merged in one transaction: bounds its time and memory after an outage.
 pub fn max_window() -> i64 {
     i64::from(MAX_WINDOW.get())
+}
+
+/// Time between two rounds of a worker over the partitions of a table; 0: it leaves them alone. Partitions are made days
+/// ahead, so ten minutes only bound how long expired rows stay, and how soon DEFAULT is drained.
+pub fn maintain_interval() -> Duration {
+    Duration::from_secs(MAINTAIN_INTERVAL.get() as u64)
 }
 
 /// How often the launcher looks for databases that got the extension unnoticed (a restore, CREATE DATABASE from a
@@ -64,6 +85,26 @@ pub fn register() {
         ms,
     );
     GucRegistry::define_int_guc(
+        c"litellm_spend.swap_lock_timeout",
+        c"Longest wait for an exclusive lock of a conversion.",
+        c"Readers and writers queue behind it; a lock that is not got is tried for again later.",
+        &SWAP_LOCK_TIMEOUT,
+        1,
+        60_000,
+        GucContext::Userset,
+        ms,
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.cutover_margin",
+        c"How near the cutover may come before a conversion gives up.",
+        c"Its CHECK constraint, which would refuse rows from the cutover on, is removed then.",
+        &CUTOVER_MARGIN,
+        1,
+        86_400,
+        GucContext::Userset,
+        s,
+    );
+    GucRegistry::define_int_guc(
         c"litellm_spend.window_wait",
         c"Longest wait of spend_rollup_run() for running writers.",
         c"What is not safe to merge by then is left to the next call.",
@@ -82,6 +123,16 @@ pub fn register() {
         i32::MAX,
         GucContext::Userset,
         GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.maintain_interval",
+        c"Time between two rounds of the worker over the partitions of a table.",
+        c"Zero leaves them to calls of spend_partition_maintain().",
+        &MAINTAIN_INTERVAL,
+        0,
+        86_400,
+        GucContext::Sighup,
+        s,
     );
     GucRegistry::define_int_guc(
         c"litellm_spend.discovery_interval",

@@ -1,35 +1,56 @@
 //! litellm_spend: exact, always-fresh spend rollups for LiteLLM, inside Postgres.
 //!
 //! ```text
-//!  enter    api (SQL functions)      worker (loop)   launcher   hook
+//!  enter    api, api_partition (SQL functions)      worker (loop)   launcher   hook
 //!           tick (one round of everything)
 //!  act      capture   watch   views   declare   declaration   source   rollup   rebuild   backfill   repair
-//!  decide   window   definition   statements   litellm   builtin             pure Rust, no pgrx
-//!  base     catalog (state)   expression   locks   session   guc   error
+//!           convert   swap   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
+//!           maintain   drain   place   expire   purge   proof   archive   (its partitions)
+//!  decide   window   definition   statements   litellm   builtin   partition   pure Rust, no pgrx
+//!  base     catalog   conversion   policy   (state)   layout   spread   expression   locks   session   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
 
 mod api;
+mod api_partition;
+mod archive;
 mod backfill;
+mod blueprint;
 mod builtin;
 mod capture;
 mod catalog;
+mod conversion;
+mod convert;
+mod copy;
 mod declaration;
 mod declare;
 mod definition;
+mod drain;
 mod error;
+mod expire;
 mod expression;
 mod guc;
 mod hook;
 mod launcher;
+mod layout;
 mod litellm;
 mod locks;
+mod maintain;
+mod partition;
+mod place;
+mod plan;
+mod policy;
+mod proof;
+mod purge;
 mod rebuild;
 mod repair;
+mod revert;
 mod rollup;
 mod session;
 mod source;
+mod spread;
 mod statements;
+mod swap;
 mod tick;
 mod views;
 mod watch;

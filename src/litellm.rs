@@ -29,7 +29,7 @@ const fn optional(name: &'static str, r#type: &'static str) -> SourceColumn {
     SourceColumn { name, r#type, required: false }
 }
 
-const TIME: &str = "startTime";
+pub const TIME: &str = "startTime";
 
 /// Identifies a request; not captured, but it tells copied rows from new ones when the table is replaced.
 const REQUEST_ID: &str = "request_id";
@@ -123,6 +123,11 @@ impl Capture<'_> {
     pub fn insert_gap(&self, relation: &str, predecessor: Option<&str>) -> String {
         let condition = predecessor.map(|p| format!("WHERE {}", not_in(p))).unwrap_or_default();
         write_sums("change_log", &self.rows(relation, 1, &condition))
+    }
+
+    /// Writes rows that leave the raw table without leaving the totals to the ledger.
+    pub fn retire(&self, relation: &str) -> String {
+        write_sums("retired", &self.rows(relation, 1, ""))
     }
 
     /// The trigger functions, as (name, `CREATE OR REPLACE FUNCTION …`).

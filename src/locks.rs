@@ -6,6 +6,7 @@
 //! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
 //! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
 //! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates, renames or drops it |
+//! | [`lock_all`] | a partitioned table, its partitions | as the mode says |
 //! | [`lock`] | whatever the statement needs | as the statement says |
 //!
 //! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
@@ -15,7 +16,7 @@ use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::CHANGE_LOG;
-use crate::session::require_read_committed;
+use crate::session::{self, require_read_committed};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 use pgrx::spi::SpiHeapTupleData;
@@ -223,13 +224,57 @@ pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
     if find_relation(&name)? == Some(relation) { Ok(true) } else { Err(Error::NoTable(name)) }
 }
 
+/// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
+pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+    lock_within(guc::lock_timeout(), sql, relation, oid)
+}
+
 /// Runs `sql`, which needs a lock on the relation called `name` if there is one, with our lock_timeout.
 pub fn lock_named(sql: &str, name: &str) -> Result<()> {
     lock(sql, name, find_relation(name)?.unwrap_or(pg_sys::InvalidOid))
 }
 
-/// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
-pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+/// Runs `sql`, which needs a lock on `relation`, with a limit of its own.
+pub fn lock_within(limit: Duration, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+    within(limit, relation, oid, || execute(sql, &[]).map(drop))
+}
+
+/// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer, and whoever looks
+/// first is the one to fail. A deadlock that comes later is over before they look, a second after they came
+/// (deadlock_timeout): by then our lock_timeout has ended our wait.
+const DEADLOCK_TIMEOUT: Duration = Duration::from_millis(10);
+
+/// A lock mode, as the server numbers it.
+pub type Mode = u32;
+
+/// Locks relations until the transaction ends, in the order given, all within one limit: while we wait for the second, others
+/// wait for the first. A partitioned table comes before its partitions, as for its users. (LOCK TABLE would lock what a view
+/// reads as well.)
+pub fn lock_all(limit: Duration, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    for (oid, mode) in relations {
+        let name = relation_name(*oid)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        within(left.max(Duration::from_millis(1)), &name, *oid, || {
+            // SAFETY: waits for a lock, or fails at lock_timeout.
+            unsafe { pg_sys::LockRelationOid(*oid, *mode as i32) };
+            Ok(())
+        })?;
+        if find_relation(&name)? != Some(*oid) {
+            return Err(Error::NoTable(name));
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[]).map(drop)
+}
+
+/// Runs `work`, which needs a lock on `relation`, with a limit.
+pub fn within(
+    limit: Duration,
+    relation: &str,
+    oid: pg_sys::Oid,
+    work: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.
     let holders = query(
         "SELECT coalesce(string_agg(DISTINCT coalesce('process ' || pid, 'prepared transaction'), ', '), '')
@@ -240,9 +285,9 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
     )?
     .pop()
     .unwrap_or_default();
-    let limit = guc::lock_timeout();
     let before = set_lock_timeout(&format!("{}ms", limit.as_millis()))?;
-    let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| execute(sql, &[]).map(|_| ())))
+    let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
+    let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
         .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
             Err(Error::LockNotAvailable {
                 relation: relation.into(),
@@ -257,6 +302,7 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
         .execute();
     if result.is_ok() {
         set_lock_timeout(&before)?;
+        session::give_way_after(deadlock_timeout);
     }
     result
 }

@@ -21,7 +21,7 @@ pub struct Numbering {
 }
 
 /// The column of `table` that `sequence` numbers, or the only one that any sequence does.
-fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numbering> {
+pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numbering> {
     // An identity column's sequence depends on it; a default depends on the sequence that it calls.
     let found = catalog::query(
         "SELECT f.sequence, f.sequence::regclass::text, a.attname::text, NOT a.attnotnull

@@ -3,13 +3,15 @@
 //! does not stop the others.
 
 use crate::catalog::{self, Source};
+use crate::conversion;
+use crate::convert;
 use crate::declare;
 use crate::error::Result;
 use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
 use crate::rollup::{self, Look, Merge, Merged};
 use crate::session::Failure;
-use crate::{backfill, repair, views, watch};
+use crate::{backfill, maintain, policy, repair, revert, views, watch};
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +20,10 @@ pub enum Subject {
     Task(&'static str),
     Source(String),
     Rollup(String),
+    /// A table on its way to being partitioned, or back: its schema and name.
+    Conversion(String, String),
+    /// The maintenance of a table, by schema and name.
+    Policy(String, String),
 }
 
 /// Runs a step so that its failure does not reach the others.
@@ -25,8 +31,16 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
+    /// Runs a statement that no transaction may surround. `None`: it failed, or only a worker can.
+    fn top_level(&mut self, _subject: Subject, _sql: &str) -> Option<()> {
+        None
+    }
     /// Whether it may work on a rollup.
     fn may_fill(&self, _rollup: &str) -> bool {
+        true
+    }
+    /// Whether it goes on with conversions.
+    fn converts(&self) -> bool {
         true
     }
     /// Whether it may work on the captured table and what belongs to it.
@@ -64,6 +78,10 @@ pub fn tick(run: &mut impl Runner) -> Round {
         more |= run.step(Subject::Task("backfill"), || backfill::step(patience)).unwrap_or(false);
         run.step(Subject::Task("switch views"), || views::switch_covered(patience));
     }
+    if run.converts() {
+        more |= convert::tick(run);
+        more |= revert::tick(run);
+    }
     Round { outcomes, more }
 }
 
@@ -72,6 +90,13 @@ pub fn tidy(run: &mut impl Runner) {
     let patience = run.patience();
     if run.may_watch() {
         run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
+    }
+}
+
+/// Maintains the tables whose turn it is.
+pub fn maintain(run: &mut impl Runner) {
+    for policy in run.step(Subject::Task("maintain"), policy::due).unwrap_or_default() {
+        maintain::round(run, policy, None);
     }
 }
 
@@ -176,6 +201,8 @@ pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
     match subject {
         Subject::Task(_) => catalog::record_capture_error(message),
         Subject::Rollup(name) => catalog::record_error(name, message),
+        Subject::Conversion(schema, table) => conversion::record_error(schema, table, message),
+        Subject::Policy(schema, table) => policy::record_error(schema, table, message),
         Subject::Source(name) => catalog::rollup_names(Some(name))?
             .iter()
             .try_for_each(|rollup| catalog::record_error(rollup, message)),

@@ -100,6 +100,8 @@ pub fn raise_sequence(source: &Source) -> Result<()> {
 fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
     let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
     partitions.dedup();
+    // The table before its partitions, as for everybody who uses them: no deadlock.
+    locks::lock_against_dropping(state.relation)?;
     create_triggers(state)?;
     for partition in partitions {
         let name = catalog::relation_name(partition)?;

@@ -25,10 +25,14 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     let mut steps = Steps::default();
     // What failed in an earlier life is noted again if it still does.
     steps.take_back(&Subject::Task("watch"));
-    let mut tidied = Instant::now();
+    let (mut tidied, mut maintenance) = (Instant::now(), Instant::now());
     while in_transaction(extension_exists) {
         reload_settings();
         let round = tick::tick(&mut steps);
+        if maintenance.elapsed() > MAINTENANCE_LOOK {
+            tick::maintain(&mut steps);
+            maintenance = Instant::now();
+        }
         if tidied.elapsed() > TIDY_INTERVAL {
             tick::tidy(&mut steps);
             tidied = Instant::now();
@@ -46,6 +50,9 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(900);
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Between two looks whether a table is to be maintained. When it is, `litellm_spend.maintain_interval` says.
+const MAINTENANCE_LOOK: Duration = Duration::from_secs(1);
+
 fn extension_exists() -> bool {
     let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend')";
     // Not Spi::get_one(), which takes an XID: a worker with nothing to do writes no WAL.
@@ -62,6 +69,27 @@ struct Steps {
 impl Steps {
     fn take_back(&self, subject: &Subject) {
         in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None))));
+    }
+
+    /// Leaves a subject that failed alone for a while, and takes its failure back when it succeeds.
+    fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
+        match outcome {
+            Ok(value) => {
+                if self.resting.remove(&subject).is_some() {
+                    self.take_back(&subject);
+                }
+                Some(value)
+            }
+            Err(failure) => {
+                let rest = self
+                    .resting
+                    .get(&subject)
+                    .map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+                log!("litellm_spend: {subject:?} failed, next try in {rest:?}: {}", failure.message);
+                self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
+                None
+            }
+        }
     }
 }
 
@@ -82,27 +110,23 @@ impl Runner for Steps {
             }
             outcome
         });
-        match outcome {
-            Ok(value) => {
-                if self.resting.remove(&subject).is_some() {
-                    self.take_back(&subject);
-                }
-                Some(value)
-            }
-            Err(failure) => {
-                let rest = self
-                    .resting
-                    .get(&subject)
-                    .map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
-                log!("litellm_spend: {subject:?} failed, next try in {rest:?}: {}", failure.message);
-                self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
-                None
-            }
-        }
+        self.judge(subject, outcome)
     }
 
     fn patience(&self) -> Patience {
         Patience::None
+    }
+
+    fn top_level(&mut self, subject: Subject, sql: &str) -> Option<()> {
+        if self.resting.get(&subject).is_some_and(|(until, _)| Instant::now() < *until) {
+            return None;
+        }
+        log!("litellm_spend: {sql}");
+        let outcome = utility(sql);
+        if outcome.is_err() {
+            in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err()))));
+        }
+        self.judge(subject, outcome)
     }
 
     fn watch_is_due(&mut self) -> bool {
@@ -170,6 +194,58 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
         pg_sys::PopActiveSnapshot();
         pg_sys::CommitTransactionCommand();
         result
+    }
+}
+
+/// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY.
+fn utility(sql: &str) -> std::result::Result<(), Failure> {
+    let text = std::ffi::CString::new(sql).unwrap_or_default();
+    // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the transactions. After an
+    // error the transaction is aborted by hand.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        let context = pg_sys::AllocSetContextCreateInternal(
+            pg_sys::TopMemoryContext,
+            c"litellm_spend statement".as_ptr(),
+            pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+        );
+        pg_sys::MemoryContextSwitchTo(context);
+        let outcome = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
+            pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+            let mode = pg_sys::RawParseMode::RAW_PARSE_DEFAULT;
+            let statement = (*(*pg_sys::raw_parser(text.as_ptr(), mode)).elements).ptr_value;
+            let planned = pg_sys::palloc0(size_of::<pg_sys::PlannedStmt>()).cast::<pg_sys::PlannedStmt>();
+            (*planned).type_ = pg_sys::NodeTag::T_PlannedStmt;
+            (*planned).commandType = pg_sys::CmdType::CMD_UTILITY;
+            (*planned).utilityStmt = (*statement.cast::<pg_sys::RawStmt>()).stmt;
+            pg_sys::ProcessUtility(
+                planned,
+                text.as_ptr(),
+                false,
+                pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL,
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                pg_sys::CreateDestReceiver(pg_sys::CommandDest::DestNone),
+                std::ptr::null_mut(),
+            );
+            Ok(())
+        }))
+        .catch_others(|caught| Err(Failure::from(caught)))
+        .execute();
+        if outcome.is_ok() {
+            if pg_sys::ActiveSnapshotSet() {
+                pg_sys::PopActiveSnapshot();
+            }
+            pg_sys::CommitTransactionCommand();
+        } else {
+            pg_sys::AbortCurrentTransaction();
+        }
+        pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
+        pg_sys::MemoryContextDelete(context);
+        outcome
     }
 }
 

@@ -1,0 +1,273 @@
+//! The SQL functions about partitions, as in `api`.
+
+use crate::api::{Regclass, Subtransactions, report, require_changeable, source_or_default};
+use crate::catalog::Table;
+use crate::conversion::{Progress, has_worker};
+use crate::convert::{self, Conversion, Options};
+use crate::error::{self, Error};
+use crate::layout::{self, Layout};
+use crate::maintain;
+use crate::partition::Instant;
+use crate::plan;
+use crate::policy::{self, Policy, Wanted};
+use crate::revert::{self, Reversion};
+use crate::session::{self, Elevated};
+use crate::{capture, litellm};
+use pgrx::datum::{Interval, Timestamp};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use std::time::Duration;
+
+/// The table, open to a caller who may act for its owner.
+fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
+    let source = source_or_default(source)?;
+    let elevated = Elevated::enter()?;
+    let table = capture::open(source)?;
+    session::require_owner(elevated.caller(), source)?;
+    Ok((elevated, table))
+}
+
+// ---- to be partitioned, and back -------------------------------------------------------------------------
+
+/// What a cutover that nobody chose leaves for the index: a day, or a week where it takes a call for each step.
+const LEAD: Duration = Duration::from_secs(86_400);
+const LEAD_BY_HAND: Duration = Duration::from_secs(7 * 86_400);
+
+/// How a table is to be partitioned. What is left out is as its policy says, if it has one.
+struct Wish<'a> {
+    interval: Option<&'a str>,
+    cutover: Option<Timestamp>,
+    time_column: Option<&'a str>,
+    precreate: Option<i32>,
+    rebuild_materialized_views: bool,
+}
+
+impl Wish<'_> {
+    fn is_empty(&self) -> bool {
+        self.interval.is_none()
+            && self.cutover.is_none()
+            && self.time_column.is_none()
+            && self.precreate.is_none()
+    }
+
+    fn options(self, table: &Table) -> error::Result<Options> {
+        if table.kind == "p" {
+            return Err(Error::AlreadyPartitioned(table.qualified()));
+        }
+        let policy = policy::find(table.oid)?;
+        let or = |given: Option<&str>, of_policy: fn(&Policy) -> &str, else_: &str| {
+            given.map_or_else(|| policy.as_ref().map_or(else_, of_policy).to_string(), str::to_string)
+        };
+        let interval = or(self.interval, |policy| policy.interval.name(), "day");
+        let time_column = or(self.time_column, |policy| &policy.time_column, litellm::TIME);
+        let precreate = self.precreate.or(policy.as_ref().map(|policy| policy.precreate as i32));
+        let (parsed, precreate) = policy::parse(&interval, precreate.unwrap_or(policy::PRECREATE))?;
+        Layout::of(table.oid, &time_column)?;
+        let Instant(cutover) = match self.cutover {
+            Some(cutover) => layout::instant(cutover),
+            None => convert::default_cutover(parsed, if has_worker()? { LEAD } else { LEAD_BY_HAND }),
+        };
+        let rebuild_materialized_views = self.rebuild_materialized_views;
+        let materialized_views = vec![];
+        Ok(Options {
+            interval,
+            precreate,
+            cutover,
+            time_column,
+            rebuild_materialized_views,
+            aborted: false,
+            materialized_views,
+        })
+    }
+}
+
+/// What spend_partition_convert() would do. Changes nothing.
+#[pg_extern(stable, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_partition_plan(
+    source: default!(Option<Regclass>, "NULL"),
+    interval: default!(Option<&str>, "NULL"),
+    cutover: default!(Option<Timestamp>, "NULL"),
+    time_column: default!(Option<&str>, "NULL"),
+    precreate: default!(Option<i32>, "NULL"),
+) -> Result<
+    TableIterator<
+        'static,
+        (
+            name!(step, String),
+            name!(action, String),
+            name!(object, String),
+            name!(lock, String),
+            name!(estimate, String),
+        ),
+    >,
+    ErrorReport,
+> {
+    report(|| {
+        let (_elevated, table) = enter(source)?;
+        let wish = Wish { interval, cutover, time_column, precreate, rebuild_materialized_views: false };
+        let options = wish.options(&table)?;
+        plan::plan(table, options)
+    })
+    .map(TableIterator::new)
+}
+
+/// Partitions a table without copying it, step by step: the worker goes on by itself; without one each call does a step.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_partition_convert(
+    source: default!(Option<Regclass>, "NULL"),
+    interval: default!(Option<&str>, "NULL"),
+    cutover: default!(Option<Timestamp>, "NULL"),
+    time_column: default!(Option<&str>, "NULL"),
+    precreate: default!(Option<i32>, "NULL"),
+    rebuild_materialized_views: default!(Option<bool>, "false"),
+) -> Result<
+    TableIterator<'static, (name!(step, String), name!(state, String), name!(detail, String))>,
+    ErrorReport,
+> {
+    report(|| {
+        require_changeable()?;
+        let (_elevated, table) = enter(source)?;
+        let rebuild_materialized_views = rebuild_materialized_views.unwrap_or(false);
+        let wish = Wish { interval, cutover, time_column, precreate, rebuild_materialized_views };
+        let pending = Conversion::of(&table)?
+            .filter(|pending| wish.is_empty() && !pending.stopped && !pending.options.aborted);
+        let mut conversion = match pending {
+            Some(pending) => pending,
+            None => convert::request(&table, wish.options(&table)?)?,
+        };
+        if !has_worker()? {
+            conversion.by_hand()?;
+        }
+        // As it is now: it may have stopped.
+        Conversion::of(&table)?.as_ref().unwrap_or(&conversion).progress()
+    })
+    .map(TableIterator::new)
+}
+
+/// Turns a partitioned table back into a plain one, or takes a conversion back that has not swapped yet. The worker goes
+/// on by itself; without one each call does a step.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_partition_revert(
+    source: default!(Option<Regclass>, "NULL"),
+    abort: default!(Option<bool>, "false"),
+) -> Result<
+    TableIterator<'static, (name!(step, String), name!(state, String), name!(detail, String))>,
+    ErrorReport,
+> {
+    report(|| {
+        require_changeable()?;
+        let (_elevated, table) = enter(source)?;
+        let row = |step: &str, state: &str, detail: String| -> Progress {
+            vec![(step.into(), state.into(), detail)]
+        };
+        if let Some(mut conversion) = Conversion::of(&table)? {
+            let left_to_do = conversion.abort()?.unwrap_or_default();
+            return Ok(row("conversion", "aborted", left_to_do));
+        }
+        let pending = Reversion::of(&table)?;
+        if abort.unwrap_or(false) {
+            let mut reversion = pending.ok_or_else(|| Error::NoConversion(table.qualified()))?;
+            reversion.abort()?;
+            return Ok(row("reversion", "aborted", String::new()));
+        }
+        if pending.is_none() {
+            revert::request(&table)?;
+        }
+        let Some(mut reversion) = Reversion::of(&table)? else { return Ok(vec![]) };
+        if !has_worker()?
+            && let Some(done) = reversion.by_hand()?
+        {
+            return Ok(row("swap", "done", done));
+        }
+        Ok(reversion.progress())
+    })
+    .map(TableIterator::new)
+}
+
+// ---- to be maintained ------------------------------------------------------------------------------------
+
+/// Says how a table is to be partitioned and how long its rows stay. See docs/reference.md.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_partition_set(
+    source: default!(Option<Regclass>, "NULL"),
+    interval: default!(Option<&str>, "'day'"),
+    precreate: default!(Option<i32>, "7"),
+    retention: default!(Option<Interval>, "NULL"),
+    on_expire: default!(Option<&str>, "'drop'"),
+    time_column: default!(Option<&str>, "NULL"),
+) -> Result<(), ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        let (_elevated, table) = enter(source)?;
+        let wanted = Wanted {
+            interval,
+            precreate: precreate.ok_or(Error::Null("precreate"))?,
+            retention,
+            on_expire: on_expire.ok_or(Error::Null("on_expire"))?,
+            time_column,
+        };
+        policy::set(&table, wanted)
+    })
+}
+
+/// Creates the partitions that are due, drains DEFAULT, lets what has expired go.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_partition_maintain(
+    source: default!(Option<Regclass>, "NULL"),
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(action, String), name!(partition, String), name!(rows, i64), name!(detail, String)),
+    >,
+    ErrorReport,
+> {
+    round(source, None)
+}
+
+#[pg_schema]
+mod litellm_spend {
+    use super::*;
+
+    /// spend_partition_maintain() as if it were `now`, in UTC: for tests and rehearsals.
+    #[pg_extern(volatile, parallel_unsafe)]
+    #[allow(clippy::type_complexity)]
+    fn maintain_at(
+        source: Option<Regclass>,
+        now: Option<Timestamp>,
+    ) -> Result<
+        TableIterator<
+            'static,
+            (name!(action, String), name!(partition, String), name!(rows, i64), name!(detail, String)),
+        >,
+        ErrorReport,
+    > {
+        round(source, Some(now.ok_or(Error::Null("time"))?))
+    }
+}
+
+/// Maintains a table that has a policy, as if it were `now`.
+#[allow(clippy::type_complexity)]
+fn round(
+    source: Option<Regclass>,
+    now: Option<Timestamp>,
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(action, String), name!(partition, String), name!(rows, i64), name!(detail, String)),
+    >,
+    ErrorReport,
+> {
+    let mut run = Subtransactions::of_call();
+    let actions = report(|| {
+        require_changeable()?;
+        let (_elevated, table) = enter(source)?;
+        let policy = policy::find(table.oid)?.ok_or_else(|| Error::NoPolicy(table.qualified()))?;
+        Ok(maintain::round(&mut run, policy, now.map(layout::instant)))
+    })?;
+    run.end("spend_partition_maintain")?;
+    Ok(TableIterator::new(actions.into_iter().map(|a| (a.action.to_string(), a.partition, a.rows, a.detail))))
+}

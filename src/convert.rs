@@ -1,0 +1,465 @@
+//! Turns a plain table into a range-partitioned one without copying a row: the old table becomes the partition of all
+//! times before the cutover.
+//!
+//! ```text
+//!  step       lock on the table                     for how long
+//!  index      SHARE UPDATE EXCLUSIVE                the build; concurrently, nobody waits
+//!  check      ACCESS EXCLUSIVE                      a moment: "time < cutover", NOT VALID    \ only where no index on the
+//!  validate   SHARE UPDATE EXCLUSIVE                one scan; nobody waits                   / time column proves it
+//!  swap       ACCESS EXCLUSIVE, and on its views    milliseconds: only catalogs change
+//! ```
+//! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`. What has been done is read from the catalogs
+//! each time, so a conversion goes on from wherever it was interrupted.
+//!
+//! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock (`proof`):
+//! no row is ever refused, and nothing is read. Without one a CHECK is validated before. It would refuse rows from the
+//! cutover on: when that comes within `litellm_spend.cutover_margin` before the swap, the worker removes it, and the
+//! conversion stops. Without a worker to do that, no CHECK is made.
+
+use crate::blueprint::{Blueprint, View};
+use crate::catalog::{self, Table, value};
+use crate::conversion::{self, Pending, Progress, has_worker, progress};
+use crate::definition::{qualified, quoted};
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::layout;
+use crate::locks;
+use crate::partition::{Instant, Interval, suffixed};
+use crate::spread::{self, Spread};
+use crate::swap;
+use crate::tick::{Runner, Subject};
+use pgrx::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// What was asked for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Options {
+    pub interval: String,
+    pub precreate: u32,
+    /// Microseconds since 1970, UTC.
+    pub cutover: i64,
+    pub time_column: String,
+    pub rebuild_materialized_views: bool,
+    /// What was done so far is to be taken back.
+    #[serde(default)]
+    pub aborted: bool,
+    /// Those that wait for it.
+    #[serde(default)]
+    pub materialized_views: Vec<MaterializedView>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MaterializedView {
+    /// Qualified.
+    name: String,
+    owner: String,
+    query: String,
+    /// The statements for its indexes and grants.
+    after: Vec<String>,
+}
+
+impl conversion::Options for Options {
+    const DIRECTION: &'static str = "convert";
+}
+
+/// A table on its way to being partitioned.
+pub type Conversion = Pending<Options>;
+
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Outside of a transaction.
+    TopLevel(String),
+    /// Somebody builds the index.
+    Wait,
+    Check,
+    Validate,
+    Swap,
+    MaterializedViews,
+    Nothing,
+}
+
+pub const CHECK: &str = "litellm_spend_cutover";
+
+impl Conversion {
+    /// The table's name once it is a partition.
+    pub fn legacy(&self) -> String {
+        suffixed(&self.table, "_legacy")
+    }
+
+    /// The unique index that becomes the old table's primary key.
+    pub fn key_index(&self) -> String {
+        suffixed(&self.table, "_legacy_pkey")
+    }
+
+    pub fn cutover(&self) -> Instant {
+        Instant(self.options.cutover)
+    }
+
+    pub fn interval(&self) -> Interval {
+        Interval::parse(&self.options.interval).unwrap_or(Interval::Day)
+    }
+
+    /// The primary key's columns and the time.
+    pub fn key_columns(&self, blueprint: &Blueprint) -> String {
+        let mut columns = blueprint.key.as_ref().map(|(_, columns)| columns.clone()).unwrap_or_default();
+        if !columns.contains(&self.options.time_column) {
+            columns.push(self.options.time_column.clone());
+        }
+        columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", ")
+    }
+
+    pub fn blueprint(&self) -> Result<Blueprint> {
+        let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
+        if (&table.schema, &table.name) != (&self.schema, &self.table) {
+            return Err(Error::NoTable(self.name()));
+        }
+        let key_index = qualified(&self.schema, &self.key_index());
+        let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
+        blueprint.obstacles.extend(self.own_obstacles(&blueprint)?);
+        Ok(blueprint)
+    }
+
+    fn own_obstacles(&self, blueprint: &Blueprint) -> Result<Vec<String>> {
+        let mut obstacles = vec![];
+        let time = &self.options.time_column;
+        if !catalog::is_not_null(self.relation, time)? {
+            obstacles.push(format!("Column {} may be NULL.", quoted(time)));
+        }
+        let legacy = qualified(&self.schema, &self.legacy());
+        if catalog::find_relation(&legacy)?.is_some() {
+            obstacles.push(format!("There is a {legacy} already, which is what it would be called."));
+        }
+        if !self.options.rebuild_materialized_views {
+            let views = blueprint.materialized_views.iter();
+            obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
+        }
+        Ok(obstacles)
+    }
+
+    /// Rows that could not be in a partition that ends at the cutover.
+    pub fn rows_beyond(&self) -> Result<Option<Error>> {
+        let (time, cutover) = (quoted(&self.options.time_column), self.cutover().to_string());
+        let beyond = format!("{time} >= {cutover}");
+        // Most often there is none, and an index says so.
+        if Spread::of_any(self.relation, &self.options.time_column)?.count(&beyond, 1)? == 0 {
+            return Ok(None);
+        }
+        let sql = format!("SELECT max({time})::text, count(*) FROM {} WHERE {beyond}", self.name());
+        let found = catalog::query(&sql, &[], |r| Ok((value::<String>(r, 1)?, value::<i64>(r, 2)?)))?;
+        let beyond = |(last, rows)| Error::RowsBeyondCutover { relation: self.name(), rows, last, cutover };
+        Ok(found.into_iter().next().map(beyond))
+    }
+
+    /// Whether a CHECK has to prove that there are none.
+    pub fn needs_check(&self) -> Result<bool> {
+        Ok(!spread::is_indexed(self.relation, &self.options.time_column)?)
+    }
+}
+
+// ---- to ask for it ---------------------------------------------------------------------------------------
+
+/// Stores what to do, or refuses it.
+pub fn request(table: &Table, options: Options) -> Result<Conversion> {
+    let mut conversion = Conversion::new(table, options);
+    let blueprint = conversion.blueprint()?;
+    if let Some(obstacle) = blueprint.obstacles.first() {
+        return Err(Error::CannotConvert { relation: table.qualified(), reason: obstacle.clone() });
+    }
+    let has_period = conversion.interval().period(conversion.cutover()).is_some();
+    if !has_period || conversion.is_near() {
+        return Err(Error::CutoverTooNear { cutover: conversion.cutover().to_string() });
+    }
+    if let Some(beyond) = conversion.rows_beyond()? {
+        return Err(beyond);
+    }
+    conversion.options.materialized_views = materialized_views(&blueprint)?;
+    if let Some(mut earlier) = Conversion::of(table)? {
+        earlier.lock_in_call()?;
+    }
+    // The CHECK of an earlier cutover proves nothing now.
+    let cutover = conversion.cutover().to_string();
+    if check(conversion.relation)?.is_some_and(|(text, _)| !text.contains(&cutover)) {
+        conversion.drop_check()?;
+    }
+    conversion.request()?;
+    Ok(conversion)
+}
+
+/// The first border of a period that leaves time to build the index and to scan the table.
+pub fn default_cutover(interval: Interval, lead: std::time::Duration) -> Instant {
+    let earliest = Instant(layout::now().0.saturating_add(lead.as_micros() as i64));
+    interval.period(earliest).map_or(earliest, |period| period.to)
+}
+
+// ---- one step --------------------------------------------------------------------------------------------
+
+impl Conversion {
+    /// What is to be done next, by what there is.
+    pub fn next_step(&self) -> Result<Step> {
+        let Some(table) = Table::find(self.relation)? else { return Ok(Step::Nothing) };
+        if self.is_swapped(&table)? {
+            let pending = !self.options.materialized_views.is_empty();
+            return Ok(if pending { Step::MaterializedViews } else { Step::Nothing });
+        }
+        let index = qualified(&self.schema, &self.key_index());
+        match index_state(&index)? {
+            Index::Missing if self.options.aborted => return Ok(Step::Nothing),
+            Index::Missing => {
+                let columns = self.key_columns(&self.blueprint()?);
+                let name = quoted(&self.key_index());
+                return Ok(Step::TopLevel(format!(
+                    "CREATE UNIQUE INDEX CONCURRENTLY {name} ON {} ({columns})",
+                    self.name()
+                )));
+            }
+            Index::Building => return Ok(Step::Wait),
+            Index::Valid if !self.options.aborted => {}
+            _ => return Ok(Step::TopLevel(format!("DROP INDEX CONCURRENTLY {index}"))),
+        }
+        Ok(match check(self.relation)? {
+            Some((_, false)) => Step::Validate,
+            None if self.needs_check()? => Step::Check,
+            _ => Step::Swap,
+        })
+    }
+
+    fn is_swapped(&self, table: &Table) -> Result<bool> {
+        Ok(table.name == self.legacy()
+            && Table::named(&self.name())?.is_some_and(|parent| parent.kind == "p"))
+    }
+
+    /// Does a step that a transaction can do, if it is still the next.
+    pub fn run(&mut self, step: &Step) -> Result<()> {
+        if !self.lock(locks::Patience::None)? || self.next_step()? != *step {
+            return Ok(());
+        }
+        let name = self.name();
+        match step {
+            Step::TopLevel(_) | Step::Wait => return Ok(()),
+            Step::Check => locks::lock_within(
+                guc::swap_lock_timeout(),
+                &format!(
+                    "ALTER TABLE {name} ADD CONSTRAINT {CHECK} CHECK ({} < {}) NOT VALID",
+                    quoted(&self.options.time_column),
+                    self.cutover()
+                ),
+                &name,
+                self.relation,
+            )?,
+            Step::Validate => {
+                let lock = format!("LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE");
+                locks::lock(&lock, &name, self.relation)?;
+                catalog::execute(&format!("ALTER TABLE {name} VALIDATE CONSTRAINT {CHECK}"), &[])?;
+            }
+            Step::Swap => {
+                swap::swap(self)?;
+                log!("litellm_spend: {name} is partitioned");
+            }
+            Step::MaterializedViews => self.rebuild_materialized_view()?,
+            Step::Nothing => {}
+        }
+        if self.next_step()? == Step::Nothing {
+            self.forget()?;
+        }
+        Ok(())
+    }
+
+    /// The cutover is so near that a CHECK would soon refuse rows.
+    fn is_near(&self) -> bool {
+        let margin = guc::cutover_margin().as_micros() as i64;
+        layout::now().0.saturating_add(margin) >= self.options.cutover
+    }
+
+    pub fn is_too_late(&self) -> Result<bool> {
+        Ok(self.is_near() && Table::find(self.relation)?.is_some_and(|t| t.name == self.table))
+    }
+
+    /// Removes the CHECK and waits for a new call.
+    pub fn stop(&self) -> Result<()> {
+        self.drop_check()?;
+        self.halt(&format!(
+            "the cutover {} came near before the swap; its CHECK was removed; convert again with a later one",
+            self.cutover()
+        ))
+    }
+
+    fn drop_check(&self) -> Result<()> {
+        if check(self.relation)?.is_none() {
+            return Ok(());
+        }
+        let name = catalog::relation_name(self.relation)?;
+        let sql = format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}");
+        locks::lock_within(guc::swap_lock_timeout(), &sql, &name, self.relation)
+    }
+
+    /// Takes a conversion back before its swap. The index, which may be half built, only top level can drop without being in
+    /// anybody's way: the worker does, or the caller, who is told how.
+    pub fn abort(&mut self) -> Result<Option<String>> {
+        self.lock_in_call()?;
+        if Table::find(self.relation)?.is_some_and(|table| self.is_swapped(&table).unwrap_or(false)) {
+            return Err(Error::Converting(self.table.clone()));
+        }
+        self.drop_check()?;
+        self.options.aborted = true;
+        self.store()?;
+        let step = self.next_step()?;
+        if has_worker()? && step != Step::Nothing {
+            // Its build of the index.
+            catalog::query(
+                "SELECT pg_catalog.pg_cancel_backend(l.pid)
+                 FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+                 WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
+                   AND a.backend_type = 'litellm_spend worker'",
+                &[self.relation.into()],
+                |_| Ok(()),
+            )?;
+            return Ok(None);
+        }
+        self.forget()?;
+        Ok(match step {
+            Step::TopLevel(sql) => Some(format!("{sql};")),
+            _ => None,
+        })
+    }
+}
+
+enum Index {
+    Missing,
+    /// Somebody builds it right now.
+    Building,
+    Invalid,
+    Valid,
+}
+
+fn index_state(index: &str) -> Result<Index> {
+    let states = catalog::query(
+        "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = i.indrelid
+             AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+             AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid AND p.relid = i.indrelid))
+         FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1)",
+        &[index.into()],
+        |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),
+    )?;
+    Ok(match states.first() {
+        None => Index::Missing,
+        Some((true, _)) => Index::Valid,
+        Some((false, true)) => Index::Building,
+        Some((false, false)) => Index::Invalid,
+    })
+}
+
+/// The conversion's CHECK on the table, and whether it is validated.
+pub fn check(relation: pg_sys::Oid) -> Result<Option<(String, bool)>> {
+    let checks = catalog::query(
+        "SELECT pg_catalog.pg_get_constraintdef(oid), convalidated FROM pg_catalog.pg_constraint
+         WHERE conrelid = $1 AND conname = $2::name",
+        &[relation.into(), CHECK.into()],
+        |r| Ok((value(r, 1)?, value(r, 2)?)),
+    )?;
+    Ok(checks.into_iter().next())
+}
+
+impl Conversion {
+    /// Does the next step in the caller's transaction, where no worker does it.
+    pub fn by_hand(&mut self) -> Result<()> {
+        self.lock_in_call()?;
+        if self.is_too_late()? {
+            return self.stop();
+        }
+        let step = self.next_step()?;
+        if step == Step::Check {
+            let (relation, column) = (self.name(), self.options.time_column.clone());
+            return Err(Error::NoTimeIndex { relation, column });
+        }
+        self.run(&step)
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Result<Progress> {
+        let mut steps = vec!["index"];
+        let step = self.next_step()?;
+        let checked = self.needs_check()? || check(self.relation)?.is_some();
+        if checked {
+            steps.extend(["check", "validate"]);
+        }
+        steps.push("swap");
+        if !self.options.materialized_views.is_empty() {
+            steps.push("materialized views");
+        }
+        let (name, mut detail) = match &step {
+            Step::TopLevel(sql) => ("index", format!("{sql};")),
+            Step::Wait => ("index", "being built".into()),
+            Step::Check => ("check", String::new()),
+            Step::Validate => ("validate", String::new()),
+            Step::Swap => ("swap", format!("before {}", self.cutover())),
+            Step::MaterializedViews => ("materialized views", String::new()),
+            Step::Nothing => ("", String::new()),
+        };
+        if let Some(error) = &self.last_error {
+            detail = error.clone();
+        }
+        let next = steps.iter().position(|s| *s == name).unwrap_or(steps.len());
+        Ok(progress(&steps, next, self.stopped, detail))
+    }
+}
+
+/// One round of all conversions. `true`: there is more to do at once.
+pub fn tick(run: &mut impl Runner) -> bool {
+    let look = || Subject::Task("conversions");
+    let mut more = false;
+    for mut conversion in run.step(look(), Conversion::all).unwrap_or_default() {
+        if conversion.stopped && !conversion.options.aborted {
+            continue;
+        }
+        let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
+        // Not after the rest that a failed attempt at the swap takes: the CHECK must go in time.
+        if !conversion.options.aborted && run.step(look(), || conversion.is_too_late()).unwrap_or(false) {
+            run.step(look(), || conversion.stop());
+            continue;
+        }
+        let done = match run.step(look(), || conversion.next_step()) {
+            None | Some(Step::Wait) => None,
+            Some(Step::TopLevel(sql)) => run.top_level(subject, &sql),
+            Some(step) => run.step(subject, || conversion.run(&step)),
+        };
+        more |= done.is_some();
+    }
+    more
+}
+
+// ---- materialized views ----------------------------------------------------------------------------------
+
+fn materialized_views(blueprint: &Blueprint) -> Result<Vec<MaterializedView>> {
+    let describe = |view: &View| {
+        let after = catalog::query(
+            "SELECT pg_catalog.pg_get_indexdef(indexrelid) FROM pg_catalog.pg_index WHERE indrelid = $1
+             UNION ALL SELECT pg_catalog.format('GRANT %s ON %s TO %s', x.privilege_type, $2,
+                 CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantee)) END)
+             FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) AS x WHERE c.oid = $1",
+            &[view.oid.into(), view.name.as_str().into()],
+            |r| value(r, 1),
+        )?;
+        let owner = Table::find(view.oid)?.map(|table| table.owner).unwrap_or_default();
+        Ok(MaterializedView { name: view.name.clone(), owner, query: view.query.clone(), after })
+    };
+    blueprint.materialized_views.iter().map(describe).collect()
+}
+
+impl Conversion {
+    /// Until then they show what they showed: rows of the old table.
+    fn rebuild_materialized_view(&mut self) -> Result<()> {
+        let Some(view) = self.options.materialized_views.pop() else { return Ok(()) };
+        let MaterializedView { name: view, owner, query, after } = view;
+        if let Some(oid) = catalog::find_relation(&view)? {
+            locks::lock(&format!("DROP MATERIALIZED VIEW {view}"), &view, oid)?;
+        }
+        let run = |sql: String| catalog::execute(&sql, &[]).map(drop);
+        // Its query is the owner's code: REFRESH runs it as the owner.
+        run(format!("CREATE MATERIALIZED VIEW {view} AS {query} WITH NO DATA"))?;
+        run(format!("ALTER MATERIALIZED VIEW {view} OWNER TO {}", quoted(&owner)))?;
+        run(format!("REFRESH MATERIALIZED VIEW {view}"))?;
+        after.into_iter().try_for_each(run)?;
+        self.store()
+    }
+}

@@ -1,0 +1,371 @@
+//! Maintenance of one table: a round of steps, each of which stands for itself. Those that need no lock that others wait for
+//! come first, so that a SQL call, which is one transaction, holds such locks at its end only.
+//!
+//! ```text
+//!  count expired partitions   SHARE on each            (a SQL call: they stay locked until its end)
+//!  delete expired rows        ROW EXCLUSIVE            in batches, only what no partition takes along
+//!  ANALYZE                    SHARE UPDATE EXCLUSIVE
+//!  ---- exclusive locks: the first that is not to be had ends the round, the rest is tried again soon ----
+//!  drop or detach             ACCESS EXCLUSIVE
+//!  drain DEFAULT              ACCESS EXCLUSIVE         a batch of rows at most
+//!  create partitions          see `place`
+//! ```
+//! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the policy's row: of
+//! two maintainers one works, and the other says that it did not.
+
+use crate::catalog;
+use crate::conversion;
+use crate::error::{Error, Result};
+use crate::expire::{self, Proof};
+use crate::layout::{Layout, Partition};
+use crate::locks::Patience;
+use crate::partition::{Drain, Instant, Range, missing};
+use crate::policy::{Again, OnExpire, Policy};
+use crate::session::{Elevated, Failure, attempt};
+use crate::tick::{Runner, Subject};
+use crate::{drain, place, purge};
+use pgrx::prelude::*;
+use std::time::Duration;
+
+/// What was done, or not.
+pub struct Action {
+    pub action: &'static str,
+    pub partition: String,
+    pub rows: i64,
+    pub detail: String,
+}
+
+/// How long a round deletes, and how long it drains, before others get their turn: the worker has more to do.
+const SLICE: Duration = Duration::from_secs(2);
+
+/// How long a SQL call drains: the table stays locked until its transaction ends, and others wait for all of it.
+const SLICE_OF_CALL: Duration = Duration::from_millis(300);
+
+/// Most rows that one SQL call deletes: it is one transaction.
+const MOST_DELETED: i64 = 100_000;
+
+pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Instant>) -> Vec<Action> {
+    let mut round = Round {
+        run,
+        policy,
+        actions: vec![],
+        again: Again::Later,
+        stop: false,
+        blocked: false,
+        failure: None,
+    };
+    round.go(now);
+    let (policy, again, failure) = (round.policy.clone(), round.again, round.failure.take());
+    if !round.stop {
+        let subject = round.subject();
+        round.run.step(subject, || policy.record(again, failure.as_deref()));
+    }
+    round.actions
+}
+
+struct Round<'a, R: Runner> {
+    run: &'a mut R,
+    policy: Policy,
+    actions: Vec<Action>,
+    again: Again,
+    /// Somebody else maintains the table, or it cannot be maintained.
+    stop: bool,
+    /// A lock was not to be had: others waited for us meanwhile, so no more of that in this round.
+    blocked: bool,
+    failure: Option<String>,
+}
+
+impl<R: Runner> Round<'_, R> {
+    fn go(&mut self, now: Option<Instant>) {
+        let table = self.policy.table.clone();
+        let policy = self.policy.clone();
+        let looked = self.step(&table, || {
+            if conversion::is_under_way(&policy.schema, &policy.table)? {
+                return Err(Error::Converting(policy.table.clone()));
+            }
+            let now = now.unwrap_or_else(crate::layout::now);
+            let layout = Layout::of(policy.relation()?, &policy.time_column)?;
+            crate::layout::require_root(&layout.table)?;
+            Ok((now, policy.cutoff(now)?, layout))
+        });
+        let Some((now, cutoff, layout)) = looked else { return };
+        let counted = cutoff.map(|cutoff| self.expire(&layout, cutoff));
+        if let Some(cutoff) = cutoff {
+            self.purge(&layout, cutoff);
+        }
+        self.analyze(&layout);
+        for (partition, proof) in counted.unwrap_or_default() {
+            self.finish(&layout, &partition, proof);
+        }
+        if layout.partitioned {
+            self.drain(now, cutoff);
+            self.create(now);
+            self.next(now);
+        }
+    }
+
+    fn subject(&self) -> Subject {
+        Subject::Policy(self.policy.schema.clone(), self.policy.table.clone())
+    }
+
+    /// In a SQL call all steps share a transaction, and locks last until its end.
+    fn is_one_transaction(&self) -> bool {
+        matches!(self.run.patience(), Patience::Until(_))
+    }
+
+    /// Does a step, if the policy is ours for it. What goes wrong is reported, and is nobody else's business.
+    fn step<T>(&mut self, about: &str, work: impl FnOnce() -> Result<T>) -> Option<T> {
+        if self.stop {
+            return None;
+        }
+        enum Outcome<T> {
+            Done(T),
+            Failed(Failure),
+            Busy,
+        }
+        let policy = self.policy.clone();
+        let subject = self.subject();
+        let outcome = self.run.step(subject, || {
+            if !policy.lock(Patience::None)? {
+                return Ok(Outcome::Busy);
+            }
+            // Takes an XID, and with it every query of the step a fresh snapshot.
+            match attempt(|| catalog::execute("SELECT 1", &[]).and_then(|_| work())) {
+                Ok(value) => Ok(Outcome::Done(value)),
+                Err(failure) if failure.is_cancel() => {
+                    ereport!(ERROR, failure.sqlstate, failure.message);
+                }
+                Err(failure) => Ok(Outcome::Failed(failure)),
+            }
+        });
+        match outcome {
+            Some(Outcome::Done(value)) => return Some(value),
+            Some(Outcome::Failed(failure)) => self.skip(about, failure),
+            Some(Outcome::Busy) => {
+                self.stop = true;
+                self.note("skipped", about, 0, "somebody else maintains the table");
+            }
+            None => {
+                self.stop = true;
+                self.note("skipped", about, 0, "failed; see the server's log");
+            }
+        }
+        None
+    }
+
+    fn skip(&mut self, about: &str, failure: Failure) {
+        if failure.is_lock_timeout() {
+            self.blocked = true;
+            self.soon();
+        } else {
+            self.failure.get_or_insert_with(|| format!("{about}: {}", failure.message));
+        }
+        self.note("skipped", about, 0, failure.message);
+    }
+
+    fn note(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
+        let detail = detail.into();
+        if !self.is_one_transaction() && !["next", "analyzed"].contains(&action) {
+            log!("litellm_spend: {action} {partition} ({rows} rows): {detail}");
+        }
+        self.actions.push(Action { action, partition: partition.into(), rows, detail });
+    }
+
+    fn soon(&mut self) {
+        if self.again == Again::Later {
+            self.again = Again::Soon;
+        }
+    }
+
+    // ---- expiry ------------------------------------------------------------------------------------------
+
+    /// Expires the partitions that end before the cutoff, oldest first; in a SQL call it only counts them.
+    fn expire(&mut self, layout: &Layout, cutoff: Instant) -> Vec<(Partition, Proof)> {
+        let mut counted = vec![];
+        let expired = layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff));
+        for partition in expired.cloned().collect::<Vec<_>>() {
+            if self.is_one_transaction() {
+                let proof = self.step(&partition.name, || expire::count(layout, &partition));
+                counted.extend(proof.map(|proof| (partition, proof)));
+            } else if !self.blocked {
+                let (policy, patience) = (self.policy.clone(), self.run.patience());
+                let rows = self.step(&partition.name, || {
+                    let proof = expire::count(layout, &partition)?;
+                    expire::finish(layout, &partition, &policy, proof, patience)
+                });
+                self.expired(&partition, rows);
+            }
+        }
+        counted
+    }
+
+    fn finish(&mut self, layout: &Layout, partition: &Partition, proof: Proof) {
+        if self.blocked {
+            return;
+        }
+        let (policy, patience) = (self.policy.clone(), self.run.patience());
+        let rows = self.step(&partition.name, || expire::finish(layout, partition, &policy, proof, patience));
+        self.expired(partition, rows);
+    }
+
+    fn expired(&mut self, partition: &Partition, outcome: Option<(i64, String)>) {
+        if let Some((rows, place)) = outcome {
+            let action = if self.policy.on_expire == OnExpire::Drop { "dropped" } else { "detached" };
+            self.note(action, &partition.name, rows, format!("{}; {place}", partition.range));
+        }
+    }
+
+    fn purge(&mut self, layout: &Layout, cutoff: Instant) {
+        let began = std::time::Instant::now();
+        for target in purge::targets(layout, self.policy.interval, cutoff) {
+            let mut deleted = 0;
+            let mut more = true;
+            while more && began.elapsed() < SLICE && deleted < MOST_DELETED {
+                let Some(rows) = self.step(&target.name, || purge::batch(layout, &target, cutoff)) else {
+                    break;
+                };
+                deleted += rows;
+                more = rows == purge::BATCH;
+            }
+            if more && deleted > 0 {
+                self.again = Again::AtOnce;
+            }
+            if deleted > 0 {
+                let more = if more { "; more are to go" } else { "" };
+                self.note("deleted", &target.name, deleted, format!("before {cutoff}{more}"));
+            }
+        }
+    }
+
+    // ---- statistics --------------------------------------------------------------------------------------
+
+    /// Autovacuum never analyzes a partitioned table. LiteLLM asks for its number of rows.
+    fn analyze(&mut self, layout: &Layout) {
+        if !layout.partitioned {
+            return;
+        }
+        let table = layout.table.qualified();
+        let analyzed = self.step(&layout.table.name, || {
+            let stale = catalog::query(
+                "SELECT FROM pg_catalog.pg_class p
+                 JOIN (SELECT inhparent, sum(greatest(c.reltuples, 0)) AS rows FROM pg_catalog.pg_inherits
+                       JOIN pg_catalog.pg_class c ON c.oid = inhrelid GROUP BY 1) AS parts ON inhparent = p.oid
+                 WHERE p.oid = $1 AND (p.reltuples < 0 OR abs(parts.rows - p.reltuples) > 1000 + p.reltuples / 10)",
+                &[layout.table.oid.into()],
+                |_| Ok(()),
+            )?;
+            if !stale.is_empty() {
+                let _owner = Elevated::restricted(place::owner(layout.table.oid)?);
+                catalog::execute(&format!("ANALYZE (SKIP_LOCKED) {table}"), &[])?;
+            }
+            Ok(!stale.is_empty())
+        });
+        if analyzed == Some(true) {
+            self.note("analyzed", &layout.table.name, 0, "its statistics were missing or old");
+        }
+    }
+
+    // ---- what needs exclusive locks ----------------------------------------------------------------------
+
+    fn layout(&mut self) -> Option<Layout> {
+        let policy = self.policy.clone();
+        self.step(&policy.table.clone(), || Layout::of(policy.relation()?, &policy.time_column))
+    }
+
+    /// The end of what is to be created.
+    fn horizon(&self, now: Instant) -> Instant {
+        self.policy.interval.periods(now, self.policy.precreate).last().map_or(now, |last| last.to)
+    }
+
+    fn drain(&mut self, now: Instant, cutoff: Option<Instant>) {
+        let (interval, horizon) = (self.policy.interval, self.horizon(now));
+        let cutoff = cutoff.unwrap_or(Instant::MIN);
+        let slice = if self.is_one_transaction() { SLICE_OF_CALL } else { SLICE };
+        let began = std::time::Instant::now();
+        while !self.blocked {
+            let Some(layout) = self.layout() else { return };
+            let about = layout.default.as_ref().map_or(String::new(), |d| d.name.clone());
+            let next = self.step(&about, || drain::look(&layout, interval, horizon, cutoff));
+            if began.elapsed() > slice && !matches!(next, None | Some(Drain::Nothing)) {
+                self.again = Again::AtOnce;
+                self.note("skipped", &about, 0, "more is to be drained by the next round");
+                return;
+            }
+            match next {
+                None | Some(Drain::Nothing) => return,
+                Some(Drain::Adopt(range)) => {
+                    let adopted = self.step(&about, || drain::adopt(&layout, interval, range, horizon));
+                    let Some(Some(adopted)) = adopted else { return };
+                    let detail =
+                        format!("{about} became this partition, {range}; {} rows stayed", adopted.rows);
+                    self.note("drained", &adopted.partition, 0, detail);
+                }
+                Some(Drain::Move(range)) => {
+                    if !self.place(&layout, range, now) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn create(&mut self, now: Instant) {
+        let began = std::time::Instant::now();
+        while !self.blocked {
+            let Some(layout) = self.layout() else { return };
+            let wanted = self.policy.interval.periods(now, self.policy.precreate);
+            let Some(range) = missing(&wanted, &layout.ranges()).into_iter().next() else { return };
+            if began.elapsed() > SLICE {
+                self.again = Again::AtOnce;
+                return;
+            }
+            if !self.place(&layout, range, now) {
+                return;
+            }
+        }
+    }
+
+    /// `false`: it did not work.
+    fn place(&mut self, layout: &Layout, range: Range, now: Instant) -> bool {
+        let interval = self.policy.interval;
+        let name = crate::partition::name(&layout.table.name, range);
+        let placed = self.step(&name, || {
+            let batch = layout.default.as_ref().map_or(Ok(0), |d| drain::batch_size(d.oid))?;
+            place::place(layout, interval, range, now, batch)
+        });
+        match placed {
+            Some(Some(placed)) => {
+                let moved = if placed.rows > 0 { "; with rows from DEFAULT" } else { "" };
+                let action = if placed.widened || placed.rows > 0 { "drained" } else { "created" };
+                self.note(action, &placed.partition, placed.rows, format!("{}{moved}", placed.range));
+                true
+            }
+            Some(None) => {
+                self.soon();
+                self.note("skipped", &name, 0, "somebody else made it at the same time");
+                false
+            }
+            None => false,
+        }
+    }
+
+    fn next(&mut self, now: Instant) {
+        let Some(layout) = self.layout() else { return };
+        let policy = self.policy.clone();
+        let ahead = layout.partitions.iter().filter(|p| p.range.from > now).count();
+        let oldest = layout.partitions.first().filter(|p| p.range.to != Instant::MAX);
+        let expires = self.step(&layout.table.name, || match (oldest, &policy.retention) {
+            (Some(oldest), Some(retention)) => {
+                let sql = format!("SELECT ({}::timestamp + $1::interval)::text", oldest.range.to);
+                catalog::query(&sql, &[retention.as_str().into()], |r| catalog::value::<String>(r, 1))
+            }
+            _ => Ok(vec![]),
+        });
+        let detail = match expires.and_then(|e| e.into_iter().next()) {
+            Some(at) => format!("expires at {at} UTC; {ahead} partitions ahead"),
+            None => format!("nothing expires; {ahead} partitions ahead"),
+        };
+        let name = oldest.map_or(layout.table.name.clone(), |p| p.name.clone());
+        self.note("next", &name, 0, detail);
+    }
+}

@@ -1,0 +1,63 @@
+//! Deletes expired rows one by one, where no partition can be dropped instead: in DEFAULT, in a partition that spans the
+//! cutoff by more than its period (a legacy table), in a table that is not partitioned.
+//!
+//! A batch is a transaction of its own in the worker, holds ROW EXCLUSIVE like any DELETE, and never waits for a row. What
+//! rollups have not merged yet stays. Capture sees the deletions; with on_delete = 'keep' the history stays.
+
+use crate::catalog;
+use crate::error::Result;
+use crate::expire;
+use crate::layout::{Layout, Partition};
+use crate::partition::{Instant, Interval, Range};
+use crate::place::owner;
+use crate::session::Elevated;
+use crate::spread;
+use pgrx::prelude::*;
+
+/// A table that holds rows to delete.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub oid: pg_sys::Oid,
+    pub name: String,
+}
+
+/// The tables to delete from. A partition that ends with the period of the cutoff is left: it goes as a whole, soon.
+pub fn targets(layout: &Layout, interval: Interval, cutoff: Instant) -> Vec<Target> {
+    if !layout.partitioned {
+        return vec![Target { oid: layout.table.oid, name: layout.table.name.clone() }];
+    }
+    let soon = interval.period(cutoff).map_or(cutoff, |period| period.to);
+    let spans = |p: &&Partition| p.leaf && p.range.from < cutoff && p.range.to > soon;
+    let default = layout.default.iter().filter(|p| p.leaf);
+    let partitions = default.chain(layout.partitions.iter().filter(spans));
+    partitions.map(|p| Target { oid: p.oid, name: p.name.clone() }).collect()
+}
+
+/// Rows a batch: 21 ms, as 96,000 rows of 2 KB took 2.04 s with LiteLLM's indexes and our triggers (debug build, PostgreSQL 15,
+/// two shared cores, one run, 2026-11).
+pub const BATCH: i64 = 1000;
+
+/// Deletes a batch of the rows before `cutoff`, oldest first. Returns how many: fewer than [`BATCH`] are the last.
+pub fn batch(layout: &Layout, target: &Target, cutoff: Instant) -> Result<i64> {
+    layout.lock()?;
+    let (relation, time) = (catalog::relation_name(target.oid)?, layout.time());
+    let expired = spread::condition(&time, Range { from: Instant::MIN, to: cutoff });
+    let merged = expire::merged(layout, target.oid)?;
+    let order = if spread::is_indexed(target.oid, &layout.time_column)? {
+        format!("ORDER BY {time}")
+    } else {
+        String::new()
+    };
+    // Triggers are the owner's code. An error is better than rows that are not seen.
+    let _owner = Elevated::restricted(owner(target.oid)?);
+    catalog::execute("SELECT pg_catalog.set_config('row_security', 'off', true)", &[])?;
+    // Looked at again by the DELETE: a row may have changed meanwhile.
+    catalog::execute(
+        &format!(
+            "DELETE FROM ONLY {relation} WHERE ctid = ANY (ARRAY(
+                 SELECT ctid FROM ONLY {relation} WHERE {expired} AND {merged} {order} LIMIT {BATCH} FOR UPDATE SKIP LOCKED))
+             AND {expired} AND {merged}"
+        ),
+        &[],
+    )
+}

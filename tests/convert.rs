@@ -1,0 +1,872 @@
+//! A table becomes partitioned while everybody goes on using it, whatever interrupts that.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const IS_PARTITIONED: &str =
+    r#"SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass('"LiteLLM_SpendLogs"')"#;
+
+fn wait_until_partitioned(client: &mut Client) {
+    let partitions = r#"SELECT count(*) FROM pg_inherits WHERE inhparent = '"LiteLLM_SpendLogs"'::regclass"#;
+    eventually("the table is partitioned", || {
+        holds(client, IS_PARTITIONED)
+            && value::<i64>(client, "SELECT count(*) FROM litellm_spend.conversion") == 0
+            // The old table, DEFAULT, and the days from the cutover on.
+            && value::<i64>(client, partitions) >= 8
+    });
+}
+
+/// As many rows as a table has that is worth it.
+const ROWS: u32 = 1_000_000;
+
+/// Without one the cutover would be a week away.
+fn wait_for_worker(client: &mut Client) {
+    let sql = "SELECT EXISTS (SELECT FROM spend_worker_status WHERE kind = 'litellm_spend worker' AND database = current_database())";
+    eventually("there is a worker", || holds(client, sql));
+}
+
+/// Statements beside a conversion: the rows that writers inserted, and how long anybody waited.
+#[derive(Default)]
+struct Beside {
+    /// What its rows are called.
+    name: &'static str,
+    inserted: AtomicU64,
+    longest: Mutex<Duration>,
+}
+
+impl Beside {
+    fn timed<T>(&self, work: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let result = work();
+        let mut longest = self.longest.lock().unwrap();
+        *longest = (*longest).max(started.elapsed());
+        result
+    }
+
+    fn new(name: &'static str) -> Beside {
+        Beside { name, ..Beside::default() }
+    }
+
+    fn report(&self) {
+        let longest = self.longest.lock().unwrap();
+        eprintln!(
+            "{} of {ROWS} rows: {:?} inserted beside it, longest statement {longest:?}",
+            self.name, self.inserted
+        );
+    }
+
+    /// Runs `body` beside four writers and two readers, none of whose statements may fail.
+    fn run(&self, db: &Database, body: impl FnOnce()) {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let _stop = RaiseOnDrop(&stop);
+            for writer in 0..4 {
+                let stop = &stop;
+                scope.spawn(move || {
+                    let mut client = db.connect();
+                    for i in 0.. {
+                        if stop.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        let rows = insert_rows(&format!("{}{writer}-{i}-", self.name), 20, 3);
+                        let n = self.timed(|| client.execute(&rows, &[]).unwrap());
+                        self.inserted.fetch_add(n, Ordering::Relaxed);
+                        if i % 10 == 3 {
+                            let update = format!(
+                                r#"UPDATE "LiteLLM_SpendLogs" SET spend = spend + 1, "startTime" = "startTime" - interval '5 hours'
+                                   WHERE request_id = '{}{writer}-{i}-7'"#,
+                                self.name
+                            );
+                            self.timed(|| client.execute(&update, &[]).unwrap());
+                        }
+                        // About what a busy gateway writes: 2,000 rows a second.
+                        std::thread::sleep(Duration::from_millis(30));
+                    }
+                });
+            }
+            for _ in 0..2 {
+                let stop = &stop;
+                scope.spawn(move || {
+                    let mut client = db.connect();
+                    while !stop.load(Ordering::Relaxed) {
+                        let sql = r#"SELECT count(*) FROM "LiteLLM_SpendLogs" WHERE "startTime" > now() - interval '1 hour'"#;
+                        self.timed(|| client.query(sql, &[]).unwrap());
+                        self.timed(|| client.query(r#"SELECT * FROM "MonthlyGlobalSpend""#, &[]).unwrap());
+                    }
+                });
+            }
+            body();
+        });
+    }
+}
+
+/// With them a CHECK is not needed, and nobody's insert could be refused.
+const DROP_TIME_INDEXES: &str =
+    r#"DROP INDEX "LiteLLM_SpendLogs_startTime_idx", "LiteLLM_SpendLogs_startTime_request_id_idx""#;
+
+fn assert_all_there(client: &mut Client, rows: u64) {
+    let there: i64 = value(client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#);
+    assert_eq!(there, rows as i64);
+    let ids: i64 = value(client, r#"SELECT count(DISTINCT request_id) FROM "LiteLLM_SpendLogs""#);
+    assert_eq!(ids, rows as i64);
+    assert_exact(client);
+}
+
+#[test]
+fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lost() {
+    let db = shared().database();
+    db.connect().batch_execute(&insert_rows("old", ROWS, 40)).unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    let beside = Beside::new("conversion");
+    beside.run(&db, || {
+        std::thread::sleep(Duration::from_millis(300));
+        client.batch_execute("SELECT spend_partition_convert()").unwrap();
+        wait_until_partitioned(&mut client);
+        std::thread::sleep(Duration::from_millis(300));
+    });
+    let rows = u64::from(ROWS) + beside.inserted.load(Ordering::Relaxed);
+    assert_all_there(&mut client, rows);
+    beside.report();
+    // The indexes have LiteLLM's names; rows go where they belong; nothing was copied.
+    let indexes: i64 = value(
+        &mut client,
+        r#"SELECT count(*) FROM pg_inherits i JOIN pg_class parent ON parent.oid = i.inhparent JOIN pg_class child ON child.oid = i.inhrelid
+           WHERE parent.relname = 'LiteLLM_SpendLogs_startTime_idx' AND child.relname = 'LiteLLM_SpendLogs_legacy_startTime_idx'"#,
+    );
+    assert_eq!(indexes, 1);
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('soon', 'x', 1, CURRENT_DATE + 4, now()), ('never', 'x', 1, '2090-01-01', now()) ON CONFLICT DO NOTHING"#,
+        )
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs_pdefault""#), 1);
+    assert_exact(&mut client);
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        ),
+        0
+    );
+    // What the wider key let in: the same request at another time.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               SELECT request_id, 'again', 5, "startTime" + interval '1 minute', now() FROM "LiteLLM_SpendLogs" WHERE request_id IN ('old1', 'old2')"#,
+        )
+        .unwrap();
+    let total = r#"SELECT sum(spend) FROM litellm_spend.daily_spend"#;
+    let beside = Beside::new("reversion");
+    beside.run(&db, || {
+        std::thread::sleep(Duration::from_millis(300));
+        client.batch_execute("SELECT spend_partition_revert()").unwrap();
+        wait_until_plain(&mut client);
+        std::thread::sleep(Duration::from_millis(300));
+    });
+    beside.report();
+    let rows = rows as i64 + 2 + beside.inserted.load(Ordering::Relaxed) as i64;
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), rows);
+    assert_verified(&mut client);
+    // The later ones were kept out, and nothing was lost: they are in the archive, and in the totals.
+    let kept_out: Vec<String> = client
+        .query(r#"SELECT request_id || ' ' || call_type FROM litellm_spend_archive."LiteLLM_SpendLogs_duplicates" ORDER BY 1"#, &[])
+        .unwrap()
+        .iter()
+        .map(|r| r.get(0))
+        .collect();
+    assert_eq!(kept_out, ["old1 again", "old2 again"]);
+    let raw: f64 = value(&mut client, r#"SELECT sum(spend) FROM "LiteLLM_SpendLogs""#);
+    assert!((value::<f64>(&mut client, &format!("SELECT ({total})::float8")) - raw - 10.0).abs() < 1e-6);
+    let left = "SELECT (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%' AND NOT tgisinternal)
+                     + (SELECT count(*) FROM pg_class WHERE relname LIKE 'reverted%' OR relname LIKE '%_plain%')";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+    assert!(holds(
+        &mut client,
+        r#"SELECT pg_get_constraintdef(oid) = 'PRIMARY KEY (request_id)' FROM pg_constraint WHERE conname = 'LiteLLM_SpendLogs_pkey' AND connamespace = 'public'::regnamespace"#
+    ));
+}
+
+#[test]
+fn a_conversion_that_is_killed_at_any_step_goes_on() {
+    kill_at_any_step("swap", "");
+}
+
+#[test]
+fn so_does_one_that_needs_a_check() {
+    kill_at_any_step("check", DROP_TIME_INDEXES);
+}
+
+/// `second` is the step after the index.
+fn kill_at_any_step(second: &str, prepare: &str) {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let db = cluster.database();
+    db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
+    let db = db.attached();
+    db.connect().batch_execute(prepare).unwrap();
+    // Each step is held up by the lock of a prepared transaction, which outlives every crash.
+    let hold = |name: &str, sql: &str| {
+        eventually(name, || {
+            cluster.try_connect(&db.name, "postgres").is_ok_and(|mut client| {
+                client.batch_execute(&format!("BEGIN; {sql}; PREPARE TRANSACTION '{name}'")).is_ok()
+            })
+        });
+    };
+    let release = |name: &str| db.connect().batch_execute(&format!("COMMIT PREPARED '{name}'")).unwrap();
+    let wait_for = |step: &str| {
+        let next =
+            format!("SELECT bool_or(step = '{step}' AND state = 'next') FROM spend_partition_convert()");
+        eventually(step, || {
+            cluster.try_connect(&db.name, "postgres").is_ok_and(|mut client| {
+                client.query_one(&next, &[]).is_ok_and(|row| row.get::<_, Option<bool>>(0) == Some(true))
+            })
+        });
+        std::thread::sleep(Duration::from_millis(700));
+    };
+    // A worker that is killed takes the server down and up again.
+    let kill_worker = || {
+        let sql = "SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'";
+        let pid: i32 = value(&mut db.connect(), sql);
+        std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    let read = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
+    hold("writer", &insert_rows("prepared", 1, 3));
+    db.connect().batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_for("index");
+    hold("reader", read);
+    release("writer");
+    wait_for(second);
+    kill_worker();
+    wait_for(second);
+    release("reader");
+    // Wherever it is by then.
+    std::thread::sleep(Duration::from_millis(60));
+    kill_worker();
+    hold("another reader", read);
+    if !holds(&mut db.connect(), IS_PARTITIONED) {
+        cluster.crash_and_restart();
+        std::thread::sleep(Duration::from_millis(700));
+        kill_worker();
+    }
+    release("another reader");
+    let mut client = db.connect();
+    wait_until_partitioned(&mut client);
+    assert_all_there(&mut client, 20_001);
+    let left = "SELECT (SELECT count(*) FROM pg_constraint WHERE conname = 'litellm_spend_cutover')
+                     + (SELECT count(*) FROM pg_index WHERE NOT indisvalid)";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+    client.batch_execute(&insert_rows("new", 50, 3)).unwrap();
+    assert_exact(&mut client);
+}
+
+#[test]
+fn an_index_that_was_left_half_built_is_built_again() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let db = cluster.database();
+    db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
+    let db = db.attached();
+    let writer = format!("BEGIN; {}; PREPARE TRANSACTION 'writer'", insert_rows("prepared", 1, 3));
+    db.connect().batch_execute(&writer).unwrap();
+    let invalid = "SELECT EXISTS (SELECT FROM pg_index WHERE NOT indisvalid)";
+    db.connect().batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("the index is being built", || holds(&mut db.connect(), invalid));
+    // In the middle of CREATE INDEX CONCURRENTLY, and then of DROP INDEX CONCURRENTLY.
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(700));
+        cluster.crash_and_restart();
+        assert!(holds(&mut db.connect(), invalid));
+    }
+    db.connect().batch_execute("COMMIT PREPARED 'writer'").unwrap();
+    let mut client = db.connect();
+    wait_until_partitioned(&mut client);
+    assert!(!holds(&mut client, invalid));
+    assert_all_there(&mut client, 20_001);
+}
+
+#[test]
+fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    let next = |client: &mut Client| -> Option<(String, String)> {
+        let sql = "SELECT step, detail FROM spend_partition_convert() WHERE state = 'next'";
+        client.query_opt(sql, &[]).unwrap().map(|row| (row.get(0), row.get(1)))
+    };
+    let (step, sql) = next(&mut client).unwrap();
+    assert_eq!(step, "index");
+    assert_eq!(next(&mut client).unwrap().1, sql, "it waits for the index");
+    client.batch_execute(&sql).unwrap();
+    // Nobody would take a CHECK away in time.
+    client.batch_execute(&format!("BEGIN; {DROP_TIME_INDEXES}")).unwrap();
+    assert_refused(&mut client, "SELECT spend_partition_convert()", "55000");
+    client.batch_execute("ROLLBACK").unwrap();
+    client.batch_execute(&insert_rows("more", 10, 3)).unwrap();
+    assert_eq!(next(&mut client), None);
+    assert!(holds(&mut client, IS_PARTITIONED));
+    assert_all_there(&mut client, 1010);
+    assert_refused(&mut client, "SELECT spend_partition_convert()", "55000");
+    // And back, as far as a second takes it with each call.
+    for next in ["indexes", "swap", "done"] {
+        let sql = "SELECT CASE state WHEN 'next' THEN step ELSE state END FROM spend_partition_revert()
+                   WHERE state = 'next' OR step = 'swap' AND state = 'done'";
+        assert_eq!(value::<String>(&mut client, sql), next);
+        client.batch_execute(&insert_rows(next, 1, 3)).unwrap();
+    }
+    assert!(!holds(&mut client, IS_PARTITIONED));
+    assert_exact(&mut client);
+}
+
+#[test]
+fn a_cutover_that_comes_near_takes_the_check_away_before_it_refuses_a_row() {
+    let cluster: &'static Cluster =
+        Box::leak(Box::new(Cluster::start(&["litellm_spend.cutover_margin = '3s'"])));
+    let db = cluster.database().attached();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("old", 100, 40)).unwrap();
+    client.batch_execute(DROP_TIME_INDEXES).unwrap();
+    let has_check = "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = 'litellm_spend_cutover')";
+    // As attach() would, for the swap only.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client
+        .batch_execute("SELECT spend_partition_convert(cutover => (clock_timestamp() AT TIME ZONE 'UTC' + interval '8 seconds')::timestamp)")
+        .unwrap();
+    eventually("the CHECK is there", || holds(&mut client, has_check));
+    let future = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                    VALUES ('f' || random(), 'x', 1, clock_timestamp() AT TIME ZONE 'UTC' + interval '1 hour', now())"#;
+    assert_eq!(error(&mut client, future).code().code(), "23514", "what it is for");
+    eventually("the conversion stopped", || {
+        holds(
+            &mut client,
+            "SELECT stopped AND last_error LIKE 'the cutover%came near%' FROM litellm_spend.conversion",
+        )
+    });
+    assert!(!holds(&mut client, has_check));
+    client.batch_execute(future).unwrap();
+    assert!(holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE relname = 'LiteLLM_SpendLogs'"));
+    // Asked again, with rows in the way of that cutover and then without.
+    assert_refused(
+        &mut client,
+        "SELECT spend_partition_convert(cutover => (clock_timestamp() AT TIME ZONE 'UTC' + interval '30 minutes')::timestamp)",
+        "55000",
+    );
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    wait_until_partitioned(&mut client);
+    assert_all_there(&mut client, 101);
+}
+
+/// Everything that can hang on a table.
+const BELONGINGS: &str = r#"
+    DROP ROLE IF EXISTS reader_g; DROP ROLE IF EXISTS writer_g; CREATE ROLE reader_g; CREATE ROLE writer_g;
+    CREATE VIEW over AS SELECT model, sum(spend) AS spend FROM "LiteLLM_SpendLogs" GROUP BY model;
+    CREATE VIEW over_over WITH (security_barrier) AS SELECT * FROM over WHERE spend > 0;
+    CREATE FUNCTION total() RETURNS float8 STABLE LANGUAGE sql BEGIN ATOMIC SELECT sum(spend) FROM "LiteLLM_SpendLogs"; END;
+    CREATE TABLE seen (n int);
+    CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO seen VALUES (1); RETURN NULL; END $$;
+    CREATE TRIGGER each_row AFTER INSERT ON "LiteLLM_SpendLogs" FOR EACH ROW EXECUTE FUNCTION see();
+    CREATE TRIGGER each_statement AFTER INSERT ON "LiteLLM_SpendLogs" FOR EACH STATEMENT EXECUTE FUNCTION see();
+    CREATE TRIGGER never AFTER INSERT ON "LiteLLM_SpendLogs" FOR EACH ROW EXECUTE FUNCTION see();
+    ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER never;
+    ALTER TABLE "LiteLLM_SpendLogs" ADD CONSTRAINT sane CHECK (spend > -1e9);
+    ALTER TABLE "LiteLLM_SpendLogs" SET (autovacuum_vacuum_scale_factor = 0.01, fillfactor = 90);
+    COMMENT ON TABLE "LiteLLM_SpendLogs" IS 'it''s 100 % ours'; COMMENT ON COLUMN "LiteLLM_SpendLogs"."user" IS 'who';
+    COMMENT ON INDEX "LiteLLM_SpendLogs_startTime_idx" IS 'by time';
+    CREATE INDEX part ON "LiteLLM_SpendLogs" ((lower(model))) WHERE spend > 0;
+    CREATE STATISTICS both_of_them ON model, api_key FROM "LiteLLM_SpendLogs";
+    GRANT SELECT, INSERT ON "LiteLLM_SpendLogs" TO writer_g WITH GRANT OPTION; GRANT SELECT (model) ON "LiteLLM_SpendLogs" TO reader_g;
+    CREATE POLICY only_models ON "LiteLLM_SpendLogs" FOR SELECT TO reader_g USING (model <> 'secret');
+    ALTER TABLE "LiteLLM_SpendLogs" ENABLE ROW LEVEL SECURITY; ALTER TABLE "LiteLLM_SpendLogs" REPLICA IDENTITY FULL;
+    CREATE PUBLICATION a_few FOR TABLE "LiteLLM_SpendLogs";
+    GRANT SELECT ON over TO reader_g"#;
+
+/// What there is of them, by name.
+const INVENTORY: &str = r#"
+    WITH t AS (SELECT * FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass)
+    SELECT 'owner ' || relowner::regrole FROM t
+    UNION ALL SELECT 'acl ' || a::text FROM t, unnest(relacl) AS a
+    UNION ALL SELECT 'column acl ' || attname || a::text FROM t JOIN pg_attribute ON attrelid = t.oid, unnest(attacl) AS a
+    UNION ALL SELECT 'column ' || attname || ' ' || format_type(atttypid, atttypmod) || attnotnull || attstorage::text || coalesce(pg_get_expr(adbin, adrelid), '')
+              FROM t JOIN pg_attribute a ON attrelid = t.oid AND attnum > 0 AND NOT attisdropped LEFT JOIN pg_attrdef d ON d.adrelid = t.oid AND adnum = attnum
+    UNION ALL SELECT 'comment ' || description FROM t JOIN pg_description ON objoid = t.oid AND classoid = 'pg_class'::regclass
+    UNION ALL SELECT 'index ' || c.relname || ' ' || coalesce(obj_description(indexrelid), '') FROM t JOIN pg_index i ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
+    UNION ALL SELECT 'trigger ' || tgname || tgenabled::text FROM t JOIN pg_trigger ON tgrelid = t.oid WHERE NOT tgisinternal
+    UNION ALL SELECT 'constraint ' || conname || contype::text FROM t JOIN pg_constraint ON conrelid = t.oid
+    UNION ALL SELECT 'policy ' || policyname || cmd || qual || roles::text FROM pg_policies WHERE tablename = 'LiteLLM_SpendLogs'
+    UNION ALL SELECT 'security ' || relrowsecurity || relforcerowsecurity || relreplident::text FROM t
+    UNION ALL SELECT 'publication ' || pubname || tablename FROM pg_publication_tables
+    UNION ALL SELECT 'statistics ' || stxname FROM t JOIN pg_statistic_ext ON stxrelid = t.oid
+    UNION ALL SELECT 'view ' || oid::regclass || coalesce(reloptions::text, '') || coalesce(relacl::text, '') || pg_get_viewdef(oid)
+              FROM pg_class WHERE relname IN ('over', 'over_over', 'DailyTagSpend')
+    UNION ALL SELECT 'function ' || pg_get_functiondef('total'::regproc)
+    ORDER BY 1"#;
+
+fn inventory(client: &mut Client) -> Vec<String> {
+    client.query(INVENTORY, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn all_that_hangs_on_the_table_hangs_on_the_partitioned_one() {
+    let db = shared().database();
+    db.connect().batch_execute(BELONGINGS).unwrap();
+    db.connect().batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    let before = inventory(&mut client);
+    let views: Vec<u32> = client
+        .query("SELECT oid FROM pg_class WHERE relname IN ('over', 'over_over') ORDER BY 1", &[])
+        .unwrap()
+        .iter()
+        .map(|r| r.get(0))
+        .collect();
+    // The plan names each of them, and changes nothing.
+    let plan: Vec<String> = client
+        .query("SELECT action || ' ' || object FROM spend_partition_plan()", &[])
+        .unwrap()
+        .iter()
+        .map(|r| r.get(0))
+        .collect();
+    for object in [
+        "over",
+        "over_over",
+        "total()",
+        "each_row",
+        "each_statement",
+        "never",
+        "sane",
+        "fillfactor",
+        "column",
+        "part",
+        "both_of_them",
+        "writer_g",
+        "only_models",
+        "a_few",
+        "full",
+        "enable",
+        "LiteLLM_SpendLogs_pkey",
+    ] {
+        assert!(plan.iter().any(|row| row.contains(object)), "{object} is not in the plan: {plan:#?}");
+    }
+    assert_eq!(inventory(&mut client), before);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    assert_eq!(inventory(&mut client), before);
+    client
+        .query("SELECT 1 FROM pg_class WHERE oid = ANY ($1)", &[&views])
+        .map(|rows| assert_eq!(rows.len(), 2, "the views are the same objects"))
+        .unwrap();
+    // They all see new rows, each once.
+    client.batch_execute("TRUNCATE seen").unwrap();
+    let insert = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", model)
+                    VALUES ('n1', 'x', 1000, now(), now(), 'new'), ('n2', 'x', 1000, CURRENT_DATE + 5, now(), 'new')"#;
+    client.batch_execute(insert).unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM seen"), 3, "two rows and a statement");
+    assert_eq!(value::<f64>(&mut client, "SELECT spend FROM over_over WHERE model = 'new'"), 2000.0);
+    assert!(holds(&mut client, r#"SELECT total() = (SELECT sum(spend) FROM "LiteLLM_SpendLogs")"#));
+    let options = "SELECT count(*) FROM pg_class WHERE relname LIKE 'LiteLLM_SpendLogs_p2%' AND relkind = 'r' AND 'fillfactor=90' = ANY (reloptions)";
+    assert!(value::<i64>(&mut client, options) >= 6);
+    assert!(holds(&mut client, "SELECT bool_and(pubviaroot) FROM pg_publication"));
+    assert_exact(&mut client);
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'n2'"#).unwrap();
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    wait_until_plain(&mut client);
+    assert_eq!(inventory(&mut client), before);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    // LiteLLM's migrations and its own partition job go on.
+    let complaints = shared().run_again(&db.name, "migrations.sql");
+    assert!(!complaints.contains("partition"), "{complaints}");
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN newer TEXT; CREATE INDEX newer_idx ON "LiteLLM_SpendLogs" (newer);
+               DO $$ BEGIN EXECUTE format('CREATE TABLE IF NOT EXISTS "LiteLLM_SpendLogs_p%s" PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                   to_char(CURRENT_DATE + 5, 'YYYYMMDD'), CURRENT_DATE + 5, CURRENT_DATE + 6); END $$"#,
+        )
+        .unwrap();
+    drop(client);
+    db.connect().batch_execute("DROP OWNED BY reader_g, writer_g; DROP ROLE reader_g, writer_g").unwrap();
+}
+
+#[test]
+fn a_declared_rollup_over_the_table_goes_on() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE page_views (view_id bigserial PRIMARY KEY, at timestamptz NOT NULL DEFAULT now(), site int);
+             CREATE INDEX page_views_at ON page_views (at);
+             INSERT INTO page_views (site, at) SELECT i % 3, now() - i * interval '1 minute' FROM generate_series(1, 1000) i;
+             SELECT spend_rollup_create('sites', 'page_views', '{site}', '{count(*) AS n}');
+             SELECT spend_partition_convert('page_views', 'week', time_column => 'at')",
+        )
+        .unwrap();
+    eventually("it is partitioned", || {
+        holds(&mut client, "SELECT relkind = 'p' FROM pg_class WHERE oid = 'page_views'::regclass")
+    });
+    client
+        .batch_execute("INSERT INTO page_views (site, at) SELECT i % 3, now() + i * interval '1 hour' FROM generate_series(1, 1000) i")
+        .unwrap();
+    eventually("all is merged", || {
+        holds(
+            &mut client,
+            "SELECT tail_rows = 0 AND last_error IS NULL FROM spend_rollup_status WHERE rollup = 'sites'",
+        )
+    });
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.sites_rollup"), 2000);
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.sites"), 2000);
+    assert!(
+        holds(&mut client, "SELECT pg_get_serial_sequence('page_views', 'view_id') IS NOT NULL"),
+        "the sequence goes with the column"
+    );
+    client.batch_execute("SELECT spend_partition_revert('page_views')").unwrap();
+    eventually("it is plain again", || {
+        holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE oid = 'page_views'::regclass")
+    });
+    client.batch_execute("INSERT INTO page_views (site) SELECT 1 FROM generate_series(1, 10)").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.sites"), 2010);
+    assert!(holds(&mut client, "SELECT pg_get_serial_sequence('page_views', 'view_id') IS NOT NULL"));
+    assert_verified(&mut client);
+}
+
+#[test]
+fn what_cannot_be_converted_is_refused_with_the_reason() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 10, 40)).unwrap();
+    let call = "SELECT spend_partition_convert()";
+    for (sql, undo, reason) in [
+        (r#"CREATE UNIQUE INDEX u ON "LiteLLM_SpendLogs" (api_key, request_id)"#, "DROP INDEX u", "unique"),
+        (r#"CREATE TABLE child () INHERITS ("LiteLLM_SpendLogs")"#, "DROP TABLE child", "inherits"),
+        (r#"CREATE TABLE f (r text REFERENCES "LiteLLM_SpendLogs")"#, "DROP TABLE f", "foreign key"),
+        (
+            r#"CREATE RULE r AS ON DELETE TO "LiteLLM_SpendLogs" DO ALSO SELECT 1"#,
+            r#"DROP RULE r ON "LiteLLM_SpendLogs""#,
+            "rule",
+        ),
+        (
+            r#"CREATE TABLE "LiteLLM_SpendLogs_legacy" (x int)"#,
+            r#"DROP TABLE "LiteLLM_SpendLogs_legacy""#,
+            "already",
+        ),
+        (
+            r#"CREATE MATERIALIZED VIEW m AS SELECT count(*) FROM "LiteLLM_SpendLogs""#,
+            "DROP MATERIALIZED VIEW m",
+            "Materialized view",
+        ),
+        (
+            r#"CREATE VIEW by_key AS SELECT request_id, spend FROM "LiteLLM_SpendLogs" GROUP BY request_id"#,
+            "DROP VIEW by_key",
+            "primary key",
+        ),
+        (r#"CREATE TABLE row_type (r "LiteLLM_SpendLogs")"#, "DROP TABLE row_type", "row type"),
+        (
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ALTER "startTime" DROP NOT NULL"#,
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ALTER "startTime" SET NOT NULL"#,
+            "may be NULL",
+        ),
+    ] {
+        client.batch_execute(sql).unwrap();
+        assert_refused(&mut client, call, "55000");
+        let error = error(&mut client, call);
+        assert!(error.detail().unwrap().contains(reason), "{sql}: {error:?}");
+        let planned = format!(
+            "SELECT bool_or(step = 'in the way' AND action LIKE '%{reason}%') FROM spend_partition_plan()"
+        );
+        assert!(holds(&mut client, &planned), "{sql} is not in the plan");
+        client.batch_execute(undo).unwrap();
+    }
+    for (arguments, sqlstate) in [
+        ("NULL, 'hour'", "22023"),
+        ("NULL, ''", "22023"),
+        ("cutover => '2020-01-01'", "22023"),
+        ("cutover => 'infinity'", "22023"),
+        ("time_column => 'nothing'", "42703"),
+        ("time_column => 'model'", "42804"),
+        ("precreate => -1", "22023"),
+        ("'\"DailyTagSpend\"'", "42809"),
+    ] {
+        assert_refused(&mut client, &format!("SELECT spend_partition_convert({arguments})"), sqlstate);
+    }
+    client
+        .batch_execute(
+            r#"UPDATE "LiteLLM_SpendLogs" SET "startTime" = '2090-01-01' WHERE request_id = 'old1'"#,
+        )
+        .unwrap();
+    assert_refused(&mut client, call, "55000");
+    client.batch_execute("BEGIN READ ONLY").unwrap();
+    assert_refused(&mut client, call, "25006");
+    client.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.conversion"), 0);
+    assert!(holds(
+        &mut client,
+        "SELECT NOT EXISTS (SELECT FROM pg_constraint WHERE conname = 'litellm_spend_cutover')"
+    ));
+}
+
+#[test]
+fn a_conversion_that_is_aborted_leaves_everything_as_it_was() {
+    let db = shared().database();
+    let mut client = db.connect();
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    client.batch_execute(DROP_TIME_INDEXES).unwrap();
+    let before = inventory_of_table(&mut client);
+    let wait_until_gone = |client: &mut Client| {
+        eventually("it is forgotten", || {
+            value::<i64>(client, "SELECT count(*) FROM litellm_spend.conversion") == 0
+        });
+        assert_eq!(inventory_of_table(client), before);
+    };
+    // While the index is being built, which a writer holds up.
+    let mut writer = db.connect();
+    writer.batch_execute(&format!("BEGIN; {}", insert_rows("open", 1, 3))).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("the index is being built", || {
+        holds(&mut client, "SELECT EXISTS (SELECT FROM pg_index WHERE NOT indisvalid)")
+    });
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    eventually("it is not built any more", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM pg_stat_progress_create_index") == 0
+    });
+    writer.batch_execute("COMMIT").unwrap();
+    wait_until_gone(&mut client);
+    // With the CHECK there, when somebody keeps the swap away.
+    let mut holder = db.connect();
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("it is to be swapped", || {
+        holds(&mut client, "SELECT bool_or(step = 'swap' AND state = 'next') FROM spend_partition_convert()")
+    });
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    wait_until_gone(&mut client);
+    holder.batch_execute("COMMIT").unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+}
+
+fn inventory_of_table(client: &mut Client) -> Vec<String> {
+    let sql = r#"SELECT conname::text FROM pg_constraint WHERE conrelid = '"LiteLLM_SpendLogs"'::regclass
+                 UNION ALL SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = '"LiteLLM_SpendLogs"'::regclass
+                 UNION ALL SELECT tgname::text FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass AND NOT tgisinternal
+                 ORDER BY 1"#;
+    client.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn a_materialized_view_is_made_anew_if_that_is_asked_for() {
+    let db = shared().database();
+    let mut client = db.connect();
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 10, 40)).unwrap();
+    client
+        .batch_execute(
+            r#"CREATE MATERIALIZED VIEW m AS SELECT request_id, spend FROM "LiteLLM_SpendLogs"; CREATE UNIQUE INDEX mi ON m (request_id);
+               SELECT spend_partition_convert(rebuild_materialized_views => true)"#,
+        )
+        .unwrap();
+    wait_until_partitioned(&mut client);
+    client.batch_execute(&insert_rows("new", 5, 2)).unwrap();
+    client.batch_execute("REFRESH MATERIALIZED VIEW CONCURRENTLY m").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM m"), 15);
+}
+
+// ---- and back --------------------------------------------------------------------------------------------
+
+fn wait_until_plain(client: &mut Client) {
+    eventually("the table is plain again", || {
+        holds(client, r#"SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('"LiteLLM_SpendLogs"')"#)
+            && value::<i64>(client, "SELECT count(*) FROM litellm_spend.conversion") == 0
+    });
+}
+
+#[test]
+fn a_table_may_go_there_and_back_again_beside_what_is_left_in_the_archive() {
+    let db = shared().database();
+    db.connect().batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    for round in 1..=3 {
+        client.batch_execute("SELECT spend_partition_convert()").unwrap();
+        wait_until_partitioned(&mut client);
+        client.batch_execute(&insert_rows(&format!("new{round}-"), 50, 3)).unwrap();
+        client
+            .batch_execute(
+                r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                   SELECT request_id, 'again', 5, "startTime" + interval '1 minute', now() FROM "LiteLLM_SpendLogs" WHERE request_id = 'old1'"#,
+            )
+            .unwrap();
+        client.batch_execute("SELECT spend_partition_revert()").unwrap();
+        wait_until_plain(&mut client);
+        assert_verified(&mut client);
+    }
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), 1150);
+    for (table, rows) in [
+        ("partitioned", 1051),
+        ("partitioned_2", 1101),
+        ("partitioned_3", 1151),
+        ("duplicates", 1),
+        ("duplicates_2", 1),
+        ("duplicates_3", 1),
+    ] {
+        let count = format!(r#"SELECT count(*) FROM litellm_spend_archive."LiteLLM_SpendLogs_{table}""#);
+        assert_eq!(value::<i64>(&mut client, &count), rows, "{table}");
+    }
+}
+
+#[test]
+fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let db = cluster.database();
+    db.connect().batch_execute(&insert_rows("old", 60_000, 40)).unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    drop(client);
+    // Before each step, or in the middle of it.
+    for i in 0..6 {
+        let mut client = db.connect();
+        let _ = client.batch_execute("SELECT spend_partition_revert()");
+        std::thread::sleep(Duration::from_millis(40 + 130 * i));
+        let rows = insert_rows(&format!("k{i}-"), 10, 30);
+        client.batch_execute(&rows).unwrap();
+        drop(client);
+        if i % 2 == 0 {
+            cluster.crash_and_restart();
+        } else if let Ok(mut client) = cluster.try_connect(&db.name, "postgres") {
+            let sql = "SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'";
+            if let Ok(Some(row)) = client.query_opt(sql, &[]) {
+                std::process::Command::new("kill")
+                    .args(["-9", &row.get::<_, i32>(0).to_string()])
+                    .status()
+                    .unwrap();
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            eventually("the server is back", || cluster.try_connect(&db.name, "postgres").is_ok());
+        }
+    }
+    let mut client = db.connect();
+    eventually("it is plain", || {
+        cluster.try_connect(&db.name, "postgres").is_ok_and(|mut client| {
+            holds(
+                &mut client,
+                r#"SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('"LiteLLM_SpendLogs"')"#,
+            )
+        })
+    });
+    assert_all_there(&mut client, 60_060);
+
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    // A reader keeps the swap away.
+    let mut reader = db.connect();
+    reader.batch_execute(r#"BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    eventually("it waits for the reader", || {
+        holds(
+            &mut client,
+            "SELECT options ->> 'indexes' IS NOT NULL AND last_error IS NOT NULL FROM litellm_spend.conversion",
+        )
+    });
+    // Readers lock the table, aborting needs it: somebody who attaches keeps the swap away, too.
+    let mut holder = db.connect();
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    reader.batch_execute("COMMIT").unwrap();
+    eventually("it is aborted", || {
+        client.batch_execute("SELECT spend_partition_revert(abort => true)").is_ok()
+    });
+    holder.batch_execute("COMMIT").unwrap();
+    let left = "SELECT (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%')
+                     + (SELECT count(*) FROM pg_class WHERE relname LIKE 'reverted%' OR relname LIKE '%_plain%')
+                     + (SELECT count(*) FROM litellm_spend.conversion)";
+    assert_refused(&mut client, "SELECT spend_partition_revert(abort => true)", "42704");
+    assert_eq!(value::<i64>(&mut client, left), 0);
+    client.batch_execute(&insert_rows("after", 10, 3)).unwrap();
+    assert_all_there(&mut client, 60_070);
+}
+
+#[test]
+fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
+    let db = shared().database();
+    db.connect().batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    let mut holder = db.connect();
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    let at_the_swap = "SELECT bool_or(step = 'swap' AND state = 'next') FROM spend_partition_revert()";
+    eventually("all is copied", || holds(&mut client, at_the_swap));
+    // Rows that come with a partition, which no trigger sees, and a column, as LiteLLM's migrations add them.
+    client
+        .batch_execute(
+            r#"CREATE TABLE came (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
+               INSERT INTO came (request_id, call_type, spend, "startTime", "endTime")
+               SELECT 'came' || i, 'x', 1, '2040-01-01 10:00', now() FROM generate_series(1, 30) AS i;
+               ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION came FOR VALUES FROM ('2040-01-01') TO ('2040-01-02')"#,
+        )
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN newer text DEFAULT 'n'; CREATE INDEX newer_idx ON "LiteLLM_SpendLogs" (newer)"#,
+        )
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    client.batch_execute(r#"CREATE INDEX newest_idx ON "LiteLLM_SpendLogs" (newer, model)"#).unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    wait_until_plain(&mut client);
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(newer) FROM "LiteLLM_SpendLogs""#), 1030);
+    let indexes = r#"SELECT count(*) FROM pg_index WHERE indrelid = '"LiteLLM_SpendLogs"'::regclass
+                     AND indexrelid::regclass::text IN ('newer_idx', 'newest_idx')"#;
+    assert_eq!(value::<i64>(&mut client, indexes), 2);
+}
+
+#[test]
+fn the_owners_code_runs_as_the_owner() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let role = format!("mallory_{}", db.name);
+    client
+        .batch_execute(&format!(
+            "CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role};
+             CREATE TABLE ran (kind text, who text); GRANT INSERT ON ran TO PUBLIC;
+             SET ROLE {role};
+             CREATE FUNCTION spy(kind text) RETURNS boolean LANGUAGE plpgsql AS $$
+             BEGIN INSERT INTO public.ran VALUES (kind, current_user); RETURN true; END $$;
+             CREATE TABLE events (id bigint PRIMARY KEY, at timestamp NOT NULL, CONSTRAINT spied CHECK (public.spy('check')));
+             CREATE INDEX events_at ON events (at);
+             CREATE MATERIALIZED VIEW m AS SELECT count(*) AS n, bool_and(public.spy('matview')) AS s FROM events;
+             RESET ROLE;
+             INSERT INTO events SELECT i, now() - i * interval '1 hour' FROM generate_series(1, 100) i;
+             TRUNCATE ran;
+             SELECT spend_partition_convert('events', time_column => 'at', rebuild_materialized_views => true)"
+        ))
+        .unwrap();
+    eventually("it is partitioned", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.conversion") == 0
+    });
+    client.batch_execute("DROP MATERIALIZED VIEW m; SELECT spend_partition_revert('events')").unwrap();
+    eventually("it is plain", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.conversion") == 0
+    });
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events"), 100);
+    let ran: Vec<(String, String)> = client
+        .query("SELECT DISTINCT kind, who FROM ran ORDER BY 1", &[])
+        .unwrap()
+        .iter()
+        .map(|r| (r.get(0), r.get(1)))
+        .collect();
+    assert_eq!(ran, [("check".to_string(), role.clone()), ("matview".to_string(), role.clone())]);
+    client.batch_execute(&format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}")).unwrap();
+}

@@ -1,0 +1,905 @@
+//! Partitions of a table that has a policy: created ahead, DEFAULT drained, expired without a loss.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the indexes.
+const UPSTREAM_SCRIPT: &str = r#"
+    BEGIN;
+    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
+    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_legacy_pkey";
+    ALTER INDEX "LiteLLM_SpendLogs_startTime_idx" RENAME TO "LiteLLM_SpendLogs_legacy_startTime_idx";
+    CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_legacy" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
+    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
+    CREATE INDEX "LiteLLM_SpendLogs_startTime_idx" ON "LiteLLM_SpendLogs" ("startTime");
+    CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
+    COMMIT"#;
+
+/// A partitioned table of a user's own, whose rows a sequence numbers.
+const EVENTS: &str = "
+    CREATE TABLE events (id bigserial, at timestamp NOT NULL, note text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+    CREATE INDEX ON events (at);
+    CREATE TABLE events_pdefault PARTITION OF events DEFAULT;";
+
+/// A round of maintenance by SQL: (action, partition, rows, detail).
+fn maintain(client: &mut Client, table: &str) -> Vec<(String, String, i64, String)> {
+    read(client, &format!("SELECT * FROM spend_partition_maintain('{}')", table.replace('\'', "''")))
+}
+
+fn maintain_at(client: &mut Client, table: &str, now: &str) -> Vec<(String, String, i64, String)> {
+    read(client, &format!("SELECT * FROM litellm_spend.maintain_at('{table}', '{now}')"))
+}
+
+fn read(client: &mut Client, sql: &str) -> Vec<(String, String, i64, String)> {
+    let rows = client.query(sql, &[]).unwrap_or_else(|e| panic!("{sql}: {e:?}"));
+    rows.iter().map(|r| (r.get(0), r.get(1), r.get(2), r.get(3))).collect()
+}
+
+/// Name and bounds of each partition, in order.
+fn partitions(client: &mut Client, table: &str) -> Vec<(String, String)> {
+    let sql = format!(
+        "SELECT c.relname::text, pg_get_expr(c.relpartbound, c.oid) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+         WHERE i.inhparent = '{table}'::regclass ORDER BY 2, 1"
+    );
+    client.query(&sql, &[]).unwrap().iter().map(|r| (r.get(0), r.get(1))).collect()
+}
+
+fn bounds(from: &str, to: &str) -> String {
+    format!("FOR VALUES FROM ('{from} 00:00:00') TO ('{to} 00:00:00')")
+}
+
+/// The worker leaves partitions alone: what a test calls is all that happens.
+const BY_HAND: &str = "litellm_spend.maintain_interval = 0";
+
+fn cluster() -> &'static Cluster {
+    static CLUSTER: std::sync::OnceLock<Cluster> = std::sync::OnceLock::new();
+    CLUSTER.get_or_init(|| Cluster::start(&[BY_HAND]))
+}
+
+#[test]
+fn periods_are_created_ahead_by_the_clock_whatever_rows_there_are() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "ALTER TABLE events_pdefault SET (fillfactor = 70, toast.autovacuum_enabled = off);
+             CREATE ROLE reader_of_events; GRANT SELECT ON events TO reader_of_events;
+             INSERT INTO events (at) VALUES ('2099-01-01');
+             SELECT spend_partition_set('events', 'day', 2, '30 days')",
+        )
+        .unwrap();
+    let actions = maintain_at(&mut client, "events", "2028-02-28 23:59:59");
+    assert_eq!(actions.iter().filter(|a| a.0 == "created").count(), 3, "{actions:?}");
+    assert_eq!(
+        partitions(&mut client, "events"),
+        [
+            ("events_pdefault".to_string(), "DEFAULT".to_string()),
+            ("events_p20280228".into(), bounds("2028-02-28", "2028-02-29")),
+            ("events_p20280229".into(), bounds("2028-02-29", "2028-03-01")),
+            ("events_p20280301".into(), bounds("2028-03-01", "2028-03-02")),
+        ]
+    );
+    // As its siblings are.
+    assert!(holds(
+        &mut client,
+        "SELECT c.reloptions = '{fillfactor=70}' AND t.reloptions = '{autovacuum_enabled=off}' AND c.relowner = p.relowner
+                AND has_table_privilege('reader_of_events', c.oid, 'SELECT')
+         FROM pg_class c JOIN pg_class t ON t.oid = c.reltoastrelid, pg_class p
+         WHERE c.relname = 'events_p20280229' AND p.relname = 'events'"
+    ));
+    // Again: nothing.
+    let actions = maintain_at(&mut client, "events", "2028-02-28 23:59:59");
+    assert_eq!(actions.iter().map(|a| a.0.as_str()).collect::<Vec<_>>(), ["next"], "{actions:?}");
+    // Weeks from here on, without an overlap.
+    client.batch_execute("SELECT spend_partition_set('events', 'week', 1)").unwrap();
+    maintain_at(&mut client, "events", "2028-02-29");
+    let found = partitions(&mut client, "events");
+    assert!(found.contains(&("events_p20280302".into(), bounds("2028-03-02", "2028-03-06"))), "{found:?}");
+    assert!(found.contains(&("events_p20280306".into(), bounds("2028-03-06", "2028-03-13"))), "{found:?}");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM ONLY events_pdefault"), 1);
+    client.batch_execute("DROP OWNED BY reader_of_events; DROP ROLE reader_of_events").unwrap();
+}
+
+#[test]
+fn default_with_many_rows_becomes_a_partition_itself() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "INSERT INTO events (at, note) SELECT '2026-11-01'::timestamp + i * interval '1 minute', 'a' FROM generate_series(1, 20000) i;
+             INSERT INTO events (at) VALUES ('2099-01-01'), ('infinity'), ('-infinity');
+             SELECT spend_partition_set('events', 'day', 1)",
+        )
+        .unwrap();
+    let before: i64 = value(&mut client, "SELECT 'events_pdefault'::regclass::oid::bigint");
+    client.batch_execute("BEGIN").unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-11-15 12:00");
+    // Neither we nor ATTACH PARTITION have read it, but for its index; ANALYZE takes a sample, which is no scan.
+    let read = format!(
+        "SELECT coalesce(sum(seq_tup_read), 0)::bigint FROM pg_stat_xact_user_tables WHERE relid = {before}"
+    );
+    assert_eq!(value::<i64>(&mut client, &read), 0);
+    client.batch_execute("COMMIT").unwrap();
+    assert!(actions.iter().any(|a| a.0 == "drained" && a.1 == "events_p20261101"), "{actions:?}");
+    assert_eq!(
+        partitions(&mut client, "events"),
+        [
+            ("events_pdefault".to_string(), "DEFAULT".to_string()),
+            ("events_p20261101".into(), bounds("2026-11-01", "2026-11-15")),
+            ("events_p20261115".into(), bounds("2026-11-15", "2026-11-16")),
+            ("events_p20261116".into(), bounds("2026-11-16", "2026-11-17")),
+        ]
+    );
+    assert_eq!(value::<i64>(&mut client, "SELECT 'events_p20261101'::regclass::oid::bigint"), before);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events_pdefault"), 3);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events"), 20003);
+    // Named after its table, as LiteLLM's index job expects, and nothing of the proof is left.
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 2 FROM pg_index WHERE indrelid = 'events_p20261101'::regclass AND indexrelid::regclass::text LIKE 'events_p20261101%'"
+    ));
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM pg_constraint WHERE conname LIKE 'litellm_spend%'"));
+    assert_refused_row(&mut client, "INSERT INTO events_p20261101 (at) VALUES ('2026-11-15')");
+}
+
+fn assert_refused_row(client: &mut Client, sql: &str) {
+    assert_eq!(error(client, sql).code().code(), "23514", "{sql}");
+}
+
+#[test]
+fn rows_of_two_gaps_move_in_batches() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "CREATE TABLE by_hand PARTITION OF events FOR VALUES FROM ('2026-11-05 06:00') TO ('2026-11-09');
+             INSERT INTO events (at, note) SELECT '2026-11-01'::timestamp + i * interval '20 seconds', 'a' FROM generate_series(1, 30000) i;
+             INSERT INTO events (at, note) SELECT '2026-11-09'::timestamp, 'same' FROM generate_series(1, 3000) i;
+             SELECT spend_partition_set('events', 'day', 0)",
+        )
+        .unwrap();
+    let total: i64 = value(&mut client, "SELECT count(*) FROM events");
+    let before: i64 = value(&mut client, "SELECT 'events_pdefault'::regclass::oid::bigint");
+    // In a session of its own: the counts of a transaction include earlier ones that are not sent yet.
+    let mut fresh = db.connect();
+    fresh.batch_execute("BEGIN").unwrap();
+    maintain_at(&mut fresh, "events", "2026-11-10");
+    let read = format!(
+        "SELECT coalesce(sum(seq_tup_read), 0)::bigint FROM pg_stat_xact_user_tables WHERE relid = {before}"
+    );
+    assert_eq!(value::<i64>(&mut fresh, &read), 0);
+    fresh.batch_execute("ROLLBACK").unwrap();
+    let mut rounds = 0;
+    while value::<i64>(&mut client, "SELECT count(*) FROM events_pdefault") > 0 {
+        let actions = maintain_at(&mut client, "events", "2026-11-10");
+        assert!(actions.iter().all(|a| a.0 != "skipped" || a.3.starts_with("more is")), "{actions:?}");
+        assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events"), total);
+        rounds += 1;
+        assert!(rounds < 50, "{:?}", partitions(&mut client, "events"));
+    }
+    let found = partitions(&mut client, "events");
+    let half = "FOR VALUES FROM ('2026-11-05 00:00:00') TO ('2026-11-05 06:00:00')";
+    assert!(found.contains(&("events_p20261105".into(), half.into())), "{found:?}");
+    assert!(found.contains(&("events_p20261109".into(), bounds("2026-11-09", "2026-11-10"))), "{found:?}");
+    assert_eq!(found.len(), 9, "{found:?}");
+}
+
+// ---- expiry ----------------------------------------------------------------------------------------------
+
+/// A day of `events` with `rows` rows, one of them at its very end.
+fn day_of_events(client: &mut Client, day: &str, rows: u32) {
+    client
+        .batch_execute(&format!(
+            "INSERT INTO events (at, note) SELECT '{day}'::timestamp + (i - 1) * interval '1 second', 'a' FROM generate_series(1, {rows} - 1) i;
+             INSERT INTO events (at, note) VALUES ('{day}'::timestamp + interval '23:59:59.999999', 'last')"
+        ))
+        .unwrap();
+}
+
+#[test]
+fn what_ends_at_the_cutoff_goes_and_a_row_at_the_cutoff_stays() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_partition_set('events', 'day', 3);
+             CREATE TABLE legacy PARTITION OF events FOR VALUES FROM (MINVALUE) TO ('2026-10-20')",
+        )
+        .unwrap();
+    for day in ["2026-10-20", "2026-10-21", "2026-10-22"] {
+        maintain_at(&mut client, "events", day);
+        day_of_events(&mut client, day, 100);
+    }
+    client.batch_execute("INSERT INTO events (at) VALUES ('2026-10-10'), ('2026-10-18 12:00')").unwrap();
+    client.batch_execute("SELECT spend_partition_set('events', 'day', 3, '2 days')").unwrap();
+    // The cutoff is in the legacy partition, before its end.
+    let actions = maintain_at(&mut client, "events", "2026-10-20 12:00");
+    assert!(
+        actions.contains(&("deleted".into(), "legacy".into(), 1, "before '2026-10-18 12:00:00'".into())),
+        "{actions:?}"
+    );
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM legacy"), 1);
+    // At the end of one day: that day goes, and the next stays with its first row, which is at the cutoff.
+    let actions = maintain_at(&mut client, "events", "2026-10-23");
+    let gone: Vec<_> = actions.iter().filter(|a| a.0 == "dropped").map(|a| (a.1.as_str(), a.2)).collect();
+    assert_eq!(gone, [("legacy", 1), ("events_p20261020", 100)], "{actions:?}");
+    assert!(holds(&mut client, "SELECT count(*) = 200 AND min(at) = '2026-10-21' FROM events"));
+    // Inside of a day nothing goes, neither the partition nor single rows of it.
+    let actions = maintain_at(&mut client, "events", "2026-10-23 23:59:59");
+    assert!(actions.iter().all(|a| a.0 != "dropped" && a.0 != "deleted"), "{actions:?}");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events"), 200);
+    let proofs = client
+        .query(
+            "SELECT partition, range_start::text, range_end::text, rows, spend::text, action, policy
+             FROM litellm_spend.expired_partition ORDER BY range_end",
+            &[],
+        )
+        .unwrap();
+    let proof = |i: usize| {
+        let r = &proofs[i];
+        (
+            r.get::<_, String>(0),
+            r.get::<_, Option<String>>(1),
+            r.get::<_, Option<String>>(2),
+            r.get::<_, i64>(3),
+        )
+    };
+    assert_eq!(proof(0), ("legacy".into(), None, Some("2026-10-20 00:00:00".into()), 1));
+    assert_eq!(
+        proof(1),
+        (
+            "events_p20261020".into(),
+            Some("2026-10-20 00:00:00".into()),
+            Some("2026-10-21 00:00:00".into()),
+            100
+        )
+    );
+    assert_eq!(proofs[1].get::<_, String>(5), "drop");
+    assert_eq!(proofs[1].get::<_, String>(6), "day, 3 ahead, retention 2 days, drop");
+    assert_eq!(proofs.len(), 2);
+}
+
+#[test]
+fn what_is_not_rolled_up_stays() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_partition_set('events', 'day', 1, '1 day');
+             SELECT spend_rollup_register('by_hand', 'events')",
+        )
+        .unwrap();
+    maintain_at(&mut client, "events", "2026-10-20");
+    day_of_events(&mut client, "2026-10-20", 10);
+    client.batch_execute("INSERT INTO events (at) VALUES ('2026-10-01')").unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-10-22");
+    assert!(
+        actions.iter().any(|a| a.0 == "skipped" && a.1 == "events_p20261020" && a.3.contains("by_hand")),
+        "{actions:?}"
+    );
+    assert!(actions.iter().all(|a| a.0 != "dropped" && a.0 != "deleted"), "{actions:?}");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events"), 11);
+    let error: String = value(&mut client, "SELECT last_error FROM spend_partition_status LIMIT 1");
+    assert!(error.contains("not rolled up"), "{error}");
+    // Its owner's SQL has merged some, then all.
+    client
+        .batch_execute("SELECT spend_rollup_window('by_hand'); INSERT INTO events (at) VALUES ('2026-10-20')")
+        .unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-10-22");
+    assert!(
+        actions.contains(&(
+            "deleted".into(),
+            "events_pdefault".into(),
+            1,
+            "before '2026-10-21 00:00:00'".into()
+        )),
+        "{actions:?}"
+    );
+    assert!(actions.iter().all(|a| a.0 != "dropped"), "{actions:?}");
+    client.batch_execute("SELECT spend_rollup_window('by_hand')").unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-10-22");
+    assert!(actions.iter().any(|a| a.0 == "dropped" && a.2 == 11), "{actions:?}");
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
+}
+
+#[test]
+fn dropped_days_of_litellms_table_stay_in_the_rollups() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute(&insert_rows("old", 3000, 20)).unwrap();
+    client
+        .batch_execute(
+            r#"CREATE TABLE "LiteLLM_SpendLogs_p20201111" PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (MINVALUE) TO ('2020-11-12');
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", api_key, model)
+               SELECT 'ancient' || i, 'x', 0.5, '2020-11-11', '2020-11-11', 'k', 'm' FROM generate_series(1, 10) i;
+               SELECT spend_partition_set(NULL, 'day', 2, '15 days')"#,
+        )
+        .unwrap();
+    // Not before the rollups have it,
+    let stays = |actions: &[(String, String, i64, String)], why: &str| {
+        actions.iter().any(|a| a.0 == "skipped" && a.1.ends_with("_p20201111") && a.3.contains(why))
+            && actions.iter().all(|a| a.0 != "dropped")
+    };
+    client.batch_execute("BEGIN; SELECT spend_attach()").unwrap();
+    let actions = maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+    assert!(stays(&actions, "is not backfilled"), "{actions:?}");
+    client.batch_execute("ROLLBACK; SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    // nor while they are to be repaired from it.
+    client
+        .batch_execute(
+            "BEGIN; INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES ('2020-11-11', '2020-11-12', 'rebuild', 'INSERT')",
+        )
+        .unwrap();
+    let actions = maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+    assert!(stays(&actions, "something to repair"), "{actions:?}");
+    client.batch_execute("ROLLBACK").unwrap();
+    let totals = "SELECT sum(spend)::text || ' ' || sum(requests) FROM litellm_spend.daily_spend";
+    let before: String = value(&mut client, totals);
+    client.batch_execute("BEGIN").unwrap();
+    let actions = maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+    // With their triggers from the first moment on.
+    assert!(holds(
+        &mut client,
+        r#"SELECT count(*) > 3 AND bool_and(4 = (SELECT count(*) FROM pg_trigger WHERE tgrelid = inhrelid AND tgname LIKE 'litellm_spend%'))
+           FROM pg_inherits WHERE inhparent = '"LiteLLM_SpendLogs"'::regclass"#
+    ));
+    client.batch_execute("COMMIT").unwrap();
+    assert!(
+        actions.contains(&(
+            "dropped".into(),
+            "LiteLLM_SpendLogs_p20201111".into(),
+            10,
+            "FROM (MINVALUE) TO ('2020-11-12 00:00:00'); dropped".into()
+        )),
+        "{actions:?}"
+    );
+    assert!(
+        actions.iter().any(|a| a.0 == "deleted" && a.1 == "LiteLLM_SpendLogs_pdefault" && a.2 > 100),
+        "{actions:?}"
+    );
+    assert!(actions.iter().any(|a| a.0 == "drained"), "{actions:?}");
+    assert_eq!(value::<String>(&mut client, totals), before);
+    assert_verified(&mut client);
+    assert!(holds(&mut client, "SELECT rows = 10 AND spend = 5 FROM litellm_spend.expired_partition"));
+    assert_refused(
+        &mut client,
+        "SELECT spend_rollup_rebuild('daily_spend', '2020-11-11', '2020-11-12')",
+        "55000",
+    );
+    // A row of such a day that arrives now still counts.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", api_key, model)
+               VALUES ('late', 'x', 0.5, '2020-11-11', '2020-11-11', 'k', 'm')"#,
+        )
+        .unwrap();
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend WHERE date = '2020-11-11'"
+        ),
+        11
+    );
+    assert_verified(&mut client);
+    // New partitions are captured when they are written to directly.
+    let today: String = value(
+        &mut client,
+        r#"SELECT 'LiteLLM_SpendLogs_p' || to_char(now() AT TIME ZONE 'UTC' + interval '1 day', 'YYYYMMDD')"#,
+    );
+    client
+        .batch_execute(&format!(
+            r#"INSERT INTO "{today}" (request_id, call_type, spend, "startTime", "endTime", api_key, model)
+               SELECT 'direct', 'x', 0.5, now() AT TIME ZONE 'UTC' + interval '1 day', now(), 'k', 'm'"#
+        ))
+        .unwrap();
+    assert_verified(&mut client);
+}
+
+#[test]
+fn detached_partitions_go_to_the_archive_and_are_captured_no_more() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client
+        .batch_execute(
+            r#"CREATE ROLE keeper; GRANT ALL ON SCHEMA public TO keeper; ALTER TABLE "LiteLLM_SpendLogs" OWNER TO keeper;
+               SELECT spend_partition_set(NULL, 'day', 1, '1 day', 'detach')"#,
+        )
+        .unwrap();
+    for _ in 0..2 {
+        client
+            .batch_execute(
+                r#"CREATE TABLE "LiteLLM_SpendLogs_p20261001" PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-10-01') TO ('2026-10-02')"#,
+            )
+            .unwrap();
+        client
+            .batch_execute(
+                r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", api_key, model)
+                   SELECT 'r' || i, 'x', 0.5, '2026-10-01', '2026-10-01', 'k', 'm' FROM generate_series(1, 10) i"#,
+            )
+            .unwrap();
+        eventually("the partition is captured and gone", || {
+            let actions = maintain_at(&mut client, "\"LiteLLM_SpendLogs\"", "2026-11-21");
+            actions.iter().any(|a| a.0 == "detached")
+        });
+    }
+    assert!(holds(
+        &mut client,
+        r#"SELECT count(*) = 2 AND bool_and(NOT relispartition)
+                  AND has_schema_privilege('keeper', 'litellm_spend_archive', 'USAGE')
+                  AND bool_and(NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = c.oid))
+           FROM pg_class c WHERE relnamespace = 'litellm_spend_archive'::regnamespace AND relkind = 'r'"#
+    ));
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"), 20);
+    client.batch_execute(r#"DELETE FROM litellm_spend_archive."LiteLLM_SpendLogs_p20261001""#).unwrap();
+    assert_verified(&mut client);
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 2 AND bool_and(rows = 10 AND spend = 5 AND action = 'detach') FROM litellm_spend.expired_partition"
+    ));
+    client
+        .batch_execute("REASSIGN OWNED BY keeper TO postgres; DROP OWNED BY keeper; DROP ROLE keeper")
+        .unwrap();
+}
+
+#[test]
+fn a_table_without_partitions_loses_expired_rows_only() {
+    let db = cluster().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 3000, 25)).unwrap();
+    let totals = "SELECT sum(spend)::text FROM litellm_spend.daily_spend";
+    let before: String = value(&mut client, totals);
+    client.batch_execute("SELECT spend_partition_set(retention => '10 days')").unwrap();
+    // A row that somebody else holds is not waited for.
+    client.batch_execute("SET statement_timeout = '20s'").unwrap();
+    let mut other = db.connect();
+    let mut holder = other.transaction().unwrap();
+    holder
+        .batch_execute(r#"SELECT FROM "LiteLLM_SpendLogs" ORDER BY "startTime" LIMIT 1 FOR UPDATE"#)
+        .unwrap();
+    let actions = maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+    assert!(actions.iter().any(|a| a.0 == "deleted" && a.2 > 1000), "{actions:?}");
+    let expired = r#"SELECT count(*) FROM "LiteLLM_SpendLogs" WHERE "startTime" < now() AT TIME ZONE 'UTC' - interval '10 days'"#;
+    assert_eq!(value::<i64>(&mut client, expired), 1);
+    holder.commit().unwrap();
+    maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+    assert_eq!(value::<i64>(&mut client, expired), 0);
+    assert_eq!(value::<String>(&mut client, totals), before);
+    assert_verified(&mut client);
+}
+
+// ---- beside others -----------------------------------------------------------------------------------------
+
+/// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the longest wait of any.
+fn beside_readers<T>(db: &Database, table: &str, body: impl FnOnce() -> T) -> (T, Duration) {
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let longest = std::sync::Mutex::new(Duration::ZERO);
+    let result = std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut client = db.connect();
+                let mut least = 0;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let began = Instant::now();
+                    let rows: i64 = value(&mut client, &format!("SELECT count(*) FROM {table}"));
+                    let mut longest = longest.lock().unwrap();
+                    *longest = (*longest).max(began.elapsed());
+                    assert!(rows >= least, "{rows} rows after {least}");
+                    least = rows;
+                }
+            });
+        }
+        let _stop = RaiseOnDrop(&stop);
+        body()
+    });
+    (result, longest.into_inner().unwrap())
+}
+
+#[test]
+fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    eventually("capture follows", || {
+        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
+    });
+    client.batch_execute(&insert_rows("old", 5000, 10)).unwrap();
+    client.batch_execute("SELECT spend_partition_set()").unwrap();
+    let table = "\"LiteLLM_SpendLogs\"";
+    beside_writers(&db, 2, 5, 12, || {
+        let (_, longest) = beside_readers(&db, table, || {
+            // LiteLLM's own job has made the partition of tomorrow, so that there are two gaps; both are filled again.
+            for day in 1..4 {
+                let sql = format!("DO $$ BEGIN EXECUTE format('CREATE TABLE IF NOT EXISTS \"LiteLLM_SpendLogs_p%s\" PARTITION OF {table}
+                    FOR VALUES FROM (%L) TO (%L)', to_char(CURRENT_DATE + {day}, 'YYYYMMDD'), CURRENT_DATE + {day}, CURRENT_DATE + {day} + 1); END $$");
+                client.batch_execute(&sql).unwrap();
+            }
+            let mut seen = vec![];
+            eventually("DEFAULT is drained", || {
+                seen.extend(maintain(&mut client, table));
+                value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs_pdefault""#) == 0
+            });
+            assert!(seen.iter().any(|a| a.0 == "drained"), "{seen:?}");
+        });
+        println!("longest read beside the drain: {longest:?}");
+        assert!(longest < Duration::from_millis(1500), "{longest:?}");
+    });
+    assert_verified(&mut client);
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            r#"SELECT count(*) - (SELECT sum(requests) FROM litellm_spend.daily_spend)::bigint FROM "LiteLLM_SpendLogs""#
+        ),
+        0
+    );
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        ),
+        0
+    );
+    assert!(holds(&mut client, "SELECT bool_and(partitions_ahead >= 7) FROM spend_partition_status"));
+    assert!(holds(
+        &mut client,
+        r#"SELECT reltuples > 0 FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#
+    ));
+}
+
+#[test]
+fn a_long_reader_delays_maintenance_and_nobody_else() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "INSERT INTO events (at) SELECT now() - i * interval '1 minute' FROM generate_series(1, 5000) i;
+             SELECT spend_partition_set('events', 'day', 1)",
+        )
+        .unwrap();
+    let mut other = db.connect();
+    let mut reader = other.transaction().unwrap();
+    reader.batch_execute("SELECT count(*) FROM events").unwrap();
+    let mut skipped = 0;
+    let (_, longest_read) = beside_readers(&db, "events", || {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut client = db.connect();
+                let mut longest = Duration::ZERO;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let began = Instant::now();
+                    client.batch_execute("INSERT INTO events (at) VALUES (now())").unwrap();
+                    longest = longest.max(began.elapsed());
+                }
+                longest
+            });
+            let raise = RaiseOnDrop(&stop);
+            let began = Instant::now();
+            client.batch_execute("SET litellm_spend.lock_timeout = '400ms'").unwrap();
+            while began.elapsed() < Duration::from_secs(5) {
+                let actions = maintain(&mut client, "events");
+                skipped += actions
+                    .iter()
+                    .filter(|a| a.0 == "skipped" && a.3.contains("could not get a lock"))
+                    .count();
+                assert!(actions.iter().filter(|a| a.0 == "skipped").count() <= 1, "{actions:?}");
+            }
+            drop(raise);
+            let longest = writer.join().unwrap();
+            assert!(longest < Duration::from_millis(900), "{longest:?}");
+        });
+    });
+    assert!(skipped > 2, "{skipped}");
+    assert!(longest_read < Duration::from_millis(900), "{longest_read:?}");
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
+    reader.rollback().unwrap();
+    let actions = maintain(&mut client, "events");
+    assert!(
+        actions.iter().any(|a| a.0 == "drained") && actions.iter().all(|a| a.0 != "skipped"),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn of_two_maintainers_one_says_that_it_did_nothing() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client.batch_execute("SELECT spend_partition_set('events')").unwrap();
+    let mut other = db.connect();
+    let mut first = other.transaction().unwrap();
+    first.batch_execute("SELECT spend_partition_maintain('events')").unwrap();
+    let actions = maintain(&mut client, "events");
+    assert_eq!(actions, [("skipped".into(), "events".into(), 0, "somebody else maintains the table".into())]);
+    first.commit().unwrap();
+    assert_eq!(maintain(&mut client, "events").len(), 1);
+    assert_eq!(partitions(&mut client, "events").len(), 9);
+}
+
+#[test]
+fn bounds_are_the_same_in_every_time_zone() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    let mut found = vec![];
+    for (i, (zone, kind)) in [
+        ("UTC", "timestamp"),
+        ("Asia/Seoul", "timestamp"),
+        ("America/Los_Angeles", "timestamptz"),
+        ("Pacific/Chatham", "timestamptz"),
+        ("Pacific/Chatham", "date"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        client
+            .batch_execute(&format!(
+                "SET TimeZone = 'UTC'; CREATE TABLE t{i} (at {kind} NOT NULL) PARTITION BY RANGE (at); CREATE INDEX ON t{i} (at);
+                 CREATE TABLE t{i}_pdefault PARTITION OF t{i} DEFAULT;
+                 INSERT INTO t{i} SELECT '2026-10-29'::timestamp + d * interval '1 day' + interval '1 minute' FROM generate_series(0, 3) d;
+                 SET TimeZone = '{zone}'; SELECT spend_partition_set('t{i}', 'day', 1, '1 day')"
+            ))
+            .unwrap();
+        // The night in which clocks change in America, and the day after.
+        let mut actions = maintain_at(&mut client, &format!("t{i}"), "2026-11-01 00:00:30");
+        actions.extend(maintain_at(&mut client, &format!("t{i}"), "2026-11-02 09:59"));
+        client.batch_execute("SET TimeZone = 'UTC'").unwrap();
+        let bounds = format!("{:?}", partitions(&mut client, &format!("t{i}")))
+            .replace(" 00:00:00", "")
+            .replace("+00", "")
+            .replace(&format!("t{i}"), "t");
+        let rows: i64 = value(&mut client, &format!("SELECT count(*) FROM t{i}"));
+        let gone = actions.iter().filter(|a| a.0 == "deleted" || a.0 == "dropped").map(|a| a.2).sum::<i64>();
+        found.push((bounds, rows, gone));
+    }
+    assert!(found[0].0.contains("t_p20261103"), "{found:?}");
+    assert_eq!((found[0].1, found[0].2), (1, 3), "{found:?}");
+    assert!(found.iter().all(|f| *f == found[0]), "{found:#?}");
+    // The status view says UTC whatever the reader's zone.
+    client.batch_execute("SET TimeZone = 'Pacific/Chatham'").unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(range_start = date_trunc('day', range_start)) AND count(*) > 10 FROM spend_partition_status WHERE NOT is_default"
+    ));
+}
+
+#[test]
+fn bad_input_is_refused_with_a_reason() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE by_list (at timestamp, k int) PARTITION BY LIST (k);
+             CREATE TABLE by_hash (at timestamp, k int) PARTITION BY HASH (at);
+             CREATE TABLE by_two (at timestamp, k int) PARTITION BY RANGE (at, k);
+             CREATE TABLE by_expression (at timestamp) PARTITION BY RANGE (date_trunc('day', at));
+             CREATE TABLE by_number (at timestamp, k int) PARTITION BY RANGE (k);
+             CREATE TABLE nested (at timestamp) PARTITION BY RANGE (at);
+             CREATE TABLE nested_part PARTITION OF nested FOR VALUES FROM ('2026-01-01') TO ('2027-01-01') PARTITION BY RANGE (at);
+             CREATE VIEW a_view AS SELECT now() AS at; CREATE ROLE stranger; GRANT USAGE ON SCHEMA public TO stranger;
+             GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO stranger",
+        )
+        .unwrap();
+    for (arguments, state) in [
+        ("NULL, 'hour'", "22023"),
+        ("NULL, 'day', -1", "22023"),
+        ("NULL, 'day', 100000", "22023"),
+        ("NULL, 'day', NULL", "22004"),
+        ("NULL, 'day', 7, '0'", "22023"),
+        ("NULL, 'day', 7, '-3 days'", "22023"),
+        ("NULL, 'week', 7, '6 days'", "22023"),
+        ("NULL, 'day', 7, '3 days', 'burn'", "22023"),
+        ("NULL, 'day', 7, '3 days', 'drop', 'nothing'", "42703"),
+        ("NULL, 'day', 7, '3 days', 'drop', 'spend'", "42804"),
+        ("NULL, NULL", "42704"),
+        ("'by_list'", "42809"),
+        ("'by_hash'", "42809"),
+        ("'by_two'", "42809"),
+        ("'by_expression'", "42809"),
+        ("'by_number', time_column => 'at'", "42809"),
+        ("'by_number'", "42804"),
+        ("'nested_part'", "42809"),
+        ("'a_view'", "42809"),
+    ] {
+        assert_refused(&mut client, &format!("SELECT spend_partition_set({arguments})"), state);
+    }
+    assert_refused(&mut client, "SELECT spend_partition_maintain()", "42704");
+    assert_refused(&mut client, "BEGIN READ ONLY; SELECT spend_partition_maintain()", "25006");
+    client.batch_execute("ROLLBACK; SET ROLE stranger").unwrap();
+    assert_refused(&mut client, "SELECT spend_partition_set()", "42501");
+    assert_refused(&mut client, "SELECT spend_partition_maintain()", "42501");
+    client.batch_execute("RESET ROLE").unwrap();
+    // What turns up later is skipped, and the rest is done.
+    client
+        .batch_execute(
+            "SELECT spend_partition_set('nested', 'month', 0, '1 month');
+             CREATE TABLE nested_leaf PARTITION OF nested_part DEFAULT; INSERT INTO nested VALUES ('2026-05-05')",
+        )
+        .unwrap();
+    let actions = maintain_at(&mut client, "nested", "2027-03-05");
+    assert!(actions.iter().any(|a| a.0 == "skipped" && a.1 == "nested_part"), "{actions:?}");
+    assert!(actions.iter().any(|a| a.0 == "created" && a.1 == "nested_p20270301"), "{actions:?}");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM nested"), 1);
+    client.batch_execute("DROP OWNED BY stranger; DROP ROLE stranger").unwrap();
+}
+
+#[test]
+fn litellms_own_job_may_run_at_the_same_time() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client
+        .batch_execute("SELECT spend_attach(); SELECT spend_partition_set(NULL, 'day', 7, '3 days')")
+        .unwrap();
+    wait_until_live(&mut client);
+    let job = |client: &mut Client| {
+        for day in 0..8 {
+            // It logs what fails.
+            let _ = client.batch_execute(&format!(
+                "BEGIN; SET LOCAL lock_timeout = 3000; DO $$ BEGIN
+                     EXECUTE format('CREATE TABLE IF NOT EXISTS \"LiteLLM_SpendLogs_p%s\" PARTITION OF \"LiteLLM_SpendLogs\" FOR VALUES FROM (%L) TO (%L)',
+                         to_char(CURRENT_DATE + {day}, 'YYYYMMDD'), CURRENT_DATE + {day}, CURRENT_DATE + {day} + 1); END $$; COMMIT"
+            ));
+            let _ = client.batch_execute("ROLLBACK");
+        }
+        let _ = client.batch_execute("DO $$ BEGIN EXECUTE format('DROP TABLE IF EXISTS \"LiteLLM_SpendLogs_p%s\"', to_char(CURRENT_DATE - 5, 'YYYYMMDD')); END $$");
+    };
+    beside_writers(&db, 2, 5, 2, || {
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let mut client = db.connect();
+                    (0..5).for_each(|_| job(&mut client));
+                });
+            }
+            for _ in 0..10 {
+                maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+            }
+        });
+        let mut last = vec![];
+        eventually("all is as it should be", || {
+            last = maintain(&mut client, "\"LiteLLM_SpendLogs\"");
+            last.len() == 1 && last[0].3.ends_with("7 partitions ahead")
+        });
+    });
+    wait_until_live(&mut client);
+    eventually("every partition is captured", || client.query(VERIFY_ALL, &[]).unwrap().is_empty());
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        ),
+        0
+    );
+    assert_eq!(
+        value::<i64>(
+            &mut client,
+            r#"SELECT count(*) - (SELECT sum(requests) FROM litellm_spend.daily_spend)::bigint FROM "LiteLLM_SpendLogs""#
+        ),
+        0
+    );
+}
+
+// ---- by itself -----------------------------------------------------------------------------------------------
+
+#[test]
+fn the_worker_maintains_and_goes_on_after_a_crash() {
+    let cluster: &'static Cluster =
+        Box::leak(Box::new(Cluster::start(&["litellm_spend.maintain_interval = '1s'"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    eventually("capture follows", || {
+        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
+    });
+    // Two gaps with many rows each, so that rows have to move.
+    client
+        .batch_execute(
+            r#"DO $$ BEGIN EXECUTE format('CREATE TABLE middle PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                                          CURRENT_DATE - 6, CURRENT_DATE - 5); END $$"#,
+        )
+        .unwrap();
+    (0..10).for_each(|i| client.batch_execute(&insert_rows(&format!("old{i}-"), 5000, 12)).unwrap());
+    let total: i64 = value(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#);
+    client.batch_execute("SELECT spend_partition_set()").unwrap();
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(400));
+        cluster.crash_and_restart();
+    }
+    let mut client = db.connect();
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), total);
+    // No half-made table, nor a constraint of ours, is left.
+    assert!(holds(
+        &mut client,
+        r#"SELECT count(*) = 0 FROM pg_class WHERE relname LIKE 'LiteLLM_SpendLogs_p2%' AND relkind = 'r' AND NOT relispartition"#
+    ));
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM pg_constraint WHERE conname LIKE 'litellm_spend%'"));
+    eventually("DEFAULT is drained", || {
+        value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs_pdefault""#) == 0
+            && holds(&mut client, "SELECT bool_and(partitions_ahead = 7) FROM spend_partition_status")
+    });
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), total);
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"),
+        total
+    );
+    assert_verified(&mut client);
+    // Somebody else's lock is no error, and is not waited for.
+    let mut other = db.connect();
+    let mut holder = other.transaction().unwrap();
+    holder.batch_execute("SELECT spend_partition_maintain()").unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    holder.rollback().unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(last_error IS NULL AND last_maintained_at IS NOT NULL) FROM spend_partition_status"
+    ));
+    drop((client, other));
+    drop(db);
+    // SAFETY of the leak: the watchdog ends the server with the test binary.
+}
+
+#[test]
+fn pg_cron_maintains() {
+    if !Path::new(&pkglibdir()).join("pg_cron.so").exists() {
+        // scripts/setup installs it with PostgreSQL 15, so there it must be.
+        let version = run_pg_config("--version");
+        assert!(!version.starts_with("PostgreSQL 15."), "no pg_cron for {version}: run scripts/setup");
+        eprintln!("SKIPPED pg_cron_maintains: no pg_cron for {version}");
+        return;
+    }
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[
+        BY_HAND,
+        "shared_preload_libraries = 'pg_cron,litellm_spend'",
+        "cron.database_name = 'cron_test'",
+        "cron.use_background_workers = on",
+    ])));
+    let mut admin = cluster.connect("postgres");
+    admin.batch_execute("CREATE DATABASE cron_test TEMPLATE litellm_template").unwrap();
+    let mut client = cluster.connect("cron_test");
+    client.batch_execute("CREATE EXTENSION pg_cron; CREATE EXTENSION litellm_spend").unwrap();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client
+        .batch_execute("SELECT spend_partition_set(); SELECT cron.schedule('maintain', '* * * * *', 'SELECT spend_partition_maintain()')")
+        .unwrap();
+    let began = Instant::now();
+    let done = "SELECT EXISTS (SELECT FROM cron.job_run_details WHERE status = 'succeeded')";
+    while !holds(&mut client, done) {
+        assert!(began.elapsed() < Duration::from_secs(150), "pg_cron ran nothing: {}", cluster.log_tail());
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert_eq!(partitions(&mut client, "\"LiteLLM_SpendLogs\"").len(), 9);
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(last_maintained_at IS NOT NULL AND last_error IS NULL) FROM spend_partition_status"
+    ));
+}
+
+fn pkglibdir() -> String {
+    run_pg_config("--pkglibdir")
+}
+
+fn run_pg_config(option: &str) -> String {
+    let pg_config = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
+    let output = std::process::Command::new(pg_config).arg(option).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_string()
+}
