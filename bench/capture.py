@@ -77,8 +77,8 @@ def widened(metadata):
 class Pool:
     """New rows in order of time, later than all that the databases have."""
 
-    def __init__(self):
-        self.size = sum(2 * case.rows * case.block for case in CASES) * (RUNS + 1)
+    def __init__(self, cases=CASES, runs=RUNS):
+        self.size = sum(2 * case.rows * case.block for case in cases) * (runs + 1)
         self.session = Session(harness.loaded("pool", self.size, seeds=(3, 4)))
         columns = ", ".join(f'"{c}" + interval \'31 days\'' if c in TIMES else f'"{c}"' for c in COLUMNS)
         self.session.run(f'BEGIN; DECLARE pool CURSOR FOR SELECT {columns} FROM "LiteLLM_SpendLogs" ORDER BY "startTime"')

@@ -17,6 +17,7 @@ from psycopg.pq import ExecStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ["BENCH_RESULTS"])
+COMMIT = os.environ.get("BENCH_COMMIT", "")
 QUICK = bool(os.environ.get("QUICK"))  # sizes for trying the scripts out; the numbers mean nothing
 
 ROWS = 9_400 if QUICK else 470_000
@@ -112,7 +113,7 @@ def _psql(database, *arguments):
                    env=os.environ | {"PGOPTIONS": "-c client_min_messages=error"})
 
 
-def _exists(database):
+def exists(database):
     server = Session("postgres")
     found = server.rows(f"SELECT FROM pg_database WHERE datname = '{database}'")
     server.close()
@@ -132,7 +133,7 @@ def drop(*databases):
 
 def _schema():
     """An empty database as LiteLLM makes it, with all seven indexes of the spend log."""
-    if not _exists("litellm"):
+    if not exists("litellm"):
         on_server("CREATE DATABASE litellm")
         _psql("litellm", "-f", ROOT / "target/litellm/migrations.sql", "-f", ROOT / "target/litellm/views.sql",
               "-f", ROOT / "bench/litellm_indexes.sql")
@@ -141,7 +142,7 @@ def _schema():
 
 def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
     """A database with that many spend logs; made once, then kept for the other scenarios to clone."""
-    if _exists(name):
+    if exists(name):
         return name
     start = time.monotonic()
     on_server(f"CREATE DATABASE {name} TEMPLATE {_schema()}")
@@ -163,6 +164,43 @@ def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
 
 def wide():
     return loaded("wide", ROWS)
+
+
+def copy_into_partitions(session, days_ahead):
+    """What a user does who has nothing else: a new table with a partition for each day and all the indexes, and a copy of
+    every row. The old one is "LiteLLM_SpendLogs_legacy" then, and what read it still does. Returns the number of rows."""
+    indexes = session.rows("SELECT pg_get_indexdef(indexrelid) FROM pg_index"
+                           " WHERE indrelid = '\"LiteLLM_SpendLogs\"'::regclass AND NOT indisunique")
+    session.run(f"""
+        CREATE TABLE copy (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS INCLUDING GENERATED) PARTITION BY RANGE ("startTime");
+        CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF copy DEFAULT;
+        DO $$
+        DECLARE
+            day date;
+        BEGIN
+            FOR day IN SELECT generate_series((SELECT min("startTime")::date FROM "LiteLLM_SpendLogs"),
+                                              CURRENT_DATE + {days_ahead}, interval '1 day') LOOP
+                EXECUTE format('CREATE TABLE %I PARTITION OF copy FOR VALUES FROM (%L) TO (%L)',
+                               'LiteLLM_SpendLogs_p' || to_char(day, 'YYYYMMDD'), day, day + 1);
+            END LOOP;
+        END
+        $$""")
+    rows = session.run('INSERT INTO copy SELECT * FROM "LiteLLM_SpendLogs"').command_tuples
+    session.run('ALTER TABLE copy ADD PRIMARY KEY (request_id, "startTime")')
+    for definition, in indexes:
+        session.run(f'CREATE INDEX ON copy USING {definition.decode().split(" USING ", 1)[1]}')
+    session.run('ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";'
+                ' ALTER TABLE copy RENAME TO "LiteLLM_SpendLogs"')
+    return rows
+
+
+def partition(session, days_ahead):
+    """The spend log of a database of ours, by days, with LiteLLM's views. Before attach()."""
+    copy_into_partitions(session, days_ahead)
+    session.run('SET client_min_messages = warning; DROP TABLE "LiteLLM_SpendLogs_legacy" CASCADE;'
+                ' DROP VIEW "LiteLLM_VerificationTokenView"')
+    _psql(session.connection.info.dbname, "-f", ROOT / "target/litellm/views.sql")
+    session.run('VACUUM (ANALYZE) "LiteLLM_SpendLogs"')
 
 
 @contextmanager
@@ -239,7 +277,7 @@ def wait_until(session, condition, seconds=30):
 
 
 class Results:
-    """The raw numbers of one scenario, written after each run."""
+    """The raw numbers of one scenario, written after each run, with the commit that they are of."""
 
     def __init__(self, scenario):
         self.scenario = scenario
@@ -248,13 +286,13 @@ class Results:
     def add(self, run, variant, metric, value, unit):
         """Run 0 is the warm-up: it does not count."""
         if run > 0:
-            self.records.append((self.scenario, variant, run, metric, f"{value:.6g}", unit))
+            self.records.append((self.scenario, variant, run, metric, f"{value:.6g}", unit, COMMIT))
 
     def write(self):
         RESULTS.mkdir(parents=True, exist_ok=True)
         with open(RESULTS / f"{self.scenario}.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("scenario", "variant", "run", "metric", "value", "unit"))
+            writer.writerow(("scenario", "variant", "run", "metric", "value", "unit", "commit"))
             writer.writerows(self.records)
 
 

@@ -22,7 +22,12 @@ TITLES = {
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
+    "convert": "spend_partition_convert(), and what others wait for it",
+    "expire": "Expiry of a day of 100,000 rows",
+    "partitioned": "Inserts of 100 rows into the partitioned and the plain table, both captured",
 }
+
+GIGABYTES = ["0.1 GB", "1 GB", "10 GB"]
 
 # Scenario: metric, variants of the numerator (added up), variant of the denominator.
 RATIOS = {
@@ -49,17 +54,30 @@ RATIOS = {
         for above, below in (("ours", "plain"), ("ours", "plain, windows"), ("ours, one window", "plain"))
         for metric in ("time", "cpu")
     ],
+    "convert": [
+        *(("time", [f"{size}: ours, swap"], "0.1 GB: ours, swap") for size in GIGABYTES[1:]),
+        *(("longest wait", [f"{size}: ours, swap"], "0.1 GB: ours, swap") for size in GIGABYTES[1:]),
+        *(("longest wait", [f"{size}: {way}"], f"{size}: ours, in all") for way in ("copy", "script", "nothing")
+          for size in GIGABYTES),
+    ],
+    "expire": [
+        *((metric, [way], "drop") for way in ("row by row", "LiteLLM") for metric in ("time", "wal")),
+        ("time", ["row by row"], "LiteLLM"),
+    ],
+    "partitioned": [(metric, ["partitioned"], "plain") for metric in ("rate", "cpu", "wall", "wal")],
 }
 
 
 def read(scenario):
-    """(variant, metric): {run: value}; metric: unit. In the order of the file, but for the runs."""
-    values, units = defaultdict(dict), {}
+    """(variant, metric): {run: value}; metric: unit; commits. In the order of the file, but for the runs."""
+    values, units, commits = defaultdict(dict), {}, {}
     with open(RESULTS / f"{scenario}.csv", newline="") as file:
         for record in csv.DictReader(file):
             values[record["variant"], record["metric"]][int(record["run"])] = float(record["value"])
             units[record["metric"]] = record["unit"]
-    return values, units
+            if record.get("commit"):  # older files do not say
+                commits[record["commit"]] = True
+    return values, units, list(commits)
 
 
 def number(value):
@@ -104,9 +122,10 @@ def summary():
     for scenario, title in TITLES.items():
         if not (RESULTS / f"{scenario}.csv").exists():
             continue
-        values, units = read(scenario)
+        values, units, commits = read(scenario)
         count = max(len(runs) for runs in values.values())
-        yield from ("", f"## {title}", "", f"`bench/{scenario}.py`, {count} runs.", "")
+        of = f", commit {', '.join(commits)}" if commits else ""
+        yield from ("", f"## {title}", "", f"`bench/{scenario}.py`, {count} runs{of}.", "")
         yield from medians(values, units)
         yield ""
         yield from table(["ratio", "times"], ratios(scenario, values))
