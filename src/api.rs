@@ -4,6 +4,7 @@ use crate::catalog;
 use crate::declaration::Declaration;
 use crate::declare;
 use crate::error::Error;
+use crate::guc;
 use crate::locks::{Fence, Patience};
 use crate::session::{self, Elevated, Failure, attempt};
 use crate::source::Notice;
@@ -137,7 +138,11 @@ impl Runner for Subtransactions {
         if self.cancelled.is_some() {
             return None;
         }
-        match attempt(work) {
+        let outcome = attempt(|| {
+            let _owner = Elevated::enter()?.impatient(guc::lock_timeout());
+            work()
+        });
+        match outcome {
             Ok(value) => Some(value),
             Err(failure) if failure.is_cancel() => {
                 self.cancelled = Some(failure);

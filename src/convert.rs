@@ -372,7 +372,7 @@ impl Conversion {
             let (relation, column) = (self.name(), self.options.time_column.clone());
             return Err(Error::NoTimeIndex { relation, column });
         }
-        self.run(&step)
+        locks::insist(|| self.run(&step))
     }
 
     /// How far it is.

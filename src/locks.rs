@@ -307,6 +307,35 @@ pub fn within(
     result
 }
 
+/// Between three quarters and all of `rest`, so that those who try again do not do it in step.
+pub fn jittered(rest: Duration) -> Duration {
+    let nanos =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+    rest - rest.mul_f64(f64::from(nanos % 1000) / 4000.0)
+}
+
+/// Runs `work` in a SQL call, which has nobody to try again: when somebody is in the way, several times, with pauses in which
+/// nobody waits for us.
+pub fn insist<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..TRIES {
+        match session::attempt(&mut work) {
+            Ok(value) => return Ok(value),
+            Err(failure) if failure.is_lock_timeout() => {
+                std::thread::sleep(jittered(PAUSE));
+                pgrx::check_for_interrupts!();
+            }
+            Err(failure) => {
+                failure.unless_cancel();
+                break;
+            }
+        }
+    }
+    work()
+}
+
+const TRIES: u32 = 9;
+const PAUSE: Duration = Duration::from_millis(400);
+
 /// Sets lock_timeout until the transaction ends; returns what it was.
 fn set_lock_timeout(value: &str) -> Result<String> {
     let sql =

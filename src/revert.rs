@@ -141,7 +141,7 @@ impl Reversion {
         self.lock_in_call()?;
         let began = Instant::now();
         loop {
-            let done = self.step()?;
+            let done = locks::insist(|| self.step())?;
             if done.is_some() || self.options.copied_all || began.elapsed() > SLICE_OF_CALL {
                 return Ok(done);
             }

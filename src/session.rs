@@ -3,7 +3,7 @@
 use crate::catalog::{query, value};
 use crate::error::{Error, Result};
 use pgrx::prelude::*;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::time::Duration;
 
 pub fn require_writable() -> Result<()> {
@@ -100,11 +100,11 @@ impl Elevated {
         Ok(Elevated::as_user(owner))
     }
 
-    /// For a worker: it never waits longer than a moment, not even for a row. Less than deadlock_timeout, so that
-    /// it is the worker that gives way.
-    pub fn impatient(self) -> Elevated {
+    /// No lock is waited for longer than `limit`, not even a row's.
+    pub fn impatient(self, limit: Duration) -> Elevated {
+        let limit = CString::new(format!("{}ms", limit.as_millis().max(1))).unwrap_or_default();
         // SAFETY: inside the nest level of this guard, which Drop undoes.
-        unsafe { set(c"lock_timeout", c"200ms") };
+        unsafe { set(c"lock_timeout", &limit) };
         self
     }
 

@@ -4,7 +4,7 @@ use crate::catalog;
 use crate::error::Result;
 use crate::guc;
 use crate::launcher;
-use crate::locks::Patience;
+use crate::locks::{Patience, jittered};
 use crate::session::{Elevated, Failure, attempt};
 use crate::tick::{self, Runner, Subject};
 use pgrx::bgworkers::*;
@@ -138,18 +138,14 @@ impl Runner for Steps {
     }
 }
 
+/// Less than deadlock_timeout, so that it is the worker that gives way.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+
 fn attempt_as_owner<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
     attempt(|| {
-        let _owner = Elevated::enter()?.impatient();
+        let _owner = Elevated::enter()?.impatient(LOCK_TIMEOUT);
         work()
     })
-}
-
-/// Between three quarters and all of `rest`, so that the workers of a server do not try in step.
-fn jittered(rest: Duration) -> Duration {
-    let nanos =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
-    rest - rest.mul_f64(f64::from(nanos % 1000) / 4000.0)
 }
 
 // ---- what the launcher needs as well --------------------------------------------------------------------------------------

@@ -123,6 +123,8 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
     db.connect().batch_execute(&insert_rows("old", ROWS, 40)).unwrap();
     let db = db.attached();
     let mut client = db.connect();
+    let file = r#"SELECT pg_relation_filepath('"LiteLLM_SpendLogs"')"#;
+    let file: String = value(&mut client, file);
     let beside = Beside::new("conversion");
     beside.run(&db, || {
         std::thread::sleep(Duration::from_millis(300));
@@ -133,7 +135,9 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
     let rows = u64::from(ROWS) + beside.inserted.load(Ordering::Relaxed);
     assert_all_there(&mut client, rows);
     beside.report();
-    // The indexes have LiteLLM's names; rows go where they belong; nothing was copied.
+    let legacy = r#"SELECT pg_relation_filepath('"LiteLLM_SpendLogs_legacy"')"#;
+    assert_eq!(value::<String>(&mut client, legacy), file, "nothing was copied");
+    // The indexes have LiteLLM's names; rows go where they belong.
     let indexes: i64 = value(
         &mut client,
         r#"SELECT count(*) FROM pg_inherits i JOIN pg_class parent ON parent.oid = i.inhparent JOIN pg_class child ON child.oid = i.inhrelid
@@ -613,6 +617,36 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_row_from_the_cutover_on_keeps_the_swap_away() {
+    let db = shared().database();
+    let mut client = db.connect();
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    let mut holder = db.connect();
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("it is to be swapped", || {
+        holds(&mut client, "SELECT bool_or(step = 'swap' AND state = 'next') FROM spend_partition_convert()")
+    });
+    let future = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                    VALUES ('future', 'x', 1, now() + interval '10 days', now())"#;
+    client.batch_execute(future).unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    eventually("it says so", || {
+        holds(
+            &mut client,
+            "SELECT last_error LIKE '%has rows from the cutover on' FROM litellm_spend.conversion",
+        )
+    });
+    assert!(!holds(&mut client, IS_PARTITIONED));
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'future'"#).unwrap();
+    wait_until_partitioned(&mut client);
+    client.batch_execute(future).unwrap();
+    let count = r#"SELECT count(*) FROM "LiteLLM_SpendLogs" WHERE "startTime" > now() + interval '9 days'"#;
+    assert_eq!(value::<i64>(&mut client, count), 1);
+}
+
+#[test]
 fn a_conversion_that_is_aborted_leaves_everything_as_it_was() {
     let db = shared().database();
     let mut client = db.connect();
@@ -675,6 +709,9 @@ fn a_materialized_view_is_made_anew_if_that_is_asked_for() {
         .unwrap();
     wait_until_partitioned(&mut client);
     client.batch_execute(&insert_rows("new", 5, 2)).unwrap();
+    // LiteLLM's own views, of a table that is not attached, read the new one, too.
+    let raw = r#"SELECT abs((SELECT sum(spend) FROM "MonthlyGlobalSpend") - (SELECT sum(spend) FROM "LiteLLM_SpendLogs" WHERE "startTime" >= CURRENT_DATE - 30)) < 1e-9"#;
+    assert!(holds(&mut client, raw));
     client.batch_execute("REFRESH MATERIALIZED VIEW CONCURRENTLY m").unwrap();
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM m"), 15);
 }
@@ -802,9 +839,14 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
     let mut client = db.connect();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     wait_until_partitioned(&mut client);
+    // A writer that was there before the trigger.
+    let mut writer = db.connect();
+    writer.batch_execute(&format!("BEGIN; {}", insert_rows("before", 7, 20))).unwrap();
     let mut holder = db.connect();
     holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    writer.batch_execute("COMMIT").unwrap();
     let at_the_swap = "SELECT bool_or(step = 'swap' AND state = 'next') FROM spend_partition_revert()";
     eventually("all is copied", || holds(&mut client, at_the_swap));
     // Rows that come with a partition, which no trigger sees, and a column, as LiteLLM's migrations add them.
@@ -826,7 +868,7 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
     client.batch_execute(r#"CREATE INDEX newest_idx ON "LiteLLM_SpendLogs" (newer, model)"#).unwrap();
     holder.batch_execute("COMMIT").unwrap();
     wait_until_plain(&mut client);
-    assert_eq!(value::<i64>(&mut client, r#"SELECT count(newer) FROM "LiteLLM_SpendLogs""#), 1030);
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(newer) FROM "LiteLLM_SpendLogs""#), 1037);
     let indexes = r#"SELECT count(*) FROM pg_index WHERE indrelid = '"LiteLLM_SpendLogs"'::regclass
                      AND indexrelid::regclass::text IN ('newer_idx', 'newest_idx')"#;
     assert_eq!(value::<i64>(&mut client, indexes), 2);
@@ -869,4 +911,62 @@ fn the_owners_code_runs_as_the_owner() {
         .collect();
     assert_eq!(ran, [("check".to_string(), role.clone()), ("matview".to_string(), role.clone())]);
     client.batch_execute(&format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}")).unwrap();
+}
+
+/// As its `request_log_indexes.py` does it on a partitioned table.
+const INDEX_JOB: &str = r#"
+    SELECT format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %I %s', c.relname || suffix, c.relname, columns),
+           format('ALTER INDEX %I ATTACH PARTITION %I', 'LiteLLM_SpendLogs' || suffix, c.relname || suffix)
+    FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid,
+         (VALUES ('_litellm_call_id_idx', '(litellm_call_id)'), ('_api_key_startTime_idx', '(api_key, "startTime")')) AS i(suffix, columns)
+    WHERE inhparent = '"LiteLLM_SpendLogs"'::regclass"#;
+
+/// As its `spend_log_partition_manager.py` drops what expired: by the bounds, children of the current schema.
+const CLEAN_UP_JOB: &str = r#"
+    SELECT format('DROP TABLE IF EXISTS %I', c.relname)
+    FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
+    WHERE inhparent = '"LiteLLM_SpendLogs"'::regclass AND c.relnamespace = current_schema()::regnamespace
+      AND substring(pg_get_expr(c.relpartbound, c.oid) FROM $x$TO \('([^']+)'\)$x$)::timestamp <= $1"#;
+
+#[test]
+fn litellms_index_job_and_clean_up_job_work_on_the_partitioned_table() {
+    let db = shared().database();
+    db.connect()
+        .batch_execute(&format!(
+            r#"{}; CREATE INDEX "LiteLLM_SpendLogs_litellm_call_id_idx" ON "LiteLLM_SpendLogs" (litellm_call_id)"#,
+            insert_rows("old", 1000, 40)
+        ))
+        .unwrap();
+    let db = db.attached();
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    for (name, columns) in
+        [("litellm_call_id", "(litellm_call_id)"), ("api_key_startTime", r#"(api_key, "startTime")"#)]
+    {
+        let sql = format!(
+            r#"CREATE INDEX IF NOT EXISTS "LiteLLM_SpendLogs_{name}_idx" ON ONLY "LiteLLM_SpendLogs" {columns}"#
+        );
+        client.batch_execute(&sql).unwrap();
+    }
+    for row in client.query(INDEX_JOB, &[]).unwrap() {
+        client.batch_execute(row.get(0)).unwrap();
+        client.batch_execute(row.get(1)).unwrap();
+    }
+    let indexes = r#"SELECT count(*) = 6 AND bool_and(indisvalid) FROM pg_index WHERE indrelid = '"LiteLLM_SpendLogs"'::regclass AND NOT indisprimary"#;
+    assert!(holds(&mut client, indexes), "the one that was there is its own, and both are valid");
+    // The old table goes like any other partition; the views keep its days.
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    let cutoff = r#"SELECT range_end FROM spend_partition_status WHERE partition = '"LiteLLM_SpendLogs_legacy"'::regclass"#;
+    let cutoff: std::time::SystemTime = value(&mut client, cutoff);
+    let drops = client.query(CLEAN_UP_JOB, &[&cutoff]).unwrap();
+    assert_eq!(drops.len(), 1);
+    drops.iter().for_each(|row| client.batch_execute(row.get(0)).unwrap());
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), 0);
+    eventually("what vanished is history", || {
+        holds(&mut client, "SELECT bool_and(dirty_ranges = 0) FROM spend_rollup_status")
+    });
+    assert_eq!(value::<f64>(&mut client, total), before);
+    client.batch_execute(&insert_rows("new", 5, 1)).unwrap();
 }

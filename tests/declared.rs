@@ -578,6 +578,11 @@ fn a_merge_does_not_wait_for_who_changes_the_source() {
         assert_eq!(value::<String>(&mut client, run), "busy", "{change}");
         owner.batch_execute("ROLLBACK").unwrap();
     }
+    // Its sequence is locked as well.
+    owner.batch_execute("BEGIN; DROP TABLE page_views CASCADE").unwrap();
+    client.batch_execute("SET litellm_spend.lock_timeout = '50ms'").unwrap();
+    assert_eq!(value::<String>(&mut client, run), "failed");
+    owner.batch_execute("ROLLBACK").unwrap();
     assert_eq!(value::<String>(&mut client, run), "merged");
     assert!(holds(&mut client, "SELECT tail_rows = 0 AND last_error IS NULL FROM spend_rollup_status"));
     assert_views_exact(&mut client);

@@ -594,7 +594,7 @@ fn a_long_reader_delays_maintenance_and_nobody_else() {
             let raise = RaiseOnDrop(&stop);
             let began = Instant::now();
             client.batch_execute("SET litellm_spend.lock_timeout = '400ms'").unwrap();
-            while began.elapsed() < Duration::from_secs(5) {
+            while began.elapsed() < Duration::from_secs(60) {
                 let actions = maintain(&mut client, "events");
                 skipped += actions
                     .iter()
@@ -607,7 +607,7 @@ fn a_long_reader_delays_maintenance_and_nobody_else() {
             assert!(longest < Duration::from_millis(900), "{longest:?}");
         });
     });
-    assert!(skipped > 2, "{skipped}");
+    assert!(skipped > 20, "{skipped}");
     assert!(longest_read < Duration::from_millis(900), "{longest_read:?}");
     assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
     reader.rollback().unwrap();
