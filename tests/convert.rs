@@ -314,6 +314,18 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
     client.batch_execute(&format!("BEGIN; {DROP_TIME_INDEXES}")).unwrap();
     assert_refused(&mut client, "SELECT spend_partition_convert()", "55000");
     client.batch_execute("ROLLBACK").unwrap();
+    // Killed while it waits for a reader.
+    let (mut reader, mut victim) = (db.connect(), db.connect());
+    reader.batch_execute(r#"BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
+    let pid: i32 = value(&mut victim, "SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| victim.batch_execute("SELECT spend_partition_convert()"));
+        std::thread::sleep(Duration::from_millis(700));
+        client.batch_execute(&format!("SELECT pg_terminate_backend({pid})")).unwrap();
+        assert!(call.join().unwrap().is_err());
+    });
+    reader.batch_execute("COMMIT").unwrap();
+    assert!(!holds(&mut client, IS_PARTITIONED));
     client.batch_execute(&insert_rows("more", 10, 3)).unwrap();
     assert_eq!(next(&mut client), None);
     assert!(holds(&mut client, IS_PARTITIONED));
