@@ -232,12 +232,13 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
     Ok(!new.is_empty())
 }
 
-/// Copies what has changed, some at a time. `true`: few changes were left.
+/// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the swap is tried: a
+/// lock that is not to be had must not undo it.
 pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
-    for _ in 0..20 {
+    for round in 0..20 {
         let began = Instant::now();
         if catch_up_some(reversion)? < FEW || began.elapsed() < SHORT {
-            return Ok(true);
+            return Ok(round == 0);
         }
     }
     Ok(false)

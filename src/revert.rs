@@ -166,7 +166,7 @@ impl Reversion {
             // Their rows are copied with what changed.
         } else if !self.options.copied_all {
             copy::batch(self)?;
-        } else if self.options.indexes.as_ref().map(|made| names(made)) != Some(self.index_names()?) {
+        } else if !self.has_indexes_of(&self.blueprint()?) {
             self.make_indexes()?;
         } else if copy::catch_up_in_part(self)? {
             return self.swap().map(Some);
@@ -185,8 +185,10 @@ impl Reversion {
         progress(&["prepare", "copy", "indexes", "swap"], next, self.stopped, detail.unwrap_or_default())
     }
 
-    fn index_names(&self) -> Result<Vec<String>> {
-        Ok(self.blueprint()?.indexes.into_iter().map(|index| index.name).collect())
+    /// Whether the new table has one for each of the old one's.
+    fn has_indexes_of(&self, blueprint: &Blueprint) -> bool {
+        let wanted = blueprint.indexes.iter().map(|index| &index.name);
+        self.options.indexes.as_ref().is_some_and(|made| made.iter().map(|(index, _)| index).eq(wanted))
     }
 
     /// The new table's indexes, under names of their own for now.
@@ -222,7 +224,7 @@ impl Reversion {
         }
         if copy::failures()? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)
-            || self.options.indexes.as_ref().map(|made| names(made)) != Some(self.index_names()?)
+            || !self.has_indexes_of(&blueprint)
         {
             return Err(Error::CameBetween(self.table.clone()));
         }
@@ -291,9 +293,4 @@ impl Reversion {
         copy::clean_up()?;
         self.forget()
     }
-}
-
-/// The indexes that these were made after.
-fn names(made: &[(String, String)]) -> Vec<String> {
-    made.iter().map(|(index, _)| index.clone()).collect()
 }
