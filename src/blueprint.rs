@@ -24,8 +24,6 @@ pub struct Blueprint {
     pub constraints: Vec<Piece>,
     /// Policies, grants, comments, publications, statistics, replica identity, sequences.
     pub pieces: Vec<Piece>,
-    /// Storage options, `name=value, …`: partitions take them, a partitioned table cannot.
-    pub options: String,
     pub obstacles: Vec<String>,
 }
 
@@ -74,7 +72,6 @@ impl Blueprint {
             functions: functions(oid)?,
             constraints: pieces(&table, renamed, &[CONSTRAINTS])?,
             pieces: pieces(&table, renamed, &PIECES)?,
-            options: table.options.clone(),
             obstacles,
             table,
         })

@@ -138,6 +138,11 @@ impl<T: Options> Pending<T> {
     }
 }
 
+/// Whether any table is on its way: hardly ever.
+pub fn any() -> Result<bool> {
+    Ok(!catalog::query(&format!("SELECT FROM {SCHEMA}.conversion LIMIT 1"), &[], |_| Ok(()))?.is_empty())
+}
+
 /// Whether the table is on its way, and nothing keeps it from arriving.
 pub fn is_under_way(schema: &str, table: &str) -> Result<bool> {
     let sql = format!(

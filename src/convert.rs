@@ -16,7 +16,7 @@
 //! cutover on: when that comes within `litellm_spend.cutover_margin` before the swap, the worker removes it, and the
 //! conversion stops. Without a worker to do that, no CHECK is made.
 
-use crate::blueprint::{Blueprint, View};
+use crate::blueprint::Blueprint;
 use crate::catalog::{self, Table, value};
 use crate::conversion::{self, Pending, Progress, has_worker, progress};
 use crate::definition::{qualified, quoted};
@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout;
 use crate::locks;
+use crate::materialized::{self, MaterializedView};
 use crate::partition::{Instant, Interval, suffixed};
 use crate::spread::{self, Spread};
 use crate::swap;
@@ -46,16 +47,6 @@ pub struct Options {
     /// Those that wait for it.
     #[serde(default)]
     pub materialized_views: Vec<MaterializedView>,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct MaterializedView {
-    /// Qualified.
-    name: String,
-    owner: String,
-    query: String,
-    /// The statements for its indexes and grants.
-    after: Vec<String>,
 }
 
 impl conversion::Options for Options {
@@ -173,7 +164,7 @@ pub fn request(table: &Table, options: Options) -> Result<Conversion> {
     if let Some(beyond) = conversion.rows_beyond()? {
         return Err(beyond);
     }
-    conversion.options.materialized_views = materialized_views(&blueprint)?;
+    conversion.options.materialized_views = materialized::describe(&blueprint)?;
     if let Some(mut earlier) = Conversion::of(table)? {
         earlier.lock_in_call()?;
     }
@@ -256,7 +247,12 @@ impl Conversion {
                 swap::swap(self)?;
                 log!("litellm_spend: {name} is partitioned");
             }
-            Step::MaterializedViews => self.rebuild_materialized_view()?,
+            Step::MaterializedViews => {
+                if let Some(view) = self.options.materialized_views.pop() {
+                    view.make_anew()?;
+                    self.store()?;
+                }
+            }
             Step::Nothing => {}
         }
         if self.next_step()? == Step::Nothing {
@@ -426,40 +422,4 @@ pub fn tick(run: &mut impl Runner) -> bool {
         more |= done.is_some();
     }
     more
-}
-
-// ---- materialized views ----------------------------------------------------------------------------------
-
-fn materialized_views(blueprint: &Blueprint) -> Result<Vec<MaterializedView>> {
-    let describe = |view: &View| {
-        let after = catalog::query(
-            "SELECT pg_catalog.pg_get_indexdef(indexrelid) FROM pg_catalog.pg_index WHERE indrelid = $1
-             UNION ALL SELECT pg_catalog.format('GRANT %s ON %s TO %s', x.privilege_type, $2,
-                 CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantee)) END)
-             FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) AS x WHERE c.oid = $1",
-            &[view.oid.into(), view.name.as_str().into()],
-            |r| value(r, 1),
-        )?;
-        let owner = Table::find(view.oid)?.map(|table| table.owner).unwrap_or_default();
-        Ok(MaterializedView { name: view.name.clone(), owner, query: view.query.clone(), after })
-    };
-    blueprint.materialized_views.iter().map(describe).collect()
-}
-
-impl Conversion {
-    /// Until then they show what they showed: rows of the old table.
-    fn rebuild_materialized_view(&mut self) -> Result<()> {
-        let Some(view) = self.options.materialized_views.pop() else { return Ok(()) };
-        let MaterializedView { name: view, owner, query, after } = view;
-        if let Some(oid) = catalog::find_relation(&view)? {
-            locks::lock(&format!("DROP MATERIALIZED VIEW {view}"), &view, oid)?;
-        }
-        let run = |sql: String| catalog::execute(&sql, &[]).map(drop);
-        // Its query is the owner's code: REFRESH runs it as the owner.
-        run(format!("CREATE MATERIALIZED VIEW {view} AS {query} WITH NO DATA"))?;
-        run(format!("ALTER MATERIALIZED VIEW {view} OWNER TO {}", quoted(&owner)))?;
-        run(format!("REFRESH MATERIALIZED VIEW {view}"))?;
-        after.into_iter().try_for_each(run)?;
-        self.store()
-    }
 }

@@ -1,7 +1,9 @@
 //! What a user says a rollup is, made into a [`Definition`].
 
 use crate::catalog::{self, Table};
-use crate::definition::{Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, quoted};
+use crate::definition::{
+    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, TIMESTAMPTZ, quoted,
+};
 use crate::error::{Error, Result};
 use crate::expression::{self, Aggregate, Parsed, Scalar, Volatility};
 use crate::source::{Notice, Numbering};
@@ -128,10 +130,6 @@ fn require_steady(scalar: &Scalar, refuse: impl Fn(&str) -> Error) -> Result<Opt
 }
 
 // ---- time ------------------------------------------------------------------------------------------------
-
-const TIMESTAMPTZ: &str = "timestamp with time zone";
-
-const TIME_TYPES: [&str; 3] = ["date", "timestamp without time zone", TIMESTAMPTZ];
 
 /// The one column of a type of time that the expression reads, as the server writes it.
 fn time_column<'a>(table: &'a Table, scalar: &Scalar) -> Option<(&'a str, &'a str)> {

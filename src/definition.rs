@@ -9,6 +9,11 @@ pub const ONE_ROW: &str = "1";
 /// Schema of everything that is stored.
 pub const SCHEMA: &str = "litellm_spend";
 
+pub const TIMESTAMPTZ: &str = "timestamp with time zone";
+
+/// The types that a calendar divides.
+pub const TIME_TYPES: [&str; 3] = ["date", "timestamp without time zone", TIMESTAMPTZ];
+
 /// An output column: `expression`, called `name`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Column {

@@ -2,7 +2,7 @@
 
 use crate::capture;
 use crate::catalog::{self, Table};
-use crate::definition::{qualified, quoted};
+use crate::definition::{TIME_TYPES, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::locks;
@@ -166,9 +166,6 @@ pub fn now() -> Instant {
 pub fn micros(expression: &str) -> String {
     format!("least(extract(epoch FROM {expression}) * 1000000, 9223372036854775806)::bigint")
 }
-
-/// The types that a calendar divides.
-const TIME_TYPES: [&str; 3] = ["timestamp without time zone", "timestamp with time zone", "date"];
 
 fn check_time_column(table: &Table, column: &str) -> Result<()> {
     let relation = table.name.clone();

@@ -4,7 +4,7 @@
 //!  enter    api, api_partition (SQL functions)      worker (loop)   launcher   hook
 //!           tick (one round of everything)
 //!  act      capture   watch   views   declare   declaration   source   rollup   rebuild   backfill   repair
-//!           convert   swap   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
+//!           convert   swap   materialized   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
 //!           maintain   drain   place   expire   purge   proof   archive   (its partitions)
 //!  decide   window   definition   statements   litellm   builtin   partition   pure Rust, no pgrx
 //!  base     catalog   conversion   policy   (state)   layout   spread   expression   locks   session   guc   error
@@ -36,6 +36,7 @@ mod layout;
 mod litellm;
 mod locks;
 mod maintain;
+mod materialized;
 mod partition;
 mod place;
 mod plan;

@@ -62,8 +62,8 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     rows.extend(blueprint.triggers.iter().map(|t| swap("trigger: made on the new table", &t.name)));
     let pieces = blueprint.constraints.iter().chain(&blueprint.pieces);
     rows.extend(pieces.map(|p| swap(&format!("{}: given to the new table", p.kind), &p.object)));
-    if !blueprint.options.is_empty() {
-        rows.push(swap("storage options: given to new partitions", &blueprint.options));
+    if !table.options.is_empty() {
+        rows.push(swap("storage options: given to new partitions", &table.options));
     }
     rows.push(swap("attach the old table, without a scan", &conversion.legacy()));
     rows.push(swap("create the default partition", &partition::suffixed(&table.name, "_pdefault")));

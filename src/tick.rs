@@ -78,7 +78,7 @@ pub fn tick(run: &mut impl Runner) -> Round {
         more |= run.step(Subject::Task("backfill"), || backfill::step(patience)).unwrap_or(false);
         run.step(Subject::Task("switch views"), || views::switch_covered(patience));
     }
-    if run.converts() {
+    if run.converts() && run.step(Subject::Task("conversions"), conversion::any).unwrap_or(false) {
         more |= convert::tick(run);
         more |= revert::tick(run);
     }

@@ -549,13 +549,7 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
         ),
         0
     );
-    assert_eq!(
-        value::<i64>(
-            &mut client,
-            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
-        ),
-        0
-    );
+    assert_eq!(capture_errors(&mut client), 0);
     assert!(holds(&mut client, "SELECT bool_and(partitions_ahead >= 7) FROM spend_partition_status"));
     assert!(holds(
         &mut client,
@@ -781,13 +775,7 @@ fn litellms_own_job_may_run_at_the_same_time() {
     });
     wait_until_live(&mut client);
     eventually("every partition is captured", || client.query(VERIFY_ALL, &[]).unwrap().is_empty());
-    assert_eq!(
-        value::<i64>(
-            &mut client,
-            "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'"
-        ),
-        0
-    );
+    assert_eq!(capture_errors(&mut client), 0);
     assert_eq!(
         value::<i64>(
             &mut client,
