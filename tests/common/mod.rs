@@ -243,6 +243,16 @@ impl Database {
         wait_until_live(&mut client);
         self
     }
+
+    /// Whether autovacuum of `table` ("schema.name") of this database was ever cancelled. Other tests' may be: attaching
+    /// a table does that.
+    pub fn autovacuum_was_cancelled(&self, table: &str) -> bool {
+        let log = fs::read_to_string(self.cluster.dir.join("server.log")).unwrap();
+        let context = format!("of table \"{}.{table}\"", self.name);
+        log.split("canceling autovacuum task")
+            .skip(1)
+            .any(|after| after.lines().take(4).any(|line| line.contains(&context)))
+    }
 }
 
 impl Drop for Database {
