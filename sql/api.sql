@@ -1,11 +1,14 @@
 -- Functions that are better in SQL than in Rust, comments, and grants.
 
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- PL/pgSQL: STABLE gives it the caller's snapshot (so it agrees with the rest of the statement), its plans are kept
 -- for the session, and it answers even when the library cannot be loaded. Until a rollup covers the days asked for,
 -- the raw rows are added up: slow, and as exact.
-CREATE FUNCTION monthly_global_spend(days integer DEFAULT 30)
+CREATE FUNCTION @extschema@.monthly_global_spend(days integer DEFAULT 30)
 RETURNS TABLE (date date, spend double precision)
 LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE ROWS 31
+SET search_path = pg_catalog, pg_temp
 AS $monthly$
 #variable_conflict use_column
 DECLARE
@@ -35,7 +38,7 @@ END
 $monthly$;
 
 -- A procedure over a step function, because only PL/pgSQL can commit between steps.
-CREATE PROCEDURE spend_backfill(source regclass DEFAULT NULL)
+CREATE PROCEDURE @extschema@.spend_backfill(source regclass DEFAULT NULL)
 LANGUAGE plpgsql
 AS $backfill$
 DECLARE
@@ -66,45 +69,47 @@ COMMENT ON TABLE litellm_spend.expired_partition IS 'Proof of each partition tha
 COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
 COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of the days';
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
-COMMENT ON VIEW spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
-COMMENT ON VIEW spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
-COMMENT ON VIEW spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
+COMMENT ON VIEW @extschema@.spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
+COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
+COMMENT ON VIEW @extschema@.spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
 COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, timestamp) IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
-COMMENT ON FUNCTION spend_partition_set(regclass, text, integer, interval, text, text) IS 'Sets how a table is partitioned and how long its rows stay; interval NULL forgets it';
-COMMENT ON FUNCTION spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
+COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text) IS 'Sets how a table is partitioned and how long its rows stay; interval NULL forgets it';
+COMMENT ON FUNCTION @extschema@.spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
-COMMENT ON FUNCTION spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
-COMMENT ON FUNCTION spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
-COMMENT ON PROCEDURE spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
-COMMENT ON FUNCTION monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
-COMMENT ON FUNCTION spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
-COMMENT ON FUNCTION spend_rollup_create(text, regclass, text[], text[], regclass, text) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
-COMMENT ON FUNCTION spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
-COMMENT ON FUNCTION spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
-COMMENT ON FUNCTION spend_rollup_drop(text) IS 'Drops a declared rollup with its history, or the watermark of a registered one';
-COMMENT ON FUNCTION spend_partition_plan(regclass, text, timestamp, text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
-COMMENT ON FUNCTION spend_partition_convert(regclass, text, timestamp, text, integer, boolean) IS 'Partitions a table by time without copying it; says how far it is';
-COMMENT ON FUNCTION spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
-COMMENT ON FUNCTION spend_grant_reports(regrole) IS 'Lets a role read the report views';
-COMMENT ON FUNCTION spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup from the raw rows; returns the groups written';
-COMMENT ON FUNCTION spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
+COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
+COMMENT ON FUNCTION @extschema@.spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
+COMMENT ON PROCEDURE @extschema@.spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
+COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
+COMMENT ON FUNCTION @extschema@.spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
+COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
+COMMENT ON FUNCTION @extschema@.spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
+COMMENT ON FUNCTION @extschema@.spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
+COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup with its history, or the watermark of a registered one';
+COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
+COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
+COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
+COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views';
+COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup from the raw rows; returns the groups written';
+COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
 
 REVOKE ALL ON FUNCTION
     litellm_spend.tail(text), litellm_spend.backfill_step(regclass),
-    spend_attach(regclass, text), spend_detach(regclass, boolean), monthly_global_spend(integer),
-    spend_rollup_run(text), spend_rollup_rebuild(text, timestamp, timestamp, boolean),
-    spend_rollup_verify(text, timestamp, timestamp),
-    spend_rollup_create(text, regclass, text[], text[], regclass, text),
-    spend_rollup_register(text, regclass, regclass, bigint), spend_rollup_window(text), spend_rollup_drop(text),
-    spend_grant_reports(regrole),
-    spend_partition_plan(regclass, text, timestamp, text, integer), spend_partition_revert(regclass, boolean),
-    spend_partition_convert(regclass, text, timestamp, text, integer, boolean),
+    @extschema@.spend_attach(regclass, text), @extschema@.spend_detach(regclass, boolean), @extschema@.monthly_global_spend(integer),
+    @extschema@.spend_rollup_run(text), @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean),
+    @extschema@.spend_rollup_verify(text, timestamp, timestamp),
+    @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text),
+    @extschema@.spend_rollup_register(text, regclass, regclass, bigint), @extschema@.spend_rollup_window(text), @extschema@.spend_rollup_drop(text),
+    @extschema@.spend_grant_reports(regrole),
+    @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer), @extschema@.spend_partition_revert(regclass, boolean),
+    @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer),
     litellm_spend.maintain_at(regclass, timestamp),
-    spend_partition_set(regclass, text, integer, interval, text, text), spend_partition_maintain(regclass)
+    @extschema@.spend_partition_set(regclass, text, integer, interval, text, text), @extschema@.spend_partition_maintain(regclass)
 FROM PUBLIC;
-REVOKE ALL ON PROCEDURE spend_backfill(regclass) FROM PUBLIC;
+REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
 
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text) TO pg_monitor;
-GRANT SELECT ON spend_rollup_status, spend_worker_status, spend_partition_status TO pg_monitor;
+GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status TO pg_monitor;
+
+SET LOCAL search_path = @extschema@, pg_temp;

@@ -2,6 +2,9 @@
 -- spend_attach() and spend_rollup_create() in the same schema. They are not members of the extension, so that
 -- DROP EXTENSION is refused while billing history exists and pg_dump dumps it.
 
+-- What follows means the server's own functions and operators, whatever others have made in the extension's schema before.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 CREATE SCHEMA litellm_spend;
 
 -- A relation whose rows are numbered by a sequence.
@@ -56,7 +59,9 @@ CREATE TABLE litellm_spend.capture (
     failures_seen    bigint NOT NULL DEFAULT 0,
     candidates       jsonb NOT NULL DEFAULT '[]',
     last_error       text,
-    last_error_at    timestamptz
+    last_error_at    timestamptz,
+    -- Who owned it when it was attached: a table of that name that is somebody else's is not followed.
+    owner            regrole
 );
 
 -- Ranges in which capture failed. A row commits with the statement that it concerns.
@@ -88,13 +93,16 @@ CREATE TABLE litellm_spend.public_view (
     -- LiteLLM's own query, to give back. Every name in it is qualified.
     original   text NOT NULL,
     -- Ours, while it is in place.
-    installed  text
+    installed  text,
+    -- The view's owner, who was granted what it shows.
+    owner      regrole
 );
 
--- How a table is partitioned, and how long its rows stay. By name: a table that is replaced keeps its policy.
+-- How a table is partitioned, and how long its rows stay. It holds for this table while it belongs to this owner: whoever else
+-- gets the name later has not asked for it.
 CREATE TABLE litellm_spend.policy (
-    table_schema   name NOT NULL,
-    table_name     name NOT NULL,
+    relation       regclass PRIMARY KEY,
+    owner          regrole NOT NULL,
     time_column    name NOT NULL,
     "interval"     text NOT NULL CHECK ("interval" IN ('day', 'week', 'month')),
     -- Periods that are kept ready beyond the current one.
@@ -106,8 +114,7 @@ CREATE TABLE litellm_spend.policy (
     -- When the worker maintains it before its interval is over: it was not done, or somebody was in the way.
     retry_at       timestamptz,
     last_error     text,
-    last_error_at  timestamptz,
-    PRIMARY KEY (table_schema, table_name)
+    last_error_at  timestamptz
 );
 
 -- A table on its way to being partitioned, or back.
@@ -123,6 +130,8 @@ CREATE TABLE litellm_spend.conversion (
     -- Since when the step at hand could not be done, and why.
     last_error     text,
     last_error_at  timestamptz,
+    -- As whom it is done.
+    owner          regrole NOT NULL,
     PRIMARY KEY (table_schema, table_name)
 );
 
@@ -151,3 +160,6 @@ SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.dirty_range', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture_failures', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.public_view', '');
+
+-- Functions of the library go to the extension's schema.
+SET LOCAL search_path = @extschema@, pg_temp;

@@ -1,5 +1,7 @@
 -- Status views: what a DBA or a monitor reads. pg_monitor may read them.
 
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- How much is covered, in per cent: of the days that had rows when backfill began, or, of a declared rollup, of the
 -- sequence values that there were when it was made.
 CREATE VIEW litellm_spend.backfill AS
@@ -15,7 +17,7 @@ SELECT r.name, r.covered_from,
        END AS covered
 FROM litellm_spend.rollup r;
 
-CREATE VIEW spend_rollup_status AS
+CREATE VIEW @extschema@.spend_rollup_status AS
 SELECT r.name AS rollup,
        CASE WHEN r.definition IS NULL THEN 'by hand' WHEN s.name = 'change_log' THEN 'built-in' ELSE 'declared' END
            AS kind,
@@ -50,10 +52,10 @@ CROSS JOIN LATERAL (
     SELECT array_agg(DISTINCT l.pid) FILTER (WHERE l.pid IS NOT NULL) AS pids,
            array_agg(DISTINCT p.gid) FILTER (WHERE p.gid IS NOT NULL) AS prepared
     FROM jsonb_array_elements_text(s.candidates -> 0 -> 'waits_for') AS holder(virtual_transaction)
-    JOIN pg_catalog.pg_locks l ON l.virtualtransaction = holder.virtual_transaction AND l.relation = s.relation
-    LEFT JOIN pg_catalog.pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
+    JOIN pg_locks l ON l.virtualtransaction = holder.virtual_transaction AND l.relation = s.relation
+    LEFT JOIN pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
         AND x.locktype = 'transactionid'
-    LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = x.transactionid
+    LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
 ) AS blockers
 -- Only what triggers capture can be damaged.
 LEFT JOIN LATERAL (
@@ -68,25 +70,27 @@ CROSS JOIN LATERAL (
     WHERE p.rollup = r.name AND p.installed IS NOT NULL
 ) AS v;
 
-CREATE VIEW spend_worker_status AS
+CREATE VIEW @extschema@.spend_worker_status AS
 SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start
-FROM pg_catalog.pg_stat_activity
+FROM pg_stat_activity
 WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker');
 
 -- One row a partition (a table without any: one for itself), with what concerns the whole table repeated.
-CREATE VIEW spend_partition_status AS
+CREATE VIEW @extschema@.spend_partition_status AS
 WITH parts AS (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
-           pg_catalog.pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples,
-           (SELECT format_type(a.atttypid, NULL) FROM pg_catalog.pg_attribute a
-            WHERE a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped) AS time_type
+           pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
     FROM litellm_spend.policy p
-    JOIN pg_catalog.pg_namespace n ON n.nspname = p.table_schema
-    JOIN pg_catalog.pg_class t ON t.relnamespace = n.oid AND t.relname = p.table_name AND t.relkind IN ('r', 'p')
-    LEFT JOIN pg_catalog.pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
-    JOIN pg_catalog.pg_class c ON c.oid = coalesce(i.inhrelid, t.oid)
-    -- A partitioned table without partitions has no row: it has no rows either.
-    WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL
+    JOIN pg_class t ON t.oid = p.relation AND t.relowner = p.owner AND t.relkind IN ('r', 'p')
+    JOIN pg_attribute a ON a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped
+        AND a.atttypid IN ('timestamp'::regtype, 'timestamptz'::regtype, 'date'::regtype)
+    LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
+    JOIN pg_class c ON c.oid = coalesce(i.inhrelid, t.oid)
+    -- A partitioned table without partitions has no row: it has no rows either. One that is partitioned by something else than
+    -- its policy says has bounds that are no times.
+    WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL AND EXISTS (
+        SELECT FROM pg_partitioned_table k
+        WHERE k.partrelid = t.oid AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum)
 ), bounds AS (
     SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
 ), ranges AS (
@@ -106,7 +110,7 @@ SELECT table_oid::regclass AS "table",
        range_start,
        range_end,
        CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
-       pg_catalog.pg_total_relation_size(partition_oid) AS bytes,
+       pg_total_relation_size(partition_oid) AS bytes,
        CASE WHEN isfinite(range_end) THEN range_end + retention END AS expires_at,
        count(*) FILTER (WHERE range_start > clock_timestamp() AT TIME ZONE 'UTC') OVER per_table AS partitions_ahead,
        sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
@@ -120,3 +124,5 @@ SELECT table_oid::regclass AS "table",
 FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)
 ORDER BY table_oid::regclass::text, is_default, range_start;
+
+SET LOCAL search_path = @extschema@, pg_temp;

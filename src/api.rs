@@ -5,6 +5,7 @@ use crate::declaration::Declaration;
 use crate::declare;
 use crate::error::Error;
 use crate::guc;
+use crate::limit::Limit;
 use crate::locks::{Fence, Patience};
 use crate::session::{self, Elevated, Failure, attempt};
 use crate::source::Notice;
@@ -17,6 +18,7 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use pgrx::prelude::*;
+use std::time::Duration;
 
 /// An argument of one of the `reg…` types: an Oid with a name. pgrx's own PgRelation opens the relation, which fails
 /// without a useful SQLSTATE.
@@ -104,6 +106,13 @@ fn spend_detach(
             session::require_extension_owner(elevated.caller())?;
             return capture::forget_history();
         }
+        if catalog::capture()?.is_none() {
+            let object = match source {
+                Some(Regclass(oid)) => format!("table {}", catalog::relation_name(oid)?),
+                None => "any table".into(),
+            };
+            return Ok(vec![(object, "is not captured".into())]);
+        }
         require_attached(elevated.caller(), source)?;
         capture::detach(drop_history)
     })
@@ -139,7 +148,8 @@ impl Runner for Subtransactions {
             return None;
         }
         let outcome = attempt(|| {
-            let _owner = Elevated::enter()?.impatient(guc::lock_timeout());
+            let _ourselves = Elevated::enter()?.impatient(guc::lock_timeout());
+            let _limit = Limit::begin(STEP_OF_CALL, false);
             work()
         });
         match outcome {
@@ -176,6 +186,9 @@ impl Runner for Subtransactions {
         true
     }
 }
+
+/// How long a step of a call may take, which works for one owner after the other.
+const STEP_OF_CALL: Duration = Duration::from_secs(60);
 
 /// What a call of `spend_rollup_run()` may work on, which is `name` if that is given.
 fn scope(caller: pg_sys::Oid, name: Option<&str>) -> error::Result<Subtransactions> {
@@ -345,6 +358,7 @@ fn spend_rollup_create(
             measures: texts(measures, "list of measures")?,
             sequence: sequence.map(|Regclass(oid)| oid),
             time_column: time_column.map(str::to_string),
+            search_path: session::search_path(),
         })
     })
     .map(tell)

@@ -2,8 +2,9 @@
 
 use crate::api::{Regclass, Subtransactions, report, require_changeable, source_or_default};
 use crate::catalog::Table;
-use crate::conversion::{Progress, has_worker};
+use crate::conversion::has_worker;
 use crate::convert::{self, Conversion, Options};
+use crate::definition::quoted;
 use crate::error::{self, Error};
 use crate::layout::{self, Layout};
 use crate::maintain;
@@ -39,7 +40,6 @@ struct Wish<'a> {
     cutover: Option<Timestamp>,
     time_column: Option<&'a str>,
     precreate: Option<i32>,
-    rebuild_materialized_views: bool,
 }
 
 impl Wish<'_> {
@@ -67,18 +67,13 @@ impl Wish<'_> {
             Some(cutover) => layout::instant(cutover),
             None => convert::default_cutover(parsed, if has_worker()? { LEAD } else { LEAD_BY_HAND }),
         };
-        let rebuild_materialized_views = self.rebuild_materialized_views;
-        let materialized_views = vec![];
-        Ok(Options {
-            interval,
-            precreate,
-            cutover,
-            time_column,
-            rebuild_materialized_views,
-            aborted: false,
-            materialized_views,
-        })
+        Ok(Options { interval, precreate, cutover, time_column, aborted: false })
     }
+}
+
+/// Of a step: how far it is.
+fn row(step: &str, state: &str, detail: String) -> (String, String, String) {
+    (step.into(), state.into(), detail)
 }
 
 /// What spend_partition_convert() would do. Changes nothing.
@@ -105,7 +100,7 @@ fn spend_partition_plan(
 > {
     report(|| {
         let (_elevated, table) = enter(source)?;
-        let wish = Wish { interval, cutover, time_column, precreate, rebuild_materialized_views: false };
+        let wish = Wish { interval, cutover, time_column, precreate };
         let options = wish.options(&table)?;
         plan::plan(table, options)
     })
@@ -121,7 +116,6 @@ fn spend_partition_convert(
     cutover: default!(Option<Timestamp>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
     precreate: default!(Option<i32>, "NULL"),
-    rebuild_materialized_views: default!(Option<bool>, "false"),
 ) -> Result<
     TableIterator<'static, (name!(step, String), name!(state, String), name!(detail, String))>,
     ErrorReport,
@@ -129,10 +123,14 @@ fn spend_partition_convert(
     report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
-        let rebuild_materialized_views = rebuild_materialized_views.unwrap_or(false);
-        let wish = Wish { interval, cutover, time_column, precreate, rebuild_materialized_views };
-        let pending = Conversion::of(&table)?
-            .filter(|pending| wish.is_empty() && !pending.stopped && !pending.options.aborted);
+        let wish = Wish { interval, cutover, time_column, precreate };
+        let under_way = Conversion::of(&table)?;
+        if table.kind == "p" && under_way.is_none() {
+            let by = format!("it is partitioned by {}", quoted(&layout::partition_key(&table)?));
+            return Ok(vec![row("index", "done", String::new()), row("swap", "done", by)]);
+        }
+        let pending =
+            under_way.filter(|pending| wish.is_empty() && !pending.stopped && !pending.options.aborted);
         let mut conversion = match pending {
             Some(pending) => pending,
             None => convert::request(&table, wish.options(&table)?)?,
@@ -160,18 +158,20 @@ fn spend_partition_revert(
     report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
-        let row = |step: &str, state: &str, detail: String| -> Progress {
-            vec![(step.into(), state.into(), detail)]
-        };
         if let Some(mut conversion) = Conversion::of(&table)? {
             let left_to_do = conversion.abort()?.unwrap_or_default();
-            return Ok(row("conversion", "aborted", left_to_do));
+            return Ok(vec![row("conversion", "aborted", left_to_do)]);
         }
         let pending = Reversion::of(&table)?;
         if abort.unwrap_or(false) {
-            let mut reversion = pending.ok_or_else(|| Error::NoConversion(table.qualified()))?;
-            reversion.abort()?;
-            return Ok(row("reversion", "aborted", String::new()));
+            let detail = match pending {
+                Some(mut reversion) => reversion.abort().map(|()| String::new())?,
+                None => "nothing was under way".into(),
+            };
+            return Ok(vec![row("reversion", "aborted", detail)]);
+        }
+        if table.kind != "p" {
+            return Ok(vec![row("swap", "done", "it is a plain table".into())]);
         }
         if pending.is_none() {
             revert::request(&table)?;
@@ -180,7 +180,7 @@ fn spend_partition_revert(
         if !has_worker()?
             && let Some(done) = reversion.by_hand()?
         {
-            return Ok(row("swap", "done", done));
+            return Ok(vec![row("swap", "done", done)]);
         }
         Ok(reversion.progress())
     })

@@ -6,39 +6,41 @@ use crate::definition::{qualified, quoted};
 use crate::error::Result;
 use crate::litellm::{OPERATIONS, trigger_name};
 use crate::place::{index_names, rename, rename_index};
+use crate::session::Owner;
 use pgrx::prelude::*;
 
 pub const ARCHIVE: &str = "litellm_spend_archive";
 
-/// Makes the schema if it is missing, and lets the owner of a table that goes there look into it.
-pub fn ensure(owner: &str) -> Result<()> {
+/// Makes the schema if it is missing, and lets the owner of a table that goes there put it there, and look into it.
+pub fn ensure(owner: Owner) -> Result<()> {
     let sql = "SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1";
     if catalog::query(sql, &[ARCHIVE.into()], |_| Ok(()))?.is_empty() {
         let comment = "Tables that litellm_spend took out of use; nobody needs them";
         catalog::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
         catalog::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;
     }
-    catalog::execute(&format!("GRANT USAGE ON SCHEMA {ARCHIVE} TO {}", quoted(owner)), &[]).map(drop)
+    let owner = quoted(&owner.name()?);
+    catalog::execute(&format!("GRANT USAGE, CREATE ON SCHEMA {ARCHIVE} TO {owner}"), &[]).map(drop)
 }
 
-/// Moves a table there, no longer captured, under its own name or the next that is free. Returns what it is called.
-pub fn take(relation: pg_sys::Oid) -> Result<String> {
+/// Moves a table of the owner's there, no longer captured, under its own name or the next that is free. Returns what it is called.
+pub fn take(owner: Owner, relation: pg_sys::Oid) -> Result<String> {
     let Some(table) = Table::find(relation)? else { return Ok(String::new()) };
     for operation in OPERATIONS {
         let (trigger, table) = (trigger_name(operation), table.qualified());
-        catalog::execute(&format!("DROP TRIGGER IF EXISTS {trigger} ON {table}"), &[])?;
+        owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {table}"))?;
     }
     let mut name = table.name.clone();
     if catalog::find_relation(&qualified(ARCHIVE, &name))?.is_some() {
         name = free_name([&table.schema, ARCHIVE], &name)?;
-        rename(&table.schema, &table.name, &name, None)?;
+        rename(owner, &table.schema, &table.name, &name, None)?;
     }
     let moved = qualified(&table.schema, &name);
     for index in index_names(&moved)? {
         if catalog::find_relation(&qualified(ARCHIVE, &index))?.is_some() {
-            rename_index(&table.schema, &index, &free_name([&table.schema, ARCHIVE], &index)?)?;
+            rename_index(owner, &table.schema, &index, &free_name([&table.schema, ARCHIVE], &index)?)?;
         }
     }
-    catalog::execute(&format!("ALTER TABLE {moved} SET SCHEMA {ARCHIVE}"), &[])?;
+    owner.run(format!("ALTER TABLE {moved} SET SCHEMA {ARCHIVE}"))?;
     Ok(qualified(ARCHIVE, &name))
 }

@@ -2,10 +2,17 @@
 //! name: read while the old table still has that name, run when the new one has it.
 //!
 //! What cannot be carried over is named in [`Blueprint::obstacles`]; nothing is left behind in silence.
+//!
+//! The statements are texts from the catalog, and parsing or running them can call functions of whoever made the objects. So each
+//! is run as the owner of what it changes: the table's owner, or a view's or function's own. What may belong to neither is ours:
+//! publications (whose text holds names, and a row filter, in which the server allows nothing but its own functions and types),
+//! and the names and owners of statistics objects.
 
 use crate::catalog::{Table, execute, query, value};
 use crate::definition::{literal, qualified, quoted};
 use crate::error::Result;
+use crate::session::Owner;
+use crate::{guc, rewrite};
 use pgrx::prelude::*;
 
 pub struct Blueprint {
@@ -19,19 +26,42 @@ pub struct Blueprint {
     /// Views that read the table directly, in the order in which they may be locked.
     pub views: Vec<View>,
     pub materialized_views: Vec<View>,
-    /// Functions with SQL bodies that read it: `CREATE OR REPLACE FUNCTION …`.
-    pub functions: Vec<Piece>,
+    pub functions: Vec<Function>,
     pub constraints: Vec<Piece>,
     /// Policies, grants, comments, publications, statistics, replica identity, sequences.
     pub pieces: Vec<Piece>,
     pub obstacles: Vec<String>,
 }
 
-/// An object, and the statement that gives it to the new table.
+/// An object, and the statements that give it to the new table.
 pub struct Piece {
     pub kind: String,
     pub object: String,
-    pub sql: String,
+    sql: Vec<String>,
+    actor: Actor,
+}
+
+/// Who runs the statements of a piece.
+#[derive(Clone, Copy)]
+enum Actor {
+    Owner,
+    Ourselves,
+}
+
+impl Piece {
+    pub fn give(&self, owner: Owner) -> Result<()> {
+        self.sql.iter().try_for_each(|sql| match self.actor {
+            Actor::Ourselves => execute(sql, &[]).map(drop),
+            Actor::Owner => owner.run(sql),
+        })
+    }
+}
+
+/// A function with an SQL body that reads the table.
+pub struct Function {
+    pub name: String,
+    owner: Owner,
+    sql: String,
 }
 
 pub struct Index {
@@ -42,16 +72,14 @@ pub struct Index {
 
 pub struct Trigger {
     pub name: String,
-    pub sql: String,
+    sql: Vec<String>,
 }
 
 pub struct View {
     pub oid: pg_sys::Oid,
     /// Qualified.
     pub name: String,
-    pub query: String,
-    /// `name=value, …`
-    pub options: String,
+    query: String,
 }
 
 impl Blueprint {
@@ -70,17 +98,21 @@ impl Blueprint {
             views: views(oid, "v")?,
             materialized_views: views(oid, "m")?,
             functions: functions(oid)?,
-            constraints: pieces(&table, renamed, &[CONSTRAINTS])?,
+            constraints: pieces(&table, renamed, &[(Actor::Owner, CONSTRAINTS)])?,
             pieces: pieces(&table, renamed, &PIECES)?,
             obstacles,
             table,
         })
     }
 
+    fn owner(&self) -> Owner {
+        Owner::role(self.table.owner_oid)
+    }
+
     /// Drops the triggers, but for ours, from the table under its new name: they would fire twice.
     pub fn drop_triggers(&self, renamed: &str) -> Result<()> {
         for trigger in &self.triggers {
-            execute(&format!("DROP TRIGGER {} ON {renamed}", quoted(&trigger.name)), &[])?;
+            self.owner().run(format!("DROP TRIGGER {} ON {renamed}", quoted(&trigger.name)))?;
         }
         Ok(())
     }
@@ -88,7 +120,8 @@ impl Blueprint {
     /// Gives the new table all that the old one had, but for what its rows are stored by: it has those.
     pub fn give(&self) -> Result<()> {
         let (schema, name) = (&self.table.schema, self.table.qualified());
-        let run = |sql: String| execute(&sql, &[]).map(drop);
+        let owner = self.owner();
+        let run = |sql: String| owner.run(sql);
         for index in &self.indexes {
             if let Some(comment) = &index.comment {
                 let index = qualified(schema, &index.name);
@@ -99,17 +132,16 @@ impl Blueprint {
         for grantee in grantees(&name)? {
             run(format!("REVOKE ALL ON {name} FROM {grantee} CASCADE"))?;
         }
-        self.pieces.iter().try_for_each(|piece| run(piece.sql.clone()))?;
-        self.triggers.iter().try_for_each(|trigger| run(trigger.sql.clone()))
+        self.pieces.iter().try_for_each(|piece| piece.give(owner))?;
+        self.triggers.iter().flat_map(|trigger| &trigger.sql).try_for_each(|sql| owner.run(sql))
     }
 
     /// Has the views and functions that read the old table read the new one.
     pub fn point_readers(&self) -> Result<()> {
-        for View { name, options, query, .. } in &self.views {
-            let with = if options.is_empty() { String::new() } else { format!(" WITH ({options})") };
-            execute(&format!("CREATE OR REPLACE VIEW {name}{with} AS {query}"), &[])?;
+        for view in &self.views {
+            rewrite::replace(guc::swap_lock_timeout(), view.oid, &view.query)?;
         }
-        self.functions.iter().try_for_each(|function| execute(&function.sql, &[]).map(drop))
+        self.functions.iter().try_for_each(|function| function.owner.run(&function.sql))
     }
 }
 
@@ -149,10 +181,10 @@ fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
 
 fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
     query(
-        "SELECT tgname::text, pg_catalog.pg_get_triggerdef(oid)
-                || CASE tgenabled WHEN 'O' THEN '' ELSE pg_catalog.format('; ALTER TABLE %s %s TRIGGER %I', tgrelid::regclass,
-                       CASE tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, tgname)
-                   END
+        "SELECT tgname::text, pg_catalog.array_remove(ARRAY[pg_catalog.pg_get_triggerdef(oid),
+                CASE WHEN tgenabled <> 'O' THEN pg_catalog.format('ALTER TABLE %s %s TRIGGER %I', tgrelid::regclass,
+                    CASE tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, tgname)
+                END], NULL)
          FROM pg_catalog.pg_trigger
          WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_') ORDER BY 1",
         &[table.into()],
@@ -162,8 +194,7 @@ fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
 
 fn views(table: pg_sys::Oid, kind: &str) -> Result<Vec<View>> {
     query(
-        "SELECT c.oid, n.nspname::text, c.relname::text, pg_catalog.rtrim(pg_catalog.pg_get_viewdef(c.oid), ';'),
-                coalesce(pg_catalog.array_to_string(c.reloptions, ', '), '')
+        "SELECT c.oid, n.nspname::text, c.relname::text, pg_catalog.rtrim(pg_catalog.pg_get_viewdef(c.oid), ';')
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind::text = $2 AND EXISTS (
              SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
@@ -172,94 +203,99 @@ fn views(table: pg_sys::Oid, kind: &str) -> Result<Vec<View>> {
         &[table.into(), kind.into()],
         |r| {
             let name = qualified(&value::<String>(r, 2)?, &value::<String>(r, 3)?);
-            Ok(View { oid: value(r, 1)?, name, query: value(r, 4)?, options: value(r, 5)? })
+            Ok(View { oid: value(r, 1)?, name, query: value(r, 4)? })
         },
     )
 }
 
-fn functions(table: pg_sys::Oid) -> Result<Vec<Piece>> {
+fn functions(table: pg_sys::Oid) -> Result<Vec<Function>> {
     query(
-        "SELECT DISTINCT p.oid::regprocedure::text, pg_catalog.pg_get_functiondef(p.oid)
+        "SELECT DISTINCT p.oid::regprocedure::text, pg_catalog.pg_get_functiondef(p.oid), p.proowner
          FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
          WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.prosqlbody IS NOT NULL ORDER BY 1",
         &[table.into()],
-        |r| Ok(Piece { kind: "function".into(), object: value(r, 1)?, sql: value(r, 2)? }),
+        |r| Ok(Function { name: value(r, 1)?, sql: value(r, 2)?, owner: Owner::role(value(r, 3)?) }),
     )
 }
 
 /// CHECK constraints, but for the one of a conversion.
 const CONSTRAINTS: &str =
-    "SELECT 'constraint', conname::text, format('ALTER TABLE %s ADD CONSTRAINT %I %s', $2, conname, pg_get_constraintdef(oid))
+    "SELECT 'constraint', conname::text,
+            ARRAY[format('ALTER TABLE %s ADD CONSTRAINT %I %s', $2, conname, pg_get_constraintdef(oid))]
      FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND NOT connoinherit AND conname <> 'litellm_spend_cutover'";
 
-/// Each query gives kind, object and statement; `$1` is the old table's Oid, `$2` the name that it has and the new one will
+/// Each query gives kind, object and statements; `$1` is the old table's Oid, `$2` the name that it has and the new one will
 /// have, `$3` the name that it will have then.
-const PIECES: [&str; 11] = [
+const PIECES: [(Actor, &str); 13] = [
     // Comments on the table and its columns.
-    "SELECT 'comment', coalesce('column ' || quote_ident(a.attname), 'table'),
-            format('COMMENT ON %s IS %L', CASE WHEN a.attname IS NULL THEN 'TABLE ' || $2
-                                               ELSE 'COLUMN ' || $2 || '.' || quote_ident(a.attname) END, d.description)
+    (Actor::Owner, "SELECT 'comment', coalesce('column ' || quote_ident(a.attname), 'table'),
+            ARRAY[format('COMMENT ON %s IS %L', CASE WHEN a.attname IS NULL THEN 'TABLE ' || $2
+                         ELSE 'COLUMN ' || $2 || '.' || quote_ident(a.attname) END, d.description)]
      FROM pg_description d LEFT JOIN pg_attribute a ON a.attrelid = d.objoid AND a.attnum = d.objsubid AND d.objsubid > 0
-     WHERE d.classoid = 'pg_class'::regclass AND d.objoid = $1",
+     WHERE d.classoid = 'pg_class'::regclass AND d.objoid = $1"),
     // Row security.
-    "SELECT 'row security', lower(s.word), format('ALTER TABLE %s %s ROW LEVEL SECURITY', $2, s.word)
+    (Actor::Owner, "SELECT 'row security', lower(s.word), ARRAY[format('ALTER TABLE %s %s ROW LEVEL SECURITY', $2, s.word)]
      FROM pg_class c, (VALUES ('ENABLE'), ('FORCE')) AS s(word)
-     WHERE c.oid = $1 AND CASE s.word WHEN 'ENABLE' THEN c.relrowsecurity ELSE c.relforcerowsecurity END",
-    "SELECT 'policy', polname::text,
-            format('CREATE POLICY %I ON %s AS %s FOR %s TO %s', polname, $2,
+     WHERE c.oid = $1 AND CASE s.word WHEN 'ENABLE' THEN c.relrowsecurity ELSE c.relforcerowsecurity END"),
+    (Actor::Owner, "SELECT 'policy', polname::text,
+            ARRAY[format('CREATE POLICY %I ON %s AS %s FOR %s TO %s', polname, $2,
                    CASE WHEN polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
                    CASE polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
                    (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(r)) END, ', ') FROM unnest(polroles) AS r))
             || coalesce(' USING (' || pg_get_expr(polqual, polrelid) || ')', '')
-            || coalesce(' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')', '')
-     FROM pg_policy WHERE polrelid = $1",
+            || coalesce(' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')', '')]
+     FROM pg_policy WHERE polrelid = $1"),
     // Publications: subscribers go on to see one table of the old name.
-    PUBLICATIONS,
-    VIA_ROOT,
+    (Actor::Ourselves, PUBLICATIONS),
+    (Actor::Ourselves, VIA_ROOT),
     // Replica identity, unless it is the primary key.
-    "SELECT 'replica identity', CASE relreplident WHEN 'f' THEN 'full' WHEN 'n' THEN 'nothing' ELSE 'index' END,
-            format('ALTER TABLE %s REPLICA IDENTITY %s', $2, CASE relreplident WHEN 'f' THEN 'FULL' WHEN 'n' THEN 'NOTHING'
+    (Actor::Owner, "SELECT 'replica identity', CASE relreplident WHEN 'f' THEN 'full' WHEN 'n' THEN 'nothing' ELSE 'index' END,
+            ARRAY[format('ALTER TABLE %s REPLICA IDENTITY %s', $2, CASE relreplident WHEN 'f' THEN 'FULL' WHEN 'n' THEN 'NOTHING'
                    ELSE 'USING INDEX ' || (SELECT quote_ident(i.relname) FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
-                                           WHERE x.indrelid = c.oid AND x.indisreplident) END)
-     FROM pg_class c WHERE oid = $1 AND relreplident <> 'd'",
+                                           WHERE x.indrelid = c.oid AND x.indisreplident) END)]
+     FROM pg_class c WHERE oid = $1 AND relreplident <> 'd'"),
     // How many values of a column are kept as its statistics.
-    "SELECT 'statistics', 'column ' || quote_ident(attname),
-            format('ALTER TABLE %s ALTER COLUMN %I SET STATISTICS %s', $2, attname, attstattarget)
-     FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attstattarget >= 0",
+    (Actor::Owner, "SELECT 'statistics', 'column ' || quote_ident(attname),
+            ARRAY[format('ALTER TABLE %s ALTER COLUMN %I SET STATISTICS %s', $2, attname, attstattarget)]
+     FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attstattarget >= 0"),
     // Extended statistics, whose names the old table's have.
-    "SELECT 'statistics', stxname::text,
-            format('ALTER STATISTICS %I.%I RENAME TO %I; ', n.nspname, stxname, 'litellm_spend_' || s.oid)
-            || pg_get_statisticsobjdef(s.oid)
-     FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1",
+    (Actor::Ourselves, "SELECT 'statistics', stxname::text,
+            ARRAY[format('ALTER STATISTICS %I.%I RENAME TO %I', n.nspname, stxname, 'litellm_spend_' || s.oid)]
+     FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1"),
+    (Actor::Owner, "SELECT 'statistics', stxname::text, ARRAY[pg_get_statisticsobjdef(s.oid)] FROM pg_statistic_ext s WHERE stxrelid = $1"),
+    (Actor::Ourselves, "SELECT 'statistics', stxname::text,
+            ARRAY[format('ALTER STATISTICS %I.%I OWNER TO %I', n.nspname, stxname, pg_get_userbyid(stxowner))]
+     FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1"),
     // Sequences that go with a column.
-    "SELECT 'sequence', d.objid::regclass::text, format('ALTER SEQUENCE %s OWNED BY %s.%I', d.objid::regclass, $2, a.attname)
+    (Actor::Owner, "SELECT 'sequence', d.objid::regclass::text,
+            ARRAY[format('ALTER SEQUENCE %s OWNED BY %s.%I', d.objid::regclass, $2, a.attname)]
      FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
      JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S'
      WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1
-       AND d.deptype = 'a'",
+       AND d.deptype = 'a'"),
     // Privileges on the table.
-    "SELECT 'grant', g.grantee, format('GRANT %s ON %s TO %s%s', g.privileges, $2, g.grantee, g.option)
+    (Actor::Owner, "SELECT 'grant', g.grantee, ARRAY[format('GRANT %s ON %s TO %s%s', g.privileges, $2, g.grantee, g.option)]
      FROM (SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee,
                   string_agg(DISTINCT x.privilege_type, ', ') AS privileges,
                   CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option
-           FROM pg_class c, aclexplode(c.relacl) AS x WHERE c.oid = $1 GROUP BY x.grantee, x.is_grantable) AS g",
+           FROM pg_class c, aclexplode(c.relacl) AS x WHERE c.oid = $1 GROUP BY x.grantee, x.is_grantable) AS g"),
     // Privileges on columns.
-    "SELECT 'grant', g.grantee || ' (' || g.attname || ')',
-            format('GRANT %s (%I) ON %s TO %s%s', g.privilege_type, g.attname, $2, g.grantee, g.option)
+    (Actor::Owner, "SELECT 'grant', g.grantee || ' (' || g.attname || ')',
+            ARRAY[format('GRANT %s (%I) ON %s TO %s%s', g.privilege_type, g.attname, $2, g.grantee, g.option)]
      FROM (SELECT a.attname, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee,
                   x.privilege_type, CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option
-           FROM pg_attribute a, aclexplode(a.attacl) AS x WHERE a.attrelid = $1 AND NOT a.attisdropped) AS g",
+           FROM pg_attribute a, aclexplode(a.attacl) AS x WHERE a.attrelid = $1 AND NOT a.attisdropped) AS g"),
 ];
 
 #[cfg(feature = "pg14")]
 const VIA_ROOT: &str = "SELECT 'publication', pubname::text,
-        format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', pubname)
+        ARRAY[format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', pubname)]
      FROM pg_publication
      WHERE NOT pubviaroot AND (puballtables OR oid IN (SELECT prpubid FROM pg_publication_rel WHERE prrelid = $1))";
 
 #[cfg(not(feature = "pg14"))]
 const VIA_ROOT: &str = "SELECT 'publication', pubname::text,
-        format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', pubname)
+        ARRAY[format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', pubname)]
      FROM pg_publication
      WHERE NOT pubviaroot
        AND (puballtables OR oid IN (SELECT pnpubid FROM pg_publication_namespace JOIN pg_class t ON t.relnamespace = pnnspid
@@ -267,25 +303,27 @@ const VIA_ROOT: &str = "SELECT 'publication', pubname::text,
 
 #[cfg(feature = "pg14")]
 const PUBLICATIONS: &str = "SELECT 'publication', p.pubname::text,
-        format('ALTER PUBLICATION %I DROP TABLE %s; ALTER PUBLICATION %I ADD TABLE %s', p.pubname, $3, p.pubname, $2)
+        ARRAY[format('ALTER PUBLICATION %I DROP TABLE %s', p.pubname, $3),
+              format('ALTER PUBLICATION %I ADD TABLE %s', p.pubname, $2)]
      FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = $1";
 
 #[cfg(not(feature = "pg14"))]
 const PUBLICATIONS: &str = "SELECT 'publication', p.pubname::text,
-        format('ALTER PUBLICATION %I SET (publish_via_partition_root = true); ALTER PUBLICATION %I DROP TABLE %s; '
-               'ALTER PUBLICATION %I ADD TABLE %s', p.pubname, p.pubname, $3, p.pubname, $2)
+        ARRAY[format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', p.pubname),
+              format('ALTER PUBLICATION %I DROP TABLE %s', p.pubname, $3),
+              format('ALTER PUBLICATION %I ADD TABLE %s', p.pubname, $2)
         || CASE WHEN r.prattrs IS NULL THEN '' ELSE
                (SELECT format(' (%s)', string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum))
                 FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum = ANY (r.prattrs)) END
-        || coalesce(' WHERE (' || pg_get_expr(r.prqual, r.prrelid) || ')', '')
+        || coalesce(' WHERE (' || pg_get_expr(r.prqual, r.prrelid) || ')', '')]
      FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = $1";
 
-fn pieces(table: &Table, renamed: &str, queries: &[&str]) -> Result<Vec<Piece>> {
+fn pieces(table: &Table, renamed: &str, queries: &[(Actor, &str)]) -> Result<Vec<Piece>> {
     let name = table.qualified();
     let mut pieces = vec![];
-    for sql in queries {
+    for (actor, sql) in queries {
         pieces.extend(query(sql, &[table.oid.into(), name.as_str().into(), renamed.into()], |r| {
-            Ok(Piece { kind: value(r, 1)?, object: value(r, 2)?, sql: value(r, 3)? })
+            Ok(Piece { kind: value(r, 1)?, object: value(r, 2)?, sql: value(r, 3)?, actor: *actor })
         })?);
     }
     Ok(pieces)
@@ -317,6 +355,20 @@ const OBSTACLES: &str = "
     UNION ALL SELECT DISTINCT format('Policy %s of %s reads it.', quote_ident(p.polname), p.polrelid::regclass)
     FROM pg_policy p JOIN pg_depend d ON d.classid = 'pg_policy'::regclass AND d.objid = p.oid
     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.polrelid <> $1
+    UNION ALL SELECT format('Role %s, who owns it, may not create in schema %s.', c.relowner::regrole, n.nspname)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = $1 AND NOT has_schema_privilege(c.relowner, n.oid, 'CREATE')
+    UNION ALL SELECT format('Trigger %s calls a function that role %s, who owns the table, may not call.', quote_ident(tgname),
+                            c.relowner::regrole)
+    FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+    WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_')
+      AND NOT has_function_privilege(c.relowner, tgfoid, 'EXECUTE')
+    UNION ALL SELECT DISTINCT format('Function %s reads it, and role %s, who owns the function, may not create in schema %s.',
+                                     p.oid::regprocedure, p.proowner::regrole, n.nspname)
+    FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.prosqlbody IS NOT NULL
+      AND NOT has_schema_privilege(p.proowner, n.oid, 'CREATE')
     UNION ALL SELECT DISTINCT format('%s uses its row type.', pg_describe_object(d.classid, d.objid, d.objsubid))
     FROM pg_class c JOIN pg_type t ON t.oid = c.reltype JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass
         AND d.refobjid IN (t.oid, t.typarray) AND d.deptype = 'n'

@@ -32,6 +32,15 @@ pub fn rollups() -> Vec<Definition> {
     ]
 }
 
+/// The column of the change log that a rollup's column is made of.
+pub fn log_column(column: &str) -> &str {
+    match column {
+        "date" => "hour",
+        "tag" => "request_tags",
+        other => other,
+    }
+}
+
 /// A bucket's name, expression and type.
 type Width = (&'static str, &'static str, &'static str);
 const DAY: Width = ("date", "hour::date", "date");

@@ -6,6 +6,11 @@
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
 //!   got before we noticed.
 //! - detach: ACCESS EXCLUSIVE, for dropping the triggers and merging what is left.
+//!
+//! Whose rights: the log, the ledger, the built-in rollups and their live views are ours, so that LiteLLM's role can neither
+//! drop nor change them; the trigger functions belong to the owner of the captured table, who may add to the log and read it all
+//! (`litellm::grants_to_owner`). Of what is done here as ourselves to that owner's table, CREATE TRIGGER and DROP TRIGGER
+//! evaluate nothing of theirs; what reads a row of it runs as its owner.
 
 use crate::catalog::{self, CaptureState, Table};
 use crate::definition::{Definition, SCHEMA, qualified, quoted};
@@ -13,8 +18,9 @@ use crate::error::{Error, Result};
 use crate::litellm::{self, CHANGE_LOG, Capture, LOG_RELATIONS, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Patience};
 use crate::rollup::Merged;
+use crate::session::Owner;
 use crate::views::Action;
-use crate::{backfill, builtin, rollup, views};
+use crate::{backfill, builtin, guc, rollup, views};
 use pgrx::prelude::*;
 
 /// The table that a NULL source means, on the caller's search_path.
@@ -93,6 +99,7 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     }
     store_state(&table, &columns, subtract)?;
     views::ensure_reports()?;
+    grant(Owner::of(oid)?)?;
     // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows meanwhile
     // keep what the rollups say.
     complete &=
@@ -102,7 +109,6 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     }
     actions.extend(views::adopt(&table)?);
     let state = attached_to(&table)?;
-    backfill::grant_step(&quoted(&table.owner))?;
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
@@ -125,8 +131,8 @@ fn create_log() -> Result<Vec<Action>> {
             actions.push((full, "created".into()));
         }
     }
-    for comment in litellm::comment_on_log() {
-        catalog::execute(&comment, &[])?;
+    for sql in litellm::describe_log() {
+        catalog::execute(&sql, &[])?;
     }
     // A log that was dropped and made again goes on above what has been merged.
     catalog::execute(
@@ -206,11 +212,13 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, columns, on_delete, failures_seen)
-             VALUES ($1, $2::name, $3::name, $4, $5, $6, (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
+            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, owner, columns, on_delete,
+                                           failures_seen)
+             VALUES ($1, $2::name, $3::name, $4, $7, $5, $6, (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
                                                           FROM {SCHEMA}.capture_failures))
              ON CONFLICT (source) DO UPDATE SET table_schema = excluded.table_schema,
-                 table_name = excluded.table_name, columns = excluded.columns, on_delete = excluded.on_delete,
+                 table_name = excluded.table_name, owner = excluded.owner, columns = excluded.columns,
+                 on_delete = excluded.on_delete,
                  last_error = NULL, last_error_at = NULL"
         ),
         &[
@@ -220,6 +228,7 @@ fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> 
             table.oid.into(),
             columns.to_vec().into(),
             (if subtract { "subtract" } else { "keep" }).into(),
+            table.owner_oid.into(),
         ],
     )?;
     Ok(())
@@ -229,28 +238,77 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let name = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), catalog::relation_name(oid)?));
     let predecessor = state.predecessor.map(name).transpose()?;
     let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
-    for (name, text) in (Capture { columns: &state.columns }).functions(state.subtract, predecessor) {
-        catalog::execute(&text, &[])?;
+    let owner = quoted(&Owner::of(state.relation)?.name()?);
+    for (name, body) in (Capture { columns: &state.columns }).functions(state.subtract, predecessor) {
+        catalog::execute(&litellm::create_function(&name, &body), &[])?;
         catalog::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;
+        catalog::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
     }
-    Ok((format!("functions {SCHEMA}.capture_*"), "made for the table's columns".into()))
+    Ok((format!("functions {SCHEMA}.capture_*"), "made for the table's columns and owner".into()))
+}
+
+/// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner before.
+fn grant(owner: Owner) -> Result<()> {
+    for former in grantees()? {
+        if former != owner {
+            revoke(former, "ALL")?;
+        }
+    }
+    let role = quoted(&owner.name()?);
+    backfill::grant_step(&role)?;
+    let rollups: Vec<String> = builtin::rollups().iter().map(Definition::table).collect();
+    for sql in litellm::grants_to_owner(&rollups, &role) {
+        catalog::execute(&sql, &[])?;
+    }
+    Ok(())
+}
+
+/// Who may add to the change log, and who may read columns of it: owners of the captured table and of LiteLLM's views.
+fn grantees() -> Result<Vec<Owner>> {
+    let roles = catalog::query(
+        &format!(
+            "SELECT DISTINCT x.grantee FROM pg_catalog.pg_attribute a, pg_catalog.aclexplode(a.attacl) AS x
+             WHERE a.attrelid = pg_catalog.to_regclass('{SCHEMA}.change_log') AND x.grantee <> 0
+             UNION SELECT x.grantee FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) AS x
+             WHERE c.oid = pg_catalog.to_regclass('{SCHEMA}.change_log') AND x.grantee NOT IN (0, c.relowner)"
+        ),
+        &[],
+        |r| catalog::value::<pg_sys::Oid>(r, 1),
+    )?;
+    Ok(roles.into_iter().map(Owner::role).collect())
+}
+
+/// Takes from a role what attach gave it, and of the rollups what is said. It may go on to read the watermark, which other
+/// rollups of its own may need.
+fn revoke(role: Owner, of_rollups: &str) -> Result<()> {
+    let role = quoted(&role.name()?);
+    let tables = ["change_log", "retired", "dirty_range"].map(|name| (name.to_string(), "ALL"));
+    let rollups = builtin::rollups().into_iter().map(|rollup| (rollup.table_name(), of_rollups));
+    let sequences = ["change_log_seq", "capture_failures"].map(|name| (name.to_string(), "ALL"));
+    for (name, privileges) in tables.into_iter().chain(rollups).chain(sequences) {
+        let name = qualified(SCHEMA, &name);
+        if catalog::find_relation(&name)?.is_some() {
+            catalog::execute(&format!("REVOKE {privileges} ON {name} FROM {role}"), &[])?;
+        }
+    }
+    Ok(())
 }
 
 /// Creates the triggers that are missing on the table and its partitions. Returns how many.
 pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
+    let mut tables: Vec<pg_sys::Oid> = missing.iter().map(|(relation, _)| *relation).collect();
+    tables.dedup();
+    locks::lock_against_writers(&tables)?;
     for (relation, operation) in &missing {
-        let name = catalog::relation_name(*relation)?;
-        // For a partitioned table this locks its partitions as well.
-        locks::lock_against_writers(&name, *relation)?;
-        catalog::execute(&Capture::trigger(operation, &name), &[])?;
+        catalog::execute(&Capture::trigger(operation, &catalog::relation_name(*relation)?), &[])?;
     }
     Ok(missing.len())
 }
 
 /// Capture and rollups go on where the rows are now.
 pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
-    for table in ["capture", "source"] {
+    for table in ["capture", "source", "policy"] {
         let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
         catalog::execute(&sql, &[old.into(), new.into()])?;
     }
@@ -289,7 +347,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     let table = Table::find(state.relation)?;
     // 1. LiteLLM's views first: they read the table only.
     let mut actions = match &table {
-        Some(table) => views::restore(&table.schema)?,
+        Some(table) => views::restore(table)?,
         None => views::empty(&state.schema)?,
     };
     // 2. no writer from here on: what is in the change log is all there will be.
@@ -297,12 +355,14 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         if Table::find(relation)?.is_none() {
             continue;
         }
-        for partition in catalog::relation_tree(relation)? {
+        let tree = catalog::relation_tree(relation)?;
+        let locks: Vec<_> = tree.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
+        locks::lock_all(guc::lock_timeout(), &locks)?;
+        for partition in tree {
             let name = catalog::relation_name(partition)?;
             for operation in OPERATIONS {
                 let trigger = litellm::trigger_name(operation);
-                let sql = format!("DROP TRIGGER IF EXISTS {trigger} ON {name}");
-                locks::lock(&sql, &name, partition)?;
+                catalog::execute(&format!("DROP TRIGGER IF EXISTS {trigger} ON {name}"), &[])?;
             }
         }
     }
@@ -315,6 +375,11 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     }
     for operation in OPERATIONS {
         catalog::execute(&format!("DROP FUNCTION IF EXISTS {}()", litellm::function_name(operation)), &[])?;
+    }
+    // The owner may go on to read what is kept.
+    let owner = table.as_ref().map(|table| Owner::role(table.owner_oid));
+    for role in grantees()? {
+        revoke(role, if Some(role) == owner { "INSERT" } else { "ALL" })?;
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
     catalog::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
@@ -352,7 +417,7 @@ fn merge_all() -> Result<()> {
     for mut source in catalog::sources()?.into_iter().filter(|s| s.name == CHANGE_LOG) {
         let safe = rollup::find_safe_end(&mut source, patience)?;
         for name in &source.rollups {
-            while let Merged::Window(_) = rollup::merge(name, safe, patience)? {}
+            while let Merged::Window(_) = rollup::merge(name, safe, guc::max_window(), patience)? {}
         }
     }
     Ok(())

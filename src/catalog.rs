@@ -15,13 +15,30 @@ use std::collections::BTreeSet;
 
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
+/// Refuses a text that is more than one statement, whatever quotes it was meant to keep.
+fn require_one_statement(sql: &str) -> Result<()> {
+    // Nothing else separates statements, and hardly any text of ours has one.
+    if !sql.contains(';') {
+        return Ok(());
+    }
+    let text = std::ffi::CString::new(sql).map_err(|_| Error::SeveralStatements)?;
+    // SAFETY: the parser reads the text, and returns a list or null.
+    let statements = unsafe {
+        let list = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        list.as_ref().map_or(0, |list| list.length)
+    };
+    if statements == 1 { Ok(()) } else { Err(Error::SeveralStatements) }
+}
+
 /// Runs a query on the transaction's snapshot.
 pub fn query<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    require_one_statement(sql)?;
     Spi::connect(|client| rows(client.select(sql, None, args)?, row))
 }
 
 /// Runs a query on a fresh snapshot. Takes an XID.
 pub fn fresh<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    require_one_statement(sql)?;
     Spi::connect_mut(|client| rows(client.update(sql, None, args)?, row))
 }
 
@@ -31,6 +48,7 @@ fn rows<T>(table: SpiTupleTable, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -
 
 /// Runs a statement; returns the number of rows it processed.
 pub fn execute(sql: &str, args: Args) -> Result<i64> {
+    require_one_statement(sql)?;
     Spi::connect_mut(|client| Ok(client.update(sql, None, args)?.len() as i64))
 }
 
@@ -249,6 +267,8 @@ pub struct CaptureState {
     pub schema: String,
     pub table: String,
     pub relation: pg_sys::Oid,
+    /// Who owned the table when we attached; `None` in a database that an older version attached.
+    pub owner: Option<pg_sys::Oid>,
     pub columns: Vec<String>,
     pub subtract: bool,
     pub predecessor: Option<pg_sys::Oid>,
@@ -267,7 +287,7 @@ pub fn capture() -> Result<Option<CaptureState>> {
     let states = query(
         &format!(
             "SELECT source, table_schema::text, table_name::text, relation::oid, columns, on_delete = 'subtract',
-                    predecessor::oid, failures_seen, candidates::text
+                    predecessor::oid, failures_seen, candidates::text, owner::oid
              FROM {SCHEMA}.capture"
         ),
         &[],
@@ -282,6 +302,7 @@ pub fn capture() -> Result<Option<CaptureState>> {
                 predecessor: r.get(7)?,
                 failures_seen: value(r, 8)?,
                 window: serde_json::from_str(&value::<String>(r, 9)?)?,
+                owner: r.get(10)?,
             })
         },
     )?;
@@ -298,6 +319,7 @@ pub struct Table {
     pub kind: String,
     pub persistence: String,
     pub owner: String,
+    pub owner_oid: pg_sys::Oid,
     /// Storage options, `name=value, …`.
     pub options: String,
     /// Name and type.
@@ -309,7 +331,7 @@ impl Table {
         let tables = query(
             "SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text,
                     pg_catalog.pg_get_userbyid(c.relowner)::text,
-                    coalesce(pg_catalog.array_to_string(c.reloptions, ', '), '')
+                    coalesce(pg_catalog.array_to_string(c.reloptions, ', '), ''), c.relowner
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
             &[oid.into()],
             |r| {
@@ -321,6 +343,7 @@ impl Table {
                     persistence: value(r, 4)?,
                     owner: value(r, 5)?,
                     options: value(r, 6)?,
+                    owner_oid: value(r, 7)?,
                     columns: vec![],
                 })
             },
@@ -380,8 +403,9 @@ pub fn any_missing(names: Vec<String>) -> Result<bool> {
 }
 
 pub fn role_name(role: pg_sys::Oid) -> Result<String> {
-    let sql = "SELECT pg_catalog.pg_get_userbyid($1)::text";
-    Ok(query(sql, &[role.into()], |r| value(r, 1))?.pop().unwrap_or_default())
+    let sql = "SELECT rolname::text FROM pg_catalog.pg_roles WHERE oid = $1";
+    let names = query(sql, &[role.into()], |r| value(r, 1))?;
+    names.into_iter().next().ok_or(Error::NoRole(role.to_u32()))
 }
 
 /// Whether values of the type, as SQL writes it, can be sorted: then they can be a key.

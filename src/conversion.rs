@@ -1,12 +1,14 @@
 //! Tables on their way to being partitioned, or back: what was asked for, and what stopped it. How far a conversion is, is
 //! mostly read from the catalogs; a reversion notes it here.
 //!
-//! Whoever does a step holds the row: one at a time, worker or call.
+//! Whoever does a step holds the row: one at a time, worker or call. What was asked for holds for the table that it was asked
+//! for, while that belongs to the same owner.
 
 use crate::catalog::{self, Table, value};
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
 use crate::locks::Patience;
+use crate::session::Owner;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use serde::Serialize;
@@ -20,8 +22,9 @@ pub trait Options: Serialize + DeserializeOwned {
 pub struct Pending<T> {
     pub schema: String,
     pub table: String,
-    /// The table that it began with.
+    /// The table that it began with, and its owner.
     pub relation: pg_sys::Oid,
+    pub owner: Owner,
     pub options: T,
     /// It waits for a new call.
     pub stopped: bool,
@@ -31,7 +34,8 @@ pub struct Pending<T> {
 impl<T: Options> Pending<T> {
     pub fn new(table: &Table, options: T) -> Self {
         let (schema, name) = (table.schema.clone(), table.name.clone());
-        Pending { schema, table: name, relation: table.oid, options, stopped: false, last_error: None }
+        let owner = Owner::role(table.owner_oid);
+        Pending { schema, table: name, relation: table.oid, owner, options, stopped: false, last_error: None }
     }
 
     pub fn name(&self) -> String {
@@ -41,7 +45,7 @@ impl<T: Options> Pending<T> {
     pub fn all() -> Result<Vec<Self>> {
         catalog::query(
             &format!(
-                "SELECT table_schema::text, table_name::text, relation::oid, options::text, stopped, last_error
+                "SELECT table_schema::text, table_name::text, relation::oid, options::text, stopped, last_error, owner::oid
                  FROM {SCHEMA}.conversion WHERE direction = $1 ORDER BY 1, 2"
             ),
             &[T::DIRECTION.into()],
@@ -53,13 +57,27 @@ impl<T: Options> Pending<T> {
                     options: serde_json::from_str(&value::<String>(r, 4)?)?,
                     stopped: value(r, 5)?,
                     last_error: r.get(6)?,
+                    owner: Owner::role(value(r, 7)?),
                 })
             },
         )
     }
 
+    /// That of a table, which its conversion may have made anew.
     pub fn of(table: &Table) -> Result<Option<Self>> {
-        Ok(Self::all()?.into_iter().find(|p| p.schema == table.schema && p.table == table.name))
+        let owner = Owner::role(table.owner_oid);
+        let named = |p: &Self| p.schema == table.schema && p.table == table.name;
+        Ok(Self::all()?.into_iter().find(|p| named(p) && p.owner == owner))
+    }
+
+    /// The table still belongs to whom it did.
+    pub fn require_owner(&self) -> Result<()> {
+        let Some(table) = Table::find(self.relation)? else { return Ok(()) };
+        if Owner::role(table.owner_oid) == self.owner {
+            return Ok(());
+        }
+        let expected = self.owner.name()?;
+        Err(Error::OtherOwner { relation: self.name(), owner: table.owner, expected })
     }
 
     fn key(&self) -> [DatumWithOid<'_>; 2] {
@@ -71,10 +89,10 @@ impl<T: Options> Pending<T> {
         let [schema, table] = self.key();
         catalog::execute(
             &format!(
-                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, options)
-                 VALUES ($1::name, $2::name, $3, $4, $5::jsonb)
-                 ON CONFLICT (table_schema, table_name) DO UPDATE SET direction = excluded.direction, relation = excluded.relation,
-                     options = excluded.options, stopped = false, last_error = NULL, last_error_at = NULL"
+                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, owner, options)
+                 VALUES ($1::name, $2::name, $3, $4, $6, $5::jsonb)
+                 ON CONFLICT (table_schema, table_name) DO UPDATE SET direction = excluded.direction,
+                     relation = excluded.relation, owner = excluded.owner, options = excluded.options, stopped = false, last_error = NULL, last_error_at = NULL"
             ),
             &[
                 schema,
@@ -82,6 +100,7 @@ impl<T: Options> Pending<T> {
                 T::DIRECTION.into(),
                 self.relation.into(),
                 serde_json::to_string(&self.options)?.into(),
+                self.owner.oid().into(),
             ],
         )
         .map(drop)

@@ -15,6 +15,9 @@
 //! no row is ever refused, and nothing is read. Without one a CHECK is validated before. It would refuse rows from the
 //! cutover on: when that comes within `litellm_spend.cutover_margin` before the swap, the worker removes it, and the
 //! conversion stops. Without a worker to do that, no CHECK is made.
+//!
+//! Whose rights: everything is done to the table as its owner, the building of the index included; only what notes
+//! how far we are is ours. When the table has another owner, the conversion stops.
 
 use crate::blueprint::Blueprint;
 use crate::catalog::{self, Table, value};
@@ -24,7 +27,6 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout;
 use crate::locks;
-use crate::materialized::{self, MaterializedView};
 use crate::partition::{Instant, Interval, suffixed};
 use crate::spread::{self, Spread};
 use crate::swap;
@@ -40,13 +42,9 @@ pub struct Options {
     /// Microseconds since 1970, UTC.
     pub cutover: i64,
     pub time_column: String,
-    pub rebuild_materialized_views: bool,
     /// What was done so far is to be taken back.
     #[serde(default)]
     pub aborted: bool,
-    /// Those that wait for it.
-    #[serde(default)]
-    pub materialized_views: Vec<MaterializedView>,
 }
 
 impl conversion::Options for Options {
@@ -66,7 +64,6 @@ pub enum Step {
     Check,
     Validate,
     Swap,
-    MaterializedViews,
     Nothing,
 }
 
@@ -105,6 +102,7 @@ impl Conversion {
         if (&table.schema, &table.name) != (&self.schema, &self.table) {
             return Err(Error::NoTable(self.name()));
         }
+        self.require_owner()?;
         let key_index = qualified(&self.schema, &self.key_index());
         let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
         blueprint.obstacles.extend(self.own_obstacles(&blueprint)?);
@@ -121,10 +119,8 @@ impl Conversion {
         if catalog::find_relation(&legacy)?.is_some() {
             obstacles.push(format!("There is a {legacy} already, which is what it would be called."));
         }
-        if !self.options.rebuild_materialized_views {
-            let views = blueprint.materialized_views.iter();
-            obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
-        }
+        let views = blueprint.materialized_views.iter();
+        obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
         Ok(obstacles)
     }
 
@@ -133,11 +129,12 @@ impl Conversion {
         let (time, cutover) = (quoted(&self.options.time_column), self.cutover().to_string());
         let beyond = format!("{time} >= {cutover}");
         // Most often there is none, and an index says so.
-        if Spread::of_any(self.relation, &self.options.time_column)?.count(&beyond, 1)? == 0 {
+        let spread = Spread::of_any(self.owner, self.relation, &self.options.time_column)?;
+        if spread.count(&beyond, 1)? == 0 {
             return Ok(None);
         }
         let sql = format!("SELECT max({time})::text, count(*) FROM {} WHERE {beyond}", self.name());
-        let found = catalog::query(&sql, &[], |r| Ok((value::<String>(r, 1)?, value::<i64>(r, 2)?)))?;
+        let found = self.owner.query(&sql, &[], |r| Ok((value::<String>(r, 1)?, value::<i64>(r, 2)?)))?;
         let beyond = |(last, rows)| Error::RowsBeyondCutover { relation: self.name(), rows, last, cutover };
         Ok(found.into_iter().next().map(beyond))
     }
@@ -152,19 +149,15 @@ impl Conversion {
 
 /// Stores what to do, or refuses it.
 pub fn request(table: &Table, options: Options) -> Result<Conversion> {
-    let mut conversion = Conversion::new(table, options);
+    let conversion = Conversion::new(table, options);
     let blueprint = conversion.blueprint()?;
     if let Some(obstacle) = blueprint.obstacles.first() {
         return Err(Error::CannotConvert { relation: table.qualified(), reason: obstacle.clone() });
     }
-    let has_period = conversion.interval().period(conversion.cutover()).is_some();
-    if !has_period || conversion.is_near() {
-        return Err(Error::CutoverTooNear { cutover: conversion.cutover().to_string() });
-    }
+    conversion.check_cutover()?;
     if let Some(beyond) = conversion.rows_beyond()? {
         return Err(beyond);
     }
-    conversion.options.materialized_views = materialized::describe(&blueprint)?;
     if let Some(mut earlier) = Conversion::of(table)? {
         earlier.lock_in_call()?;
     }
@@ -190,11 +183,11 @@ impl Conversion {
     pub fn next_step(&self) -> Result<Step> {
         let Some(table) = Table::find(self.relation)? else { return Ok(Step::Nothing) };
         if self.is_swapped(&table)? {
-            let pending = !self.options.materialized_views.is_empty();
-            return Ok(if pending { Step::MaterializedViews } else { Step::Nothing });
+            return Ok(Step::Nothing);
         }
+        self.require_owner()?;
         let index = qualified(&self.schema, &self.key_index());
-        match index_state(&index)? {
+        match index_state(&index, self.relation)? {
             Index::Missing if self.options.aborted => return Ok(Step::Nothing),
             Index::Missing => {
                 let columns = self.key_columns(&self.blueprint()?);
@@ -228,30 +221,18 @@ impl Conversion {
         let name = self.name();
         match step {
             Step::TopLevel(_) | Step::Wait => return Ok(()),
-            Step::Check => locks::lock_within(
-                guc::swap_lock_timeout(),
-                &format!(
-                    "ALTER TABLE {name} ADD CONSTRAINT {CHECK} CHECK ({} < {}) NOT VALID",
-                    quoted(&self.options.time_column),
-                    self.cutover()
-                ),
-                &name,
-                self.relation,
-            )?,
+            Step::Check => {
+                let (time, cutover) = (quoted(&self.options.time_column), self.cutover());
+                let check = format!("CHECK ({time} < {cutover}) NOT VALID");
+                self.alter(&format!("ALTER TABLE {name} ADD CONSTRAINT {CHECK} {check}"))?;
+            }
             Step::Validate => {
-                let lock = format!("LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE");
-                locks::lock(&lock, &name, self.relation)?;
-                catalog::execute(&format!("ALTER TABLE {name} VALIDATE CONSTRAINT {CHECK}"), &[])?;
+                locks::lock_all(guc::lock_timeout(), &[(self.relation, pg_sys::ShareUpdateExclusiveLock)])?;
+                self.owner.run(format!("ALTER TABLE {name} VALIDATE CONSTRAINT {CHECK}"))?;
             }
             Step::Swap => {
                 swap::swap(self)?;
                 log!("litellm_spend: {name} is partitioned");
-            }
-            Step::MaterializedViews => {
-                if let Some(view) = self.options.materialized_views.pop() {
-                    view.make_anew()?;
-                    self.store()?;
-                }
             }
             Step::Nothing => {}
         }
@@ -259,6 +240,23 @@ impl Conversion {
             self.forget()?;
         }
         Ok(())
+    }
+
+    /// Refuses a cutover that no calendar has, or that is too near.
+    pub fn check_cutover(&self) -> Result<()> {
+        if self.interval().period(self.cutover()).is_none() {
+            return Err(Error::CutoverBeyond);
+        }
+        if self.is_near() {
+            return Err(Error::CutoverTooNear { cutover: self.cutover().to_string() });
+        }
+        Ok(())
+    }
+
+    /// A statement that takes an exclusive lock for a moment.
+    fn alter(&self, sql: &str) -> Result<()> {
+        locks::lock_all(guc::swap_lock_timeout(), &[(self.relation, pg_sys::AccessExclusiveLock)])?;
+        self.owner.run(sql)
     }
 
     /// The cutover is so near that a CHECK would soon refuse rows.
@@ -285,8 +283,7 @@ impl Conversion {
             return Ok(());
         }
         let name = catalog::relation_name(self.relation)?;
-        let sql = format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}");
-        locks::lock_within(guc::swap_lock_timeout(), &sql, &name, self.relation)
+        self.alter(&format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}"))
     }
 
     /// Takes a conversion back before its swap. The index, which may be half built, only top level can drop without being in
@@ -328,13 +325,14 @@ enum Index {
     Valid,
 }
 
-fn index_state(index: &str) -> Result<Index> {
+/// Of the index of that name on the table; one of another table's is none.
+fn index_state(index: &str, table: pg_sys::Oid) -> Result<Index> {
     let states = catalog::query(
         "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = i.indrelid
              AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
              AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid AND p.relid = i.indrelid))
-         FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1)",
-        &[index.into()],
+         FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
+        &[index.into(), table.into()],
         |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),
     )?;
     Ok(match states.first() {
@@ -380,16 +378,12 @@ impl Conversion {
             steps.extend(["check", "validate"]);
         }
         steps.push("swap");
-        if !self.options.materialized_views.is_empty() {
-            steps.push("materialized views");
-        }
         let (name, mut detail) = match &step {
             Step::TopLevel(sql) => ("index", format!("{sql};")),
             Step::Wait => ("index", "being built".into()),
             Step::Check => ("check", String::new()),
             Step::Validate => ("validate", String::new()),
             Step::Swap => ("swap", format!("before {}", self.cutover())),
-            Step::MaterializedViews => ("materialized views", String::new()),
             Step::Nothing => ("", String::new()),
         };
         if let Some(error) = &self.last_error {
@@ -416,7 +410,7 @@ pub fn tick(run: &mut impl Runner) -> bool {
         }
         let done = match run.step(look(), || conversion.next_step()) {
             None | Some(Step::Wait) => None,
-            Some(Step::TopLevel(sql)) => run.top_level(subject, &sql),
+            Some(Step::TopLevel(sql)) => run.top_level(subject, conversion.owner, &sql),
             Some(step) => run.step(subject, || conversion.run(&step)),
         };
         more |= done.is_some();

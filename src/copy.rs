@@ -8,19 +8,22 @@
 //! ```
 //! The trigger is there before the first row is read, and whoever wrote before it has ended: so every row is either seen by
 //! the copy or noted. It only writes keys, and never fails the user's statement: what it could not write counts a failure
-//! in a sequence, and then the copy begins anew. Copying runs code of the table's owner (constraints, generated columns), so
-//! it runs as that role.
+//! in a sequence, and then the copy begins anew.
+//!
+//! All of it belongs to the table's owner, in the archive, and runs as that role: copying calls constraints and generated columns,
+//! and the types of a key may be the owner's. The trigger's function is SECURITY DEFINER as the owner, because whoever
+//! may write to the table need not be able to write the notes.
 
 use crate::archive::{self, ARCHIVE};
 use crate::catalog::{self, Table, free_name, value};
-use crate::definition::{literal, quoted};
+use crate::definition::{literal, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::locks;
 use crate::partition::suffixed;
-use crate::place::{owner, storage};
+use crate::place::storage;
 use crate::revert::Reversion;
-use crate::session::Elevated;
+use crate::session::Owner;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
 
@@ -31,27 +34,35 @@ const BATCH: i64 = 10_000;
 const FEW: i64 = BATCH / 20;
 const SHORT: Duration = Duration::from_millis(50);
 
-const CHANGES: &str = "litellm_spend.reverted_change";
-const FAILURES: &str = "litellm_spend.reverted_failures";
-const FUNCTION: &str = "litellm_spend.note_reverted";
+/// What the table of changes, the sequence of failures and the function are called, after the plain table.
+const CHANGES: &str = "_changes";
+const FAILURES: &str = "_failures";
+const FUNCTION: &str = "_note";
 const TRIGGERS: [&str; 2] = ["litellm_spend_revert", "litellm_spend_revert_truncate"];
 
 // ---- to make it ------------------------------------------------------------------------------------------
+
+/// One of the names that go with the plain table's.
+fn beside(reversion: &Reversion, suffix: &str) -> String {
+    qualified(ARCHIVE, &suffixed(&reversion.options.plain, suffix))
+}
 
 /// The plain table, empty, and the triggers that note what changes.
 pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     let name = reversion.name();
     let table = Table::find(reversion.relation)?.ok_or_else(|| Error::NoTable(name.clone()))?;
-    let run = |sql: String| catalog::execute(&sql, &[]).map(drop);
-    archive::ensure(&table.owner)?;
+    let owner = reversion.owner;
+    let run = |sql: String| owner.run(sql);
+    archive::ensure(owner)?;
     if reversion.options.shape.is_some() {
-        lock(reversion)?;
-        run(format!("DROP TABLE IF EXISTS {}, {}", reversion.plain(), reversion.duplicates()))?;
+        drop_triggers(reversion)?;
+        drop_made(reversion)?;
     }
     let free = |suffix| free_name([&table.schema, ARCHIVE], &suffixed(&table.name, suffix));
     let options = &mut reversion.options;
     (options.plain, options.duplicates) = (free("_plain")?, free("_duplicates")?);
     let (plain, duplicates, key) = (reversion.plain(), reversion.duplicates(), key(reversion));
+    let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
     let like = "INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING COMPRESSION";
     let constraint = quoted(&key_name(&reversion.options.plain));
     let (storage, _) = storage(largest_partition(reversion)?)?;
@@ -59,34 +70,49 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         "CREATE TABLE {plain} (LIKE {name} {like}, CONSTRAINT {constraint} PRIMARY KEY ({key})) {storage}"
     ))?;
     run(format!("CREATE TABLE {duplicates} (LIKE {name})"))?;
-    for table_of_owner in [&plain, &duplicates] {
-        run(format!("ALTER TABLE {table_of_owner} OWNER TO {}", quoted(&table.owner)))?;
-    }
-    if catalog::find_relation(CHANGES)?.is_none() {
-        let keys = reversion.options.key.iter().map(|c| format!("(NULL::{name}).{}", quoted(c)));
-        run(format!("CREATE TABLE {CHANGES} AS SELECT {} WHERE false", keys.collect::<Vec<_>>().join(", ")))?;
-        run(format!("CREATE SEQUENCE {FAILURES}"))?;
-        run(trigger_function(reversion))?;
-        run(format!("REVOKE ALL ON FUNCTION {FUNCTION}() FROM PUBLIC"))?;
-    }
+    run(format!("CREATE TABLE {changes} AS SELECT {key} FROM {name} WHERE false"))?;
+    run(format!("CREATE SEQUENCE {failures}"))?;
     // From here on writers wait, until this transaction ends: what they wrote before is visible to the copy.
-    locks::lock_against_writers(&name, reversion.relation)?;
-    let [changes, truncate] = TRIGGERS;
-    run(format!(
-        "CREATE OR REPLACE TRIGGER {changes} AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW EXECUTE FUNCTION {FUNCTION}()"
-    ))?;
-    run(format!(
-        "CREATE OR REPLACE TRIGGER {truncate} AFTER TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION {FUNCTION}()"
-    ))?;
+    locks::lock_against_writers(&catalog::relation_tree(reversion.relation)?)?;
+    create_triggers(reversion)?;
+    reversion.options.made = [plain, duplicates, changes]
+        .iter()
+        .map(|name| Ok(catalog::find_relation(name)?.map_or(0, |oid| oid.to_u32())))
+        .collect::<Result<_>>()?;
     reversion.options.shape = Some(shape(reversion.relation)?);
     reversion.options.tree = tree(reversion)?;
     restart(reversion)
 }
 
+/// Fails if what we made has been replaced, or given to somebody else.
+pub fn require_made(reversion: &Reversion) -> Result<()> {
+    let names = [reversion.plain(), reversion.duplicates(), beside(reversion, CHANGES)];
+    for (name, made) in names.iter().zip(&reversion.options.made) {
+        let found = Table::named(name)?.filter(|table| table.oid.to_u32() == *made);
+        let found = found.ok_or_else(|| Error::NoTable(name.clone()))?;
+        if Owner::role(found.owner_oid) != reversion.owner {
+            let expected = reversion.owner.name()?;
+            return Err(Error::OtherOwner { relation: name.clone(), owner: found.owner, expected });
+        }
+    }
+    Ok(())
+}
+
+/// A partition whose owner is not the table's.
+pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
+    let others = catalog::query(
+        "SELECT oid::regclass::text FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relowner <> $2",
+        &[catalog::relation_tree(table.oid)?.into(), table.owner_oid.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(others.into_iter().next())
+}
+
 fn restart(reversion: &mut Reversion) -> Result<()> {
+    let failures = failures(reversion)?;
     let options = &mut reversion.options;
     (options.copied_to, options.copied_all, options.indexes) = (None, false, None);
-    options.failures = failures()?;
+    options.failures = failures;
     Ok(())
 }
 
@@ -96,7 +122,8 @@ pub fn begin_anew(reversion: &mut Reversion) -> Result<()> {
     restart(reversion)?;
     reversion.options.indexes = indexes;
     lock(reversion)?;
-    catalog::execute(&format!("TRUNCATE {}, {}", reversion.plain(), reversion.duplicates()), &[]).map(drop)
+    // Its triggers, if there are any, are the owner's.
+    reversion.owner.run(format!("TRUNCATE {}, {}", reversion.plain(), reversion.duplicates()))
 }
 
 /// Locks what is ours, which nobody uses but an autovacuum: that gives way.
@@ -135,44 +162,57 @@ pub fn shape(relation: pg_sys::Oid) -> Result<String> {
     Ok(shapes.into_iter().next().unwrap_or_default())
 }
 
-fn trigger_function(reversion: &Reversion) -> String {
+fn create_triggers(reversion: &Reversion) -> Result<()> {
     let values = |row: &str| {
         let columns = reversion.options.key.iter().map(|c| format!("{row}.{}", quoted(c)));
         columns.collect::<Vec<_>>().join(", ")
     };
-    // SECURITY DEFINER: the writer owns nothing of ours; hence the pinned search_path.
-    format!(
-        "CREATE FUNCTION {FUNCTION}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $note$
+    let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
+    let failure = format!("PERFORM nextval({})", literal(&failures));
+    let body = format!(
+        "
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
-        PERFORM nextval('{FAILURES}');
+        {failure};
         RETURN NULL;
     END IF;
     IF TG_OP <> 'INSERT' THEN
-        INSERT INTO {CHANGES} VALUES ({});
+        INSERT INTO {changes} VALUES ({});
     END IF;
     IF TG_OP <> 'DELETE' THEN
-        INSERT INTO {CHANGES} VALUES ({});
+        INSERT INTO {changes} VALUES ({});
     END IF;
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     BEGIN
-        PERFORM nextval('{FAILURES}');
+        {failure};
     EXCEPTION WHEN OTHERS THEN
         NULL;
     END;
     RETURN NULL;
 END
-$note$",
+",
         values("OLD"),
         values("NEW")
-    )
+    );
+    let (owner, name) = (reversion.owner, reversion.name());
+    owner.run(format!(
+        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+         SET search_path = pg_catalog, pg_temp AS {}",
+        literal(&body)
+    ))?;
+    owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM PUBLIC"))?;
+    let [changed, truncated] = TRIGGERS;
+    owner.run(format!(
+        "CREATE OR REPLACE TRIGGER {changed} AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW EXECUTE FUNCTION {function}()"
+    ))?;
+    owner.run(format!(
+        "CREATE OR REPLACE TRIGGER {truncated} AFTER TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+    ))
 }
 
-pub fn failures() -> Result<i64> {
-    let Some(sequence) = catalog::find_relation(FAILURES)? else { return Ok(-1) };
+pub fn failures(reversion: &Reversion) -> Result<i64> {
+    let Some(sequence) = catalog::find_relation(&beside(reversion, FAILURES))? else { return Ok(-1) };
     Ok(catalog::last_value(sequence)?.unwrap_or(0))
 }
 
@@ -209,10 +249,7 @@ pub fn batch(reversion: &mut Reversion) -> Result<()> {
         texts = order().map(|c| format!("{c}::text")).collect::<Vec<_>>().join(", "),
         descending = order().map(|c| format!("{c} DESC")).collect::<Vec<_>>().join(", "),
     );
-    let last = {
-        let _owner = as_owner(reversion)?;
-        catalog::fresh(&sql, &[], |r| value::<Vec<String>>(r, 1))?
-    };
+    let last = reversion.owner.fresh(&sql, &[], |r| value::<Vec<String>>(r, 1))?;
     match last.into_iter().next() {
         Some(row) => reversion.options.copied_to = Some(row),
         None => reversion.options.copied_all = true,
@@ -226,7 +263,8 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
     let new: Vec<u32> = tree.iter().copied().filter(|oid| !reversion.options.tree.contains(oid)).collect();
     for oid in &new {
         let (name, key) = (catalog::relation_name((*oid).into())?, key(reversion));
-        catalog::execute(&format!("INSERT INTO {CHANGES} ({key}) SELECT {key} FROM ONLY {name}"), &[])?;
+        let changes = beside(reversion, CHANGES);
+        reversion.owner.run(format!("INSERT INTO {changes} ({key}) SELECT {key} FROM ONLY {name}"))?;
     }
     reversion.options.tree = tree;
     Ok(!new.is_empty())
@@ -250,56 +288,44 @@ pub fn catch_up(reversion: &Reversion) -> Result<()> {
     Ok(())
 }
 
-/// Copies the rows again whose keys were noted: at most a batch of keys. Returns how many there were.
+/// Copies the rows again whose keys were noted: at most a batch of notes. Returns how many there were.
 fn catch_up_some(reversion: &Reversion) -> Result<i64> {
-    let (time, key) = (quoted(&reversion.options.time_column), key(reversion));
+    let (time, key, changes) =
+        (quoted(&reversion.options.time_column), key(reversion), beside(reversion, CHANGES));
     let columns = catalog::stored_columns(reversion.relation)?;
-    let keys = catalog::execute(
+    let (name, plain, duplicates) = (reversion.name(), reversion.plain(), reversion.duplicates());
+    // Key by key: nothing is known of the statistics of a table that is being filled.
+    // (Without enable_seqscan: the keys have to be scanned, and beside that cost all plans would look the same.)
+    let _owner = reversion.owner.act().with(c"enable_hashjoin", c"off").with(c"enable_mergejoin", c"off");
+    // The notes of this batch, by where they are: nobody changes a note, and none is moved while we use the table.
+    let notes = catalog::fresh(
         &format!(
-            "CREATE TEMPORARY TABLE reverted_keys ON COMMIT DROP AS
-             WITH noted AS (DELETE FROM {CHANGES} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {CHANGES} LIMIT {BATCH}))
-                            RETURNING {key})
-             SELECT DISTINCT {key} FROM noted"
+            "SELECT coalesce(array_agg(ctid::text), '{{}}') FROM (SELECT ctid FROM {changes} LIMIT {BATCH}) AS n"
         ),
         &[],
+        |r| value::<Vec<String>>(r, 1),
     )?;
-    let table = Table::find(reversion.relation)?.ok_or_else(|| Error::NoTable(reversion.name()))?;
-    catalog::execute(&format!("GRANT SELECT ON pg_temp.reverted_keys TO {}", quoted(&table.owner)), &[])?;
-    catalog::execute("ANALYZE pg_temp.reverted_keys", &[])?;
-    let noted = format!("({key}) IN (SELECT {key} FROM pg_temp.reverted_keys)");
-    {
-        let _owner = as_owner(reversion)?;
-        // Key by key: nothing is known of the statistics of a table that is being filled.
-        // (Without enable_seqscan: the keys have to be scanned, and beside that cost all plans would look the same.)
-        for way in ["enable_hashjoin", "enable_mergejoin"] {
-            catalog::execute("SELECT pg_catalog.set_config($1, 'off', true)", &[way.into()])?;
+    let notes: Vec<String> = notes.into_iter().flatten().collect();
+    let count = notes.len() as i64;
+    let batch = "$1::text[]::tid[]";
+    let noted = format!("({key}) IN (SELECT {key} FROM {changes} WHERE ctid = ANY ({batch}))");
+    for sql in [
+        format!("DELETE FROM {plain} WHERE {noted}"),
+        format!("DELETE FROM {duplicates} WHERE {noted}"),
+        format!(
+            "WITH changed AS MATERIALIZED (
+                 SELECT {columns}, row_number() OVER (PARTITION BY {key} ORDER BY {time}) AS litellm_spend_n
+                 FROM {name} WHERE {noted}),
+             kept_out AS (INSERT INTO {duplicates} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n > 1)
+             INSERT INTO {plain} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n = 1"
+        ),
+        format!("DELETE FROM {changes} WHERE ctid = ANY ({batch})"),
+    ] {
+        if count > 0 {
+            catalog::execute(&sql, &[notes.clone().into()])?;
         }
-        for table in [reversion.plain(), reversion.duplicates()] {
-            catalog::execute(&format!("DELETE FROM {table} WHERE {noted}"), &[])?;
-        }
-        catalog::execute(
-            &format!(
-                "WITH changed AS MATERIALIZED (
-                     SELECT {columns}, row_number() OVER (PARTITION BY {key} ORDER BY {time}) AS litellm_spend_n
-                     FROM {name} WHERE {noted}),
-                 kept_out AS (INSERT INTO {duplicates} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n > 1)
-                 INSERT INTO {plain} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n = 1",
-                name = reversion.name(),
-                plain = reversion.plain(),
-                duplicates = reversion.duplicates(),
-            ),
-            &[],
-        )?;
     }
-    catalog::execute("DROP TABLE pg_temp.reverted_keys", &[])?;
-    Ok(keys)
-}
-
-fn as_owner(reversion: &Reversion) -> Result<Elevated> {
-    let guard = Elevated::restricted(owner(reversion.relation)?);
-    // An error is better than rows that are not seen.
-    catalog::execute("SELECT pg_catalog.set_config('row_security', 'off', true)", &[])?;
-    Ok(guard)
+    Ok(count)
 }
 
 fn key(reversion: &Reversion) -> String {
@@ -314,22 +340,25 @@ fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
 
 /// Needs ACCESS EXCLUSIVE on the table.
 pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
-    for trigger in TRIGGERS {
-        catalog::execute(&format!("DROP TRIGGER IF EXISTS {trigger} ON {}", reversion.name()), &[])?;
-    }
-    Ok(())
+    TRIGGERS.iter().try_for_each(|trigger| {
+        reversion.owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {}", reversion.name()))
+    })
 }
 
 /// Drops what notes the changes. After the triggers: nobody writes to it any more.
-pub fn clean_up() -> Result<()> {
-    let changes = catalog::find_relation(CHANGES)?.map(|oid| (oid, pg_sys::AccessExclusiveLock));
-    locks::lock_all(guc::lock_timeout(), changes.as_slice())?;
-    for sql in [
-        format!("DROP TABLE IF EXISTS {CHANGES}"),
-        format!("DROP SEQUENCE IF EXISTS {FAILURES}"),
-        format!("DROP FUNCTION IF EXISTS {FUNCTION}()"),
-    ] {
-        catalog::execute(&sql, &[])?;
-    }
-    Ok(())
+pub fn clean_up(reversion: &Reversion) -> Result<()> {
+    let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
+    let locks = catalog::find_relation(&changes)?.map(|oid| (oid, pg_sys::AccessExclusiveLock));
+    locks::lock_all(guc::lock_timeout(), locks.as_slice())?;
+    reversion.owner.run(format!("DROP TABLE IF EXISTS {changes}"))?;
+    reversion.owner.run(format!("DROP SEQUENCE IF EXISTS {failures}"))?;
+    reversion.owner.run(format!("DROP FUNCTION IF EXISTS {function}()"))
+}
+
+/// Drops all that was made. After the triggers.
+pub fn drop_made(reversion: &Reversion) -> Result<()> {
+    lock(reversion)?;
+    let (plain, duplicates) = (reversion.plain(), reversion.duplicates());
+    reversion.owner.run(format!("DROP TABLE IF EXISTS {plain}, {duplicates}"))?;
+    clean_up(reversion)
 }

@@ -5,10 +5,12 @@ use crate::definition::{
     Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, TIMESTAMPTZ, quoted,
 };
 use crate::error::{Error, Result};
-use crate::expression::{self, Aggregate, Parsed, Scalar, Volatility};
+use crate::expression::{self, Aggregate, Parsed, Scalar, Scope, Volatility};
+use crate::session::Owner;
 use crate::source::{Notice, Numbering};
 use pgrx::prelude::*;
 use pgrx::spi::quote_identifier;
+use std::ffi::CString;
 
 /// What the user said about a rollup.
 pub struct Declaration {
@@ -18,6 +20,8 @@ pub struct Declaration {
     pub measures: Vec<String>,
     pub sequence: Option<pg_sys::Oid>,
     pub time_column: Option<String>,
+    /// The caller's, by which the names in the expressions are found.
+    pub search_path: CString,
 }
 
 /// An aggregate to be made of a function that merges two states.
@@ -34,7 +38,10 @@ pub struct Defined {
     pub notices: Vec<Notice>,
 }
 
+/// Called as ourselves: what is read of the user's is read as the table's owner.
 pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -> Result<Defined> {
+    let path = declaration.search_path.clone();
+    let scope = Scope { relation: table.oid, owner: Owner::of(table.oid)?, path };
     let mut definition = Definition {
         name: declaration.name.clone(),
         source: table.qualified(),
@@ -49,7 +56,7 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
     };
     let (mut buckets, mut notices) = (vec![], vec![]);
     for text in &declaration.dimensions {
-        let (dimension, scalar) = dimension(table, text, &mut notices)?;
+        let (dimension, scalar) = dimension(table, &scope, text, &mut notices)?;
         buckets.extend(bucket(table, &dimension, &scalar, declaration.time_column.as_deref()));
         definition.dimensions.push(dimension);
     }
@@ -64,7 +71,7 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
     definition.bucket = buckets.into_iter().next();
     let mut merge_functions = vec![];
     for text in &declaration.measures {
-        merge_functions.extend(add_measure(&mut definition, table, text, &mut notices)?);
+        merge_functions.extend(add_measure(&mut definition, &scope, text, &mut notices)?);
     }
     // count(*) says how many rows a group has.
     let rows = definition.measures.iter().find(|m| m.column.expression == ONE_ROW && !m.aggregates);
@@ -87,10 +94,15 @@ fn column(name: &str, expression: String, r#type: &str) -> Column {
     Column { name: name.into(), expression, r#type: r#type.into(), collation: None }
 }
 
-fn dimension(table: &Table, text: &str, notices: &mut Vec<Notice>) -> Result<(Dimension, Scalar)> {
+fn dimension(
+    table: &Table,
+    scope: &Scope,
+    text: &str,
+    notices: &mut Vec<Notice>,
+) -> Result<(Dimension, Scalar)> {
     let what = "dimension";
     let refuse = |reason: &str| Error::Expression { what, expression: text.into(), reason: reason.into() };
-    let Parsed { name, mut scalar, aggregate } = expression::parse(table.oid, text, what)?;
+    let Parsed { name, mut scalar, aggregate, .. } = expression::parse(scope, text, what)?;
     if aggregate.is_some() {
         return Err(refuse("It is an aggregate function, which only a measure can be."));
     }
@@ -216,14 +228,14 @@ const SELF_MERGING: [&str; 5] = ["bool_and", "bool_or", "every", "bit_and", "bit
 /// Adds the columns of a measure. Returns the aggregate that is to be made for it, if any.
 fn add_measure(
     definition: &mut Definition,
-    table: &Table,
+    scope: &Scope,
     text: &str,
     notices: &mut Vec<Notice>,
 ) -> Result<Option<MergeFunction>> {
     let what = "measure";
     let refuse = |reason: &str| Error::Expression { what, expression: text.into(), reason: reason.into() };
     let (expression, merge_with) = split_merge_with(text);
-    let Parsed { name, scalar, aggregate } = expression::parse(table.oid, expression, what)?;
+    let Parsed { name, scalar, aggregate, .. } = expression::parse(scope, expression, what)?;
     let aggregate = aggregate
         .ok_or_else(|| refuse("It is not a call of an aggregate function, such as count(*) or sum(x)."))?;
     let name = name.ok_or_else(|| refuse(NO_NAME))?;
@@ -271,7 +283,7 @@ fn add_measure(
             let merge_with = merge_with.map(str::to_string).or(own).ok_or_else(|| {
                 refuse("Nothing says how two of its values become one: add MERGE WITH and a function of two, or an aggregate over them.")
             })?;
-            let merge = match find_merge(table, &merge_with, r#type)
+            let merge = match find_merge(scope, &merge_with, r#type)
                 .ok_or_else(|| refuse(&format!("{merge_with} does not merge values of type {type}.")))?
             {
                 Merge::Aggregate(aggregate) => aggregate,
@@ -350,11 +362,11 @@ enum Merge {
 }
 
 /// Finds, as the caller would, what merges states of `type`.
-fn find_merge(table: &Table, name: &str, r#type: &str) -> Option<Merge> {
+fn find_merge(scope: &Scope, name: &str, r#type: &str) -> Option<Merge> {
     let words = name.chars().all(|c| c.is_alphanumeric() || "_.\"$".contains(c));
     let parse = |arguments: &str| {
         let call = format!("{name}({arguments}) AS merged");
-        expression::parse(table.oid, &call, "merge function").ok().filter(|p| p.scalar.r#type == r#type)
+        expression::parse(scope, &call, "merge function").ok().filter(|p| p.scalar.r#type == r#type)
     };
     if !words {
         return None;
@@ -363,10 +375,7 @@ fn find_merge(table: &Table, name: &str, r#type: &str) -> Option<Merge> {
         return Some(Merge::Aggregate(aggregate.function));
     }
     let parsed = parse(&format!("NULL::{type}, NULL::{type}")).filter(|p| p.aggregate.is_none())?;
-    // As the server writes it: qualified, and before its arguments.
-    let (function, _) = parsed.scalar.text.split_once('(')?;
-    let schema = if function.contains('.') { "" } else { "pg_catalog." };
-    Some(Merge::Function(format!("{schema}{function}")))
+    parsed.function.map(Merge::Function)
 }
 
 fn check_columns(definition: &Definition) -> Result<()> {

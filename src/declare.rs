@@ -2,7 +2,9 @@
 //! they fill themselves.
 //!
 //! A declared rollup belongs to the owner of its source, whoever calls: expressions, functions and triggers that run
-//! in a merge then are that owner's, and run with no other rights.
+//! in a merge then are that owner's, and run with no other rights. What we do as ourselves names types, functions and
+//! columns of theirs, but looks at no row and evaluates nothing: the table and the aggregates are made empty and handed over; the
+//! live view gets its query once it is theirs.
 //!
 //! Locks: ACCESS SHARE on the source until the call ends.
 
@@ -12,9 +14,9 @@ use crate::definition::{Definition, SCHEMA, literal, quoted};
 use crate::error::{Error, Result};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{self, Fence, Patience};
-use crate::session::{self, Elevated};
+use crate::session::{self, Elevated, Owner, attempt};
 use crate::source::{self, Notice, Numbering, advice, ensure_source, open_source};
-use crate::{backfill, builtin, rollup, views};
+use crate::{backfill, builtin, guc, rewrite, rollup};
 use pgrx::prelude::*;
 
 // ---- create ----------------------------------------------------------------------------------------------
@@ -22,20 +24,24 @@ use pgrx::prelude::*;
 /// `spend_rollup_create()`: the table, the live view and the watermark. Rows that are there already belong to the tail
 /// until they are merged, so the view is exact from the start.
 pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
-    let (table, numbering) = open_source(declaration.source, declaration.sequence)?;
+    let elevated = Elevated::enter()?;
+    let (table, numbering) = open_source(elevated.caller(), declaration.source, declaration.sequence)?;
     check_name(&declaration.name)?;
     let Defined { definition, merge_functions, mut notices } = define(declaration, &table, &numbering)?;
-
-    let _elevated = Elevated::enter()?;
     lock_names()?;
     require_free(&definition)?;
+    // The name of a function of the owner's is only a name here: nothing of theirs is looked up before they merge.
+    let unchecked = Elevated::enter()?.with(c"check_function_bodies", c"off");
     for merge in &merge_functions {
         let MergeFunction { aggregate, state, function } = merge;
         // It may not know what to do with the NULL that an aggregate begins with, or take more than two arguments.
+        let body = literal(&format!(
+            "SELECT CASE WHEN a IS NULL THEN b WHEN b IS NULL THEN a ELSE {function}(a, b) END"
+        ));
         catalog::execute(
             &format!(
-                "CREATE FUNCTION {aggregate} (a {state}, b {state}) RETURNS {state} VOLATILE PARALLEL UNSAFE LANGUAGE sql
-                 AS $merge$ SELECT CASE WHEN a IS NULL THEN b WHEN b IS NULL THEN a ELSE {function}(a, b) END $merge$"
+                "CREATE FUNCTION {aggregate} (a {state}, b {state}) RETURNS {state}
+                 VOLATILE PARALLEL UNSAFE LANGUAGE sql AS {body}"
             ),
             &[],
         )?;
@@ -46,30 +52,47 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
             &[],
         )?;
     }
+    drop(unchecked);
     for sql in definition.create_table() {
         catalog::execute(&sql, &[])?;
     }
     let source = ensure_source(&table, &numbering)?;
     insert_rollup(&definition.name, &source, &table, &numbering, Some(&definition))?;
-    views::make_live(&definition)?;
-    give_to_owner(&definition, &quoted(&table.owner))?;
+    let owner = Owner::of(table.oid)?;
+    give_to_owner(&definition, owner)?;
+    make_view(&definition, owner, &definition.live_query())?;
     notices.extend(advice(&table, &numbering)?);
     Ok(notices)
 }
 
 /// Gives a rollup and all that was made for it to the owner of its source, who also needs to read the watermark, as the
 /// live view does.
-fn give_to_owner(definition: &Definition, owner: &str) -> Result<()> {
-    backfill::grant_step(owner)?;
-    catalog::execute(&definition.grant_watermark(owner), &[])?;
+fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
+    let owner = quoted(&owner.name()?);
+    backfill::grant_step(&owner)?;
+    catalog::execute(&definition.grant_watermark(&owner), &[])?;
     for (aggregate, state) in definition.own_aggregates() {
         catalog::execute(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
         catalog::execute(&format!("ALTER FUNCTION {aggregate} ({state}, {state}) OWNER TO {owner}"), &[])?;
     }
-    for (kind, name) in [("VIEW", definition.live_view()), ("TABLE", definition.table())] {
-        locks::lock_named(&format!("ALTER {kind} {name} OWNER TO {owner}"), &name)?;
+    let name = definition.table();
+    locks::lock_named(&format!("ALTER TABLE {name} OWNER TO {owner}"), &name)
+}
+
+/// Makes a rollup's live view, or gives it another query and owner. The query holds expressions of the owner's, so a view with
+/// the same columns and no rows comes first, which only becomes the real one when it is theirs.
+fn make_view(definition: &Definition, owner: Owner, query: &str) -> Result<()> {
+    let name = definition.live_view();
+    if catalog::find_relation(&name)?.is_none() {
+        catalog::execute(&format!("CREATE VIEW {name} AS {}", definition.empty_query()), &[])?;
     }
-    Ok(())
+    for comment in definition.comments() {
+        catalog::execute(&comment, &[])?;
+    }
+    let owner = quoted(&owner.name()?);
+    locks::lock_named(&format!("ALTER VIEW {name} OWNER TO {owner}"), &name)?;
+    let view = catalog::find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    rewrite::replace(guc::lock_timeout(), view, query)
 }
 
 /// `spend_rollup_register()`: a watermark only. The rows that are there already are in its first windows.
@@ -79,8 +102,8 @@ pub fn register(
     sequence: Option<pg_sys::Oid>,
     merged_to: Option<i64>,
 ) -> Result<Vec<Notice>> {
-    let (table, numbering) = open_source(source, sequence)?;
-    let _elevated = Elevated::enter()?;
+    let elevated = Elevated::enter()?;
+    let (table, numbering) = open_source(elevated.caller(), source, sequence)?;
     if name.is_empty() {
         return Err(Error::Name { name: name.into(), longest: LONGEST_NAME });
     }
@@ -147,21 +170,43 @@ fn insert_rollup(
     numbering: &Numbering,
     definition: Option<&Definition>,
 ) -> Result<()> {
-    let column = quoted(&numbering.column);
+    let first = first_value(table, numbering)?;
     let definition = definition.map(serde_json::to_string).transpose()?;
     let last = catalog::last_value(numbering.sequence)?;
     catalog::execute(
         &format!(
             "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value, covered_from)
              SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity'
-             FROM (SELECT least(seqstart, (SELECT min({column}) FROM {})) - 1 AS start
-                   FROM pg_catalog.pg_sequence WHERE seqrelid = $4) AS s",
-            table.qualified()
+             FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence WHERE seqrelid = $4) AS s"
         ),
-        &[name.into(), source.into(), definition.into(), numbering.sequence.into(), last.into()],
+        &[
+            name.into(),
+            source.into(),
+            definition.into(),
+            numbering.sequence.into(),
+            last.into(),
+            first.into(),
+        ],
     )?;
     Ok(())
 }
+
+/// The lowest number of a row that is there. Row security may hide rows, of which nobody can say then; as long as it does, merges
+/// fail, and the view shows its reader what that role may see.
+fn first_value(table: &Table, numbering: &Numbering) -> Result<Option<i64>> {
+    let sql = format!("SELECT min({})::bigint FROM {}", quoted(&numbering.column), table.qualified());
+    let owner = Owner::of(table.oid)?;
+    match attempt(|| owner.fresh(&sql, &[], |r| Ok(r.get::<i64>(1)?))) {
+        Ok(firsts) => Ok(firsts.into_iter().next().flatten()),
+        Err(failure) if failure.sqlstate == PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE => {
+            Ok(Some(LOWEST))
+        }
+        Err(failure) => Err(Error::Failed(failure.unless_cancel())),
+    }
+}
+
+/// Below every number that a sequence gives by itself. Half of the range: differences stay within it.
+const LOWEST: i64 = i64::MIN / 4;
 
 // ---- window and drop -------------------------------------------------------------------------------------
 
@@ -178,7 +223,7 @@ pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
     let mut source = catalog::source_of(name)?.ok_or_else(|| Error::SourceDropped(name.into()))?;
     rollup::check_not_set_back(&fence)?;
     let safe = rollup::find_safe_end(&mut source, Patience::None)?.max(fence.watermark);
-    let end = rollup::window_end(fence.watermark, safe);
+    let end = rollup::window_end(fence.watermark, safe, guc::max_window());
     // 3. the watermark.
     if end > fence.watermark {
         fence.advance(end, None, 0.0)?;
@@ -230,11 +275,9 @@ fn follow_owners(patience: Patience) -> Result<bool> {
     for name in &strays {
         let Some(fence) = Fence::take(name, patience)? else { continue };
         let Some(table) = Table::find(fence.relation)? else { continue };
-        let definition = fence.filled()?;
-        if catalog::find_relation(&definition.live_view())?.is_none() {
-            views::make_live(definition)?;
-        }
-        give_to_owner(definition, &quoted(&table.owner))?;
+        let (definition, owner) = (fence.filled()?, Owner::of(table.oid)?);
+        give_to_owner(definition, owner)?;
+        make_view(definition, owner, &definition.live_query())?;
     }
     Ok(!strays.is_empty())
 }
@@ -256,9 +299,7 @@ fn release_dropped(patience: Patience) -> Result<bool> {
         if let Some(definition) = &fence.definition
             && catalog::find_relation(&definition.table())?.is_some()
         {
-            catalog::execute(&definition.create_history_view(), &[])?;
-            let owner = quoted(&catalog::role_name(fence.owner)?);
-            catalog::execute(&format!("ALTER VIEW {} OWNER TO {owner}", definition.live_view()), &[])?;
+            make_view(definition, Owner::role(fence.owner), &definition.history_query())?;
         }
         catalog::execute(
             &format!(

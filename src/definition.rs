@@ -151,6 +151,14 @@ pub fn literal(value: &str) -> String {
     }
 }
 
+/// The midnight after a timestamp. After the last day that the server knows there is none.
+pub fn next_midnight(time: &str) -> String {
+    format!(
+        "CASE WHEN {time} < '294276-12-31' THEN date_trunc('day', {time}) + interval '1 day' \
+         WHEN {time} IS NOT NULL THEN 'infinity'::timestamp END"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,7 @@
 
 use crate::catalog;
 use crate::definition::qualified;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guc;
 use crate::layout::Layout;
 use crate::locks;
@@ -30,12 +30,10 @@ pub fn look(layout: &Layout, interval: Interval, horizon: Instant, cutoff: Insta
     let Some(default) = layout.default.as_ref().filter(|_| layout.partitioned) else {
         return Ok(Drain::Nothing);
     };
-    if !default.leaf {
-        return Err(Error::NotOrdinary(default.name.clone()));
-    }
+    layout.require_usable(default)?;
     layout.lock()?;
     let batch = batch_size(default.oid)?;
-    let spread = Spread::of(default.oid, &layout.time_column)?;
+    let spread = Spread::of(layout.owner, default.oid, &layout.time_column)?;
     let (groups, others) = groups(layout, &spread, horizon, batch)?;
     Ok(partition::drain(interval, &groups, others, batch, cutoff))
 }
@@ -86,7 +84,8 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Instant
     if layout.default.as_ref().map(|d| d.oid) != Some(default.oid) {
         return Ok(None);
     }
-    let spread = Spread::of(default.oid, &layout.time_column)?;
+    layout.default.iter().try_for_each(|default| layout.require_usable(default))?;
+    let spread = Spread::of(layout.owner, default.oid, &layout.time_column)?;
     let (groups, others) = groups(&layout, &spread, horizon, batch)?;
     let Drain::Adopt(range) = partition::drain(interval, &groups, others, batch, range.from) else {
         return Ok(None);
@@ -94,7 +93,7 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Instant
     // 2. DEFAULT gets the name that the partition is to have, and so do its indexes.
     detach(&layout, &default.qualified())?;
     let name = layout.free_name(&partition::name(&layout.table.name, range))?;
-    rename(&default.schema, &default.name, &name, None)?;
+    rename(layout.owner, &default.schema, &default.name, &name, None)?;
     let old = qualified(&default.schema, &name);
     // 3. the new DEFAULT, with the rows that do not fit.
     let layout = layout.again()?;
@@ -102,7 +101,7 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Instant
     let rows = move_rows(&layout, default.oid, &new, &outside(&layout, range))?;
     create_triggers(&layout, &new)?;
     // 4. both are attached, the old one without being read.
-    proof::with(&old, &inside(&layout, range), || attach(&layout, &old, range))?;
+    proof::with(layout.owner, &old, &inside(&layout, range), || attach(&layout, &old, range))?;
     attach_default(&layout, &new)?;
     Ok(Some(Adopted { partition: name, rows }))
 }

@@ -1,5 +1,6 @@
 //! Every failure that a user can meet, with its SQLSTATE, the facts (DETAIL) and an action (HINT).
 
+use crate::session::Failure;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use thiserror::Error as ThisError;
@@ -86,10 +87,10 @@ pub enum Error {
     SequenceShape { sequence: String, reason: String },
     #[error("{0} is partitioned already")]
     AlreadyPartitioned(String),
-    #[error("{0} is not partitioned")]
-    NotPartitioned(String),
     #[error("{relation} cannot be partitioned as it is")]
     CannotConvert { relation: String, reason: String },
+    #[error("cutover is beyond the calendar")]
+    CutoverBeyond,
     #[error("cutover {cutover} is too near")]
     CutoverTooNear { cutover: String },
     #[error("{relation} has rows from the cutover on")]
@@ -108,8 +109,6 @@ pub enum Error {
     Retention { given: String, interval: String },
     #[error("{0} has no partition policy")]
     NoPolicy(String),
-    #[error("{0} is not being converted")]
-    NoConversion(String),
     #[error("\"{0}\" is being converted")]
     Converting(String),
     #[error("{0} is being converted by another session")]
@@ -130,6 +129,16 @@ pub enum Error {
     NotRepaired(String),
     #[error("could not get a lock on {relation} within {waited_ms} ms")]
     LockNotAvailable { relation: String, waited_ms: u128, holders: String },
+    #[error("{relation} belongs to role \"{owner}\"")]
+    OtherOwner { relation: String, owner: String, expected: String },
+    #[error("role {0} does not exist")]
+    NoRole(u32),
+    #[error("relation {0} would be read with the rights of litellm_spend's owner")]
+    NotOurs(u32),
+    #[error("{}", .0.message)]
+    Failed(Failure),
+    #[error("not a single statement")]
+    SeveralStatements,
     #[error("unexpected answer from the server: {0}")]
     Spi(#[from] pgrx::spi::Error),
     #[error("stored state of litellm_spend cannot be read: {0}")]
@@ -149,7 +158,7 @@ impl Error {
             Error::Interval(_) | Error::Precreate { .. } | Error::OnExpire(_) | Error::Retention { .. } => {
                 ERRCODE_INVALID_PARAMETER_VALUE
             }
-            Error::NoPolicy(_) | Error::NoConversion(_) => ERRCODE_UNDEFINED_OBJECT,
+            Error::NoPolicy(_) => ERRCODE_UNDEFINED_OBJECT,
             Error::Converting(_) | Error::ConversionBusy(_) | Error::CameBetween(_) => ERRCODE_OBJECT_IN_USE,
             Error::NoTimeIndex { .. }
             | Error::Referenced { .. }
@@ -186,13 +195,16 @@ impl Error {
             | Error::RawRowsLost { .. }
             | Error::SequenceSetBack { .. }
             | Error::SequenceShape { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            Error::AlreadyPartitioned(_)
-            | Error::NotPartitioned(_)
-            | Error::CannotConvert { .. }
-            | Error::RowsBeyondCutover { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            Error::CutoverTooNear { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
+            Error::AlreadyPartitioned(_) | Error::CannotConvert { .. } | Error::RowsBeyondCutover { .. } => {
+                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
+            }
+            Error::CutoverTooNear { .. } | Error::CutoverBeyond => ERRCODE_INVALID_PARAMETER_VALUE,
             Error::RawVanished(_) => ERRCODE_T_R_SERIALIZATION_FAILURE,
-            Error::Spi(_) | Error::State(_) => ERRCODE_INTERNAL_ERROR,
+            Error::OtherOwner { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Error::NoRole(_) => ERRCODE_UNDEFINED_OBJECT,
+            Error::Failed(failure) => failure.sqlstate,
+            Error::SeveralStatements => ERRCODE_SYNTAX_ERROR,
+            Error::NotOurs(_) | Error::Spi(_) | Error::State(_) => ERRCODE_INTERNAL_ERROR,
         }
     }
 
@@ -257,8 +269,8 @@ impl Error {
             ),
             Error::SequenceShape { reason, .. } => reason.clone(),
             Error::AlreadyPartitioned(_) => "spend_partition_maintain() looks after its partitions.".into(),
-            Error::NotPartitioned(_) => "Nothing was changed.".into(),
             Error::CannotConvert { reason, .. } => reason.clone(),
+            Error::CutoverBeyond => "No period begins there.".into(),
             Error::CutoverTooNear { .. } => "Before it a unique index is built, and gateways' clocks may differ.".into(),
             Error::RowsBeyondCutover { rows, last, cutover, .. } => {
                 format!("{rows} rows are at {cutover} or later, the last of them at {last}; they could not be in a partition that ends there.")
@@ -271,7 +283,6 @@ impl Error {
             Error::OnExpire(_) => "drop: an expired partition is gone. detach: it moves to schema litellm_spend_archive.".into(),
             Error::Retention { .. } => "A partition goes as a whole, when all of it has expired.".into(),
             Error::NoPolicy(_) => "Nothing is known of how it is to be partitioned, nor of how long its rows stay.".into(),
-            Error::NoConversion(_) => "There is nothing to abort.".into(),
             Error::Converting(_) => "Its partitions are left alone until that has ended.".into(),
             Error::NotOrdinary(_) => "It is partitioned itself, or foreign.".into(),
             Error::ConversionBusy(_) => "A step of it is being done; only one can be at a time.".into(),
@@ -281,7 +292,13 @@ impl Error {
             Error::NotMerged { .. } => "It holds rows above that.".into(),
             Error::NotCovered { .. } => "Its days may still have to be computed from the raw rows.".into(),
             Error::NotRepaired(_) => "Days whose capture failed are rebuilt from the raw rows.".into(),
-            Error::Spi(_) | Error::State(_) => return None,
+            Error::OtherOwner { expected, .. } => {
+                format!("What was asked for was asked for a table of role \"{expected}\"; nothing is done to another's.")
+            }
+            Error::NoRole(_) => "It was dropped, or never was.".into(),
+            Error::SeveralStatements => "A text that was to be one statement holds more, or none. Nothing was run.".into(),
+            Error::NotOurs(_) => "Planning a query can call its owner's functions, so it must run as its owner. Nothing was read.".into(),
+            Error::Failed(_) | Error::Spi(_) | Error::State(_) => return None,
         })
     }
 
@@ -358,8 +375,8 @@ impl Error {
                 format!("ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 NO CYCLE.")
             }
             Error::AlreadyPartitioned(_) => "See spend_partition_status.".into(),
-            Error::NotPartitioned(_) => "Pass a partitioned table.".into(),
             Error::CannotConvert { .. } => "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.".into(),
+            Error::CutoverBeyond => "Pass an earlier cutover, or leave it out.".into(),
             Error::CutoverTooNear { .. } => "Pass a later cutover, or leave it out.".into(),
             Error::RowsBeyondCutover { .. } => "Pass a cutover after the last row, or correct the rows.".into(),
             Error::Interval(_) => "Pass 'day', 'week' or 'month'.".into(),
@@ -372,7 +389,6 @@ impl Error {
             Error::OnExpire(_) => "Leave it out for drop.".into(),
             Error::Retention { interval, .. } => format!("Pass at least '1 {interval}', or NULL to keep all rows."),
             Error::NoPolicy(_) => "Call spend_partition_set() first.".into(),
-            Error::NoConversion(_) => "SELECT spend_partition_revert() begins a reversion.".into(),
             Error::Converting(_) => "Wait for it, or call spend_partition_convert() again.".into(),
             Error::ConversionBusy(_) => "Try again.".into(),
             Error::NotOrdinary(_) => "Maintain it by hand.".into(),
@@ -382,7 +398,13 @@ impl Error {
             Error::NotMerged { .. } => "It expires once its rows are merged; SELECT spend_rollup_run() merges what is safe.".into(),
             Error::NotCovered { .. } => "It expires once the backfill is complete; spend_rollup_status shows how far it is.".into(),
             Error::NotRepaired(_) => "It expires once that is done; see dirty_ranges in spend_rollup_status.".into(),
-            Error::Spi(_) | Error::State(_) => "Please report this as a bug.".into(),
+            Error::OtherOwner { relation, expected, .. } => {
+                format!("ALTER TABLE {relation} OWNER TO \"{}\", or call it anew for the new owner.", expected.replace('"', "\"\""))
+            }
+            Error::NoRole(_) => "Pass the name of a role.".into(),
+            Error::SeveralStatements => "Look for unusual characters in the names involved.".into(),
+            Error::Failed(_) => return None,
+            Error::NotOurs(_) | Error::Spi(_) | Error::State(_) => "Please report this as a bug.".into(),
         })
     }
 }

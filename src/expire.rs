@@ -4,6 +4,8 @@
 //! The partition is counted under SHARE, so that nothing is written to it any more: rows that come that late have expired as
 //! well. Then follow the short locks. Order, as everywhere: fences, the table, its partitions.
 //!
+//! What reads or drops a partition runs as the table's owner; the proof and the rollups' state are ours.
+//!
 //! | lock | on | how long |
 //! |---|---|---|
 //! | SHARE | the partition | while it is counted |
@@ -38,9 +40,7 @@ pub fn has_expired(partition: &Partition, cutoff: Instant) -> bool {
 
 /// Locks the partition against writers, checks that nobody needs it, and counts it.
 pub fn count(layout: &Layout, partition: &Partition) -> Result<Proof> {
-    if !partition.leaf {
-        return Err(Error::NotOrdinary(partition.name.clone()));
-    }
+    layout.require_usable(partition)?;
     refuse_dependents(partition)?;
     layout.lock()?;
     locks::lock_all(guc::lock_timeout(), &[(partition.oid, pg_sys::ShareLock)])?;
@@ -55,7 +55,8 @@ pub fn count(layout: &Layout, partition: &Partition) -> Result<Proof> {
         "NULL::numeric"
     };
     let sql = format!("SELECT count(*), {spend} FROM ONLY {}", partition.qualified());
-    let proofs = catalog::fresh(&sql, &[], |r| Ok(Proof { rows: catalog::value(r, 1)?, spend: r.get(2)? }))?;
+    let proofs =
+        layout.owner.fresh(&sql, &[], |r| Ok(Proof { rows: catalog::value(r, 1)?, spend: r.get(2)? }))?;
     proofs.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))
 }
 
@@ -87,22 +88,21 @@ pub fn finish(
     locks.extend(layout.default.iter().chain([partition]).map(|p| (p.oid, pg_sys::AccessExclusiveLock)));
     locks::lock_all(guc::lock_timeout(), &locks)?;
     let now = layout.again()?;
-    if now.find(partition.oid).is_none_or(|found| found.range != partition.range) {
-        return Err(Error::CameBetween(partition.name.clone()));
-    }
+    let found = now.find(partition.oid).filter(|found| found.range == partition.range);
+    layout.require_usable(found.ok_or_else(|| Error::CameBetween(partition.name.clone()))?)?;
     // 3. the proof, with the deed.
     let rows = proof.rows;
     let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
     write_proof(layout, partition, policy, proof, (from, to))?;
     let place = match policy.on_expire {
         OnExpire::Drop => {
-            catalog::execute(&format!("DROP TABLE {}", partition.qualified()), &[])?;
+            layout.owner.run(format!("DROP TABLE {}", partition.qualified()))?;
             "dropped".into()
         }
         OnExpire::Detach => {
             detach(layout, &partition.qualified())?;
-            archive::ensure(&layout.table.owner)?;
-            format!("now {}", archive::take(partition.oid)?)
+            archive::ensure(layout.owner)?;
+            format!("now {}", archive::take(layout.owner, partition.oid)?)
         }
     };
     // 4. its days are history.
@@ -201,7 +201,7 @@ pub fn merged(layout: &Layout, relation: pg_sys::Oid) -> Result<String> {
 fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<()> {
     for (rollup, watermark, column) in rollups(layout, partition.oid)? {
         let sql = format!("SELECT FROM ONLY {} WHERE {column} > {watermark}", partition.qualified());
-        if catalog::exists(&sql, &[])? {
+        if layout.owner.exists(&sql, &[])? {
             return Err(Error::NotMerged { partition: partition.name.clone(), rollup, watermark });
         }
     }

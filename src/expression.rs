@@ -3,10 +3,15 @@
 //!
 //! What comes out is text again, with every name qualified that is not in pg_catalog: it means the same whatever the
 //! search_path is when it runs, and it cannot be anything but one expression.
+//!
+//! Reading an expression can already call what is the relation's owner's: a domain's CHECK while it is parsed, an immutable
+//! function when it is planned to see whether it changes by itself. So it is read as that owner, with the names as the caller's
+//! search_path finds them. The text is made by the server's deparser, which doubles backslashes or not as
+//! `standard_conforming_strings` says: under pinned settings, after everything that could have changed them.
 
 use crate::catalog::{query, value};
 use crate::error::{Error, Result};
-use crate::session::{Elevated, attempt};
+use crate::session::{Elevated, Owner, attempt};
 use pgrx::pg_sys;
 use std::ffi::{CStr, CString};
 
@@ -15,6 +20,8 @@ pub struct Parsed {
     pub name: Option<String>,
     pub scalar: Scalar,
     pub aggregate: Option<Aggregate>,
+    /// The function, qualified and quoted, if all of it is a call of an ordinary one.
+    pub function: Option<String>,
 }
 
 /// An expression of one value.
@@ -49,12 +56,22 @@ pub struct Aggregate {
     pub ordered: bool,
 }
 
-/// Reads `text` over the columns of `relation`, with the caller's search_path. `what` is how errors call it.
-pub fn parse(relation: pg_sys::Oid, text: &str, what: &'static str) -> Result<Parsed> {
+/// What an expression is read over: the columns of a relation, as its owner, and what a search_path makes visible.
+pub struct Scope {
+    pub relation: pg_sys::Oid,
+    pub owner: Owner,
+    pub path: CString,
+}
+
+/// Reads `text`. `what` is how errors call it.
+pub fn parse(scope: &Scope, text: &str, what: &'static str) -> Result<Parsed> {
     let refuse = |reason: String| Error::Expression { what, expression: text.into(), reason };
     let sql = CString::new(format!("SELECT {text}\n")).map_err(|_| refuse("It holds a zero byte.".into()))?;
     // A subtransaction, because the server's errors are thrown.
-    match attempt(|| Ok(unsafe { analyze(relation, &sql) }.and_then(Analyzed::describe))) {
+    match attempt(|| {
+        let _owner = scope.owner.act_on_path(&scope.path);
+        Ok(unsafe { analyze(scope.relation, &sql) }.and_then(Analyzed::describe))
+    }) {
         Ok(parsed) => parsed.map_err(refuse),
         Err(failure) => Err(refuse(sentence(&failure.unless_cancel().message))),
     }
@@ -83,6 +100,9 @@ unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr) -> std::result::Result<Anal
     unsafe {
         let target = only_target(pg_sys::raw_parser(sql.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT))
             .ok_or("It is not one expression.")?;
+        if is_star((*target).val) {
+            return Err("It is a star, which stands for several columns.".into());
+        }
         let state = pg_sys::make_parsestate(std::ptr::null_mut());
         let lock = pg_sys::AccessShareLock as i32;
         let open = pg_sys::relation_open(relation, lock);
@@ -160,6 +180,16 @@ unsafe fn only_target(statements: *mut pg_sys::List) -> Option<*mut pg_sys::ResT
     }
 }
 
+/// `*` and `x.*`, of which only the parser of a whole SELECT makes something.
+unsafe fn is_star(raw: *mut pg_sys::Node) -> bool {
+    unsafe {
+        is(raw, pg_sys::NodeTag::T_ColumnRef)
+            && nodes((*raw.cast::<pg_sys::ColumnRef>()).fields)
+                .into_iter()
+                .any(|field| is(field, pg_sys::NodeTag::T_A_Star))
+    }
+}
+
 /// The name of a plain column, which needs no `AS`.
 unsafe fn column_name(raw: *mut pg_sys::Node) -> Option<String> {
     unsafe {
@@ -181,7 +211,12 @@ impl Analyzed {
         let aggregate = unsafe { is(self.node, pg_sys::NodeTag::T_Aggref) }
             .then(|| unsafe { self.aggregate(&*self.node.cast::<pg_sys::Aggref>()) })
             .transpose()?;
-        Ok(Parsed { scalar: self.scalar(self.node)?, name: self.name, aggregate })
+        // SAFETY: as above.
+        let function = unsafe { is(self.node, pg_sys::NodeTag::T_FuncExpr) }
+            .then(|| unsafe { (*self.node.cast::<pg_sys::FuncExpr>()).funcid })
+            .map(|function| Ok::<_, Reason>(function_name(function)?.0))
+            .transpose()?;
+        Ok(Parsed { scalar: self.scalar(self.node)?, name: self.name, aggregate, function })
     }
 
     fn scalar(&self, node: *mut pg_sys::Node) -> std::result::Result<Scalar, Reason> {
@@ -214,8 +249,9 @@ impl Analyzed {
             let name = unsafe { pg_sys::get_attname(self.relation, number as i16, false) };
             columns.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
         }
-        // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only.
-        let pinned = Elevated::as_user(unsafe { pg_sys::GetUserId() });
+        // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only. Entered here: a function
+        // that was called above may have changed any setting.
+        let pinned = Elevated::pinned();
         let (text, r#type, collation) = unsafe {
             let text = pg_sys::deparse_expression(node, self.context, false, false);
             let r#type = pg_sys::exprType(node);
@@ -239,14 +275,7 @@ impl Analyzed {
     }
 
     fn aggregate(&self, call: &pg_sys::Aggref) -> std::result::Result<Aggregate, Reason> {
-        let names = query(
-            "SELECT pg_catalog.format('%I.%I', n.nspname, p.proname), n.nspname = 'pg_catalog'
-             FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace WHERE p.oid = $1",
-            &[call.aggfnoid.into()],
-            |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
-        );
-        let (function, built_in) =
-            names.ok().and_then(|mut names| names.pop()).ok_or("Its function does not exist.")?;
+        let (function, built_in) = function_name(call.aggfnoid)?;
         let arguments = nodes(call.args)
             .into_iter()
             // SAFETY: the arguments of an analyzed aggregate are targets.
@@ -256,4 +285,16 @@ impl Analyzed {
         let ordered = [call.aggdistinct, call.aggorder, call.aggdirectargs].iter().any(|l| !l.is_null());
         Ok(Aggregate { function, built_in, arguments, filter, ordered })
     }
+}
+
+/// A function's name, qualified and quoted, and whether it is the server's own.
+fn function_name(function: pg_sys::Oid) -> std::result::Result<(String, bool), Reason> {
+    let _settings = Elevated::pinned();
+    let names = query(
+        "SELECT pg_catalog.format('%I.%I', n.nspname, p.proname), n.nspname = 'pg_catalog'
+         FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace WHERE p.oid = $1",
+        &[function.into()],
+        |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
+    );
+    Ok(names.ok().and_then(|mut names| names.pop()).ok_or("Its function does not exist.")?)
 }

@@ -117,17 +117,19 @@ unsafe fn end_worker(database: *const c_char) {
     }
 }
 
+/// We run in every database of the server, whoever owns it, with or without the extension: not even the first query may
+/// look anything up on the session's own path. And only a superuser sees what kind of process another's is.
 fn worker_pids(database: &str) -> Result<Vec<i32>> {
+    let superuser = Elevated::superuser();
     let owned = catalog::query(
-        "SELECT FROM pg_catalog.pg_database WHERE datname = $1 AND (datistemplate OR pg_catalog.pg_has_role(datdba, 'USAGE'))",
-        &[database.into()],
+        "SELECT FROM pg_catalog.pg_database
+         WHERE datname = $1 AND (datistemplate OR pg_catalog.pg_has_role($2, datdba, 'USAGE'))",
+        &[database.into(), superuser.caller().into()],
         |_| Ok(()),
     )?;
     if owned.is_empty() {
         return Ok(vec![]);
     }
-    // Only a superuser sees what kind of process another's is.
-    let _superuser = Elevated::as_user(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID));
     catalog::query(
         "SELECT pid FROM pg_catalog.pg_stat_activity
          WHERE datname = $1 AND backend_type = 'litellm_spend worker'",

@@ -7,11 +7,14 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::locks;
 use crate::partition::{Instant, Range};
+use crate::session::Owner;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
 pub struct Layout {
     pub table: Table,
+    /// As whom everything is done to the table and its partitions.
+    pub owner: Owner,
     /// The column that its rows are partitioned by, or are to be.
     pub time_column: String,
     pub partitioned: bool,
@@ -29,6 +32,7 @@ pub struct Partition {
     pub range: Range,
     /// An ordinary table, neither partitioned itself nor foreign.
     pub leaf: bool,
+    pub owner: Owner,
 }
 
 impl Partition {
@@ -42,6 +46,7 @@ impl Layout {
         let table = capture::open(oid)?;
         let mut layout = Layout {
             partitioned: table.kind == "p",
+            owner: Owner::role(table.owner_oid),
             table,
             time_column: time_column.into(),
             partitions: vec![],
@@ -73,7 +78,7 @@ impl Layout {
     fn read_partitions(&mut self) -> Result<()> {
         // Bounds are in UTC, whatever the key's type: our TimeZone is.
         let sql = format!(
-            "SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'r', p.bound = 'DEFAULT', {}, {}
+            "SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'r', p.bound = 'DEFAULT', {}, {}, c.relowner
              FROM pg_catalog.pg_inherits i
              JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -94,6 +99,7 @@ impl Layout {
                 name: catalog::value(r, 3)?,
                 range,
                 leaf: catalog::value(r, 4)?,
+                owner: Owner::role(catalog::value(r, 8)?),
             };
             Ok((catalog::value::<bool>(r, 5)?, partition))
         })?;
@@ -105,6 +111,23 @@ impl Layout {
             }
         }
         self.partitions.sort_by_key(|p| p.range);
+        Ok(())
+    }
+
+    /// A partition that we may work on: an ordinary table, and of the table's own owner. With another's rights the table owner's
+    /// code would run (CHECKs, triggers and generated columns are common to all partitions), with the table owner's
+    /// it cannot be done.
+    pub fn require_usable(&self, partition: &Partition) -> Result<()> {
+        if !partition.leaf {
+            return Err(Error::NotOrdinary(partition.name.clone()));
+        }
+        if partition.owner != self.owner {
+            return Err(Error::OtherOwner {
+                relation: partition.qualified(),
+                owner: partition.owner.name()?,
+                expected: self.table.owner.clone(),
+            });
+        }
         Ok(())
     }
 

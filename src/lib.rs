@@ -4,10 +4,11 @@
 //!  enter    api, api_partition (SQL functions)      worker (loop)   launcher   hook
 //!           tick (one round of everything)
 //!  act      capture   watch   views   declare   declaration   source   rollup   rebuild   backfill   repair
-//!           convert   swap   materialized   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
+//!           convert   swap   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
 //!           maintain   drain   place   expire   purge   proof   archive   (its partitions)
 //!  decide   window   definition   statements   litellm   builtin   partition   pure Rust, no pgrx
-//!  base     catalog   conversion   policy   (state)   layout   spread   expression   locks   session   guc   error
+//!  base     catalog   conversion   policy   (state)   layout   spread   expression   rewrite   locks
+//!           session   limit   guard   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
 
@@ -29,14 +30,15 @@ mod drain;
 mod error;
 mod expire;
 mod expression;
+mod guard;
 mod guc;
 mod hook;
 mod launcher;
 mod layout;
+mod limit;
 mod litellm;
 mod locks;
 mod maintain;
-mod materialized;
 mod partition;
 mod place;
 mod plan;
@@ -46,6 +48,7 @@ mod purge;
 mod rebuild;
 mod repair;
 mod revert;
+mod rewrite;
 mod rollup;
 mod session;
 mod source;
@@ -69,6 +72,7 @@ extension_sql_file!("../sql/api.sql", name = "api", finalize);
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     guc::register();
+    guard::install();
     // SAFETY: a flag of the postmaster.
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
         launcher::register();

@@ -3,7 +3,7 @@
 //!
 //! Columns are found by name: their order differs between installs, and older versions lack some.
 
-use crate::definition::{SCHEMA, literal, quoted};
+use crate::definition::{SCHEMA, literal, next_midnight, quoted};
 
 /// LiteLLM's spend log, as its migrations name it.
 pub const SPEND_LOGS: &str = "LiteLLM_SpendLogs";
@@ -130,10 +130,12 @@ impl Capture<'_> {
         write_sums("retired", &self.rows(relation, 1, ""))
     }
 
-    /// The trigger functions, as (name, `CREATE OR REPLACE FUNCTION …`).
+    /// The trigger functions, as (name, body).
     ///
-    /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. SECURITY
-    /// DEFINER, because the writer is LiteLLM's role and owns nothing of ours; hence the pinned search_path.
+    /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. They belong to the table's
+    /// owner and are SECURITY DEFINER, because the writer may be any role that the owner lets write; hence the pinned
+    /// search_path. Whatever they call of the owner's (a cast, say, after a column has changed its type) runs as the owner, who
+    /// may insert into the change log, the ledger and the notes of failures, and no more.
     /// A failure is caught, counted in a sequence (which no rollback takes back) and, if that can be written,
     /// its days are marked dirty; the user's statement succeeds.
     pub fn functions(
@@ -182,13 +184,9 @@ impl Capture<'_> {
             "both" => format!("(SELECT {time} FROM old_rows UNION ALL SELECT {time} FROM new_rows)"),
             one => one.to_string(),
         };
-        let name = function_name(operation);
+        let (name, end) = (function_name(operation), next_midnight(&time));
         let text = format!(
-            "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET lock_timeout = '{LOCK_TIMEOUT}'
-AS $capture$
+            "
 DECLARE
     failure bigint;
 BEGIN
@@ -198,8 +196,7 @@ EXCEPTION WHEN OTHERS THEN
     BEGIN
         failure := nextval('{SCHEMA}.capture_failures');
         INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate, message)
-        SELECT DISTINCT failure, date_trunc('day', {time}), date_trunc('day', {time}) + interval '1 day',
-               '{repair}', TG_OP, SQLSTATE, SQLERRM
+        SELECT DISTINCT failure, date_trunc('day', {time}), {end}, '{repair}', TG_OP, SQLSTATE, SQLERRM
         FROM {rows} AS r;
     EXCEPTION WHEN OTHERS THEN
         NULL;
@@ -208,7 +205,7 @@ EXCEPTION WHEN OTHERS THEN
         USING HINT = 'The statement itself is not affected; the days concerned are rebuilt.';
     RETURN NULL;
 END
-$capture$"
+"
         );
         (name, text)
     }
@@ -245,11 +242,7 @@ pub fn function_name(operation: &str) -> String {
 /// TRUNCATE never subtracts: what was counted becomes history.
 fn truncate_function() -> String {
     format!(
-        "CREATE OR REPLACE FUNCTION {}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET lock_timeout = '{LOCK_TIMEOUT}'
-AS $capture$
+        "
 BEGIN
     INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
     VALUES ('-infinity', 'infinity', 'freeze', TG_OP);
@@ -259,9 +252,35 @@ EXCEPTION WHEN OTHERS THEN
         USING HINT = 'Do not call spend_rollup_rebuild() for days that were truncated.';
     RETURN NULL;
 END
-$capture$",
-        function_name("truncate")
+"
     )
+}
+
+/// Makes a trigger function of a table, for its owner.
+pub fn create_function(name: &str, body: &str) -> String {
+    format!(
+        "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
+        literal(body)
+    )
+}
+
+/// What the owner of the captured table needs, as whom capture writes and rows are recomputed: to add to the log, the ledger,
+/// the notes and the rollups, never to change or remove what is there; and to read it all.
+pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
+    let log = log_columns();
+    let mut grants = vec![
+        format!("GRANT SELECT, INSERT ({log}) ON {SCHEMA}.change_log TO {role}"),
+        format!("GRANT USAGE ON SEQUENCE {SCHEMA}.change_log_seq, {SCHEMA}.capture_failures TO {role}"),
+        format!("GRANT SELECT, INSERT ({log}) ON {SCHEMA}.retired TO {role}"),
+        format!(
+            "GRANT INSERT (failure, range_start, range_end, repair, operation, sqlstate, message)
+             ON {SCHEMA}.dirty_range TO {role}"
+        ),
+        format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}"),
+    ];
+    grants.extend(rollups.iter().map(|table| format!("GRANT SELECT, INSERT ON {table} TO {role}")));
+    grants
 }
 
 fn not_in(relation: &str) -> String {
@@ -320,17 +339,15 @@ pub fn create_log_tables() -> [String; 3] {
                  captured_at timestamptz NOT NULL DEFAULT now(), hour timestamp NOT NULL, {columns})
              WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)"
         ),
-        // It has no key: without REPLICA IDENTITY a publication FOR ALL TABLES would refuse to prune it.
-        format!(
-            "CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns});
-             ALTER TABLE {SCHEMA}.retired REPLICA IDENTITY FULL"
-        ),
+        format!("CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns})"),
     ]
 }
 
-/// COMMENT ON what [`create_log_tables`] makes.
-pub fn comment_on_log() -> [String; 3] {
+/// What is said of what [`create_log_tables`] makes.
+pub fn describe_log() -> [String; 4] {
     [
+        // It has no key: without this a publication FOR ALL TABLES would refuse to prune it.
+        format!("ALTER TABLE {SCHEMA}.retired REPLICA IDENTITY FULL"),
         format!("COMMENT ON SEQUENCE {SCHEMA}.change_log_seq IS 'Numbers the rows of the change log'"),
         format!(
             "COMMENT ON TABLE {SCHEMA}.change_log IS 'What statements on the captured table added (+) and removed (-)'"

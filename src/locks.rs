@@ -16,10 +16,12 @@ use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::CHANGE_LOG;
-use crate::session::{self, require_read_committed};
+use crate::session::{self, Elevated, Owner, require_read_committed};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 use pgrx::spi::SpiHeapTupleData;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// The right to change a rollup: its state row, locked until the transaction ends. Whoever holds it sees, in
@@ -37,6 +39,29 @@ pub struct Fence {
     pub watermark: i64,
     pub covered_from: Timestamp,
     pub frozen_before: Timestamp,
+    _work: Option<Work>,
+}
+
+/// Work on a rollup by this session. The row's lock keeps other transactions out, but not what a merge itself calls: a trigger
+/// on the rollup's table that merges it again would count its window twice.
+struct Work(String);
+
+thread_local! {
+    static AT_WORK: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+}
+
+impl Work {
+    /// `None`: the session is at it already.
+    fn begin(name: &str) -> Option<Work> {
+        AT_WORK.with_borrow_mut(|names| names.insert(name.into())).then(|| Work(name.into()))
+    }
+}
+
+/// Also when an error unwinds: it is no state of the server's.
+impl Drop for Work {
+    fn drop(&mut self) {
+        AT_WORK.with_borrow_mut(|names| names.remove(&self.0));
+    }
 }
 
 /// How long to wait for a fence or a window.
@@ -72,10 +97,11 @@ impl Fence {
     /// Takes the fence of rollup `name`; `None` when another transaction keeps it.
     pub fn take(name: &str, patience: Patience) -> Result<Option<Fence>> {
         require_read_committed()?;
+        let Some(work) = Work::begin(name) else { return Ok(None) };
         loop {
             let sql = format!("{} FOR UPDATE OF r SKIP LOCKED", Fence::state());
             if let Some(fence) = fresh(&sql, &[name.into()], |r| Fence::read(name, r))?.pop() {
-                return Ok(Some(fence));
+                return Ok(Some(Fence { _work: Some(work), ..fence }));
             }
             if !exists(&format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])? {
                 return Err(Error::NoRollup(name.into()));
@@ -101,13 +127,15 @@ impl Fence {
     /// Takes the fence as soon as its holder ends, or fails at the caller's own lock_timeout: windows belong to one
     /// transaction after the other, each as long as its caller likes.
     pub fn wait(name: &str) -> Result<Fence> {
+        let work = Work::begin(name).ok_or_else(|| Error::RollupBusy(name.into()))?;
         let sql = format!("{} FOR UPDATE OF r", Fence::state());
         let fences = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
             fresh(&sql, &[name.into()], |r| Fence::read(name, r))
         }))
         .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| Err(Error::RollupBusy(name.into())))
         .execute()?;
-        fences.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))
+        let fence = fences.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))?;
+        Ok(Fence { _work: Some(work), ..fence })
     }
 
     /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
@@ -140,6 +168,7 @@ impl Fence {
             covered_from: value(r, 5)?,
             frozen_before: value(r, 6)?,
             owner: value(r, 7)?,
+            _work: None,
         };
         if let Some(definition) = fence.definition.as_mut().filter(|_| fence.source.is_some()) {
             // It may have been renamed. One that was dropped fails when it is read.
@@ -155,6 +184,12 @@ impl Fence {
             (_, None) => Err(Error::SourceDropped(self.name.clone())),
             (Some(definition), _) => Ok(definition),
         }
+    }
+
+    /// With the rights that its own statements run with, until the guard is dropped: the owner's, or ours if everything that
+    /// they mention is ours.
+    pub fn act(&self) -> Option<Elevated> {
+        (!self.is_built_in()).then(|| Owner::role(self.owner).act())
     }
 
     /// It is fed by the change log.
@@ -188,8 +223,7 @@ impl Fence {
 pub fn lock_attachment(patience: Patience) -> Result<bool> {
     let name = format!("{SCHEMA}.capture");
     let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
-    // SAFETY: takes a lock, or says that it cannot.
-    while !unsafe { pg_sys::ConditionalLockRelationOid(state, pg_sys::ShareRowExclusiveLock as i32) } {
+    while !try_lock(state, pg_sys::ShareRowExclusiveLock) {
         if !patience.try_again() {
             return Ok(false);
         }
@@ -199,29 +233,37 @@ pub fn lock_attachment(patience: Patience) -> Result<bool> {
     Ok(true)
 }
 
-/// Takes SHARE ROW EXCLUSIVE on a user's table until the transaction ends: writers wait, readers do not. Gives up
+/// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not. Gives up
 /// after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
-pub fn lock_against_writers(table: &str, oid: pg_sys::Oid) -> Result<()> {
-    let sql = format!("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE");
-    lock(&sql, table, oid)
+pub fn lock_against_writers(tables: &[pg_sys::Oid]) -> Result<()> {
+    let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::ShareRowExclusiveLock)).collect();
+    lock_all(guc::lock_timeout(), &locks)
 }
 
 /// Takes ACCESS SHARE, as a reader does, until the transaction ends. We read by name, so the name must still be that of
 /// `relation` once it is locked: its owner could have put something else in its place.
 pub fn lock_against_dropping(relation: pg_sys::Oid) -> Result<()> {
-    let name = relation_name(relation)?;
-    lock(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"), &name, relation)?;
-    if find_relation(&name)? == Some(relation) { Ok(()) } else { Err(Error::NoTable(name)) }
+    lock_all(guc::lock_timeout(), &[(relation, pg_sys::AccessShareLock)])
 }
 
 /// As [`lock_against_dropping`], but without waiting. `false`: somebody is changing the table right now.
 pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
-    // SAFETY: takes a lock, or says that it cannot.
-    if !unsafe { pg_sys::ConditionalLockRelationOid(relation, pg_sys::AccessShareLock as i32) } {
-        return Ok(false);
+    let got = try_lock(relation, pg_sys::AccessShareLock);
+    if got {
+        require_name(relation)?;
     }
+    Ok(got)
+}
+
+fn try_lock(relation: pg_sys::Oid, mode: Mode) -> bool {
+    // SAFETY: takes a lock, or says that it cannot.
+    unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
+}
+
+/// The relation, which we have locked, is what its name means.
+fn require_name(relation: pg_sys::Oid) -> Result<()> {
     let name = relation_name(relation)?;
-    if find_relation(&name)? == Some(relation) { Ok(true) } else { Err(Error::NoTable(name)) }
+    if find_relation(&name)? == Some(relation) { Ok(()) } else { Err(Error::NoTable(name)) }
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
@@ -253,16 +295,16 @@ pub type Mode = u32;
 pub fn lock_all(limit: Duration, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
     let deadline = Instant::now() + limit;
     for (oid, mode) in relations {
-        let name = relation_name(*oid)?;
-        let left = deadline.saturating_duration_since(Instant::now());
-        within(left.max(Duration::from_millis(1)), &name, *oid, || {
-            // SAFETY: waits for a lock, or fails at lock_timeout.
-            unsafe { pg_sys::LockRelationOid(*oid, *mode as i32) };
-            Ok(())
-        })?;
-        if find_relation(&name)? != Some(*oid) {
-            return Err(Error::NoTable(name));
+        if !try_lock(*oid, *mode) {
+            let name = relation_name(*oid)?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            within(left.max(Duration::from_millis(1)), &name, *oid, || {
+                // SAFETY: waits for a lock, or fails at lock_timeout.
+                unsafe { pg_sys::LockRelationOid(*oid, *mode as i32) };
+                Ok(())
+            })?;
         }
+        require_name(*oid)?;
     }
     // Takes an XID, and with it every later query a fresh snapshot.
     execute("SELECT 1", &[]).map(drop)

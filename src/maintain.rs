@@ -21,7 +21,7 @@ use crate::layout::{Layout, Partition};
 use crate::locks::Patience;
 use crate::partition::{Drain, Instant, Range, missing};
 use crate::policy::{Again, OnExpire, Policy};
-use crate::session::{Elevated, Failure, attempt};
+use crate::session::{Failure, attempt};
 use crate::tick::{Runner, Subject};
 use crate::{drain, place, purge};
 use pgrx::prelude::*;
@@ -84,7 +84,7 @@ impl<R: Runner> Round<'_, R> {
                 return Err(Error::Converting(policy.table.clone()));
             }
             let now = now.unwrap_or_else(crate::layout::now);
-            let layout = Layout::of(policy.relation()?, &policy.time_column)?;
+            let layout = Layout::of(policy.relation, &policy.time_column)?;
             crate::layout::require_root(&layout.table)?;
             Ok((now, policy.cutoff(now)?, layout))
         });
@@ -105,7 +105,7 @@ impl<R: Runner> Round<'_, R> {
     }
 
     fn subject(&self) -> Subject {
-        Subject::Policy(self.policy.schema.clone(), self.policy.table.clone())
+        Subject::Policy(self.policy.relation.to_u32(), self.policy.table.clone())
     }
 
     /// In a SQL call all steps share a transaction, and locks last until its end.
@@ -132,10 +132,7 @@ impl<R: Runner> Round<'_, R> {
             // Takes an XID, and with it every query of the step a fresh snapshot.
             match attempt(|| catalog::execute("SELECT 1", &[]).and_then(|_| work())) {
                 Ok(value) => Ok(Outcome::Done(value)),
-                Err(failure) if failure.is_cancel() => {
-                    ereport!(ERROR, failure.sqlstate, failure.message);
-                }
-                Err(failure) => Ok(Outcome::Failed(failure)),
+                Err(failure) => Ok(Outcome::Failed(failure.unless_cancel())),
             }
         });
         match outcome {
@@ -255,8 +252,7 @@ impl<R: Runner> Round<'_, R> {
                 |_| Ok(()),
             )?;
             if !stale.is_empty() {
-                let _owner = Elevated::restricted(place::owner(layout.table.oid)?);
-                catalog::execute(&format!("ANALYZE (SKIP_LOCKED) {table}"), &[])?;
+                layout.owner.run(format!("ANALYZE (SKIP_LOCKED) {table}"))?;
             }
             Ok(!stale.is_empty())
         });
@@ -269,7 +265,7 @@ impl<R: Runner> Round<'_, R> {
 
     fn layout(&mut self) -> Option<Layout> {
         let policy = self.policy.clone();
-        self.step(&policy.table.clone(), || Layout::of(policy.relation()?, &policy.time_column))
+        self.step(&policy.table.clone(), || Layout::of(policy.relation, &policy.time_column))
     }
 
     /// The end of what is to be created.

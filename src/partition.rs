@@ -24,13 +24,19 @@ impl Instant {
     }
 }
 
-/// As in `FOR VALUES FROM (…) TO (…)`.
+/// As in `FOR VALUES FROM (…) TO (…)`, and as the server reads a time: years have four digits or more, and no sign.
 impl fmt::Display for Instant {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match (*self, self.utc()) {
             (Instant::MIN, _) => f.write_str("MINVALUE"),
             (Instant::MAX, _) | (_, None) => f.write_str("MAXVALUE"),
-            (_, Some(at)) => write!(f, "'{}'", at.format("%Y-%m-%d %H:%M:%S%.f")),
+            (_, Some(at)) => {
+                let (year, era) = match at.year() {
+                    year if year > 0 => (year, ""),
+                    year => (1 - year, " BC"),
+                };
+                write!(f, "'{year:04}-{}{era}'", at.format("%m-%d %H:%M:%S%.f"))
+            }
         }
     }
 }
@@ -85,27 +91,27 @@ impl Interval {
     }
 
     /// The first day of the period that `day` is in.
-    fn start(self, day: NaiveDate) -> NaiveDate {
+    fn start(self, day: NaiveDate) -> Option<NaiveDate> {
         match self {
-            Interval::Day => day,
-            Interval::Week => day - Days::new(day.weekday().num_days_from_monday().into()),
-            Interval::Month => day - Days::new(day.day0().into()),
+            Interval::Day => Some(day),
+            Interval::Week => day.checked_sub_days(Days::new(day.weekday().num_days_from_monday().into())),
+            Interval::Month => day.checked_sub_days(Days::new(day.day0().into())),
         }
     }
 
     /// The first day of the period after the one that begins on `start`.
-    fn next(self, start: NaiveDate) -> NaiveDate {
+    fn next(self, start: NaiveDate) -> Option<NaiveDate> {
         match self {
-            Interval::Day => start + Days::new(1),
-            Interval::Week => start + Days::new(7),
-            Interval::Month => start + Months::new(1),
+            Interval::Day => start.checked_add_days(Days::new(1)),
+            Interval::Week => start.checked_add_days(Days::new(7)),
+            Interval::Month => start.checked_add_months(Months::new(1)),
         }
     }
 
     /// The period that `at` is in; nothing for a time that no calendar has.
     pub fn period(self, at: Instant) -> Option<Range> {
-        let start = self.start(at.utc()?.date());
-        Some(Range { from: Instant::midnight(start), to: Instant::midnight(self.next(start)) })
+        let start = self.start(at.utc()?.date())?;
+        Some(Range { from: Instant::midnight(start), to: Instant::midnight(self.next(start)?) })
     }
 
     /// The period of `now` and the `ahead` that follow.
@@ -259,6 +265,10 @@ mod tests {
     fn borders_are_written_as_the_server_reads_them() {
         assert_eq!(at("2026-06-01").to_string(), "'2026-06-01 00:00:00'");
         assert_eq!(Instant(1).to_string(), "'1970-01-01 00:00:00.000001'");
+        let day = |year| NaiveDate::from_ymd_opt(year, 1, 2).unwrap();
+        assert_eq!(Instant::midnight(day(10_000)).to_string(), "'10000-01-02 00:00:00'");
+        assert_eq!(Instant::midnight(day(0)).to_string(), "'0001-01-02 00:00:00 BC'");
+        assert_eq!(Instant::midnight(day(-4712)).to_string(), "'4713-01-02 00:00:00 BC'");
         assert_eq!(
             (Instant::MIN.to_string(), Instant::MAX.to_string()),
             ("MINVALUE".into(), "MAXVALUE".into())
@@ -293,6 +303,8 @@ mod tests {
     fn a_time_beyond_the_calendar_has_no_period() {
         assert_eq!(Interval::Day.period(Instant::MAX), None);
         assert_eq!(Interval::Day.periods(Instant::MIN, 3), []);
+        let last = NaiveDate::MAX.and_time(chrono::NaiveTime::MIN).and_utc().timestamp_micros();
+        assert_eq!(Interval::Month.period(Instant(last)), None);
     }
 
     fn group(gap: Range, first: &str, last: &str, rows: i64) -> Group {

@@ -13,6 +13,9 @@
 //! | ACCESS EXCLUSIVE on DEFAULT | always, where there is one | readers that are not pruned to other partitions |
 //!
 //! With the weak lock an INSERT whose row was on its way to DEFAULT would fail: hence "may be written now".
+//!
+//! Whose rights: CREATE TABLE LIKE copies expressions, ATTACH evaluates CHECKs, rows that move are seen by generated columns:
+//! all of it runs as the table's owner, who must own DEFAULT as well. Only capture's triggers are made by us.
 
 use crate::capture::missing_triggers;
 use crate::catalog::{self, Table, free_name};
@@ -24,7 +27,7 @@ use crate::litellm::Capture;
 use crate::locks::{self, Mode};
 use crate::partition::{self, Instant, Interval, Range};
 use crate::proof;
-use crate::session::Elevated;
+use crate::session::Owner;
 use crate::spread::Spread;
 use pgrx::prelude::*;
 
@@ -49,6 +52,7 @@ pub fn place(
     let continued = partition::continued(interval, range, &layout.ranges());
     let continued = layout.partitions.iter().find(|p| Some(p.range) == continued && p.leaf);
     layout.lock()?;
+    layout.default.iter().chain(continued).try_for_each(|partition| layout.require_usable(partition))?;
     // 1. the new table, which nobody sees yet.
     let new = match continued {
         Some(_) => None,
@@ -67,7 +71,7 @@ pub fn place(
     let layout = layout.again()?;
     let gone = continued.is_some_and(|c| layout.find(c.oid).is_none_or(|now| now.range != c.range));
     if gone || layout.ranges().iter().any(|r| r.within(range).is_some()) {
-        return drop_unused(new.as_ref());
+        return drop_unused(&layout, new.as_ref());
     }
     let default = layout.default.as_ref().map(|default| Ok::<_, Error>((default, spread(&layout, default)?)));
     let default = default.transpose()?;
@@ -102,11 +106,15 @@ pub fn place(
     let before = continued.map(|partition| partition.range);
     let whole = Range { from: before.map_or(range.from, |before| before.from), to: range.to };
     let attach = || match before {
-        Some(_) => proof::with(&target, &inside(&layout, whole), || attach(&layout, &target, whole)),
+        Some(_) => {
+            proof::with(layout.owner, &target, &inside(&layout, whole), || attach(&layout, &target, whole))
+        }
         None => attach(&layout, &target, whole),
     };
     match &default {
-        Some((default, _)) => proof::with(&default.qualified(), &outside(&layout, whole), attach)?,
+        Some((default, _)) => {
+            proof::with(layout.owner, &default.qualified(), &outside(&layout, whole), attach)?;
+        }
         None => attach()?,
     }
     let partition = continued.map(|p| p.name.clone());
@@ -115,10 +123,8 @@ pub fn place(
 }
 
 fn spread(layout: &Layout, partition: &Partition) -> Result<Spread> {
-    if !partition.leaf {
-        return Err(Error::NotOrdinary(partition.name.clone()));
-    }
-    Spread::of(partition.oid, &layout.time_column)
+    layout.require_usable(partition)?;
+    Spread::of(layout.owner, partition.oid, &layout.time_column)
 }
 
 /// The table first, as its users do.
@@ -131,9 +137,9 @@ fn lock(layout: &Layout, strong: bool, continued: Option<&Partition>) -> Result<
     locks::lock_all(guc::lock_timeout(), &locks)
 }
 
-fn drop_unused(table: Option<&String>) -> Result<Option<Placed>> {
+fn drop_unused(layout: &Layout, table: Option<&String>) -> Result<Option<Placed>> {
     if let Some(table) = table {
-        catalog::execute(&format!("DROP TABLE {table}"), &[])?;
+        layout.owner.run(format!("DROP TABLE {table}"))?;
     }
     Ok(None)
 }
@@ -151,14 +157,14 @@ pub fn create(layout: &Layout, name: &str) -> Result<String> {
         "CREATE TABLE {table} (LIKE {} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS) {storage}",
         parent.qualified()
     );
-    locks::lock(&sql, &parent.qualified(), parent.oid)?;
-    catalog::execute(&format!("ALTER TABLE {table} OWNER TO {}", quoted(&parent.owner)), &[])?;
+    {
+        let _owner = layout.owner.act();
+        locks::lock(&sql, &parent.qualified(), parent.oid)?;
+    }
     if let Some(identity) = identity {
-        catalog::execute(&format!("ALTER TABLE {table} REPLICA IDENTITY {identity}"), &[])?;
+        layout.owner.run(format!("ALTER TABLE {table} REPLICA IDENTITY {identity}"))?;
     }
-    for grant in grants(parent.oid, &table)? {
-        catalog::execute(&grant, &[])?;
-    }
+    grants(parent.oid, &table)?.iter().try_for_each(|grant| layout.owner.run(grant))?;
     Ok(table)
 }
 
@@ -221,24 +227,23 @@ pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
 
 /// Renames a table, and its indexes: LiteLLM's index job goes by their names. `T_x_idx` becomes `NAME_x_idx`; one that is not
 /// called after the table gets the suffix, if there is one.
-pub fn rename(schema: &str, table: &str, name: &str, suffix: Option<&str>) -> Result<()> {
+pub fn rename(owner: Owner, schema: &str, table: &str, name: &str, suffix: Option<&str>) -> Result<()> {
     let relation = qualified(schema, table);
     let indexes = index_names(&relation)?;
-    catalog::execute(&format!("ALTER TABLE {relation} RENAME TO {}", quoted(name)), &[])?;
+    owner.run(format!("ALTER TABLE {relation} RENAME TO {}", quoted(name)))?;
     for index in indexes {
         let renamed = match (index.strip_prefix(&format!("{table}_")), suffix) {
             (Some(rest), _) => partition::suffixed(name, &format!("_{rest}")),
             (None, Some(suffix)) => partition::suffixed(&index, suffix),
             (None, None) => continue,
         };
-        rename_index(schema, &index, &free_name([schema, schema], &renamed)?)?;
+        rename_index(owner, schema, &index, &free_name([schema, schema], &renamed)?)?;
     }
     Ok(())
 }
 
-pub fn rename_index(schema: &str, index: &str, name: &str) -> Result<()> {
-    let sql = format!("ALTER INDEX {} RENAME TO {}", qualified(schema, index), quoted(name));
-    catalog::execute(&sql, &[]).map(drop)
+pub fn rename_index(owner: Owner, schema: &str, index: &str, name: &str) -> Result<()> {
+    owner.run(format!("ALTER INDEX {} RENAME TO {}", qualified(schema, index), quoted(name)))
 }
 
 /// In alphabetical order.
@@ -264,26 +269,13 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
     if let Some(to) = catalog::find_relation(to)? {
         triggers.extend(self::triggers(to)?);
     }
+    let owner = layout.owner;
     for (table, trigger, _) in &triggers {
-        catalog::execute(&format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}"), &[])?;
-    }
-    // The owner of DEFAULT may be another than that of the partitions.
-    let owner = owner(from)?;
-    let stranger = catalog::query(
-        "SELECT quote_ident(pg_catalog.pg_get_userbyid($1)) WHERE NOT pg_catalog.has_table_privilege($1, $2, 'INSERT')",
-        &[owner.into(), to.into()],
-        |r| catalog::value::<String>(r, 1),
-    )?;
-    for role in &stranger {
-        catalog::execute(&format!("GRANT INSERT ON {to} TO {role}"), &[])?;
+        owner.run(format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}"))?;
     }
     let rows = {
-        // Indexes and generated columns may call code of the owner's. An error is better than rows that are not seen.
-        let _owner = Elevated::restricted(owner);
-        catalog::execute(
-            "SELECT pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('enable_seqscan', 'off', true)",
-            &[],
-        )?;
+        // Indexes and generated columns may call code of the owner's.
+        let _owner = owner.act().with(c"enable_seqscan", c"off");
         catalog::execute(
             &format!(
                 "WITH moved AS (DELETE FROM ONLY {name} WHERE {condition} RETURNING {columns})
@@ -292,19 +284,10 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
             &[],
         )?
     };
-    for role in &stranger {
-        catalog::execute(&format!("REVOKE INSERT ON {to} FROM {role}"), &[])?;
-    }
     for (table, trigger, enable) in &triggers {
-        catalog::execute(&format!("ALTER TABLE {table} {enable} TRIGGER {trigger}"), &[])?;
+        owner.run(format!("ALTER TABLE {table} {enable} TRIGGER {trigger}"))?;
     }
     Ok(rows)
-}
-
-pub fn owner(relation: pg_sys::Oid) -> Result<pg_sys::Oid> {
-    let sql = "SELECT relowner FROM pg_catalog.pg_class WHERE oid = $1";
-    let owners = catalog::query(sql, &[relation.into()], |r| catalog::value::<pg_sys::Oid>(r, 1))?;
-    owners.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
 }
 
 /// The enabled triggers of a table: its name, theirs, and how each is enabled.
@@ -342,19 +325,16 @@ fn refuse_references(layout: &Layout) -> Result<()> {
 // ---- the statements --------------------------------------------------------------------------------------
 
 pub fn detach(layout: &Layout, partition: &str) -> Result<()> {
-    catalog::execute(&format!("ALTER TABLE {} DETACH PARTITION {partition}", layout.table.qualified()), &[])
-        .map(drop)
+    layout.owner.run(format!("ALTER TABLE {} DETACH PARTITION {partition}", layout.table.qualified()))
 }
 
 pub fn attach(layout: &Layout, table: &str, range: Range) -> Result<()> {
     let parent = layout.table.qualified();
-    catalog::execute(&format!("ALTER TABLE {parent} ATTACH PARTITION {table} FOR VALUES {range}"), &[])
-        .map(drop)
+    layout.owner.run(format!("ALTER TABLE {parent} ATTACH PARTITION {table} FOR VALUES {range}"))
 }
 
 pub fn attach_default(layout: &Layout, table: &str) -> Result<()> {
-    let parent = layout.table.qualified();
-    catalog::execute(&format!("ALTER TABLE {parent} ATTACH PARTITION {table} DEFAULT"), &[]).map(drop)
+    layout.owner.run(format!("ALTER TABLE {} ATTACH PARTITION {table} DEFAULT", layout.table.qualified()))
 }
 
 /// What a partition's rows are, as the server says it.

@@ -15,6 +15,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     let name = table.qualified();
     let size = Size::of(&table)?;
     let conversion = Conversion::new(&table, options);
+    conversion.check_cutover()?;
     let blueprint = conversion.blueprint()?;
     let mut rows: Vec<Row> = vec![];
     let mut row = |step: &str, what: &str, object: &str, lock: &str, estimate: String| {
@@ -61,7 +62,11 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     );
     rows.extend(blueprint.triggers.iter().map(|t| swap("trigger: made on the new table", &t.name)));
     let pieces = blueprint.constraints.iter().chain(&blueprint.pieces);
-    rows.extend(pieces.map(|p| swap(&format!("{}: given to the new table", p.kind), &p.object)));
+    let mut pieces: Vec<_> = pieces.map(|p| (p.kind.as_str(), p.object.as_str())).collect();
+    // Some take several statements.
+    pieces.dedup();
+    let given = |(kind, object): (&str, &str)| swap(&format!("{kind}: given to the new table"), object);
+    rows.extend(pieces.into_iter().map(given));
     if !table.options.is_empty() {
         rows.push(swap("storage options: given to new partitions", &table.options));
     }
@@ -72,7 +77,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         rows.extend(readers(view.oid)?.iter().map(|reader| swap("view over it: not touched", reader)));
     }
     rows.extend(
-        blueprint.functions.iter().map(|f| swap("function with an SQL body: reads the new table", &f.object)),
+        blueprint.functions.iter().map(|f| swap("function with an SQL body: reads the new table", &f.name)),
     );
     let periods = conversion.interval().periods(layout::now(), conversion.options.precreate);
     let before = Range { from: Instant::MIN, to: conversion.cutover() };
@@ -83,15 +88,6 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
             partition::name(&table.name, period),
             "SHARE UPDATE EXCLUSIVE on the table, ACCESS EXCLUSIVE on the default partition".into(),
             "a moment".into(),
-        ));
-    }
-    for view in &blueprint.materialized_views {
-        rows.push((
-            "after".into(),
-            "materialized view: made anew".into(),
-            view.name.clone(),
-            "ACCESS EXCLUSIVE on it".into(),
-            "as long as its query takes".into(),
         ));
     }
     Ok(rows)

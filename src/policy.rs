@@ -1,8 +1,10 @@
-//! How a table is partitioned and how long its rows stay: what `spend_partition_set()` stores and maintenance goes by. Kept
-//! by the table's name: one that is replaced keeps its policy.
+//! How a table is partitioned and how long its rows stay: what `spend_partition_set()` stores and maintenance goes by.
+//!
+//! A policy holds for the table that it was set for, while that belongs to the owner who set it. By name it would outlive its
+//! table, and delete the rows of whoever's table gets the name.
 
 use crate::catalog::{self, Table};
-use crate::definition::{SCHEMA, qualified};
+use crate::definition::SCHEMA;
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout::{self, Layout};
@@ -14,6 +16,8 @@ use pgrx::prelude::*;
 
 #[derive(Clone, Debug)]
 pub struct Policy {
+    pub relation: pg_sys::Oid,
+    /// The table's, as it is called now.
     pub schema: String,
     pub table: String,
     pub time_column: String,
@@ -33,11 +37,6 @@ pub enum OnExpire {
 }
 
 impl Policy {
-    pub fn relation(&self) -> Result<pg_sys::Oid> {
-        let name = qualified(&self.schema, &self.table);
-        catalog::find_relation(&name)?.ok_or(Error::NoTable(name))
-    }
-
     /// Rows before this time expire.
     pub fn cutoff(&self, now: Instant) -> Result<Option<Instant>> {
         let Some(retention) = &self.retention else { return Ok(None) };
@@ -47,23 +46,20 @@ impl Policy {
         Ok(cutoffs.first().copied().map(Instant))
     }
 
-    /// The right to maintain the table, until the transaction ends. `false`: somebody else is at it.
+    /// The right to maintain the table, until the transaction ends. `false`: somebody else is at it, or the table is another's now.
     pub fn lock(&self, patience: Patience) -> Result<bool> {
         let sql = format!(
-            "SELECT FROM {SCHEMA}.policy WHERE table_schema = $1::name AND table_name = $2::name FOR UPDATE SKIP LOCKED"
+            "SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation AND c.relowner = p.owner
+             WHERE p.relation = $1 FOR UPDATE OF p SKIP LOCKED"
         );
         loop {
-            if !catalog::fresh(&sql, &self.key(), |_| Ok(()))?.is_empty() {
+            if !catalog::fresh(&sql, &[self.relation.into()], |_| Ok(()))?.is_empty() {
                 return Ok(true);
             }
             if !patience.try_again() {
                 return Ok(false);
             }
         }
-    }
-
-    fn key(&self) -> [pgrx::datum::DatumWithOid<'_>; 2] {
-        [self.schema.as_str().into(), self.table.as_str().into()]
     }
 
     /// Notes the end of a round. `again`: the next one does not wait for the whole interval.
@@ -76,17 +72,12 @@ impl Policy {
         catalog::execute(
             &format!(
                 "UPDATE {SCHEMA}.policy SET maintained_at = clock_timestamp(),
-                     retry_at = clock_timestamp() + make_interval(secs => $3), last_error = $4,
-                     last_error_at = CASE WHEN $4 IS NULL THEN NULL WHEN last_error = $4 THEN last_error_at
+                     retry_at = clock_timestamp() + make_interval(secs => $2), last_error = $3,
+                     last_error_at = CASE WHEN $3 IS NULL THEN NULL WHEN last_error = $3 THEN last_error_at
                                           ELSE clock_timestamp() END
-                 WHERE table_schema = $1::name AND table_name = $2::name"
+                 WHERE relation = $1"
             ),
-            &[
-                self.schema.as_str().into(),
-                self.table.as_str().into(),
-                wait.into(),
-                error.map(str::to_string).into(),
-            ],
+            &[self.relation.into(), wait.into(), error.map(str::to_string).into()],
         )
         .map(drop)
     }
@@ -104,8 +95,12 @@ pub enum Again {
 /// Seconds until a step whose lock was not to be had is tried again: its wait stalls others for up to lock_timeout.
 const RETRY: f64 = 30.0;
 
-const COLUMNS: &str = "table_schema::text, table_name::text, time_column::text, \"interval\", precreate, retention::text,
-     on_expire, format('%s, %s ahead, retention %s, %s', \"interval\", precreate, coalesce(retention::text, 'none'), on_expire)";
+/// The policies that hold, with the names of their tables.
+const POLICIES: &str = "SELECT n.nspname::text, c.relname::text, time_column::text, \"interval\", precreate, retention::text,
+            on_expire, format('%s, %s ahead, retention %s, %s', \"interval\", precreate, coalesce(retention::text, 'none'), on_expire),
+            c.oid
+     FROM litellm_spend.policy JOIN pg_catalog.pg_class c ON c.oid = policy.relation AND c.relowner = policy.owner
+     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
 
 fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
     let interval: String = catalog::value(r, 4)?;
@@ -118,6 +113,7 @@ fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
         retention: r.get(6)?,
         on_expire: if catalog::value::<String>(r, 7)? == "drop" { OnExpire::Drop } else { OnExpire::Detach },
         text: catalog::value(r, 8)?,
+        relation: catalog::value(r, 9)?,
     })
 }
 
@@ -128,9 +124,8 @@ pub fn due() -> Result<Vec<Policy>> {
         return Ok(vec![]);
     }
     let sql = format!(
-        "SELECT {COLUMNS} FROM {SCHEMA}.policy
-         WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS c
-                           WHERE (c.table_schema, c.table_name) = (policy.table_schema, policy.table_name) AND NOT c.stopped)
+        "{POLICIES}
+         WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS v WHERE v.relation = policy.relation AND NOT v.stopped)
            AND least(coalesce(retry_at, 'infinity'), coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
                <= clock_timestamp()
          ORDER BY 1, 2"
@@ -140,11 +135,29 @@ pub fn due() -> Result<Vec<Policy>> {
 
 /// The policy of one table.
 pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
-    let sql = format!(
-        "SELECT {COLUMNS} FROM {SCHEMA}.policy JOIN pg_catalog.pg_class c ON c.relname = table_name
-         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = table_schema WHERE c.oid = $1"
-    );
+    let sql = format!("{POLICIES} WHERE c.oid = $1");
     Ok(catalog::query(&sql, &[relation.into()], read)?.pop())
+}
+
+/// Policies whose table was dropped, or given to another owner, who has not asked for them, are forgotten.
+pub fn forget_orphans() -> Result<()> {
+    let orphan =
+        "NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = p.relation AND c.relowner = p.owner)";
+    // First a look, which writes nothing.
+    let orphans = catalog::query(
+        &format!("SELECT p.relation::text, p.owner::text FROM {SCHEMA}.policy p WHERE {orphan}"),
+        &[],
+        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?)),
+    )?;
+    for (table, owner) in &orphans {
+        log!(
+            "litellm_spend: the partition policy of {table} is forgotten: it is no table of {owner} any more"
+        );
+    }
+    if !orphans.is_empty() {
+        catalog::execute(&format!("DELETE FROM {SCHEMA}.policy p WHERE {orphan}"), &[])?;
+    }
+    Ok(())
 }
 
 /// What `spend_partition_set()` was given.
@@ -173,16 +186,16 @@ pub fn set(table: &Table, wanted: Wanted) -> Result<()> {
     check_retention(interval, wanted.retention)?;
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.policy (table_schema, table_name, time_column, \"interval\", precreate, retention, on_expire)
-             VALUES ($1::name, $2::name, $3::name, $4, $5, $6, $7)
-             ON CONFLICT (table_schema, table_name) DO UPDATE SET time_column = excluded.time_column,
+            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, retention, on_expire)
+             VALUES ($1, $2, $3::name, $4, $5, $6, $7)
+             ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
                  \"interval\" = excluded.\"interval\", precreate = excluded.precreate, retention = excluded.retention,
                  on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,
                  last_error = NULL, last_error_at = NULL"
         ),
         &[
-            table.schema.as_str().into(),
-            table.name.as_str().into(),
+            table.oid.into(),
+            table.owner_oid.into(),
             time_column.into(),
             interval.into(),
             wanted.precreate.into(),
@@ -222,23 +235,21 @@ fn check_retention(interval: &str, retention: Option<datum::Interval>) -> Result
     }
 }
 
+/// Removing what is not there is no error.
 fn remove(table: &Table) -> Result<()> {
-    let sql = format!("DELETE FROM {SCHEMA}.policy WHERE table_schema = $1::name AND table_name = $2::name");
-    match catalog::execute(&sql, &[table.schema.as_str().into(), table.name.as_str().into()])? {
-        0 => Err(Error::NoPolicy(table.qualified())),
-        _ => Ok(()),
-    }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.policy WHERE relation = $1"), &[table.oid.into()])
+        .map(drop)
 }
 
 /// Keeps what stopped a round.
-pub fn record_error(schema: &str, table: &str, message: Option<&str>) -> Result<()> {
+pub fn record_error(relation: pg_sys::Oid, message: Option<&str>) -> Result<()> {
     catalog::execute(
         &format!(
-            "UPDATE {SCHEMA}.policy SET last_error = $3,
-                 last_error_at = CASE WHEN $3 IS NOT NULL THEN clock_timestamp() END
-             WHERE table_schema = $1::name AND table_name = $2::name AND last_error IS DISTINCT FROM $3"
+            "UPDATE {SCHEMA}.policy SET last_error = $2,
+                 last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp() END
+             WHERE relation = $1 AND last_error IS DISTINCT FROM $2"
         ),
-        &[schema.into(), table.into(), message.map(str::to_string).into()],
+        &[relation.into(), message.map(str::to_string).into()],
     )
     .map(drop)
 }

@@ -9,8 +9,8 @@
 //! The server itself makes such constraints, when it detaches a partition CONCURRENTLY. In SQL there is no word for it: we
 //! parse `NOT VALID`, which means not to look, and set the flag that says the rest.
 
-use crate::catalog;
 use crate::error::Result;
+use crate::session::Owner;
 use pgrx::prelude::*;
 use std::ffi::CString;
 
@@ -18,10 +18,13 @@ const NAME: &str = "litellm_spend_proof";
 
 /// Runs `work` while the server takes `condition` for true of the rows of `relation`, which the caller has locked against
 /// everybody and has looked at.
-pub fn with<T>(relation: &str, condition: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    add(relation, condition)?;
+pub fn with<T>(owner: Owner, relation: &str, condition: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    {
+        let _owner = owner.act();
+        add(relation, condition)?;
+    }
     let result = work()?;
-    catalog::execute(&format!("ALTER TABLE {relation} DROP CONSTRAINT {NAME}"), &[])?;
+    owner.run(format!("ALTER TABLE {relation} DROP CONSTRAINT {NAME}"))?;
     Ok(result)
 }
 

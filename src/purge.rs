@@ -9,8 +9,6 @@ use crate::error::Result;
 use crate::expire;
 use crate::layout::{Layout, Partition};
 use crate::partition::{Instant, Interval, Range};
-use crate::place::owner;
-use crate::session::Elevated;
 use crate::spread;
 use pgrx::prelude::*;
 
@@ -19,18 +17,22 @@ use pgrx::prelude::*;
 pub struct Target {
     pub oid: pg_sys::Oid,
     pub name: String,
+    /// If it is one of several.
+    partition: Option<Partition>,
 }
 
 /// The tables to delete from. A partition that ends with the period of the cutoff is left: it goes as a whole, soon.
 pub fn targets(layout: &Layout, interval: Interval, cutoff: Instant) -> Vec<Target> {
     if !layout.partitioned {
-        return vec![Target { oid: layout.table.oid, name: layout.table.name.clone() }];
+        let (oid, name) = (layout.table.oid, layout.table.name.clone());
+        return vec![Target { oid, name, partition: None }];
     }
     let soon = interval.period(cutoff).map_or(cutoff, |period| period.to);
     let spans = |p: &&Partition| p.leaf && p.range.from < cutoff && p.range.to > soon;
     let default = layout.default.iter().filter(|p| p.leaf);
     let partitions = default.chain(layout.partitions.iter().filter(spans));
-    partitions.map(|p| Target { oid: p.oid, name: p.name.clone() }).collect()
+    let target = |p: &Partition| Target { oid: p.oid, name: p.name.clone(), partition: Some(p.clone()) };
+    partitions.map(target).collect()
 }
 
 /// Rows a batch: 21 ms, as 96,000 rows of 2 KB took 2.04 s with LiteLLM's indexes and our triggers (debug build, PostgreSQL 15,
@@ -39,6 +41,7 @@ pub const BATCH: i64 = 1000;
 
 /// Deletes a batch of the rows before `cutoff`, oldest first. Returns how many: fewer than [`BATCH`] are the last.
 pub fn batch(layout: &Layout, target: &Target, cutoff: Instant) -> Result<i64> {
+    target.partition.iter().try_for_each(|partition| layout.require_usable(partition))?;
     layout.lock()?;
     let (relation, time) = (catalog::relation_name(target.oid)?, layout.time());
     let expired = spread::condition(&time, Range { from: Instant::MIN, to: cutoff });
@@ -48,16 +51,11 @@ pub fn batch(layout: &Layout, target: &Target, cutoff: Instant) -> Result<i64> {
     } else {
         String::new()
     };
-    // Triggers are the owner's code. An error is better than rows that are not seen.
-    let _owner = Elevated::restricted(owner(target.oid)?);
-    catalog::execute("SELECT pg_catalog.set_config('row_security', 'off', true)", &[])?;
+    // Triggers are the owner's code.
     // Looked at again by the DELETE: a row may have changed meanwhile.
-    catalog::execute(
-        &format!(
-            "DELETE FROM ONLY {relation} WHERE ctid = ANY (ARRAY(
-                 SELECT ctid FROM ONLY {relation} WHERE {expired} AND {merged} {order} LIMIT {BATCH} FOR UPDATE SKIP LOCKED))
-             AND {expired} AND {merged}"
-        ),
-        &[],
-    )
+    layout.owner.execute(&format!(
+        "DELETE FROM ONLY {relation} WHERE ctid = ANY (ARRAY(
+             SELECT ctid FROM ONLY {relation} WHERE {expired} AND {merged} {order} LIMIT {BATCH} FOR UPDATE SKIP LOCKED))
+         AND {expired} AND {merged}"
+    ))
 }

@@ -6,13 +6,17 @@
 //! the sequence like any other.
 //!
 //! Days before `frozen_before` have lost raw rows: the rollup is their only record. They are never recomputed.
+//!
+//! Whose rights: every statement that reads the raw rows runs as the owner of their table, who may read what is ours of the
+//! captured table, and add to it. Of a declared rollup everything is the owner's; of the built-in ones we remove the rows of
+//! a range ourselves, which the owner may not.
 
 use crate::catalog::{self, CaptureState};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
 use crate::litellm::Capture;
 use crate::locks::{self, Fence, Patience};
-use crate::session::{self, Elevated};
+use crate::session::{self, Owner};
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
@@ -30,6 +34,8 @@ struct Truth {
     query: Option<String>,
     /// The tables that hold the raw rows.
     relations: Vec<pg_sys::Oid>,
+    /// As whom they are read.
+    owner: Owner,
 }
 
 impl Truth {
@@ -38,14 +44,15 @@ impl Truth {
             return Truth::captured(&attached()?);
         }
         fence.filled()?;
-        Ok(Truth { query: None, relations: vec![fence.relation] })
+        Ok(Truth { query: None, relations: vec![fence.relation], owner: Owner::role(fence.owner) })
     }
 
     fn captured(capture: &CaptureState) -> Result<Truth> {
         let relation = catalog::relation_name(capture.relation)?;
         let predecessor = capture.predecessor.map(catalog::relation_name).transpose()?;
         let query = Capture { columns: &capture.columns }.truth(&relation, predecessor.as_deref());
-        Ok(Truth { query: Some(query), relations: capture.relations() })
+        let owner = Owner::of(capture.relation)?;
+        Ok(Truth { query: Some(query), relations: capture.relations(), owner })
     }
 
     /// As a relation.
@@ -88,23 +95,24 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
         Shrink::IfRawReachesBack => check_raw_reaches_back(fences, range)?,
         Shrink::Allow => {}
     }
-    // 3. the range's rows go; readers still see them. From here on expressions run that are the owner's.
-    let _owner = Elevated::restricted(first.owner);
+    // 3. the range's rows go; readers still see them.
     let (start, end) = (range.start, range.end);
     let mut refills = vec![];
     for fence in fences {
         let definition = fence.filled()?;
+        let _rights = fence.act();
         catalog::execute(&definition.clear(), &[start.into(), end.into()])?;
         refills.push(definition.refill(truth.query.as_ref().map(|_| "truth"), fence.watermark));
     }
     // 4. truth − tail, in one statement: one snapshot, newer than the fences.
+    let owner = truth.owner;
     let truth = truth.query.map(|query| format!("truth AS ({query})"));
     let parts = refills.iter().enumerate().map(|(i, refill)| format!("refilled_{i} AS ({refill})"));
     let parts: Vec<String> = truth.into_iter().chain(parts).collect();
     let counts: Vec<String> =
         (0..refills.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
     let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
-    let groups = catalog::fresh(&sql, &[start.into(), end.into()], |r| catalog::value::<i64>(r, 1))?;
+    let groups = owner.fresh(&sql, &[start.into(), end.into()], |r| catalog::value::<i64>(r, 1))?;
     Ok(groups.first().copied().unwrap_or(0))
 }
 
@@ -114,7 +122,7 @@ fn check_nothing_lost(fences: &[&Fence], truth: &Truth, range: Range) -> Result<
     let definitions = fences.iter().filter_map(|f| f.definition.as_ref().map(|d| (f, d)));
     let smallest = definitions.min_by_key(|(_, d)| (!d.expansion.is_empty(), d.dimensions.len()));
     let Some((fence, definition)) = smallest else { return Ok(()) };
-    let _owner = Elevated::restricted(fence.owner);
+    let _owner = truth.owner.act();
     let (start, end) = (range.start, range.end);
     // On its first backfill a rollup has next to no rows, and the days need to be read only once.
     if !catalog::exists(&definition.has_rows(), &[start.into(), end.into()])? {
@@ -165,7 +173,7 @@ pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
         .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", catalog::relation_name(r)?)))
         .collect::<Result<Vec<_>>>()?;
     let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    Ok(catalog::query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+    Ok(Owner::of(capture.relation)?.query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 
 // ---- SQL calls -------------------------------------------------------------------------------------------
@@ -222,7 +230,7 @@ fn is_border(fence: &Fence, definition: &Definition, border: Timestamp) -> Resul
         Some(sql) => sql,
         None => return Ok(border.is_neg_infinity()),
     };
-    let _owner = Elevated::restricted(fence.owner);
+    let _rights = fence.act();
     let answers = catalog::query(&sql, &[border.into()], |r| Ok(r.get::<bool>(1)?))?;
     Ok(answers == [Some(true)])
 }
@@ -243,8 +251,7 @@ pub fn verify(
     check_range(&fence, range)?;
     let truth = Truth::of(&fence)?;
     let sql = fence.filled()?.compare(truth.relation().as_deref());
-    let _owner = Elevated::restricted(fence.owner);
-    catalog::query(&sql, &[range.start.into(), range.end.into()], |r| {
+    truth.owner.query(&sql, &[range.start.into(), range.end.into()], |r| {
         Ok((catalog::value::<JsonB>(r, 1)?, r.get(2)?, r.get(3)?))
     })
 }

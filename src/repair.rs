@@ -2,7 +2,7 @@
 
 use crate::backfill::uncover_all;
 use crate::catalog::{self, CaptureState};
-use crate::definition::SCHEMA;
+use crate::definition::{SCHEMA, next_midnight};
 use crate::error::{Error, Result};
 use crate::locks::{Fence, Patience};
 use crate::rebuild::{Range, Shrink, freeze_pending, frozen, rebuild, start_of_raw};
@@ -122,9 +122,10 @@ fn freeze(capture: &CaptureState, fences: &[Fence]) -> Result<()> {
             "WITH frozen AS (UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
                  WHERE repair = 'freeze' AND repaired_at IS NULL RETURNING range_end)
              UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
-                 SELECT least((SELECT max(range_end) FROM frozen), date_trunc('day', max(last)) + interval '1 day')
+                 SELECT least((SELECT max(range_end) FROM frozen), {})
                  FROM ({}) AS ends))
              WHERE name = $1",
+            next_midnight("max(last)"),
             ends.join(" UNION ALL ")
         ),
         &[capture.source.as_str().into()],

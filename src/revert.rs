@@ -11,6 +11,9 @@
 //! The plain table's key is narrower: of rows that agree in it the one with the earliest time stays, the others go to
 //! `litellm_spend_archive.<table>_duplicates`, as they are. The partitioned table stays in that schema, too, until
 //! somebody drops it: nothing is lost.
+//!
+//! Whose rights: the copy, the duplicates and the notes of what changes belong to the table's owner, and everything is done to
+//! them and to the table as that role. They are known by their Oids: what has taken a name of theirs meanwhile is left alone.
 
 use crate::archive::{self, ARCHIVE};
 use crate::blueprint::Blueprint;
@@ -44,6 +47,9 @@ pub struct Options {
     /// The plain table, until it has the name, and where the duplicates go: names in the archive.
     pub plain: String,
     pub duplicates: String,
+    /// The Oids of both, and of where changes are noted.
+    #[serde(default)]
+    pub made: Vec<u32>,
     /// The table and its partitions: those whose rows are copied or noted.
     pub tree: Vec<u32>,
     /// The last row that was copied: its time and key, as text. `None`: not begun.
@@ -76,6 +82,7 @@ impl Reversion {
     }
 
     fn blueprint(&self) -> Result<Blueprint> {
+        self.require_owner()?;
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
         Blueprint::read(table, &qualified(&self.schema, &self.renamed()), "")
     }
@@ -83,9 +90,6 @@ impl Reversion {
 
 /// Stores what to do, or refuses it.
 pub fn request(table: &Table) -> Result<()> {
-    if table.kind != "p" {
-        return Err(Error::NotPartitioned(table.qualified()));
-    }
     let refuse = |reason: String| Error::CannotConvert { relation: table.qualified(), reason };
     let time_column = layout::partition_key(table)?;
     let mut reversion =
@@ -109,7 +113,10 @@ pub fn request(table: &Table) -> Result<()> {
     if !spread::is_indexed(table.oid, &time_column)? {
         return Err(Error::NoTimeIndex { relation: table.qualified(), column: time_column });
     }
-    // One at a time: there is one table of changes.
+    if let Some(stranger) = copy::partition_of_another(table)? {
+        return Err(refuse(format!("Partition {stranger} belongs to another role.")));
+    }
+    // One at a time: two would take turns for ever.
     if Reversion::all()?.iter().any(|other| other.relation != table.oid) {
         return Err(refuse("Another table is being reverted.".into()));
     }
@@ -157,10 +164,12 @@ impl Reversion {
             self.forget()?;
             return Ok(Some("it was dropped".into()));
         }
+        self.require_owner()?;
+        copy::require_made(self)?;
         if self.options.shape != Some(copy::shape(self.relation)?) {
             // Not made yet, or a column came or went meanwhile.
             copy::prepare(self)?;
-        } else if copy::failures()? != self.options.failures {
+        } else if copy::failures(self)? != self.options.failures {
             copy::begin_anew(self)?;
         } else if copy::note_new_partitions(self)? {
             // Their rows are copied with what changed.
@@ -195,14 +204,14 @@ impl Reversion {
     fn make_indexes(&mut self) -> Result<()> {
         copy::lock(self)?;
         for (_, made) in self.options.indexes.take().unwrap_or_default() {
-            catalog::execute(&format!("DROP INDEX IF EXISTS {}", qualified(ARCHIVE, &made)), &[])?;
+            self.owner.run(format!("DROP INDEX IF EXISTS {}", qualified(ARCHIVE, &made)))?;
         }
         let mut made = vec![];
         for index in self.blueprint()?.indexes {
             let (_, rest) = index.sql.split_once(" USING ").unwrap_or_default();
             let name = free_name([&self.schema, ARCHIVE], &suffixed(&index.name, "_plain"))?;
             let sql = format!("CREATE INDEX {} ON {} USING {rest}", quoted(&name), self.plain());
-            catalog::execute(&sql, &[])?;
+            self.owner.run(sql)?;
             made.push((index.name, name));
         }
         self.options.indexes = Some(made);
@@ -222,7 +231,7 @@ impl Reversion {
         if let Some(obstacle) = blueprint.obstacles.first() {
             return Err(Error::CannotConvert { relation: self.name(), reason: obstacle.clone() });
         }
-        if copy::failures()? != self.options.failures
+        if copy::failures(self)? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)
             || !self.has_indexes_of(&blueprint)
         {
@@ -231,11 +240,12 @@ impl Reversion {
         copy::note_new_partitions(self)?;
         copy::catch_up(self)?;
         // 2. the partitioned table moves aside.
-        let run = |sql: String| catalog::execute(&sql, &[]).map(drop);
+        let owner = self.owner;
+        let run = |sql: String| owner.run(sql);
         let (schema, table, name) = (self.schema.clone(), self.table.clone(), self.name());
         copy::drop_triggers(self)?;
         blueprint.drop_triggers(&name)?;
-        rename(&schema, &table, &self.renamed(), Some("_partitioned"))?;
+        rename(owner, &schema, &table, &self.renamed(), Some("_partitioned"))?;
         // 3. the plain one takes its place, with all that it had.
         let key = blueprint.key.clone().unwrap_or_default().0;
         run(format!("ALTER TABLE {} SET SCHEMA {}", self.plain(), quoted(&schema)))?;
@@ -243,7 +253,7 @@ impl Reversion {
         let made_key = copy::key_name(&self.options.plain);
         run(format!("ALTER TABLE {name} RENAME CONSTRAINT {} TO {}", quoted(&made_key), quoted(&key)))?;
         for (index, made) in self.options.indexes.iter().flatten() {
-            rename_index(&schema, made, index)?;
+            rename_index(owner, &schema, made, index)?;
         }
         blueprint.give()?;
         blueprint.point_readers()?;
@@ -254,11 +264,11 @@ impl Reversion {
             run(Capture { columns: &state.columns }.retire(&self.duplicates()))?;
         }
         // 5. what nothing uses any more goes to the archive.
-        let partitioned = archive::take(self.relation)?;
+        let partitioned = archive::take(owner, self.relation)?;
         for partition in tree.into_iter().filter(|oid| *oid != self.relation) {
-            archive::take(partition)?;
+            archive::take(owner, partition)?;
         }
-        copy::clean_up()?;
+        copy::clean_up(self)?;
         self.forget()?;
         let kept_out = self.kept_out()?;
         Ok(format!("{kept_out}; what it was is {partitioned}"))
@@ -268,16 +278,16 @@ impl Reversion {
     fn kept_out(&self) -> Result<String> {
         let duplicates = self.duplicates();
         let count = format!("SELECT count(*) FROM {duplicates}");
-        let rows = catalog::fresh(&count, &[], |r| catalog::value::<i64>(r, 1))?;
+        let rows = self.owner.fresh(&count, &[], |r| catalog::value::<i64>(r, 1))?;
         if rows == [0] {
-            catalog::execute(&format!("DROP TABLE {duplicates}"), &[])?;
+            self.owner.run(format!("DROP TABLE {duplicates}"))?;
             return Ok("no row was kept out".into());
         }
         let comment = format!(
             "Rows of {} whose key another row of it has, with an earlier time: kept out by spend_partition_revert()",
             self.name()
         );
-        catalog::execute(&format!("COMMENT ON TABLE {duplicates} IS {}", literal(&comment)), &[])?;
+        self.owner.run(format!("COMMENT ON TABLE {duplicates} IS {}", literal(&comment)))?;
         Ok(format!("{} rows were kept out, and are in {duplicates}", rows.first().copied().unwrap_or(0)))
     }
 
@@ -285,12 +295,11 @@ impl Reversion {
     pub fn abort(&mut self) -> Result<()> {
         self.lock_in_call()?;
         let name = self.name();
+        self.require_owner()?;
         locks::within(guc::swap_lock_timeout(), &name, self.relation, || copy::drop_triggers(self))?;
         if self.options.shape.is_some() {
-            copy::lock(self)?;
-            catalog::execute(&format!("DROP TABLE IF EXISTS {}, {}", self.plain(), self.duplicates()), &[])?;
+            copy::drop_made(self)?;
         }
-        copy::clean_up()?;
         self.forget()
     }
 }

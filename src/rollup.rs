@@ -14,7 +14,7 @@ use crate::definition::{Definition, SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::locks::{self, Fence, Patience};
-use crate::session::{Elevated, Failure, attempt};
+use crate::session::{Failure, attempt};
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys;
 use std::time::Instant;
@@ -74,8 +74,8 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
     }
 }
 
-/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest.
-pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Merged> {
+/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest and holds at most `most` values.
+pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result<Merged> {
     let started = Instant::now();
     // 1. lock our state row: one merge at a time, and every later statement sees what the earlier ones did.
     let Some(fence) = Fence::take(name, patience)? else { return Ok(Merged::Busy) };
@@ -87,13 +87,13 @@ pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Merged> {
         check_not_set_back(&fence)?;
         return Ok(Merged::Nothing);
     }
-    let mut end = window_end(start, safe_end);
+    let mut end = window_end(start, safe_end, most);
     // The source is read by name: it stays its name.
     if !locks::try_lock_against_dropping(fence.relation)? {
         return Ok(Merged::Busy);
     }
     // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
-    let owner = Elevated::restricted(fence.owner);
+    let rights = fence.act();
     let counts = catalog::fresh(&definition.merge(), &[start.into(), end.into()], |r| {
         Ok((catalog::value::<i64>(r, 1)?, catalog::value::<i64>(r, 2)?))
     })?;
@@ -101,15 +101,15 @@ pub fn merge(name: &str, safe_end: i64, patience: Patience) -> Result<Merged> {
     if rows == 0 && end < safe_end {
         end = end_of_gap(definition, end, safe_end)?;
     }
-    drop(owner);
+    drop(rights);
     // 4. the watermark, in the same transaction.
     fence.advance(end, Some((rows, groups)), started.elapsed().as_secs_f64() * 1000.0)?;
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
 }
 
 /// Where a window that begins after `start` ends.
-pub fn window_end(start: i64, safe_end: i64) -> i64 {
-    safe_end.min(start.saturating_add(guc::max_window()))
+pub fn window_end(start: i64, safe_end: i64, most: i64) -> i64 {
+    safe_end.min(start.saturating_add(most))
 }
 
 /// Numbers may be far apart: an empty window reaches up to the next row.
@@ -180,7 +180,7 @@ pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<
     for mut source in sources {
         let safe = find_safe_end(&mut source, patience)?;
         for name in &source.rollups {
-            match merge(name, safe, patience)? {
+            match merge(name, safe, guc::max_window(), patience)? {
                 Merged::Window(merged) if merged.window_end < safe => {
                     progress.push(format!("rollup {name}: {} of {safe}", merged.window_end));
                 }
@@ -216,7 +216,7 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
     );
     // What is wrong with the rollup is told by its last error, and must not hide the others.
     let tail = attempt(|| {
-        let _owner = Elevated::restricted(fence.owner);
+        let _rights = fence.act();
         catalog::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
     });
     Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())

@@ -2,6 +2,7 @@
 
 use crate::catalog::{query, value};
 use crate::error::{Error, Result};
+use crate::limit;
 use pgrx::prelude::*;
 use std::ffi::{CStr, CString};
 use std::time::Duration;
@@ -27,6 +28,7 @@ pub fn require_read_committed() -> Result<()> {
 }
 
 pub fn require_utf8() -> Result<()> {
+    let _settings = Elevated::pinned();
     let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1))?
         .pop()
         .unwrap_or_default();
@@ -66,30 +68,52 @@ pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Resu
     if may == [true] { Ok(()) } else { Err(Error::NotRollupOwner(name.into())) }
 }
 
-/// While it lives, the session acts as the extension's owner with a pinned search_path: what we store is ours,
-/// whoever calls, and nothing of the caller's path is looked up. An error ends it with the transaction.
+/// While it lives, the session acts as somebody, with pinned settings. An error ends it with the transaction.
+///
+/// We are installed by a superuser, and what belongs to others can run their code: an index predicate while a query is
+/// planned, a cast, a domain, a CHECK, a trigger, any text from their catalog. So there are two ways to act:
+///
+/// - [`Elevated::enter`]: as the extension's owner, on state tables of ours only. A query that names a relation of
+///   anybody else's fails then, before it is planned ([`refuse_strangers`]): a forgotten place is an error, not an escalation.
+/// - [`Owner`]: as the owner of a user's relation, restricted, for whatever mentions something of theirs.
 pub struct Elevated {
     user: pg_sys::Oid,
     security: i32,
     nest_level: i32,
 }
 
-/// Nothing is looked up on the caller's path; what is skipped because it exists is no news; and what depends on settings
-/// is the same whoever computes it.
-const PINNED_SETTINGS: [(&CStr, &CStr); 7] = [
+/// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and what depends on
+/// settings is the same whoever computes it.
+const PINNED_SETTINGS: [(&CStr, &CStr); 15] = [
     (c"search_path", c"pg_catalog, pg_temp"),
     (c"client_min_messages", c"warning"),
     (c"TimeZone", c"UTC"),
     (c"DateStyle", c"ISO, MDY"),
     (c"IntervalStyle", c"postgres"),
     (c"extra_float_digits", c"1"),
+    (c"standard_conforming_strings", c"on"),
+    (c"backslash_quote", c"safe_encoding"),
+    (c"quote_all_identifiers", c"off"),
+    (c"transform_null_equals", c"off"),
+    (c"check_function_bodies", c"on"),
+    (c"default_tablespace", c""),
+    (c"default_table_access_method", c"heap"),
+    // Rows that a policy hides would silently be missing from totals, copies and proofs: an error is better.
+    (c"row_security", c"off"),
     // Compiling took 0.4 to 0.7 s where the plan is only expensive because sequential scans are off, and 0.1 s of each window
     // of a million rows (PostgreSQL 15, two shared cores, 2026-11).
     (c"jit", c"off"),
 ];
 
+/// Marks, in the security context, that we act as ourselves. The server carries the context along and puts it back after an
+/// error; it knows the lowest three bits.
+const OURSELVES: i32 = 1 << 20;
+
 impl Elevated {
+    /// Acts as the extension's owner.
     pub fn enter() -> Result<Elevated> {
+        // The first look for the owner is on the pinned path already.
+        let guard = Elevated::act(user(), 0);
         let owner = query(
             "SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'",
             &[],
@@ -97,7 +121,18 @@ impl Elevated {
         )?
         .pop()
         .ok_or_else(|| Error::NotAttached("this database".into()))?;
-        Ok(Elevated::as_user(owner))
+        guard.become_user(owner, OURSELVES);
+        Ok(guard)
+    }
+
+    /// The caller, with pinned settings.
+    pub fn pinned() -> Elevated {
+        Elevated::act(user(), 0)
+    }
+
+    /// Acts as the bootstrap superuser, who is always there: in the hook, where the extension need not be.
+    pub fn superuser() -> Elevated {
+        Elevated::act(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), OURSELVES)
     }
 
     /// No lock is waited for longer than `limit`, not even a row's.
@@ -108,17 +143,11 @@ impl Elevated {
         self
     }
 
-    /// For statements that run code of `owner`'s: expressions, functions, triggers. It cannot become anybody else, nor
-    /// leave anything behind that runs later with our rights.
-    pub fn restricted(owner: pg_sys::Oid) -> Elevated {
-        let guard = Elevated::as_user(owner);
-        // SAFETY: restored with the rest.
-        unsafe {
-            let security = guard.security
-                | (pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION) as i32;
-            pg_sys::SetUserIdAndSecContext(owner, security);
-        }
-        guard
+    /// With another setting, for as long as it lives.
+    pub fn with(self, name: &CStr, value: &CStr) -> Elevated {
+        // SAFETY: inside the nest level of this guard, which Drop undoes.
+        unsafe { set(name, value) };
+        self
     }
 
     /// Who acted before.
@@ -126,7 +155,7 @@ impl Elevated {
         self.user
     }
 
-    pub fn as_user(user: pg_sys::Oid) -> Elevated {
+    fn act(user: pg_sys::Oid, context: i32) -> Elevated {
         let mut guard = Elevated { user: pg_sys::InvalidOid, security: 0, nest_level: 0 };
         // SAFETY: the pair is restored in Drop, or by the abort of the transaction or subtransaction.
         unsafe {
@@ -135,10 +164,114 @@ impl Elevated {
             for (name, value) in PINNED_SETTINGS {
                 set(name, value);
             }
-            let security = guard.security | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
-            pg_sys::SetUserIdAndSecContext(user, security);
         }
+        guard.become_user(user, context);
         guard
+    }
+
+    fn become_user(&self, user: pg_sys::Oid, context: i32) {
+        let context = (self.security & !OURSELVES) | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | context;
+        // SAFETY: put back by Drop, or by the end of the transaction.
+        unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    }
+}
+
+/// The search_path as it is set.
+pub fn search_path() -> CString {
+    // SAFETY: reads a setting that always exists.
+    unsafe { CStr::from_ptr(pg_sys::GetConfigOption(c"search_path".as_ptr(), false, false)).to_owned() }
+}
+
+fn user() -> pg_sys::Oid {
+    // SAFETY: reads a variable of the session.
+    unsafe { pg_sys::GetUserId() }
+}
+
+/// Whether the session acts as ourselves at the moment.
+pub fn acts_as_ourselves() -> bool {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: reads variables of the session.
+    unsafe { pg_sys::GetUserIdAndSecContext(&mut user, &mut context) };
+    context & OURSELVES != 0
+}
+
+/// The owner of a user's relation: the only one as whom a statement that mentions something of theirs is run. Their code
+/// then cannot become anybody else, nor leave anything behind that runs later with our rights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner(pg_sys::Oid);
+
+impl Owner {
+    /// The owner of a table. What is no table any more is refused: a rule, say, has made it a view.
+    pub fn of(relation: pg_sys::Oid) -> Result<Owner> {
+        let found = query(
+            "SELECT relowner, relkind::text, relname::text FROM pg_catalog.pg_class WHERE oid = $1",
+            &[relation.into()],
+            |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?, value::<String>(r, 3)?)),
+        )?;
+        match found.into_iter().next() {
+            None => Err(Error::NoTable(relation.to_u32().to_string())),
+            Some((owner, kind, _)) if ["r", "p"].contains(&kind.as_str()) => Ok(Owner(owner)),
+            Some((_, _, relation)) => Err(Error::NotATable { relation, kind: "not a table any more" }),
+        }
+    }
+
+    /// A role that is known to own what a statement mentions.
+    pub fn role(role: pg_sys::Oid) -> Owner {
+        Owner(role)
+    }
+
+    pub fn oid(self) -> pg_sys::Oid {
+        self.0
+    }
+
+    pub fn name(self) -> Result<String> {
+        crate::catalog::role_name(self.0)
+    }
+
+    /// Acts as the owner, restricted, until the guard is dropped.
+    pub fn act(self) -> Elevated {
+        Elevated::act(self.0, pg_sys::SECURITY_RESTRICTED_OPERATION as i32)
+    }
+
+    /// The same with a search_path of the caller's: for names that the caller has written.
+    pub fn act_on_path(self, path: &CStr) -> Elevated {
+        self.act().with(c"search_path", path)
+    }
+
+    pub fn execute(self, sql: &str) -> Result<i64> {
+        let _owner = self.act();
+        crate::catalog::execute(sql, &[])
+    }
+
+    pub fn run(self, sql: impl AsRef<str>) -> Result<()> {
+        self.execute(sql.as_ref()).map(drop)
+    }
+
+    /// On the transaction's snapshot.
+    pub fn query<T>(
+        self,
+        sql: &str,
+        args: crate::catalog::Args,
+        row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let _owner = self.act();
+        query(sql, args, row)
+    }
+
+    /// On a fresh snapshot. Takes an XID.
+    pub fn fresh<T>(
+        self,
+        sql: &str,
+        args: crate::catalog::Args,
+        row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let _owner = self.act();
+        crate::catalog::fresh(sql, args, row)
+    }
+
+    pub fn exists(self, sql: &str, args: crate::catalog::Args) -> Result<bool> {
+        let _owner = self.act();
+        crate::catalog::exists(sql, args)
     }
 }
 
@@ -222,16 +355,32 @@ pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Fa
 pub struct Failure {
     pub sqlstate: PgSqlErrorCode,
     pub message: String,
+    cancel: bool,
+    timed_out: bool,
 }
 
 impl Failure {
+    /// The server's own interrupt, not an error of that SQLSTATE which somebody's function has raised.
     pub fn is_cancel(&self) -> bool {
-        self.sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED
+        self.cancel
+    }
+
+    /// The step's own limit of time was reached.
+    pub fn is_timeout(&self) -> bool {
+        self.timed_out
+    }
+
+    pub const ENDLESS: &str = "it went on after its time was over, and its process was terminated";
+
+    /// Of a step that went on after it was cancelled.
+    pub fn endless() -> Failure {
+        let message = Failure::ENDLESS.into();
+        Failure { sqlstate: PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN, message, cancel: false, timed_out: true }
     }
 
     /// Throws a cancel again, which is no answer to whatever was attempted.
     pub fn unless_cancel(self) -> Failure {
-        if self.is_cancel() {
+        if self.is_cancel() || self.is_timeout() {
             ereport!(ERROR, self.sqlstate, self.message);
         }
         self
@@ -246,14 +395,24 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Failure { sqlstate: error.sqlstate(), message: error.to_string() }
+        Failure { sqlstate: error.sqlstate(), message: error.to_string(), cancel: false, timed_out: false }
     }
 }
 
 impl From<pg_sys::panic::CaughtError> for Failure {
     fn from(caught: pg_sys::panic::CaughtError) -> Self {
         use pg_sys::panic::CaughtError::*;
+        let by_server = matches!(caught, PostgresError(_));
         let (PostgresError(report) | ErrorReport(report) | RustPanic { ereport: report, .. }) = caught;
-        Failure { sqlstate: report.sql_error_code(), message: report.message().to_string() }
+        let sqlstate = report.sql_error_code();
+        // The server's come from there alone; ours are thrown by `unless_cancel` alone.
+        let interrupt = !by_server || report.function_name() == Some("ProcessInterrupts");
+        let interrupted = sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && interrupt;
+        let timed_out = interrupted && limit::expired();
+        let message = match timed_out {
+            true => "it took longer than a step may take, and was cancelled".into(),
+            false => report.message().to_string(),
+        };
+        Failure { sqlstate, message, cancel: interrupted && !timed_out, timed_out }
     }
 }

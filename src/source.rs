@@ -8,7 +8,7 @@ use crate::catalog::{self, Table};
 use crate::definition::{SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::locks;
-use crate::session::{self, Elevated};
+use crate::session;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -100,6 +100,20 @@ pub fn advice(table: &Table, numbering: &Numbering) -> Result<Vec<Notice>> {
             hint: format!("A small one is enough: CREATE INDEX ON {relation} USING brin ({column});"),
         });
     }
+    let hidden = catalog::query(
+        "SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_roles r ON r.oid = c.relowner
+         WHERE c.oid = $1 AND c.relrowsecurity AND c.relforcerowsecurity AND NOT (r.rolsuper OR r.rolbypassrls)",
+        &[table.oid.into()],
+        |_| Ok(()),
+    )?;
+    if !hidden.is_empty() {
+        notices.push(Notice {
+            message: format!("row security on {relation} is forced: nothing is merged as long as it is"),
+            hint: format!(
+                "ALTER TABLE {relation} NO FORCE ROW LEVEL SECURITY; readers of it are held to it as before."
+            ),
+        });
+    }
     if numbering.nullable {
         notices.push(Notice {
             message: format!("rows of {relation} whose {column} is NULL are never counted"),
@@ -150,10 +164,13 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
 }
 
 /// The table and its numbering, if it can be a source for the caller.
-pub fn open_source(oid: pg_sys::Oid, sequence: Option<pg_sys::Oid>) -> Result<(Table, Numbering)> {
-    let elevated = Elevated::enter()?;
+pub fn open_source(
+    caller: pg_sys::Oid,
+    oid: pg_sys::Oid,
+    sequence: Option<pg_sys::Oid>,
+) -> Result<(Table, Numbering)> {
     let table = capture::open(oid)?;
-    session::require_owner(elevated.caller(), oid)?;
+    session::require_owner(caller, oid)?;
     locks::lock_against_dropping(oid)?;
     let numbering = numbering(&table, sequence)?;
     catalog::check_sequence(numbering.sequence)?;

@@ -6,20 +6,22 @@ use crate::definition::quoted;
 use crate::error::{Error, Result};
 use crate::layout::micros;
 use crate::partition::{Instant, Range};
-use crate::session::Elevated;
+use crate::session::Owner;
 use pgrx::prelude::*;
 
 /// 29 MB were read in 3 to 5 ms when cached (PostgreSQL 15, two shared cores, one run, 2026-11); from disk it takes longer.
 const SMALL: i64 = 32 << 20;
 
 pub struct Spread {
+    owner: Owner,
     relation: String,
     time: String,
 }
 
 impl Spread {
-    pub fn of(relation: pg_sys::Oid, time_column: &str) -> Result<Spread> {
-        let spread = Spread::of_any(relation, time_column)?;
+    /// The questions are asked as `owner`, whose code the planner may call.
+    pub fn of(owner: Owner, relation: pg_sys::Oid, time_column: &str) -> Result<Spread> {
+        let spread = Spread::of_any(owner, relation, time_column)?;
         if !is_indexed(relation, time_column)? && size(relation)? > SMALL {
             return Err(Error::NoTimeIndex { relation: spread.relation, column: time_column.into() });
         }
@@ -27,8 +29,8 @@ impl Spread {
     }
 
     /// For who may have to read all of the table.
-    pub fn of_any(relation: pg_sys::Oid, time_column: &str) -> Result<Spread> {
-        Ok(Spread { relation: catalog::relation_name(relation)?, time: quoted(time_column) })
+    pub fn of_any(owner: Owner, relation: pg_sys::Oid, time_column: &str) -> Result<Spread> {
+        Ok(Spread { owner, relation: catalog::relation_name(relation)?, time: quoted(time_column) })
     }
 
     /// The rows of a range, as a condition. Neither infinity is in any.
@@ -75,8 +77,7 @@ impl Spread {
 
     /// On a fresh snapshot, and from the index: the planner may think otherwise of a table that was never analyzed.
     fn ask<T>(&self, sql: &str, row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
-        let _settings = Elevated::enter()?;
-        catalog::execute("SELECT pg_catalog.set_config('enable_seqscan', 'off', true)", &[])?;
+        let _owner = self.owner.act().with(c"enable_seqscan", c"off");
         catalog::fresh(sql, &[], row)
     }
 }

@@ -131,19 +131,28 @@ impl Definition {
         format!("r.{} > {watermark}", quoted(&self.source_sequence))
     }
 
-    /// The live view: every column, every bucket.
-    pub fn create_live_view(&self) -> String {
-        format!(
-            "CREATE OR REPLACE VIEW {} AS {}",
-            self.live_view(),
-            self.shown(&self.partial_rows(|_| true, None))
-        )
+    /// The query of the live view: every column, every bucket.
+    pub fn live_query(&self) -> String {
+        self.shown(&self.partial_rows(|_| true, None))
     }
 
-    /// What the live view becomes when the source is gone: the merged rows.
-    pub fn create_history_view(&self) -> String {
-        let rows = format!("SELECT {} FROM {}", self.column_list(), self.table());
-        format!("CREATE OR REPLACE VIEW {} AS {}", self.live_view(), self.shown(&rows))
+    pub fn create_live_view(&self) -> String {
+        format!("CREATE OR REPLACE VIEW {} AS {}", self.live_view(), self.live_query())
+    }
+
+    /// That of the live view when the source is gone: the merged rows.
+    pub fn history_query(&self) -> String {
+        self.shown(&format!("SELECT {} FROM {}", self.column_list(), self.table()))
+    }
+
+    /// The live view's columns, without a row, and without an expression of the user's.
+    pub fn empty_query(&self) -> String {
+        let columns = self.dimensions.iter().map(|d| &d.column).chain(&self.outputs);
+        let columns = list(columns, |c| {
+            let collation = c.collation.as_ref().map(|c| format!(" COLLATE {c}")).unwrap_or_default();
+            format!("NULL::{}{collation} AS {}", c.r#type, quoted(&c.name))
+        });
+        format!("SELECT {columns} WHERE false")
     }
 
     fn shown(&self, rows: &str) -> String {
@@ -195,12 +204,28 @@ impl Definition {
         )
     }
 
-    /// What a reader of [`Definition::partial_rows`] must be able to read.
-    pub fn grant_live(&self, role: &str) -> [String; 4] {
+    /// Lets a role read what [`Definition::partial_rows`] needs for the columns asked for, and no more. `of_source` gives the
+    /// source's column for each of the rollup's.
+    pub fn grant_columns<'a>(
+        &self,
+        wanted: &[&'a str],
+        of_source: impl Fn(&'a str) -> &'a str,
+        role: &str,
+    ) -> [String; 4]
+    where
+        Self: 'a,
+    {
+        let presence = self.presence.as_str();
+        let (dimension, time) =
+            self.bucket.as_ref().map(|b| (b.dimension.as_str(), b.column.as_str())).unzip();
+        let columns = wanted.iter().copied().chain(dimension).chain([presence]);
+        let of_source = wanted.iter().map(|c| of_source(c)).chain(time);
+        let of_source = of_source.chain([presence, self.source_sequence.as_str()]);
+        let (columns, of_source) = (distinct(columns), distinct(of_source));
         [
             format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {role}"),
-            format!("GRANT SELECT ON {} TO {role}", self.table()),
-            format!("GRANT SELECT ON {} TO {role}", self.source),
+            format!("GRANT SELECT ({columns}) ON {} TO {role}", self.table()),
+            format!("GRANT SELECT ({of_source}) ON {} TO {role}", self.source),
             self.grant_watermark(role),
         ]
     }
@@ -411,6 +436,11 @@ impl Measure {
         };
         format!("{m} = {sum}")
     }
+}
+
+/// Quoted names, each once.
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    list(names.collect::<std::collections::BTreeSet<_>>(), quoted)
 }
 
 fn list_of<T>(items: impl IntoIterator<Item = T>, each: impl Fn(T) -> String) -> Vec<String> {

@@ -11,6 +11,9 @@
 //! | ACCESS EXCLUSIVE | the views over the table, then the table | the whole transaction: milliseconds |
 //!
 //! Each is waited for at most `litellm_spend.swap_lock_timeout`; then the conversion tries again later.
+//!
+//! Every statement runs as the table's owner, or as the owner of the view or function that it changes: their texts come from the
+//! catalog and may call what is theirs. `blueprint` says what is ours to do.
 
 use crate::blueprint::Blueprint;
 use crate::capture;
@@ -40,13 +43,14 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
         return Err(beyond);
     }
     // 2. the old table moves aside, with the index that was built for it as its primary key.
-    let run = |sql: String| catalog::execute(&sql, &[]).map(drop);
+    let owner = conversion.owner;
+    let run = |sql: String| owner.run(sql);
     let (schema, table, name) = (&conversion.schema, &conversion.table, conversion.name());
     let key = quoted(&blueprint.key.as_ref().map(|(name, _)| name.clone()).unwrap_or_default());
     run(format!("ALTER TABLE {name} DROP CONSTRAINT {key}"))?;
     let key_index = quoted(&conversion.key_index());
     run(format!("ALTER TABLE {name} ADD CONSTRAINT {key} PRIMARY KEY USING INDEX {key_index}"))?;
-    rename(schema, table, &conversion.legacy(), Some("_legacy"))?;
+    rename(owner, schema, table, &conversion.legacy(), Some("_legacy"))?;
     let legacy = qualified(schema, &conversion.legacy());
     blueprint.drop_triggers(&legacy)?;
     // 3. the new one, empty, with all that the old one had.
@@ -55,11 +59,10 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
         "CREATE TABLE {name} (LIKE {legacy} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING COMPRESSION)
          PARTITION BY RANGE ({time})"
     ))?;
-    run(format!("ALTER TABLE {name} OWNER TO {}", quoted(&blueprint.table.owner)))?;
     let key_columns = conversion.key_columns(&blueprint);
     run(format!("ALTER TABLE {name} ADD CONSTRAINT {key} PRIMARY KEY ({key_columns})"))?;
     blueprint.indexes.iter().try_for_each(|index| run(index.sql.clone()))?;
-    blueprint.constraints.iter().try_for_each(|constraint| run(constraint.sql.clone()))?;
+    blueprint.constraints.iter().try_for_each(|constraint| constraint.give(owner))?;
     blueprint.give()?;
     // 4. the old one as its partition, without being read.
     let parent = catalog::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
@@ -69,7 +72,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
         attach(&layout, &legacy, before)?;
         run(format!("ALTER TABLE {legacy} DROP CONSTRAINT {CHECK}"))?;
     } else {
-        proof::with(&legacy, &inside(&layout, before), || attach(&layout, &legacy, before))?;
+        proof::with(owner, &legacy, &inside(&layout, before), || attach(&layout, &legacy, before))?;
     }
     // 5. one for whatever fits none. The periods to come are for maintenance, which needs weaker locks: each would have taken
     // ten milliseconds here (debug build, PostgreSQL 15, two shared cores, 2026-11).
@@ -79,7 +82,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     blueprint.point_readers()?;
     // 7. capture, rollups and maintenance go on there.
     capture::follow(conversion.relation, parent)?;
-    store_policy(conversion)
+    store_policy(conversion, parent)
 }
 
 /// Takes ACCESS EXCLUSIVE on relations, and first on the views that read the table, as their readers do. Returns what there
@@ -101,17 +104,17 @@ pub fn lock(
 }
 
 /// A policy that is there keeps its retention.
-fn store_policy(conversion: &Conversion) -> Result<()> {
+fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.policy (table_schema, table_name, time_column, \"interval\", precreate, on_expire)
-             VALUES ($1::name, $2::name, $3::name, $4, $5, 'drop')
-             ON CONFLICT (table_schema, table_name) DO UPDATE SET time_column = excluded.time_column,
+            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, on_expire)
+             VALUES ($1, $2, $3::name, $4, $5, 'drop')
+             ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
                  \"interval\" = excluded.\"interval\", precreate = excluded.precreate, maintained_at = NULL"
         ),
         &[
-            conversion.schema.as_str().into(),
-            conversion.table.as_str().into(),
+            relation.into(),
+            conversion.owner.oid().into(),
             conversion.options.time_column.as_str().into(),
             conversion.options.interval.as_str().into(),
             (conversion.options.precreate as i32).into(),

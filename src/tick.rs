@@ -6,12 +6,17 @@ use crate::catalog::{self, Source};
 use crate::conversion;
 use crate::convert;
 use crate::declare;
+use crate::definition::{SCHEMA, literal};
 use crate::error::Result;
+use crate::guc;
 use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
 use crate::rollup::{self, Look, Merge, Merged};
-use crate::session::Failure;
+use crate::session::{Failure, Owner};
 use crate::{backfill, maintain, policy, repair, revert, views, watch};
+
+use pgrx::pg_sys;
+use std::time::Duration;
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -22,8 +27,8 @@ pub enum Subject {
     Rollup(String),
     /// A table on its way to being partitioned, or back: its schema and name.
     Conversion(String, String),
-    /// The maintenance of a table, by schema and name.
-    Policy(String, String),
+    /// The maintenance of a table: its Oid, and what it is called.
+    Policy(u32, String),
 }
 
 /// Runs a step so that its failure does not reach the others.
@@ -31,9 +36,13 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
-    /// Runs a statement that no transaction may surround. `None`: it failed, or only a worker can.
-    fn top_level(&mut self, _subject: Subject, _sql: &str) -> Option<()> {
+    /// Runs a statement that no transaction may surround, as an owner. `None`: it failed, or only a worker can.
+    fn top_level(&mut self, _subject: Subject, _owner: Owner, _sql: &str) -> Option<()> {
         None
+    }
+    /// Most sequence values of a rollup that it merges in a step.
+    fn most_merged(&self, _rollup: &str) -> i64 {
+        guc::max_window()
     }
     /// Whether it may work on a rollup.
     fn may_fill(&self, _rollup: &str) -> bool {
@@ -95,6 +104,7 @@ pub fn tidy(run: &mut impl Runner) {
 
 /// Maintains the tables whose turn it is.
 pub fn maintain(run: &mut impl Runner) {
+    run.step(Subject::Task("maintain"), policy::forget_orphans);
     for policy in run.step(Subject::Task("maintain"), policy::due).unwrap_or_default() {
         maintain::round(run, policy, None);
     }
@@ -160,7 +170,9 @@ fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<
     let patience = run.patience();
     let mut merged = None;
     loop {
-        let step = run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, patience));
+        let most = run.most_merged(rollup);
+        let step =
+            run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, most, patience));
         match step {
             Some(Merged::Window(next)) => {
                 let last = next.window_end == safe_end;
@@ -202,9 +214,46 @@ pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
         Subject::Task(_) => catalog::record_capture_error(message),
         Subject::Rollup(name) => catalog::record_error(name, message),
         Subject::Conversion(schema, table) => conversion::record_error(schema, table, message),
-        Subject::Policy(schema, table) => policy::record_error(schema, table, message),
+        Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
         Subject::Source(name) => catalog::rollup_names(Some(name))?
             .iter()
             .try_for_each(|rollup| catalog::record_error(rollup, message)),
     }
 }
+
+/// The subjects that a moment ago had to be ended with their process, by what was recorded.
+pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
+    let since = time.as_secs_f64();
+    let recent = format!(
+        "strpos(last_error, {}) > 0 AND last_error_at > clock_timestamp() - make_interval(secs => $1)",
+        literal(Failure::ENDLESS)
+    );
+    let rollups =
+        catalog::query(&format!("SELECT name FROM {SCHEMA}.rollup WHERE {recent}"), &[since.into()], |r| {
+            Ok(Subject::Rollup(catalog::value(r, 1)?))
+        })?;
+    let policies = catalog::query(
+        &format!(
+            "SELECT c.oid, c.relname::text FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+             WHERE {recent}"
+        ),
+        &[since.into()],
+        |r| Ok(Subject::Policy(catalog::value::<pg_sys::Oid>(r, 1)?.to_u32(), catalog::value(r, 2)?)),
+    )?;
+    let conversions = catalog::query(
+        &format!("SELECT table_schema::text, table_name::text FROM {SCHEMA}.conversion WHERE {recent}"),
+        &[since.into()],
+        |r| Ok(Subject::Conversion(catalog::value(r, 1)?, catalog::value(r, 2)?)),
+    )?;
+    let captured = catalog::query(
+        &format!("SELECT last_error FROM {SCHEMA}.capture WHERE {recent}"),
+        &[since.into()],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    let task = |error: String| TASKS.into_iter().find(|task| error.starts_with(&format!("{task}: ")));
+    let tasks = captured.into_iter().filter_map(task).map(Subject::Task);
+    Ok(rollups.into_iter().chain(policies).chain(conversions).chain(tasks).collect())
+}
+
+/// What is done for the captured table's owner.
+const TASKS: [&str; 5] = ["watch", "repair", "backfill", "switch views", "freeze"];

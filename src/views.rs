@@ -1,8 +1,12 @@
 //! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given back by
 //! detach. And what is ours: the live views, and the report views.
 //!
-//! A view is replaced with CREATE OR REPLACE VIEW, so its OID, owner, grants and dependents stay. That takes ACCESS
-//! EXCLUSIVE on the view (not on the table) for the moment of the statement, within `litellm_spend.lock_timeout`.
+//! A view keeps its OID, owner, grants and dependents when it gets another query (`rewrite`). That takes ACCESS EXCLUSIVE
+//! on the view (not on the table) for the moment, within `litellm_spend.lock_timeout`.
+//!
+//! Whose rights: a view runs with its owner's, so its owner is granted the columns that it shows, of the rollup and of the change
+//! log, and no others; a view is only adopted if its owner may read the spend log itself. LiteLLM's own query is text of
+//! theirs: it is parsed as the view's owner when it is given back. What belongs to another owner later is let go.
 
 pub use crate::builtin::PublicView;
 use crate::builtin::{self, DAILY_REPORTS, VIEWS};
@@ -10,6 +14,9 @@ use crate::catalog::{self, Table};
 use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::locks::{self, Patience};
+use crate::session::{Owner, attempt};
+use crate::{guc, rewrite};
+use pgrx::prelude::*;
 
 /// What was done to an object, for the caller to read.
 pub type Action = (String, String);
@@ -29,7 +36,11 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     };
     if let Some((installed, found)) = installed(view)?.zip(found.as_ref()).filter(|_| ours) {
         // Its owner may have changed.
-        grant(view, found)?;
+        if let Some(reason) = unusable(view, found, source)? {
+            let_go(view, found)?;
+            return action(&reason);
+        }
+        grant(view, found, source)?;
         // An upgrade may have changed our query: it takes effect here.
         if installed != live(view, &source.schema)? {
             install(view, &name, &source.schema)?;
@@ -50,11 +61,13 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
                 return action(&format!("not made: there is no column \"{column}\""));
             }
             let original = view.original(&source.qualified(), &source.schema);
-            catalog::execute(&format!("CREATE VIEW {name} AS {original}"), &[])?;
-            catalog::execute(&format!("ALTER VIEW {name} OWNER TO {}", quoted(&source.owner)), &[])?;
+            let create = format!("CREATE VIEW {name} AS {original}");
+            if let Err(failure) = attempt(|| Owner::role(source.owner_oid).run(&create)) {
+                return action(&format!("not made: {}", failure.unless_cancel().message));
+            }
             original
         }
-        Some(found) => match unusable(view, &found) {
+        Some(found) => match unusable(view, &found, source)? {
             Some(reason) => return action(&reason),
             None => definition(&found)?,
         },
@@ -76,14 +89,14 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
     }
     let Some(capture) = catalog::capture()? else { return Ok(()) };
     // Again, under the lock: detach may have come first.
-    let ready = ready()?;
+    let (ready, source) = (ready()?, Table::find(capture.relation)?);
     for view in VIEWS.iter().filter(|view| ready.iter().any(|name| name == view.name)) {
         let name = qualified(&capture.schema, view.name);
-        let Some(found) = Table::named(&name)?.filter(|found| unusable(view, found).is_none()) else {
-            continue;
-        };
-        grant(view, &found)?;
-        install(view, &name, &capture.schema)?;
+        let (Some(found), Some(source)) = (Table::named(&name)?, &source) else { continue };
+        if unusable(view, &found, source)?.is_none() {
+            grant(view, &found, source)?;
+            install(view, &name, &capture.schema)?;
+        }
     }
     Ok(())
 }
@@ -106,18 +119,15 @@ fn ready() -> Result<Vec<String>> {
 }
 
 /// Gives LiteLLM's definitions back, over the table that now has its name.
-pub fn restore(schema: &str) -> Result<Vec<Action>> {
+pub fn restore(source: &Table) -> Result<Vec<Action>> {
     let mut actions = vec![];
     for view in &VIEWS {
-        let name = qualified(schema, view.name);
-        let original = catalog::query(
-            &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
-            &[view.name.into()],
-            |r| catalog::value::<String>(r, 1),
-        )?;
-        let Some(original) = original.into_iter().next() else { continue };
-        if Table::named(&name)?.is_some_and(|found| unusable(view, &found).is_none()) {
-            replace(&name, &original)?;
+        let name = qualified(&source.schema, view.name);
+        if installed(view)?.is_some()
+            && let Some(found) = Table::named(&name)?
+            && is_ours(view, &found)?
+        {
+            let_go(view, &found)?;
             actions.push((format!("view {name}"), "LiteLLM's own definition restored".into()));
         }
     }
@@ -125,18 +135,71 @@ pub fn restore(schema: &str) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// Views that are ours by our notes and another's in fact: somebody has replaced them.
-pub fn replaced(schema: &str) -> Result<Vec<&'static PublicView>> {
-    let mut replaced = vec![];
+/// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours.
+fn let_go(view: &PublicView, found: &Table) -> Result<()> {
+    let original = catalog::query(
+        &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
+        &[view.name.into()],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    for original in original {
+        rewrite::replace(guc::lock_timeout(), found.oid, &original)?;
+    }
+    forget(view)
+}
+
+/// What has become of a view that is ours by our notes.
+pub enum Stray {
+    /// Somebody has replaced it.
+    Replaced,
+    /// It has another owner, or may not be ours any more.
+    Changed,
+}
+
+/// Views that are ours by our notes and not, or not any more, in fact.
+pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
+    let mut strays = vec![];
     for view in &VIEWS {
-        if installed(view)?.is_some() {
-            let found = Table::named(&qualified(schema, view.name))?;
-            if !found.map(|found| is_ours(view, &found)).transpose()?.unwrap_or(false) {
-                replaced.push(view);
-            }
+        if installed(view)?.is_none() {
+            continue;
+        }
+        let Some(found) = Table::named(&qualified(&source.schema, view.name))? else {
+            strays.push((view, Stray::Replaced));
+            continue;
+        };
+        if !is_ours(view, &found)? {
+            strays.push((view, Stray::Replaced));
+        } else if owner_noted(view)? != Some(found.owner_oid) || unusable(view, &found, source)?.is_some() {
+            strays.push((view, Stray::Changed));
         }
     }
-    Ok(replaced)
+    Ok(strays)
+}
+
+/// Deals with one of them. Returns what is to be said of it.
+pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<String>> {
+    let found = Table::named(&qualified(&source.schema, view.name))?;
+    match (stray, found) {
+        (Stray::Changed, Some(found)) => match unusable(view, &found, source)? {
+            None => {
+                grant(view, &found, source)?;
+                Ok(None)
+            }
+            Some(reason) => {
+                let_go(view, &found)?;
+                Ok(Some(format!("view \"{}\" is LiteLLM's own again: {reason}", view.name)))
+            }
+        },
+        _ => {
+            forget(view)?;
+            Ok(Some(format!("view \"{}\" was replaced; spend_attach() puts ours back", view.name)))
+        }
+    }
+}
+
+fn owner_noted(view: &PublicView) -> Result<Option<pg_sys::Oid>> {
+    let sql = format!("SELECT owner::oid FROM {SCHEMA}.public_view WHERE name = $1");
+    Ok(catalog::query(&sql, &[view.name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
 }
 
 /// Lets go of a view that somebody has replaced: it is theirs until the next attach.
@@ -150,13 +213,17 @@ pub fn empty(schema: &str) -> Result<Vec<Action>> {
     let mut actions = vec![];
     for view in &VIEWS {
         let name = qualified(schema, view.name);
-        if installed(view)?.is_some() && Table::named(&name)?.is_some() {
+        if installed(view)?.is_some()
+            && let Some(found) = Table::named(&name)?
+            && is_ours(view, &found)?
+        {
             let columns: Vec<String> = view
                 .columns
                 .iter()
                 .map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column)))
                 .collect();
-            replace(&name, &format!("SELECT {} WHERE false", columns.join(", ")))?;
+            let nothing = format!("SELECT {} WHERE false", columns.join(", "));
+            rewrite::replace(guc::lock_timeout(), found.oid, &nothing)?;
             actions.push((format!("view {name}"), "emptied: its table is gone".into()));
         }
         forget(view)?;
@@ -180,12 +247,18 @@ fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
     Ok(reads == [true])
 }
 
-/// The view runs with its owner's rights.
-fn grant(view: &PublicView, found: &Table) -> Result<()> {
-    let owner = quoted(&found.owner);
-    for grant in rollup(view.rollup)?.grant_live(&owner) {
-        catalog::execute(&grant, &[])?;
+/// The view runs with its owner's rights. The table's owner has them all; another gets the columns that the view shows.
+fn grant(view: &PublicView, found: &Table, source: &Table) -> Result<()> {
+    if found.owner_oid != source.owner_oid {
+        let rollup = rollup(view.rollup)?;
+        for grant in rollup.grant_columns(view.reads, builtin::log_column, &quoted(&found.owner)) {
+            catalog::execute(&grant, &[])?;
+        }
     }
+    catalog::execute(
+        &format!("UPDATE {SCHEMA}.public_view SET owner = $2 WHERE name = $1"),
+        &[view.name.into(), found.owner_oid.into()],
+    )?;
     Ok(())
 }
 
@@ -261,7 +334,8 @@ fn installed(view: &PublicView) -> Result<Option<String>> {
 /// Puts our query in place, and notes it.
 fn install(view: &PublicView, name: &str, schema: &str) -> Result<()> {
     let query = live(view, schema)?;
-    replace(name, &query)?;
+    let found = Table::named(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
+    rewrite::replace(guc::lock_timeout(), found.oid, &query)?;
     catalog::execute(
         &format!("UPDATE {SCHEMA}.public_view SET installed = $2 WHERE name = $1"),
         &[view.name.into(), query.into()],
@@ -269,18 +343,36 @@ fn install(view: &PublicView, name: &str, schema: &str) -> Result<()> {
     Ok(())
 }
 
-/// Why the relation cannot become ours with CREATE OR REPLACE VIEW.
-fn unusable(view: &PublicView, found: &Table) -> Option<String> {
+/// Why the relation cannot become ours.
+fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<String>> {
     let expected = view.columns.iter().map(|(name, r#type)| (name.to_string(), r#type.to_string()));
-    match found.kind.as_str() {
+    let reason = match found.kind.as_str() {
         "v" if found.options.contains("security_invoker=true") => {
-            Some("left alone: with security_invoker its readers would need rights on the rollups".into())
+            "with security_invoker its readers would need rights on the rollups"
         }
-        "v" if found.columns.iter().cloned().eq(expected) => None,
-        "v" => Some("left alone: its columns are not LiteLLM's".into()),
-        "m" => Some("left alone: it is a materialized view; drop it and attach again".into()),
-        _ => Some("left alone: it is not a view".into()),
-    }
+        "v" if !found.columns.iter().cloned().eq(expected) => "its columns are not LiteLLM's",
+        "v" => match rights(found, source)? {
+            (false, _) => "its owner may not read the spend log",
+            (_, true) => "it shows what row security on the spend log lets its owner see",
+            _ => return Ok(None),
+        },
+        "m" => "it is a materialized view; drop it and attach again",
+        _ => "it is not a view",
+    };
+    Ok(Some(format!("left alone: {reason}")))
+}
+
+/// Whether the view's owner may read the table, and whether row security would hide rows from it.
+fn rights(found: &Table, source: &Table) -> Result<(bool, bool)> {
+    let rights = catalog::query(
+        "SELECT pg_catalog.has_table_privilege($1, c.oid, 'SELECT'),
+                c.relrowsecurity AND NOT (r.rolsuper OR r.rolbypassrls)
+                AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role($1, c.relowner, 'USAGE'))
+         FROM pg_catalog.pg_class c, pg_catalog.pg_roles r WHERE c.oid = $2 AND r.oid = $1",
+        &[found.owner_oid.into(), source.oid.into()],
+        |r| Ok((catalog::value::<bool>(r, 1)?, catalog::value::<bool>(r, 2)?)),
+    )?;
+    Ok(rights.into_iter().next().unwrap_or((false, false)))
 }
 
 fn definition(view: &Table) -> Result<String> {
@@ -290,12 +382,4 @@ fn definition(view: &Table) -> Result<String> {
         |r| catalog::value::<String>(r, 1),
     )?;
     Ok(text.into_iter().next().unwrap_or_default())
-}
-
-/// Replaces a view's query and keeps its options (security_barrier).
-fn replace(name: &str, query: &str) -> Result<()> {
-    let Some(view) = Table::named(name)? else { return Ok(()) };
-    let with = if view.options.is_empty() { String::new() } else { format!(" WITH ({})", view.options) };
-    let sql = format!("CREATE OR REPLACE VIEW {name}{with} AS {query}");
-    locks::lock(&sql, name, view.oid)
 }

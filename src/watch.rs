@@ -1,16 +1,21 @@
-//! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its triggers,
-//! and our own tables may be dropped. What was missed meanwhile is put right.
+//! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its triggers or change
+//! its owner, and our own tables may be dropped. What was missed meanwhile is put right.
+//!
+//! A table is followed that gets the captured one's name, if it belongs to the same owner: capture does not go on with rows of
+//! somebody else's. What is read of either table is read as the owner.
 
+use crate::backfill::uncover_all;
 use crate::builtin;
 use crate::capture::{
     attach_locked, attached_to, captured_columns, create_functions, create_triggers, missing_triggers, open,
 };
 use crate::catalog::{self, CaptureState, Source, Table};
-use crate::definition::{SCHEMA, qualified};
+use crate::definition::{SCHEMA, next_midnight, qualified};
 use crate::error::{Error, Result};
 use crate::litellm::Capture;
 use crate::locks::{self, Patience};
-use crate::views::{self, PublicView};
+use crate::session::Owner;
+use crate::views::{self, PublicView, Stray};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
@@ -27,8 +32,8 @@ enum Damage {
     PredecessorDropped,
     /// Partitions lack triggers.
     Partitions(Vec<(pg_sys::Oid, String)>),
-    /// Views of ours were replaced by somebody else's.
-    Views(Vec<&'static PublicView>),
+    /// Views of ours were replaced, or have another owner.
+    Views(Vec<(&'static PublicView, Stray)>),
     /// Triggers, tables of ours or columns are not as they should be.
     Incomplete,
 }
@@ -37,6 +42,7 @@ fn damage() -> Result<Option<Damage>> {
     let Some(state) = catalog::capture()? else { return Ok(None) };
     let named = catalog::find_relation(&qualified(&state.schema, &state.table))?;
     if let Some(replacement) = named.filter(|oid| *oid != state.relation) {
+        require_same_owner(&state, replacement)?;
         return Ok(Some(Damage::Replaced(replacement)));
     }
     let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
@@ -48,6 +54,9 @@ fn damage() -> Result<Option<Damage>> {
     if catalog::any_missing(builtin::relations().iter().map(|name| qualified(SCHEMA, name)).collect())? {
         return Ok(Some(Damage::Incomplete));
     }
+    if state.owner != Some(table.owner_oid) {
+        return Ok(Some(Damage::Incomplete));
+    }
     let missing = missing_triggers(state.relation)?;
     if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
         return Ok(Some(Damage::Incomplete));
@@ -55,8 +64,18 @@ fn damage() -> Result<Option<Damage>> {
     if !missing.is_empty() {
         return Ok(Some(Damage::Partitions(missing)));
     }
-    let replaced = views::replaced(&state.schema)?;
-    Ok(if replaced.is_empty() { None } else { Some(Damage::Views(replaced)) })
+    let strays = views::strays(&table)?;
+    Ok(if strays.is_empty() { None } else { Some(Damage::Views(strays)) })
+}
+
+/// Whoever else could take the name, and with it LiteLLM's views would show rows of theirs.
+fn require_same_owner(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
+    let (Some(table), Some(owner)) = (Table::find(replacement)?, state.owner) else { return Ok(()) };
+    if table.owner_oid == owner {
+        return Ok(());
+    }
+    let captured = Owner::role(owner).name()?;
+    Err(Error::OtherOwner { relation: table.qualified(), owner: table.owner, expected: captured })
 }
 
 /// Mends what is wrong, under the attachment's lock. Looks again: what was seen before it may be out of date.
@@ -72,11 +91,12 @@ fn mend() -> Result<bool> {
             }
         }
         Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
-        Damage::Views(replaced) => {
-            for view in replaced {
-                views::forget(view)?;
-                let message = format!("view \"{}\" was replaced; spend_attach() puts ours back", view.name);
-                catalog::record_capture_error(Some(&message))?;
+        Damage::Views(strays) => {
+            let Some(table) = Table::find(state.relation)? else { return Ok(false) };
+            for (view, stray) in strays {
+                if let Some(message) = views::settle(view, stray, &table)? {
+                    catalog::record_capture_error(Some(&message))?;
+                }
             }
         }
         Damage::Incomplete => drop(attach_locked(state.relation, None)?),
@@ -103,17 +123,27 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     // The table before its partitions, as for everybody who uses them: no deadlock.
     locks::lock_against_dropping(state.relation)?;
     create_triggers(state)?;
+    let owner = Owner::of(state.relation)?;
     for partition in partitions {
+        // A partition of another role's may only be read through the table: then everything is computed again.
+        if Table::find(partition)?.is_some_and(|table| Owner::role(table.owner_oid) != owner) {
+            return uncover_all(&state.source);
+        }
         let name = catalog::relation_name(partition)?;
-        catalog::execute(
-            &format!(
-                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-                 SELECT date_trunc('day', first), date_trunc('day', last) + interval '1 day', 'rebuild', 'ATTACH'
-                 FROM (SELECT min(\"startTime\") AS first, max(\"startTime\") AS last FROM {name}) AS ends
-                 WHERE first IS NOT NULL"
-            ),
-            &[],
-        )?;
+        let sql = format!(
+            "SELECT date_trunc('day', min(\"startTime\")), {} FROM {name}",
+            next_midnight("max(\"startTime\")")
+        );
+        let ends = owner.fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
+        for (first, end) in ends.into_iter().flatten() {
+            catalog::execute(
+                &format!(
+                    "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+                     VALUES ($1, $2, 'rebuild', 'ATTACH')"
+                ),
+                &[first.into(), end.into()],
+            )?;
+        }
     }
     Ok(())
 }
@@ -132,8 +162,12 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
         locks::lock_against_dropping(relation)?;
     }
     // 1. where its rows end: up to there only both tables together are the truth.
+    let owner = Owner::of(replacement)?;
     let end = match &old_name {
-        Some(name) => last_day_of(name, "startTime")?,
+        Some(name) => {
+            let _owner = owner.act();
+            last_day_of(name, "startTime")?
+        }
         None => last_day_of(&builtin::rollups()[0].live_view(), "date")?,
     };
     catalog::execute(
@@ -156,17 +190,18 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     create_functions(&state)?;
     // 2. no writer from here on, so that each row is either in the gap or captured.
     create_triggers(&state)?;
+    owner.run(Capture { columns: &state.columns }.insert_gap(&table.qualified(), old_name.as_deref()))?;
+    // 3. and so does the policy of the name.
     catalog::execute(
-        &(Capture { columns: &state.columns }).insert_gap(&table.qualified(), old_name.as_deref()),
-        &[],
+        &format!("UPDATE {SCHEMA}.policy SET relation = $2 WHERE relation = $1"),
+        &[old.map_or(pg_sys::InvalidOid, |old| old.oid).into(), replacement.into()],
     )?;
     Ok(())
 }
 
 /// The end of the last day of a relation, by its column `time`.
 fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
-    let sql =
-        format!("SELECT date_trunc('day', max(\"{time}\")::timestamp) + interval '1 day' FROM {relation}");
+    let sql = format!("SELECT {} FROM {relation}", next_midnight(&format!("max(\"{time}\")::timestamp")));
     Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 

@@ -4,11 +4,13 @@ use crate::catalog;
 use crate::error::Result;
 use crate::guc;
 use crate::launcher;
+use crate::limit::{self, Limit};
 use crate::locks::{Patience, jittered};
-use crate::session::{Elevated, Failure, attempt};
+use crate::session::{Elevated, Failure, Owner, attempt};
 use crate::tick::{self, Runner, Subject};
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -19,10 +21,14 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     // SAFETY: the launcher passes an Oid.
     let database = unsafe { pg_sys::Oid::from_datum(argument, false) };
     BackgroundWorker::connect_worker_to_spi_by_oid(database, None);
+    pin_settings();
     if in_transaction(extension_exists) {
         launcher::found_extension();
     }
     let mut steps = Steps::default();
+    // SAFETY: in a worker that has a database; runs once, when it ends.
+    unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0)) };
+    steps.rest_after_crash();
     // What failed in an earlier life is noted again if it still does.
     steps.take_back(&Subject::Task("watch"));
     let (mut tidied, mut maintenance) = (Instant::now(), Instant::now());
@@ -59,10 +65,37 @@ fn extension_exists() -> bool {
     catalog::query(sql, &[], |r| catalog::value::<bool>(r, 1)).is_ok_and(|exists| exists == [true])
 }
 
-/// Runs each step in its own transaction. After a failure its subject is left alone, for longer each time.
+/// Settings of the database or of all roles that are meant for its users: with them a worker would find other operators than the
+/// server's, or never merge. Set before the first transaction, for the life of the process, as autovacuum does.
+fn pin_settings() {
+    let settings = [
+        (c"search_path", c"pg_catalog, pg_temp"),
+        (c"default_transaction_isolation", c"read committed"),
+        (c"default_transaction_read_only", c"off"),
+        (c"default_transaction_deferrable", c"off"),
+        (c"statement_timeout", c"0"),
+        (c"lock_timeout", c"0"),
+        (c"idle_in_transaction_session_timeout", c"0"),
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        (c"transaction_timeout", c"0"),
+        (c"zero_damaged_pages", c"off"),
+    ];
+    for (name, value) in settings {
+        let (context, source) = (pg_sys::GucContext::PGC_SUSET, pg_sys::GucSource::PGC_S_OVERRIDE);
+        // SAFETY: sets a setting that exists.
+        unsafe { pg_sys::SetConfigOption(name.as_ptr(), value.as_ptr(), context, source) };
+    }
+}
+
+/// Runs each step in its own transaction and within a limit of time. After a failure its subject is left alone, for longer each
+/// time; after one that took too long, for longer than it took, so that most of the time is the others'.
 #[derive(Default)]
 struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
+    /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
+    limits: HashMap<Subject, Duration>,
+    /// Smaller windows than `litellm_spend.max_window`, for rollups whose merge took too long.
+    windows: HashMap<String, i64>,
     watched: Option<Instant>,
 }
 
@@ -71,23 +104,66 @@ impl Steps {
         in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None))));
     }
 
+    fn rests(&self, subject: &Subject) -> bool {
+        self.resting.get(subject).is_some_and(|(until, _)| Instant::now() < *until)
+    }
+
+    /// The last worker may have been terminated in a step: then somebody else's turn comes first.
+    fn rest_after_crash(&mut self) {
+        let failed = in_transaction(|| attempt_as_owner(|| tick::endless_within(LONGEST_REST)));
+        for subject in failed.unwrap_or_default() {
+            self.resting.insert(subject, (Instant::now() + LONGEST_REST, LONGEST_REST));
+        }
+    }
+
+    fn limit(&self, subject: &Subject) -> Duration {
+        match subject {
+            Subject::Rollup(_) => MERGE_LIMIT,
+            _ => self.limits.get(subject).copied().unwrap_or(SHORTEST_LIMIT),
+        }
+    }
+
     /// Leaves a subject that failed alone for a while, and takes its failure back when it succeeds.
     fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
         match outcome {
             Ok(value) => {
+                if let Subject::Rollup(name) = &subject
+                    && let Some(window) = self.windows.remove(name)
+                    && window < guc::max_window() / 2
+                {
+                    self.windows.insert(name.clone(), window * 2);
+                }
                 if self.resting.remove(&subject).is_some() {
                     self.take_back(&subject);
                 }
                 Some(value)
             }
             Err(failure) => {
-                let rest = self
+                let mut rest = self
                     .resting
                     .get(&subject)
                     .map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+                if failure.is_timeout() {
+                    rest = rest.max(self.limit(&subject) * 4);
+                    self.make_easier(&subject);
+                }
                 log!("litellm_spend: {subject:?} failed, next try in {rest:?}: {}", failure.message);
                 self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
                 None
+            }
+        }
+    }
+
+    /// A smaller window for a merge, a longer limit for what cannot be divided.
+    fn make_easier(&mut self, subject: &Subject) {
+        match subject {
+            Subject::Rollup(name) => {
+                let window = (self.most_merged(name) / 8).max(SMALLEST_WINDOW);
+                self.windows.insert(name.clone(), window);
+            }
+            _ => {
+                let limit = (self.limit(subject) * 2).min(LONGEST_LIMIT);
+                self.limits.insert(subject.clone(), limit);
             }
         }
     }
@@ -96,13 +172,41 @@ impl Steps {
 const SHORTEST_REST: Duration = Duration::from_millis(500);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
+/// A window of a million rows was merged in 1.2 to 2.5 s (PostgreSQL 15, two shared cores, 2026-11); a slower one is divided.
+const MERGE_LIMIT: Duration = Duration::from_secs(3);
+const SMALLEST_WINDOW: i64 = 1000;
+
+const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
+const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
+
+thread_local! {
+    /// What the worker is at.
+    static AT: RefCell<Option<Subject>> = const { RefCell::new(None) };
+}
+
+/// A worker that ends in the middle of a step whose time was over notes whose it was, for the next one.
+#[pg_guard]
+unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
+    let Some(subject) = AT.take().filter(|_| limit::expired()) else { return };
+    // SAFETY: as the server does to drop temporary tables at this point.
+    unsafe { pg_sys::AbortOutOfAnyTransaction() };
+    let failure = Failure::endless();
+    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, Some(&failure)))));
+}
+
 impl Runner for Steps {
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T> {
-        if self.resting.get(&subject).is_some_and(|(until, _)| Instant::now() < *until) {
+        if self.rests(&subject) {
             return None;
         }
+        let limit = self.limit(&subject);
         let outcome = in_transaction(|| {
-            let outcome = attempt_as_owner(work);
+            let outcome = {
+                AT.set(Some(subject.clone()));
+                let _limit = Limit::begin(limit, true);
+                attempt_as_owner(work)
+            };
+            AT.set(None);
             if let Err(failure) = &outcome
                 && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure)))
             {
@@ -117,16 +221,20 @@ impl Runner for Steps {
         Patience::None
     }
 
-    fn top_level(&mut self, subject: Subject, sql: &str) -> Option<()> {
-        if self.resting.get(&subject).is_some_and(|(until, _)| Instant::now() < *until) {
+    fn top_level(&mut self, subject: Subject, owner: Owner, sql: &str) -> Option<()> {
+        if self.rests(&subject) {
             return None;
         }
         log!("litellm_spend: {sql}");
-        let outcome = utility(sql);
+        let outcome = utility(owner, sql);
         if outcome.is_err() {
             in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err()))));
         }
         self.judge(subject, outcome)
+    }
+
+    fn most_merged(&self, rollup: &str) -> i64 {
+        self.windows.get(rollup).copied().unwrap_or(i64::MAX).min(guc::max_window())
     }
 
     fn watch_is_due(&mut self) -> bool {
@@ -193,13 +301,16 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
-/// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY.
-fn utility(sql: &str) -> std::result::Result<(), Failure> {
+/// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY, as an owner. A restriction
+/// cannot outlive a transaction; the server itself restricts what an index's functions may do.
+fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
     let text = std::ffi::CString::new(sql).unwrap_or_default();
     // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the transactions. After an
     // error the transaction is aborted by hand.
     unsafe {
+        let ourselves = pg_sys::GetUserId();
         pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::SetUserIdAndSecContext(owner.oid(), 0);
         pg_sys::StartTransactionCommand();
         let context = pg_sys::AllocSetContextCreateInternal(
             pg_sys::TopMemoryContext,
@@ -239,6 +350,7 @@ fn utility(sql: &str) -> std::result::Result<(), Failure> {
         } else {
             pg_sys::AbortCurrentTransaction();
         }
+        pg_sys::SetUserIdAndSecContext(ourselves, 0);
         pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
         pg_sys::MemoryContextDelete(context);
         outcome

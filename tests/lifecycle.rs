@@ -28,7 +28,7 @@ fn give_to_role(client: &mut Client, role: &str) {
                GRANT USAGE, CREATE ON SCHEMA public TO {role};
                DO $$ DECLARE r record; BEGIN
                    FOR r IN SELECT oid::regclass AS name, relkind FROM pg_class
-                            WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v') AND relowner = 10
+                            WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v') AND relowner = 'litellm'::regrole
                               AND relname !~ '^spend_' LOOP
                        EXECUTE format('ALTER TABLE %s OWNER TO {role}', r.name);
                    END LOOP; END $$"#
@@ -66,11 +66,23 @@ fn the_view_keeps_oid_owner_grants_dependents_and_detach_gives_litellms_back() {
     let mut litellm = db.cluster.connect_as(&db.name, "litellm_a");
     litellm.batch_execute(&insert_rows("b", 10, 5)).unwrap();
     litellm.batch_execute(r#"SELECT * FROM "MonthlyGlobalSpend""#).unwrap();
-    assert_eq!(error(&mut litellm, "SELECT * FROM litellm_spend.retired").code().code(), "42501");
-    assert_eq!(
-        error(&mut litellm, "INSERT INTO litellm_spend.change_log (seq) VALUES (1)").code().code(),
-        "42501"
-    );
+    // It may read what is kept of its table, and add to it as its rows do, but not change it.
+    litellm
+        .batch_execute("SELECT * FROM litellm_spend.retired; SELECT * FROM litellm_spend.change_log")
+        .unwrap();
+    for attempt in [
+        "INSERT INTO litellm_spend.change_log (seq) VALUES (1)",
+        "UPDATE litellm_spend.change_log SET spend = 0",
+        "UPDATE litellm_spend.daily_spend_rollup SET spend = 0",
+        "DELETE FROM litellm_spend.daily_spend_rollup",
+        "TRUNCATE litellm_spend.retired",
+        "DROP TABLE litellm_spend.change_log",
+        "SELECT setval('litellm_spend.change_log_seq', 1)",
+        "UPDATE litellm_spend.rollup SET watermark = 0",
+        "DELETE FROM litellm_spend.dirty_range",
+    ] {
+        assert_eq!(error(&mut litellm, attempt).code().code(), "42501", "{attempt}");
+    }
     let mut dashboard = db.cluster.connect_as(&db.name, "dashboard_a");
     dashboard.batch_execute(r#"SELECT * FROM "MonthlyGlobalSpend""#).unwrap();
     assert_eq!(error(&mut dashboard, "SELECT * FROM monthly_global_spend()").code().code(), "42501");
@@ -208,7 +220,7 @@ fn a_changed_definition_takes_effect_when_attached_again() {
 
 /// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the indexes.
 const UPSTREAM_SCRIPT: &str = r#"
-    BEGIN;
+    BEGIN; SET LOCAL ROLE litellm;
     ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
     ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_legacy_pkey";
     CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_legacy" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
@@ -293,7 +305,7 @@ fn a_table_that_is_dropped_and_made_again_goes_on() {
     let before: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
     client
         .batch_execute(
-            r#"BEGIN; CREATE TABLE copy (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
+            r#"BEGIN; SET LOCAL ROLE litellm; CREATE TABLE copy (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
                DROP VIEW "Last30dKeysBySpend", "Last30dModelsBySpend", "MonthlyGlobalSpendPerKey", "MonthlyGlobalSpendPerUserPerKey",
                    "DailyTagSpend", "Last30dTopEndUsersSpend";
                DROP TABLE "LiteLLM_SpendLogs"; ALTER TABLE copy RENAME TO "LiteLLM_SpendLogs"; COMMIT"#,
@@ -318,13 +330,13 @@ fn an_attached_partition_with_rows_is_counted() {
     client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
     client
         .batch_execute(
-            r#"CREATE TABLE extra (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS);
+            r#"SET ROLE litellm; CREATE TABLE extra (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS);
                INSERT INTO extra (request_id, call_type, spend, "startTime", "endTime")
                SELECT 'e' || i, 'x', 1, CURRENT_DATE - 9 + i * interval '1 minute', now() FROM generate_series(1, 10) i;
                DO $$ BEGIN
                    EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION extra FOR VALUES FROM (%L) TO (%L)',
                                   CURRENT_DATE - 9, CURRENT_DATE - 8);
-               END $$"#,
+               END $$; RESET ROLE"#,
         )
         .unwrap();
     eventually("the partition's rows are counted", || {
@@ -341,10 +353,10 @@ fn a_day_whose_partition_was_dropped_keeps_its_history() {
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
     client
         .batch_execute(
-            r#"DO $$ BEGIN FOR i IN 0..5 LOOP
+            r#"SET ROLE litellm; DO $$ BEGIN FOR i IN 0..5 LOOP
                    EXECUTE format('CREATE TABLE p%s PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
                                   i, CURRENT_DATE - i, CURRENT_DATE - i + 1);
-               END LOOP; END $$"#,
+               END LOOP; END $$; RESET ROLE"#,
         )
         .unwrap();
     client.batch_execute(&insert_rows("a", 500, 5)).unwrap();
@@ -403,15 +415,31 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
 }
 
 #[test]
-fn a_view_whose_owner_changed_is_granted_again() {
+fn a_view_of_another_owner_is_let_go_unless_that_role_may_read_the_table() {
     let db = shared().database().attached();
     let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
     client
         .batch_execute(r#"DROP ROLE IF EXISTS owner_d; CREATE ROLE owner_d LOGIN; ALTER VIEW "MonthlyGlobalSpend" OWNER TO owner_d"#)
         .unwrap();
+    let is_ours = r#"SELECT pg_get_viewdef('"MonthlyGlobalSpend"'::regclass) LIKE '%litellm_spend.%'"#;
+    eventually("it is LiteLLM's own again", || !holds(&mut client, is_ours));
+    let rights = "SELECT count(*) FROM pg_attribute, aclexplode(attacl) AS x WHERE attrelid = 'litellm_spend.change_log'::regclass
+                      AND x.grantee = 'owner_d'::regrole";
+    assert_eq!(value::<i64>(&mut client, rights), 0);
     assert_eq!(error(&mut client, r#"SELECT * FROM "MonthlyGlobalSpend""#).code().code(), "42501");
     client.batch_execute("SELECT spend_attach()").unwrap();
+    assert!(!holds(&mut client, is_ours), "its owner may not read the table");
+    client.batch_execute(r#"GRANT SELECT ON "LiteLLM_SpendLogs" TO owner_d; SELECT spend_attach()"#).unwrap();
+    wait_until_live(&mut client);
     assert_exact(&mut client);
+    // It may read what the view shows, and no keys.
+    let columns =
+        "SELECT string_agg(a.attname, ', ' ORDER BY attname) FROM pg_attribute a, aclexplode(a.attacl) AS x
+                   WHERE attrelid = 'litellm_spend.change_log'::regclass AND x.grantee = 'owner_d'::regrole";
+    assert_eq!(value::<String>(&mut client, columns), "hour, requests, seq, spend");
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_eq!(value::<i64>(&mut client, rights), 0);
     drop_role(&mut client, "owner_d");
 }
 
@@ -682,7 +710,7 @@ fn all_seven_views_stay_the_same_objects_and_get_their_own_queries_back() {
             "DROP ROLE IF EXISTS owner_i; DROP ROLE IF EXISTS reader_i; CREATE ROLE owner_i LOGIN; CREATE ROLE reader_i LOGIN;
              GRANT SELECT ON {seven} TO reader_i;
              CREATE VIEW over_tags AS SELECT * FROM \"DailyTagSpend\"; CREATE VIEW over_keys AS SELECT * FROM \"Last30dKeysBySpend\";
-             ALTER VIEW \"Last30dKeysBySpend\" OWNER TO owner_i; GRANT SELECT ON \"LiteLLM_VerificationToken\" TO owner_i"
+             ALTER VIEW \"Last30dKeysBySpend\" OWNER TO owner_i; GRANT SELECT ON \"LiteLLM_VerificationToken\", \"LiteLLM_SpendLogs\" TO owner_i"
         ))
         .unwrap();
     client.batch_execute(&insert_rows("a", 200, 40)).unwrap();

@@ -44,12 +44,8 @@ fn a_relation_that_is_not_litellms_table_is_refused() {
 fn calls_before_attach_are_refused() {
     let db = shared().database();
     let mut client = db.connect();
-    for call in [
-        "SELECT spend_detach()",
-        "SELECT spend_rollup_run()",
-        "CALL spend_backfill()",
-        "SELECT * FROM monthly_global_spend()",
-    ] {
+    for call in ["SELECT spend_rollup_run()", "CALL spend_backfill()", "SELECT * FROM monthly_global_spend()"]
+    {
         assert_refused(&mut client, call, "55000");
     }
     for call in [
@@ -58,6 +54,8 @@ fn calls_before_attach_are_refused() {
     ] {
         assert_refused(&mut client, call, "42704");
     }
+    let detached: String = value(&mut client, "SELECT action FROM spend_detach()");
+    assert_eq!(detached, "is not captured");
     nothing_changed(&mut client);
 }
 
@@ -169,7 +167,7 @@ fn names_with_quotes_and_capitals_work() {
     let mut client = db.connect();
     client
         .batch_execute(
-            r#"CREATE SCHEMA "It's ""Här"""; ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA "It's ""Här""";
+            r#"CREATE SCHEMA "It's ""Här""" AUTHORIZATION litellm; ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA "It's ""Här""";
                ALTER VIEW "MonthlyGlobalSpend" SET SCHEMA "It's ""Här""";
                SET search_path = "It's ""Här""", public"#,
         )
@@ -264,7 +262,8 @@ fn code_of_an_owner_or_a_monitor_never_runs_with_our_rights() {
     client
         .batch_execute(
             r#"DROP ROLE IF EXISTS mallory; CREATE ROLE mallory LOGIN; GRANT pg_monitor TO mallory;
-               GRANT CREATE ON SCHEMA public TO mallory; ALTER TABLE "LiteLLM_SpendLogs" OWNER TO mallory"#,
+               GRANT CREATE ON SCHEMA public TO mallory; ALTER TABLE "LiteLLM_SpendLogs" OWNER TO mallory;
+               GRANT SELECT ON "LiteLLM_SpendLogs" TO litellm"#,
         )
         .unwrap();
     client.batch_execute(&insert_rows("a", 10, 3)).unwrap();

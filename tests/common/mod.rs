@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 pub const PORT: u16 = 54320;
 const TEMPLATE: &str = "litellm_template";
+/// Owns LiteLLM's tables, as in production: no superuser.
+pub const LITELLM: &str = "litellm";
 
 pub struct Cluster {
     pub dir: PathBuf,
@@ -77,11 +79,17 @@ impl Cluster {
 
     fn make_template(&self) {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/litellm");
-        self.connect("postgres").batch_execute(&format!("CREATE DATABASE {TEMPLATE}")).unwrap();
+        let mut admin = self.connect("postgres");
+        admin.batch_execute(&format!("CREATE ROLE {LITELLM} LOGIN")).unwrap();
+        admin.batch_execute(&format!("CREATE DATABASE {TEMPLATE} OWNER {LITELLM}")).unwrap();
+        self.connect(TEMPLATE).batch_execute(&format!("ALTER SCHEMA public OWNER TO {LITELLM}")).unwrap();
         for file in ["migrations.sql", "views.sql"] {
             let file = fixtures.join(file);
             assert!(file.exists(), "{} is missing: scripts/litellm_fixtures.py makes it", file.display());
-            self.psql(TEMPLATE, &["-q", "-v", "ON_ERROR_STOP=1", "-f", file.to_str().unwrap()]);
+            self.psql(
+                TEMPLATE,
+                &["-U", LITELLM, "-q", "-v", "ON_ERROR_STOP=1", "-f", file.to_str().unwrap()],
+            );
         }
     }
 
@@ -212,7 +220,7 @@ impl Cluster {
         static COPYING: Mutex<()> = Mutex::new(());
         let name = format!("litellm_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let _one = COPYING.lock().unwrap_or_else(|e| e.into_inner());
-        let sql = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}");
+        let sql = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {LITELLM}");
         self.connect("postgres").batch_execute(&sql).unwrap();
         Database { cluster: self, name }
     }

@@ -1,0 +1,206 @@
+//! Nothing of a user's runs with our rights. Each script of tests/attacks tries one way, as the owner of LiteLLM's tables, who is
+//! no superuser, or as another role without rights; its head says what it does and what is right, and its last line `held`, or
+//! what it got.
+
+mod common;
+
+use common::*;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// What a script's database is like.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// LiteLLM's schema.
+    Plain,
+    WithExtension,
+    Attached,
+}
+use State::*;
+
+fn without_preload() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"]))
+}
+
+fn attack(cluster: &'static Cluster, script: &str, state: State) {
+    make_roles(cluster);
+    let db = cluster.litellm_database();
+    if state != Plain {
+        prepare(cluster, &db, state);
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/attacks").join(script);
+    let output = Command::new(cluster.bin.join("psql"))
+        .args(["-X", "-h", cluster.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"])
+        .args(["-d", &db.name, "-f", script.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complained = String::from_utf8_lossy(&output.stderr).into_owned();
+    // Who may not even look into our schema cannot ask what the last line asks.
+    let held = said.contains("held") || complained.contains("permission denied for schema litellm_spend");
+    assert!(held && !said.contains("HOLE"), "{said}\n{complained}\n{}", cluster.log_tail());
+}
+
+fn make_roles(cluster: &Cluster) {
+    cluster
+        .connect("postgres")
+        .batch_execute(
+            "SELECT pg_advisory_lock(1);
+             DO $$ DECLARE r text; BEGIN
+                 FOREACH r IN ARRAY ARRAY['mallory', 'victim', 'dash'] LOOP
+                     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = r) THEN
+                         EXECUTE format('CREATE ROLE %I LOGIN', r);
+                     END IF;
+                 END LOOP;
+             END $$",
+        )
+        .unwrap();
+}
+
+/// A DBA lets the owner of LiteLLM's tables call everything, which is more than most would.
+fn prepare(cluster: &Cluster, db: &common::Database, state: State) {
+    let mut client = db.connect();
+    client.batch_execute("CREATE EXTENSION litellm_spend").unwrap();
+    if state == Attached {
+        client.batch_execute("SELECT spend_attach()").unwrap();
+    }
+    client
+        .batch_execute(
+            "DO $$ DECLARE f regprocedure; BEGIN
+                 FOR f IN SELECT oid FROM pg_proc WHERE proname LIKE 'spend\\_%' AND pronamespace = 'public'::regnamespace LOOP
+                     EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO litellm', f);
+                 END LOOP;
+             END $$;
+             GRANT EXECUTE ON FUNCTION monthly_global_spend TO litellm",
+        )
+        .unwrap();
+    if std::ptr::eq(cluster, shared()) {
+        let worker = "SELECT count(*) > 0 FROM spend_worker_status WHERE database = current_database()";
+        eventually("the worker is there", || holds(&mut client, worker));
+    }
+}
+
+/// What has more rights than its user, by name, and why it may.
+const TRUSTED: [(&str, &str); 7] = [
+    (
+        "function litellm_spend.capture_*",
+        "SECURITY DEFINER of the table's owner: whoever writes need not be able to write the log",
+    ),
+    (
+        "member *",
+        "the extension's own: C functions that act as whom they must, PL/pgSQL with its caller's rights, state, status views",
+    ),
+    ("table litellm_spend.change_log", "ours, so that the table's owner can add to history only"),
+    ("table litellm_spend.retired", "as the log"),
+    ("sequence litellm_spend.change_log_seq", "as the log"),
+    ("table litellm_spend.*_rollup", "the built-in rollups: history"),
+    ("view litellm_spend.*", "live views of the built-in rollups, which read nothing but those and the log"),
+];
+
+/// What is SECURITY DEFINER or belongs to a superuser, in our schemas and among our members.
+const RIGHTS: &str = "
+    WITH super AS (SELECT oid FROM pg_roles WHERE rolsuper),
+         member AS (SELECT classid, objid FROM pg_depend WHERE deptype = 'e'
+                    AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend')),
+         ours AS (SELECT oid FROM pg_namespace WHERE nspname LIKE 'litellm_spend%')
+    SELECT CASE WHEN p.oid IN (SELECT objid FROM member) THEN 'member ' ELSE 'function ' END || n.nspname || '.' || proname AS name,
+           prosecdef AS definer, p.proowner IN (SELECT oid FROM super) AS super
+    FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+    WHERE (p.oid IN (SELECT objid FROM member) OR n.oid IN (SELECT oid FROM ours))
+      AND (prosecdef OR p.proowner IN (SELECT oid FROM super))
+    UNION ALL
+    SELECT CASE WHEN c.oid IN (SELECT objid FROM member) THEN 'member '
+                ELSE CASE relkind WHEN 'v' THEN 'view ' WHEN 'S' THEN 'sequence ' ELSE 'table ' END END || n.nspname || '.' || relname,
+           false, true
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+    WHERE (c.oid IN (SELECT objid FROM member) OR n.oid IN (SELECT oid FROM ours))
+      AND relkind IN ('r', 'p', 'v', 'm', 'S', 'f') AND relowner IN (SELECT oid FROM super)";
+
+#[test]
+fn what_has_more_rights_than_its_user_is_on_a_short_list() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 20)).unwrap();
+    client
+        .batch_execute(
+            "SET ROLE litellm; CREATE TABLE page_views (id bigserial, x int); RESET ROLE;
+             SELECT spend_rollup_create('views', 'page_views', '{x}', '{array_agg(x) AS xs MERGE WITH array_cat}');
+             SELECT spend_partition_convert()",
+        )
+        .unwrap();
+    let partitioned = r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#;
+    eventually("it is partitioned", || holds(&mut client, partitioned));
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    eventually("it is plain again", || !holds(&mut client, partitioned));
+    let found = client.query(RIGHTS, &[]).unwrap();
+    assert!(found.len() > 40, "{} objects", found.len());
+    for row in found {
+        let (name, definer, superuser): (String, bool, bool) = (row.get(0), row.get(1), row.get(2));
+        let fits = |pattern: &str| match pattern.split_once('*') {
+            Some((start, end)) => name.starts_with(start) && name.ends_with(end),
+            None => name == pattern,
+        };
+        assert!(TRUSTED.iter().any(|(pattern, _)| fits(pattern)), "{name} is not on the list");
+        assert!(!(definer && superuser), "{name} is SECURITY DEFINER of a superuser");
+        // Of a declared rollup nothing is ours.
+        assert!(!name.contains(".views"), "{name}");
+    }
+}
+
+macro_rules! attacks {
+    ($cluster:path: $($name:ident $script:literal $state:ident;)*) => {
+        use super::*;
+        $(#[test] fn $name() { attack($cluster(), $script, $state) })*
+    };
+}
+
+mod preloaded {
+    attacks! { shared:
+        a_cast_in_capture "01-capture-trigger-cast.sql" Attached;
+        a_merge_function_whose_schema_is_a_statement "02-merge-with-injection.sql" WithExtension;
+        a_dimension_that_changes_how_text_is_read "03-dimension-injection.sql" WithExtension;
+        an_index_expression_at_planning "05-index-expression-at-planning.sql" Attached;
+        a_check_and_an_index_in_maintenance "06-maintenance-check-and-index.sql" WithExtension;
+        a_trigger_on_the_copy "07-revert-truncate-trigger.sql" WithExtension;
+        a_view_that_is_another_statement_at_detach "08-detach-view-injection.sql" WithExtension;
+        a_cast_of_the_replaced_table "10-replaced-table-cast.sql" Attached;
+        a_key_column_that_is_a_statement "12-revert-column-name-injection.sql" WithExtension;
+        a_policy_that_outlives_its_table "15-policy-by-name.sql" WithExtension;
+        a_view_of_who_may_not_read "16-view-owner-gets-change-log.sql" WithExtension;
+        a_partition_that_a_dba_made "17-partition-of-a-dba.sql" WithExtension;
+        a_table_that_becomes_a_view "18-table-becomes-a-view.sql" Attached;
+        a_materialized_view_of_another_role "20-materialized-view-of-another-role.sql" WithExtension;
+        a_table_of_another_role "21-table-of-another-role.sql" Attached;
+        rows_that_a_policy_hides "22-row-security-hides-rows-from-merges.sql" WithExtension;
+        a_star "23-star-crashes-the-server.sql" WithExtension;
+        an_owner_that_keeps_the_worker_busy "25-one-owner-stops-the-worker.sql" WithExtension;
+        an_aggregate_made_before_the_extension "27-create-extension-search-path.sql" Plain;
+        an_operator_in_the_utility_hook "28-hook-search-path.sql" Plain;
+        an_error_that_looks_like_a_cancel "29-one-owner-ends-every-run.sql" WithExtension;
+        a_bound_that_is_no_time "30-one-owner-breaks-the-status.sql" WithExtension;
+        a_role_that_does_not_exist "31-internal-error.sql" Attached;
+        a_row_at_the_end_of_time "32-a-time-that-stops-repairs.sql" Attached;
+        a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
+    }
+}
+
+mod not_preloaded {
+    attacks! { without_preload:
+        a_cast_in_capture "01-capture-trigger-cast.sql" Attached;
+        a_merge_function_whose_schema_is_a_statement "02-merge-with-injection.sql" WithExtension;
+        a_dimension_that_changes_how_text_is_read "03-dimension-injection.sql" WithExtension;
+        an_index_expression_at_planning "05-index-expression-at-planning.sql" Attached;
+        a_check_and_an_index_in_maintenance "06-maintenance-check-and-index.sql" WithExtension;
+        a_view_that_is_another_statement_at_detach "08-detach-view-injection.sql" WithExtension;
+        a_view_of_who_may_not_read "16-view-owner-gets-change-log.sql" WithExtension;
+        a_table_that_becomes_a_view "18-table-becomes-a-view.sql" Attached;
+        a_star "23-star-crashes-the-server.sql" WithExtension;
+        an_aggregate_made_before_the_extension "27-create-extension-search-path.sql" Plain;
+        an_error_that_looks_like_a_cancel "29-one-owner-ends-every-run.sql" WithExtension;
+        a_bound_that_is_no_time "30-one-owner-breaks-the-status.sql" WithExtension;
+        a_role_that_does_not_exist "31-internal-error.sql" Attached;
+        a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
+    }
+}
