@@ -1,0 +1,217 @@
+\echo Use "ALTER EXTENSION litellm_spend UPDATE TO '0.2.0'" to load this file. \quit
+
+-- From 0.2.0 on nothing of a user's runs with a superuser's rights, and what we do for an owner is known by the table's OID and
+-- owner, not by its name. This file brings our state over. The trigger functions, and the rights of the owner of LiteLLM's
+-- table, follow by themselves at the worker's next look, or with spend_attach().
+
+SET LOCAL search_path = pg_catalog, pg_temp;
+
+DO $$ BEGIN
+    IF EXISTS (SELECT FROM litellm_spend.conversion WHERE direction = 'revert') THEN
+        RAISE EXCEPTION 'a table is being reverted by version 0.1.0'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'Its notes of what changed are kept in another way from now on.',
+                  HINT = 'Wait for it, or call spend_partition_revert(abort => true); then update again.';
+    END IF;
+END $$;
+
+ALTER TABLE litellm_spend.capture ADD COLUMN owner regrole;
+ALTER TABLE litellm_spend.public_view ADD COLUMN owner regrole;
+
+-- A conversion goes on as the owner of its table; one whose table is gone is forgotten.
+ALTER TABLE litellm_spend.conversion ADD COLUMN owner regrole;
+UPDATE litellm_spend.conversion v SET owner = c.relowner FROM pg_class c WHERE c.oid = v.relation;
+DELETE FROM litellm_spend.conversion WHERE owner IS NULL;
+ALTER TABLE litellm_spend.conversion ALTER COLUMN owner SET NOT NULL;
+
+-- A policy holds for the table that has its name now, and for no other later.
+ALTER TABLE litellm_spend.policy RENAME TO policy_by_name;
+ALTER INDEX litellm_spend.policy_pkey RENAME TO policy_by_name_pkey;
+ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT policy_interval_check TO policy_by_name_interval_check;
+ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT policy_precreate_check TO policy_by_name_precreate_check;
+ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT policy_on_expire_check TO policy_by_name_on_expire_check;
+CREATE TABLE litellm_spend.policy (
+    relation       regclass PRIMARY KEY,
+    owner          regrole NOT NULL,
+    time_column    name NOT NULL,
+    "interval"     text NOT NULL CHECK ("interval" IN ('day', 'week', 'month')),
+    -- Periods that are kept ready beyond the current one.
+    precreate      integer NOT NULL CHECK (precreate >= 0),
+    -- NULL: rows stay.
+    retention      interval,
+    on_expire      text NOT NULL CHECK (on_expire IN ('drop', 'detach')),
+    maintained_at  timestamptz,
+    -- When the worker maintains it before its interval is over: it was not done, or somebody was in the way.
+    retry_at       timestamptz,
+    last_error     text,
+    last_error_at  timestamptz
+);
+INSERT INTO litellm_spend.policy
+SELECT c.oid, c.relowner, p.time_column, p."interval", p.precreate, p.retention, p.on_expire, p.maintained_at, p.retry_at,
+       p.last_error, p.last_error_at
+FROM litellm_spend.policy_by_name p
+JOIN pg_namespace n ON n.nspname = p.table_schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.table_name AND c.relkind IN ('r', 'p');
+SELECT pg_extension_config_dump('litellm_spend.policy', '');
+COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
+
+-- The views again, with every name in them the server's own.
+CREATE OR REPLACE VIEW litellm_spend.backfill AS
+SELECT r.name, r.covered_from,
+       CASE
+           WHEN r.last_value > r.first_value
+               THEN round(100 * (least(r.watermark, r.last_value) - r.first_value)::numeric
+                    / (r.last_value - r.first_value), 1)
+           WHEN r.covered_from = '-infinity' THEN 100
+           WHEN r.covered_from = 'infinity' OR r.backfill_last IS NULL THEN 0
+           ELSE round((100 * extract(epoch FROM r.backfill_last + interval '1 day' - r.covered_from)
+                / extract(epoch FROM r.backfill_last + interval '1 day' - r.backfill_first))::numeric, 1)
+       END AS covered
+FROM litellm_spend.rollup r;
+
+CREATE OR REPLACE VIEW @extschema@.spend_rollup_status AS
+SELECT r.name AS rollup,
+       CASE WHEN r.definition IS NULL THEN 'by hand' WHEN s.name = 'change_log' THEN 'built-in' ELSE 'declared' END
+           AS kind,
+       coalesce(c.relation, s.relation) AS source,
+       r.watermark,
+       t.tail_rows,
+       CASE WHEN t.tail_rows = 0 THEN 0
+            WHEN t.oldest IS NOT NULL
+                THEN greatest(round(extract(epoch FROM clock_timestamp() - t.oldest)::numeric, 3), 0)
+       END AS lag_seconds,
+       blockers.pids AS blocked_by_pids,
+       blockers.prepared AS blocked_by_prepared,
+       r.merged_at AS last_merge_at,
+       r.merged_rows AS last_merge_rows,
+       r.merged_groups AS last_merge_groups,
+       round(r.merged_ms::numeric, 3) AS last_merge_ms,
+       CASE WHEN r.definition IS NOT NULL THEN b.covered END AS backfill_progress,
+       r.covered_from,
+       s.frozen_before,
+       damage.dirty_ranges,
+       damage.capture_errors,
+       damage.unrepairable_ranges,
+       v.live_views,
+       coalesce(r.last_error, c.last_error) AS last_error,
+       coalesce(r.last_error_at, c.last_error_at) AS last_error_at
+FROM litellm_spend.rollup r
+LEFT JOIN litellm_spend.source s ON s.name = r.source
+JOIN litellm_spend.backfill b ON b.name = r.name
+LEFT JOIN litellm_spend.capture c ON c.source = s.name
+CROSS JOIN LATERAL litellm_spend.tail(r.name) AS t
+CROSS JOIN LATERAL (
+    SELECT array_agg(DISTINCT l.pid) FILTER (WHERE l.pid IS NOT NULL) AS pids,
+           array_agg(DISTINCT p.gid) FILTER (WHERE p.gid IS NOT NULL) AS prepared
+    FROM jsonb_array_elements_text(s.candidates -> 0 -> 'waits_for') AS holder(virtual_transaction)
+    JOIN pg_locks l ON l.virtualtransaction = holder.virtual_transaction AND l.relation = s.relation
+    LEFT JOIN pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
+        AND x.locktype = 'transactionid'
+    LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
+) AS blockers
+-- Only what triggers capture can be damaged.
+LEFT JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE d.repaired_at IS NULL) AS dirty_ranges,
+           count(*) FILTER (WHERE d.unrepairable) AS unrepairable_ranges,
+           (SELECT CASE WHEN f.is_called THEN f.last_value ELSE 0 END FROM litellm_spend.capture_failures f)
+               AS capture_errors
+    FROM litellm_spend.dirty_range d
+) AS damage ON s.name = 'change_log'
+CROSS JOIN LATERAL (
+    SELECT array_agg(name ORDER BY name) AS live_views FROM litellm_spend.public_view p
+    WHERE p.rollup = r.name AND p.installed IS NOT NULL
+) AS v;
+
+CREATE OR REPLACE VIEW @extschema@.spend_worker_status AS
+SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start
+FROM pg_stat_activity
+WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker');
+
+CREATE OR REPLACE VIEW @extschema@.spend_partition_status AS
+WITH parts AS (
+    SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
+           pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
+    FROM litellm_spend.policy p
+    JOIN pg_class t ON t.oid = p.relation AND t.relowner = p.owner AND t.relkind IN ('r', 'p')
+    JOIN pg_attribute a ON a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped
+        AND a.atttypid IN ('timestamp'::regtype, 'timestamptz'::regtype, 'date'::regtype)
+    LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
+    JOIN pg_class c ON c.oid = coalesce(i.inhrelid, t.oid)
+    -- A partitioned table without partitions has no row: it has no rows either. One that is partitioned by something else than
+    -- its policy says has bounds that are no times.
+    WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL AND EXISTS (
+        SELECT FROM pg_partitioned_table k
+        WHERE k.partrelid = t.oid AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum)
+), bounds AS (
+    SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
+), ranges AS (
+    SELECT bounds.*, is_partition AND bound = 'DEFAULT' AS is_default,
+           -- Bounds of a timestamp with time zone are shown in the reader's zone: back to UTC.
+           CASE WHEN b[1] = 'MINVALUE' THEN '-infinity'
+                WHEN time_type = 'timestamp with time zone' THEN b[1]::timestamptz AT TIME ZONE 'UTC'
+                ELSE b[1]::timestamp END AS range_start,
+           CASE WHEN b[2] = 'MAXVALUE' THEN 'infinity'
+                WHEN time_type = 'timestamp with time zone' THEN b[2]::timestamptz AT TIME ZONE 'UTC'
+                ELSE b[2]::timestamp END AS range_end
+    FROM bounds
+)
+SELECT table_oid::regclass AS "table",
+       partition_oid::regclass AS partition,
+       is_default,
+       range_start,
+       range_end,
+       CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
+       pg_total_relation_size(partition_oid) AS bytes,
+       CASE WHEN isfinite(range_end) THEN range_end + retention END AS expires_at,
+       count(*) FILTER (WHERE range_start > clock_timestamp() AT TIME ZONE 'UTC') OVER per_table AS partitions_ahead,
+       sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
+       "interval",
+       precreate,
+       retention,
+       on_expire,
+       maintained_at AS last_maintained_at,
+       last_error,
+       last_error_at
+FROM ranges
+WINDOW per_table AS (PARTITION BY table_oid)
+ORDER BY table_oid::regclass::text, is_default, range_start;
+
+CREATE OR REPLACE VIEW litellm_spend.coverage AS
+SELECT r.name AS rollup, r.covered_from, c.relation AS captured
+FROM litellm_spend.rollup r JOIN litellm_spend.capture c ON c.source = r.source;
+
+ALTER EXTENSION litellm_spend DROP TABLE litellm_spend.policy_by_name;
+DROP TABLE litellm_spend.policy_by_name;
+
+ALTER FUNCTION @extschema@.monthly_global_spend(integer) SET search_path = pg_catalog, pg_temp;
+
+-- Materialized views are not made anew any more. Whoever may call the function may go on to.
+CREATE FUNCTION @extschema@.spend_partition_convert(
+    "source" regclass DEFAULT NULL,
+    "interval" TEXT DEFAULT NULL,
+    "cutover" timestamp DEFAULT NULL,
+    "time_column" TEXT DEFAULT NULL,
+    "precreate" INT DEFAULT NULL
+) RETURNS TABLE (
+    "step" TEXT, 
+    "state" TEXT, 
+    "detail" TEXT 
+)
+VOLATILE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_partition_convert_wrapper';
+
+COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
+REVOKE ALL ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) FROM PUBLIC;
+DO $$ DECLARE grantee text; BEGIN
+    FOR grantee IN
+        SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
+        FROM pg_proc p, aclexplode(p.proacl) AS x
+        WHERE p.oid = '@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)'::regprocedure
+          AND x.grantee <> p.proowner
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) TO %s',
+                       grantee);
+    END LOOP;
+END $$;
+DROP FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean);

@@ -1,0 +1,136 @@
+//! A database of an earlier version is brought over by ALTER EXTENSION UPDATE, loses nothing, and is then like a new one.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+use std::path::Path;
+
+/// A database of LiteLLM's that version 0.1.0 is installed in, and attached if that is asked for.
+fn of_0_1_0(attached: bool) -> (Database, Client) {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE EXTENSION litellm_spend VERSION '0.1.0'").unwrap();
+    if attached {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/upgrade/attached-0.1.0.sql");
+        let script = script.to_str().unwrap();
+        db.cluster.psql(&db.name, &["-q", "-1", "-v", "ON_ERROR_STOP=1", "-f", script]);
+    }
+    (db, client)
+}
+
+#[test]
+fn an_attached_database_goes_on_and_its_objects_go_to_the_tables_owner() {
+    let (_db, mut client) = of_0_1_0(true);
+    // The new library beside the old state: writers and readers do not notice.
+    client.batch_execute(&insert_rows("old", 200, 10)).unwrap();
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'old7'"#).unwrap();
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    assert!(before > 0.0);
+    let definers =
+        "SELECT count(*) FROM pg_proc WHERE pronamespace = 'litellm_spend'::regnamespace AND prosecdef
+                        AND proowner = 'postgres'::regrole";
+    assert_eq!(value::<i64>(&mut client, definers), 4, "as it was");
+
+    client.batch_execute("ALTER EXTENSION litellm_spend UPDATE; SELECT spend_attach()").unwrap();
+    assert_eq!(value::<i64>(&mut client, definers), 0);
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 4 AND bool_and(proowner = 'litellm'::regrole) FROM pg_proc
+         WHERE pronamespace = 'litellm_spend'::regnamespace AND prosecdef"
+    ));
+    assert_eq!(value::<f64>(&mut client, total), before);
+    client.batch_execute("SET ROLE litellm").unwrap();
+    client.batch_execute(&insert_rows("new", 100, 10)).unwrap();
+    client.batch_execute("RESET ROLE").unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    assert_verified(&mut client);
+    assert_eq!(capture_errors(&mut client), 0);
+    // The deleted row stays in the totals.
+    let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
+    assert_eq!(value::<i64>(&mut client, requests), 300);
+    assert!(holds(
+        &mut client,
+        r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass AND owner = 'litellm'::regrole AND retention = '90 days'
+           FROM litellm_spend.policy"#
+    ));
+    client.batch_execute("SELECT spend_detach()").unwrap();
+}
+
+#[test]
+fn without_a_call_the_worker_brings_it_over() {
+    let (_db, mut client) = of_0_1_0(true);
+    client.batch_execute(&insert_rows("old", 50, 5)).unwrap();
+    client.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    eventually("the functions belong to the table's owner", || {
+        holds(
+            &mut client,
+            "SELECT bool_and(proowner = 'litellm'::regrole) FROM pg_proc
+             WHERE pronamespace = 'litellm_spend'::regnamespace AND proname LIKE 'capture\\_%'",
+        )
+    });
+    client.batch_execute(&insert_rows("new", 50, 5)).unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+/// All that belongs to the extension, as the catalogs describe it.
+const MEMBERS: &str = "
+    WITH member AS (
+        SELECT d.classid, d.objid FROM pg_depend d
+        WHERE d.deptype = 'e' AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend'))
+    SELECT pg_describe_object(classid, objid, 0) || ': ' || coalesce(obj_description(objid, classid::regclass::text), '') AS text
+    FROM member
+    UNION ALL
+    SELECT format('%s.%s %s %s %s', c.oid::regclass, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                  pg_get_expr(d.adbin, d.adrelid))
+    FROM member JOIN pg_class c ON c.oid = objid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
+    LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum WHERE NOT a.attisdropped
+    UNION ALL
+    SELECT format('%s %s: %s', conrelid::regclass, conname, pg_get_constraintdef(k.oid)) FROM member JOIN pg_constraint k ON conrelid = objid
+    UNION ALL
+    SELECT format('%s: %s %s', c.oid::regclass, pg_get_viewdef(c.oid), c.relacl) FROM member JOIN pg_class c ON c.oid = objid
+    WHERE c.relkind = 'v'
+    UNION ALL
+    SELECT format('%s: %s %s %s %s %s', p.oid::regprocedure, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), p.prosrc,
+                  p.proconfig, p.proacl)
+    FROM member JOIN pg_proc p ON p.oid = objid
+    UNION ALL
+    SELECT 'dumped: ' || c.oid::regclass FROM pg_extension, unnest(extconfig) AS c(oid) WHERE extname = 'litellm_spend'
+    ORDER BY 1";
+
+#[test]
+fn an_updated_database_is_like_a_new_one() {
+    let (_old, mut old) = of_0_1_0(false);
+    old.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    let new = shared().database();
+    let members = |client: &mut Client| -> Vec<String> {
+        client.query(MEMBERS, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let (old, new) = (members(&mut old), members(&mut new.connect()));
+    assert!(new.len() > 150, "{} members", new.len());
+    for (old, new) in old.iter().zip(&new) {
+        assert_eq!(old, new);
+    }
+    assert_eq!(old.len(), new.len());
+}
+
+#[test]
+fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
+    let (_db, mut client) = of_0_1_0(true);
+    client
+        .batch_execute(
+            r#"GRANT EXECUTE ON FUNCTION spend_partition_convert TO litellm;
+               INSERT INTO litellm_spend.conversion (table_schema, table_name, relation, direction, options)
+               VALUES ('public', 'LiteLLM_SpendLogs', '"LiteLLM_SpendLogs"', 'revert', '{}')"#,
+        )
+        .unwrap();
+    assert_refused(&mut client, "ALTER EXTENSION litellm_spend UPDATE", "55000");
+    client
+        .batch_execute("DELETE FROM litellm_spend.conversion; ALTER EXTENSION litellm_spend UPDATE")
+        .unwrap();
+    let may = "SELECT has_function_privilege('litellm', 'spend_partition_convert(regclass, text, timestamp, text, integer)', 'EXECUTE')";
+    assert!(holds(&mut client, may));
+}
