@@ -132,7 +132,7 @@ WITH parts AS (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
            pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
     FROM litellm_spend.policy p
-    JOIN pg_class t ON t.oid = p.relation AND t.relowner = p.owner AND t.relkind IN ('r', 'p')
+    JOIN pg_class t ON t.oid = p.relation AND t.relkind IN ('r', 'p')
     JOIN pg_attribute a ON a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped
         AND a.atttypid IN ('timestamp'::regtype, 'timestamptz'::regtype, 'date'::regtype)
     LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'

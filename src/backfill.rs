@@ -6,7 +6,6 @@ use crate::error::{Error, Result};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{Fence, Patience};
 use crate::rebuild::{Range, Shrink, attached, rebuild};
-use crate::session::Owner;
 use pgrx::datum::Timestamp;
 
 /// Covers one more day of the built-in rollups, the newest that is not covered yet: of those that are furthest behind,
@@ -86,7 +85,8 @@ fn days_with_rows(fences: &[&Fence], covered_from: Timestamp) -> Result<Option<D
         "SELECT date_trunc('day', min(first)), date_trunc('day', max(last)) FROM ({}) AS ends",
         ends.join(" UNION ALL ")
     );
-    let ends = Owner::of(capture.relation)?
+    let ends = capture
+        .owner()?
         .fresh(&sql, &[covered_from.into()], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
     Ok(ends.into_iter().next().flatten().map(|(first, last)| Days { first, last }))
 }

@@ -238,7 +238,7 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let name = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), catalog::relation_name(oid)?));
     let predecessor = state.predecessor.map(name).transpose()?;
     let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
-    let owner = quoted(&Owner::of(state.relation)?.name()?);
+    let owner = quoted(&state.owner()?.name()?);
     for (name, body) in (Capture { columns: &state.columns }).functions(state.subtract, predecessor) {
         catalog::execute(&litellm::create_function(&name, &body), &[])?;
         catalog::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;

@@ -7,6 +7,7 @@
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
 use crate::partition::suffixed;
+use crate::session::Owner;
 use crate::window::{Holder, Window};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -277,6 +278,19 @@ pub struct CaptureState {
 }
 
 impl CaptureState {
+    /// As whom the raw rows are read: the owner that we know of. When it has changed, the watch or an attach comes first.
+    pub fn owner(&self) -> Result<Owner> {
+        let owner = Owner::of(self.relation)?;
+        match self.owner.map(Owner::role).filter(|known| *known != owner) {
+            None => Ok(owner),
+            Some(known) => Err(Error::OtherOwner {
+                relation: relation_name(self.relation)?,
+                owner: owner.name()?,
+                expected: known.name()?,
+            }),
+        }
+    }
+
     /// The tables that hold raw rows: the captured one and, after a replacement, the one before it.
     pub fn relations(&self) -> Vec<pg_sys::Oid> {
         [Some(self.relation), self.predecessor].into_iter().flatten().collect()

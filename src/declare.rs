@@ -276,6 +276,10 @@ fn follow_owners(patience: Patience) -> Result<bool> {
         let Some(fence) = Fence::take(name, patience)? else { continue };
         let Some(table) = Table::find(fence.relation)? else { continue };
         let (definition, owner) = (fence.filled()?, Owner::of(table.oid)?);
+        if !Owner::role(fence.owner).may_pass_to(owner)? {
+            // Its next merge says so.
+            continue;
+        }
         give_to_owner(definition, owner)?;
         make_view(definition, owner, &definition.live_query())?;
     }

@@ -36,6 +36,7 @@ pub struct Fence {
     pub relation: pg_sys::Oid,
     /// The owner of its table, or of the source if it has none.
     pub owner: pg_sys::Oid,
+    source_owner: pg_sys::Oid,
     pub watermark: i64,
     pub covered_from: Timestamp,
     pub frozen_before: Timestamp,
@@ -151,7 +152,8 @@ impl Fence {
                     coalesce((SELECT c.relowner FROM pg_catalog.pg_class c
                               WHERE r.definition IS NOT NULL AND c.relname = r.name || '_rollup'
                                 AND c.relnamespace = '{SCHEMA}'::regnamespace),
-                             (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
+                             (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
+                    coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
              FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
              WHERE r.name = $1"
         )
@@ -168,6 +170,7 @@ impl Fence {
             covered_from: value(r, 5)?,
             frozen_before: value(r, 6)?,
             owner: value(r, 7)?,
+            source_owner: value(r, 8)?,
             _work: None,
         };
         if let Some(definition) = fence.definition.as_mut().filter(|_| fence.source.is_some()) {
@@ -187,9 +190,17 @@ impl Fence {
     }
 
     /// With the rights that its own statements run with, until the guard is dropped: the owner's, or ours if everything that
-    /// they mention is ours.
-    pub fn act(&self) -> Option<Elevated> {
-        (!self.is_built_in()).then(|| Owner::role(self.owner).act())
+    /// they mention is ours. Refused while its source is another's: `declare::watch` comes first.
+    pub fn act(&self) -> Result<Option<Elevated>> {
+        if self.is_built_in() {
+            return Ok(None);
+        }
+        let (owner, of_source) = (Owner::role(self.owner), Owner::role(self.source_owner));
+        if self.source_owner != pg_sys::InvalidOid && owner != of_source {
+            let (relation, expected) = (relation_name(self.relation)?, owner.name()?);
+            return Err(Error::OtherOwner { relation, owner: of_source.name()?, expected });
+        }
+        Ok(Some(owner.act()))
     }
 
     /// It is fed by the change log.

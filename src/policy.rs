@@ -139,23 +139,31 @@ pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
     Ok(catalog::query(&sql, &[relation.into()], read)?.pop())
 }
 
-/// Policies whose table was dropped, or given to another owner, who has not asked for them, are forgotten.
-pub fn forget_orphans() -> Result<()> {
-    let orphan =
-        "NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = p.relation AND c.relowner = p.owner)";
-    // First a look, which writes nothing.
-    let orphans = catalog::query(
-        &format!("SELECT p.relation::text, p.owner::text FROM {SCHEMA}.policy p WHERE {orphan}"),
-        &[],
-        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?)),
-    )?;
-    for (table, owner) in &orphans {
-        log!(
-            "litellm_spend: the partition policy of {table} is forgotten: it is no table of {owner} any more"
+/// Forgets the policies of tables that were dropped, and says of those whose table has another owner, who has not asked for
+/// it, that they rest.
+pub fn look_after() -> Result<()> {
+    let known = format!(
+        "SELECT p.relation::oid, c.oid IS NOT NULL, p.owner::text, c.relowner::regrole::text, p.last_error
+         FROM {SCHEMA}.policy p LEFT JOIN pg_catalog.pg_class c ON c.oid = p.relation
+         WHERE p.owner IS DISTINCT FROM c.relowner"
+    );
+    let strays = catalog::query(&known, &[], |r| {
+        let owners = (catalog::value::<String>(r, 3)?, r.get::<String>(4)?);
+        Ok((catalog::value::<pg_sys::Oid>(r, 1)?, catalog::value::<bool>(r, 2)?, owners, r.get::<String>(5)?))
+    })?;
+    for (relation, exists, (owner, heir), noted) in strays {
+        if !exists {
+            let sql = format!("DELETE FROM {SCHEMA}.policy WHERE relation = $1");
+            catalog::execute(&sql, &[relation.into()])?;
+            continue;
+        }
+        let heir = heir.unwrap_or_default();
+        let message = format!(
+            "it was {owner}'s policy, and the table is {heir}'s now: call spend_partition_set() again"
         );
-    }
-    if !orphans.is_empty() {
-        catalog::execute(&format!("DELETE FROM {SCHEMA}.policy p WHERE {orphan}"), &[])?;
+        if noted.as_ref() != Some(&message) {
+            record_error(relation, Some(&message))?;
+        }
     }
     Ok(())
 }

@@ -51,7 +51,7 @@ impl Truth {
         let relation = catalog::relation_name(capture.relation)?;
         let predecessor = capture.predecessor.map(catalog::relation_name).transpose()?;
         let query = Capture { columns: &capture.columns }.truth(&relation, predecessor.as_deref());
-        let owner = Owner::of(capture.relation)?;
+        let owner = capture.owner()?;
         Ok(Truth { query: Some(query), relations: capture.relations(), owner })
     }
 
@@ -100,7 +100,7 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     let mut refills = vec![];
     for fence in fences {
         let definition = fence.filled()?;
-        let _rights = fence.act();
+        let _rights = fence.act()?;
         catalog::execute(&definition.clear(), &[start.into(), end.into()])?;
         refills.push(definition.refill(truth.query.as_ref().map(|_| "truth"), fence.watermark));
     }
@@ -173,7 +173,7 @@ pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
         .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", catalog::relation_name(r)?)))
         .collect::<Result<Vec<_>>>()?;
     let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    Ok(Owner::of(capture.relation)?.query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+    Ok(capture.owner()?.query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 
 // ---- SQL calls -------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ fn is_border(fence: &Fence, definition: &Definition, border: Timestamp) -> Resul
         Some(sql) => sql,
         None => return Ok(border.is_neg_infinity()),
     };
-    let _rights = fence.act();
+    let _rights = fence.act()?;
     let answers = catalog::query(&sql, &[border.into()], |r| Ok(r.get::<bool>(1)?))?;
     Ok(answers == [Some(true)])
 }

@@ -93,7 +93,7 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
         return Ok(Merged::Busy);
     }
     // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
-    let rights = fence.act();
+    let rights = fence.act()?;
     let counts = catalog::fresh(&definition.merge(), &[start.into(), end.into()], |r| {
         Ok((catalog::value::<i64>(r, 1)?, catalog::value::<i64>(r, 2)?))
     })?;
@@ -216,7 +216,7 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
     );
     // What is wrong with the rollup is told by its last error, and must not hide the others.
     let tail = attempt(|| {
-        let _rights = fence.act();
+        let _rights = fence.act()?;
         catalog::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
     });
     Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())

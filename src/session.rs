@@ -220,6 +220,15 @@ impl Owner {
         Owner(role)
     }
 
+    /// Whether we go on by ourselves as `heir` with what was this owner's. Not as a superuser: what belongs to the table may
+    /// still call the former owner's functions. Somebody has to ask for that.
+    pub fn may_pass_to(self, heir: Owner) -> Result<bool> {
+        let sql = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE oid = $1";
+        let is_superuser =
+            |role: Owner| Ok::<_, Error>(query(sql, &[role.0.into()], |r| value::<bool>(r, 1))? == [true]);
+        Ok(heir == self || !is_superuser(heir)? || is_superuser(self)?)
+    }
+
     pub fn oid(self) -> pg_sys::Oid {
         self.0
     }

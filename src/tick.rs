@@ -104,7 +104,7 @@ pub fn tidy(run: &mut impl Runner) {
 
 /// Maintains the tables whose turn it is.
 pub fn maintain(run: &mut impl Runner) {
-    run.step(Subject::Task("maintain"), policy::forget_orphans);
+    run.step(Subject::Task("maintain"), policy::look_after);
     for policy in run.step(Subject::Task("maintain"), policy::due).unwrap_or_default() {
         maintain::round(run, policy, None);
     }

@@ -54,8 +54,12 @@ fn damage() -> Result<Option<Damage>> {
     if catalog::any_missing(builtin::relations().iter().map(|name| qualified(SCHEMA, name)).collect())? {
         return Ok(Some(Damage::Incomplete));
     }
-    if state.owner != Some(table.owner_oid) {
-        return Ok(Some(Damage::Incomplete));
+    let (known, owner) = (state.owner.map(Owner::role), Owner::role(table.owner_oid));
+    if known != Some(owner) {
+        return match known.map(|known| known.may_pass_to(owner)).transpose()? {
+            Some(false) => state.owner().map(|_| None),
+            _ => Ok(Some(Damage::Incomplete)),
+        };
     }
     let missing = missing_triggers(state.relation)?;
     if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
@@ -123,7 +127,7 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     // The table before its partitions, as for everybody who uses them: no deadlock.
     locks::lock_against_dropping(state.relation)?;
     create_triggers(state)?;
-    let owner = Owner::of(state.relation)?;
+    let owner = state.owner()?;
     for partition in partitions {
         // A partition of another role's may only be read through the table: then everything is computed again.
         if Table::find(partition)?.is_some_and(|table| Owner::role(table.owner_oid) != owner) {

@@ -82,6 +82,23 @@ fn prepare(cluster: &Cluster, db: &common::Database, state: State) {
     }
 }
 
+#[test]
+fn a_query_of_ours_that_names_anothers_relation_is_refused() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (at timestamp NOT NULL); ALTER TABLE litellm_spend.policy OWNER TO litellm",
+        )
+        .unwrap();
+    let call = "SELECT spend_partition_set('t', time_column => 'at')";
+    let refused = error(&mut client, call);
+    assert_eq!(refused.code().code(), "XX000");
+    assert!(refused.message().contains("with the rights of litellm_spend's owner"), "{refused:?}");
+    client.batch_execute("ALTER TABLE litellm_spend.policy OWNER TO postgres").unwrap();
+    client.batch_execute(call).unwrap();
+}
+
 /// What has more rights than its user, by name, and why it may.
 const TRUSTED: [(&str, &str); 7] = [
     (
@@ -183,6 +200,10 @@ mod preloaded {
         a_role_that_does_not_exist "31-internal-error.sql" Attached;
         a_row_at_the_end_of_time "32-a-time-that-stops-repairs.sql" Attached;
         a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
+        code_that_outlives_its_cancel "35-code-that-outlives-its-cancel.sql" WithExtension;
+        a_table_given_to_a_superuser "36-a-table-given-to-a-superuser.sql" Attached;
+        a_source_given_to_a_superuser "37-a-source-given-to-a-superuser.sql" WithExtension;
+        a_policy_of_the_former_owner "38-a-policy-of-the-former-owner.sql" WithExtension;
     }
 }
 
@@ -202,5 +223,7 @@ mod not_preloaded {
         a_bound_that_is_no_time "30-one-owner-breaks-the-status.sql" WithExtension;
         a_role_that_does_not_exist "31-internal-error.sql" Attached;
         a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
+        a_table_given_to_a_superuser "36-a-table-given-to-a-superuser.sql" Attached;
+        a_source_given_to_a_superuser "37-a-source-given-to-a-superuser.sql" WithExtension;
     }
 }
