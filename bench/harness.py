@@ -132,11 +132,12 @@ def drop(*databases):
 
 
 def _schema():
-    """An empty database as LiteLLM makes it, with all seven indexes of the spend log."""
+    """An empty database as LiteLLM makes it, with all seven indexes of the spend log, of a role that is no superuser."""
     if not exists("litellm"):
-        on_server("CREATE DATABASE litellm")
-        _psql("litellm", "-f", ROOT / "target/litellm/migrations.sql", "-f", ROOT / "target/litellm/views.sql",
-              "-f", ROOT / "bench/litellm_indexes.sql")
+        on_server("CREATE ROLE litellm LOGIN", "CREATE DATABASE litellm OWNER litellm")
+        _psql("litellm", "-c", "ALTER SCHEMA public OWNER TO litellm")
+        _psql("litellm", "-U", "litellm", "-f", ROOT / "target/litellm/migrations.sql", "-f",
+              ROOT / "target/litellm/views.sql", "-f", ROOT / "bench/litellm_indexes.sql")
     return "litellm"
 
 
