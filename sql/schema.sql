@@ -41,7 +41,9 @@ CREATE TABLE litellm_spend.rollup (
     merged_groups   bigint,
     merged_ms       double precision,
     last_error      text,
-    last_error_at   timestamptz
+    last_error_at   timestamptz,
+    -- Of a declared one: who owned its source when it was declared or last followed, and as whom it is merged.
+    owner           regrole
 );
 
 -- The one table that triggers capture into the change log.

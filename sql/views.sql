@@ -8,12 +8,13 @@ CREATE VIEW litellm_spend.backfill AS
 SELECT r.name, r.covered_from,
        CASE
            WHEN r.last_value > r.first_value
-               THEN round(100 * (least(r.watermark, r.last_value) - r.first_value)::numeric
-                    / (r.last_value - r.first_value), 1)
+               THEN round(100 * (least(r.watermark, r.last_value)::numeric - r.first_value)
+                    / (r.last_value::numeric - r.first_value), 1)
            WHEN r.covered_from = '-infinity' THEN 100
            WHEN r.covered_from = 'infinity' OR r.backfill_last IS NULL THEN 0
-           ELSE round((100 * extract(epoch FROM r.backfill_last + interval '1 day' - r.covered_from)
-                / extract(epoch FROM r.backfill_last + interval '1 day' - r.backfill_first))::numeric, 1)
+           -- Not by intervals, which do not reach from one end of time to the other.
+           ELSE round(100 * (extract(epoch FROM r.backfill_last) + 86400 - extract(epoch FROM r.covered_from))
+                / (extract(epoch FROM r.backfill_last) + 86400 - extract(epoch FROM r.backfill_first)), 1)
        END AS covered
 FROM litellm_spend.rollup r;
 
@@ -73,7 +74,7 @@ CROSS JOIN LATERAL (
 CREATE VIEW @extschema@.spend_worker_status AS
 SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start
 FROM pg_stat_activity
-WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker');
+WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker', 'litellm_spend builder');
 
 -- One row a partition (a table without any: one for itself), with what concerns the whole table repeated.
 CREATE VIEW @extschema@.spend_partition_status AS
@@ -111,7 +112,7 @@ SELECT table_oid::regclass AS "table",
        range_end,
        CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
        pg_total_relation_size(partition_oid) AS bytes,
-       CASE WHEN isfinite(range_end) THEN range_end + retention END AS expires_at,
+       CASE WHEN isfinite(range_end) AND range_end < '200000-01-01' THEN range_end + retention END AS expires_at,
        count(*) FILTER (WHERE range_start > clock_timestamp() AT TIME ZONE 'UTC') OVER per_table AS partitions_ahead,
        sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
        "interval",

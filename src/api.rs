@@ -134,11 +134,8 @@ impl Subtransactions {
     }
 
     /// Fails if the caller was cancelled meanwhile.
-    pub fn end(&mut self, function: &'static str) -> Result<(), ErrorReport> {
-        match self.cancelled.take() {
-            Some(failure) => Err(ErrorReport::new(failure.sqlstate, failure.message, function)),
-            None => Ok(()),
-        }
+    pub fn end(&mut self) -> Result<(), ErrorReport> {
+        self.cancelled.take().map_or(Ok(()), |failure| Err(failure.report()))
     }
 }
 
@@ -243,7 +240,7 @@ fn spend_rollup_run(
         tick::tidy(&mut run);
         Ok((round, run))
     })?;
-    run.end("spend_rollup_run")?;
+    run.end()?;
     Ok(TableIterator::new(round.outcomes.into_iter().map(|outcome| {
         let merge = outcome.merge;
         (

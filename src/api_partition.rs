@@ -268,6 +268,6 @@ fn round(
         let policy = policy::find(table.oid)?.ok_or_else(|| Error::NoPolicy(table.qualified()))?;
         Ok(maintain::round(&mut run, policy, now.map(layout::instant)))
     })?;
-    run.end("spend_partition_maintain")?;
+    run.end()?;
     Ok(TableIterator::new(actions.into_iter().map(|a| (a.action.to_string(), a.partition, a.rows, a.detail))))
 }

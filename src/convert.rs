@@ -303,7 +303,7 @@ impl Conversion {
                 "SELECT pg_catalog.pg_cancel_backend(l.pid)
                  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
                  WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
-                   AND a.backend_type = 'litellm_spend worker'",
+                   AND a.backend_type = 'litellm_spend builder'",
                 &[self.relation.into()],
                 |_| Ok(()),
             )?;
@@ -396,21 +396,24 @@ impl Conversion {
 
 /// One round of all conversions. `true`: there is more to do at once.
 pub fn tick(run: &mut impl Runner) -> bool {
-    let look = || Subject::Task("conversions");
     let mut more = false;
-    for mut conversion in run.step(look(), Conversion::all).unwrap_or_default() {
+    for mut conversion in run.step(Subject::Task("conversions"), Conversion::all).unwrap_or_default() {
         if conversion.stopped && !conversion.options.aborted {
             continue;
         }
         let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
         // Not after the rest that a failed attempt at the swap takes: the CHECK must go in time.
+        let look = || Subject::Look(conversion.schema.clone(), conversion.table.clone());
         if !conversion.options.aborted && run.step(look(), || conversion.is_too_late()).unwrap_or(false) {
             run.step(look(), || conversion.stop());
             continue;
         }
         let done = match run.step(look(), || conversion.next_step()) {
             None | Some(Step::Wait) => None,
-            Some(Step::TopLevel(sql)) => run.top_level(subject, conversion.owner, &sql),
+            Some(Step::TopLevel(_)) => {
+                run.begin_top_level(subject, conversion.relation);
+                None
+            }
             Some(step) => run.step(subject, || conversion.run(&step)),
         };
         more |= done.is_some();

@@ -34,6 +34,9 @@ const BATCH: i64 = 10_000;
 const FEW: i64 = BATCH / 20;
 const SHORT: Duration = Duration::from_millis(50);
 
+/// For how long one transaction goes on catching up: far less than a step's limit of time, which would undo all of it.
+const LONG: Duration = Duration::from_secs(1);
+
 /// What the table of changes, the sequence of failures and the function are called, after the plain table.
 const CHANGES: &str = "_changes";
 const FAILURES: &str = "_failures";
@@ -58,9 +61,17 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         drop_triggers(reversion)?;
         drop_made(reversion)?;
     }
-    let free = |suffix| free_name([&table.schema, ARCHIVE], &suffixed(&table.name, suffix));
-    let options = &mut reversion.options;
-    (options.plain, options.duplicates) = (free("_plain")?, free("_duplicates")?);
+    let free = |name: &str| free_name([&table.schema, ARCHIVE], name);
+    reversion.options.duplicates = free(&suffixed(&table.name, "_duplicates"))?;
+    // Others may make tables there, too: a name for which those beside it are free as well.
+    for number in 1..100 {
+        let name = if number == 1 { "_plain".into() } else { format!("_plain{number}") };
+        reversion.options.plain = free(&suffixed(&table.name, &name))?;
+        let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
+        if catalog::find_relation(&changes)?.or(catalog::find_relation(&failures)?).is_none() {
+            break;
+        }
+    }
     let (plain, duplicates, key) = (reversion.plain(), reversion.duplicates(), key(reversion));
     let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
     let like = "INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING COMPRESSION";
@@ -273,10 +284,14 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
 /// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the swap is tried: a
 /// lock that is not to be had must not undo it.
 pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
-    for round in 0..20 {
+    let step = Instant::now();
+    for round in 0.. {
         let began = Instant::now();
         if catch_up_some(reversion)? < FEW || began.elapsed() < SHORT {
             return Ok(round == 0);
+        }
+        if step.elapsed() > LONG {
+            break;
         }
     }
     Ok(false)

@@ -28,7 +28,7 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let (table, numbering) = open_source(elevated.caller(), declaration.source, declaration.sequence)?;
     check_name(&declaration.name)?;
     let Defined { definition, merge_functions, mut notices } = define(declaration, &table, &numbering)?;
-    lock_names()?;
+    locks::lock_name(&definition.name, table.oid)?;
     require_free(&definition)?;
     // The name of a function of the owner's is only a name here: nothing of theirs is looked up before they merge.
     let unchecked = Elevated::enter()?.with(c"check_function_bodies", c"off");
@@ -65,18 +65,35 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     Ok(notices)
 }
 
+/// Whether role $1 was granted what the owner of a rollup needs of ours.
+const HAS_GRANTS: &str = "
+    SELECT count(*) = 4
+    FROM (SELECT nspacl AS acl, 'USAGE' AS privilege FROM pg_catalog.pg_namespace
+          WHERE oid = 'litellm_spend'::regnamespace
+          UNION ALL SELECT proacl, 'EXECUTE' FROM pg_catalog.pg_proc
+          WHERE oid = 'litellm_spend.backfill_step(regclass)'::regprocedure
+          UNION ALL SELECT attacl, 'SELECT' FROM pg_catalog.pg_attribute
+          WHERE attrelid = 'litellm_spend.rollup'::regclass AND attname IN ('name', 'watermark')) AS ours
+    WHERE EXISTS (SELECT FROM pg_catalog.aclexplode(acl) AS a WHERE a.grantee = $1 AND a.privilege_type = privilege)";
+
 /// Gives a rollup and all that was made for it to the owner of its source, who also needs to read the watermark, as the
 /// live view does.
 fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
+    let oid = owner.oid();
     let owner = quoted(&owner.name()?);
-    backfill::grant_step(&owner)?;
-    catalog::execute(&definition.grant_watermark(&owner), &[])?;
+    // A grant waits for every other transaction that has granted: once for each owner.
+    if catalog::query(HAS_GRANTS, &[oid.into()], |r| catalog::value::<bool>(r, 1))? != [true] {
+        backfill::grant_step(&owner)?;
+        catalog::execute(&definition.grant_watermark(&owner), &[])?;
+    }
     for (aggregate, state) in definition.own_aggregates() {
         catalog::execute(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
         catalog::execute(&format!("ALTER FUNCTION {aggregate} ({state}, {state}) OWNER TO {owner}"), &[])?;
     }
     let name = definition.table();
-    locks::lock_named(&format!("ALTER TABLE {name} OWNER TO {owner}"), &name)
+    locks::lock_named(&format!("ALTER TABLE {name} OWNER TO {owner}"), &name)?;
+    let sql = format!("UPDATE {SCHEMA}.rollup SET owner = $2 WHERE name = $1");
+    catalog::execute(&sql, &[definition.name.as_str().into(), oid.into()]).map(drop)
 }
 
 /// Makes a rollup's live view, or gives it another query and owner. The query holds expressions of the owner's, so a view with
@@ -107,7 +124,7 @@ pub fn register(
     if name.is_empty() {
         return Err(Error::Name { name: name.into(), longest: LONGEST_NAME });
     }
-    lock_names()?;
+    locks::lock_name(name, table.oid)?;
     if catalog::rollup_exists(name)? {
         return Err(Error::Exists(name.into()));
     }
@@ -136,17 +153,16 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Names are given by one transaction at a time, attach included.
-fn lock_names() -> Result<()> {
-    if locks::lock_attachment(Patience::of_call())? { Ok(()) } else { Err(Error::AttachmentBusy) }
-}
-
 fn require_free(definition: &Definition) -> Result<()> {
     if is_reserved(&definition.name) {
         return Err(Error::Reserved(definition.name.clone()));
     }
-    if catalog::rollup_exists(&definition.name)? {
-        return Err(Error::Exists(definition.name.clone()));
+    // What one is called, another may not be the table of, also while that is not there.
+    let table_of = definition.name.strip_suffix("_rollup").map(str::to_string);
+    for name in [definition.name.clone(), definition.table_name()].into_iter().chain(table_of) {
+        if catalog::rollup_exists(&name)? {
+            return Err(Error::Exists(definition.name.clone()));
+        }
     }
     for name in [definition.table(), definition.live_view()] {
         if catalog::find_relation(&name)?.is_some() {
@@ -175,8 +191,8 @@ fn insert_rollup(
     let last = catalog::last_value(numbering.sequence)?;
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value, covered_from)
-             SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity'
+            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value, covered_from, owner)
+             SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity', CASE WHEN $3 IS NOT NULL THEN $7::oid END
              FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence WHERE seqrelid = $4) AS s"
         ),
         &[
@@ -186,6 +202,7 @@ fn insert_rollup(
             numbering.sequence.into(),
             last.into(),
             first.into(),
+            table.owner_oid.into(),
         ],
     )?;
     Ok(())
@@ -238,6 +255,7 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
     if fence.is_built_in() {
         return Err(Error::BuiltIn(name.into()));
     }
+    locks::lock_name(name, fence.relation)?;
     if let Some(definition) = &fence.definition {
         let view = definition.live_view();
         locks::lock_named(&format!("DROP VIEW IF EXISTS {view}"), &view)?;
@@ -251,71 +269,85 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
     source::forget_unused_sources()
 }
 
-/// Looks after what became of the sources since the last look.
-pub fn watch(patience: Patience) -> Result<bool> {
-    Ok(release_dropped(patience)? | follow_owners(patience)?)
-}
-
-/// A rollup belongs to the owner of its source, who may have changed; a live view that was dropped is made again.
-fn follow_owners(patience: Patience) -> Result<bool> {
-    let strays = catalog::query(
+/// The rollups whose source was dropped or has another owner, or whose live view is gone or another's. Only looks: what is to be
+/// done may call code of an owner's, and is a step of that rollup's own.
+pub fn strays() -> Result<Vec<String>> {
+    catalog::query(
         &format!(
             "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
-             JOIN pg_catalog.pg_class c ON c.oid = s.relation
-             JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup' AND t.relnamespace = '{SCHEMA}'::regnamespace
+             LEFT JOIN pg_catalog.pg_class c ON c.oid = s.relation
+             LEFT JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup' AND t.relnamespace = '{SCHEMA}'::regnamespace
              LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
-             WHERE s.name <> {} AND r.definition IS NOT NULL
-               AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner)
+             WHERE s.name <> {}
+               AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
+                    AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner))
              ORDER BY r.name",
             literal(CHANGE_LOG)
         ),
         &[],
         |r| catalog::value::<String>(r, 1),
-    )?;
-    for name in &strays {
-        let Some(fence) = Fence::take(name, patience)? else { continue };
-        let Some(table) = Table::find(fence.relation)? else { continue };
-        let (definition, owner) = (fence.filled()?, Owner::of(table.oid)?);
-        if !Owner::role(fence.owner).may_pass_to(owner)? {
-            // Its next merge says so.
-            continue;
-        }
-        give_to_owner(definition, owner)?;
-        make_view(definition, owner, &definition.live_query())?;
-    }
-    Ok(!strays.is_empty())
+    )
 }
 
-/// Sources that were dropped: their rollups keep what was merged, and their live views show that.
-fn release_dropped(patience: Patience) -> Result<bool> {
-    let gone = catalog::query(
+/// Deals with one of them: it follows its source to another owner, gets its live view again, or becomes history.
+pub fn settle(name: &str, patience: Patience) -> Result<()> {
+    let Some(fence) = Fence::take(name, patience)? else { return Ok(()) };
+    let Some(table) = Table::find(fence.relation)? else { return release(&fence) };
+    let (definition, known, owner) = (fence.filled()?, Owner::role(fence.owner), Owner::of(table.oid)?);
+    // 1. what has its names is its own. By name alone it could be another rollup's, or a user's.
+    let found = require_own(&definition.table(), "r", known)?;
+    if catalog::find_relation(&definition.live_view())?.is_some() {
+        require_own(&definition.live_view(), "v", known)?;
+    }
+    // 2. another owner gets it only if nothing of the former one's hangs on it, which would then run as the new one.
+    if known != owner && (!known.may_pass_to(owner)? || !is_bare(found.oid)?) {
+        return Err(Error::OtherOwner {
+            relation: table.qualified(),
+            owner: table.owner,
+            expected: known.name()?,
+        });
+    }
+    give_to_owner(definition, owner)?;
+    make_view(definition, owner, &definition.live_query())
+}
+
+fn require_own(name: &str, kind: &str, owner: Owner) -> Result<Table> {
+    let found = Table::named(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
+    if found.kind == kind && Owner::role(found.owner_oid) == owner {
+        return Ok(found);
+    }
+    Err(Error::OtherOwner { relation: name.into(), owner: found.owner, expected: owner.name()? })
+}
+
+/// Nothing is on the rollup's table that we have not made: no trigger, rule, policy or CHECK, no index with an expression but ours.
+fn is_bare(table: pg_sys::Oid) -> Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1
+               UNION ALL SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = $1
+               UNION ALL SELECT FROM pg_catalog.pg_policy WHERE polrelid = $1
+               UNION ALL SELECT FROM pg_catalog.pg_statistic_ext WHERE stxrelid = $1
+               UNION ALL SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype NOT IN ('p', 'u', 'n')
+               UNION ALL SELECT FROM pg_catalog.pg_index i WHERE indrelid = $1 AND (indexprs IS NOT NULL OR indpred IS NOT NULL)
+                   AND EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::regclass
+                               AND d.objid = i.indexrelid AND d.refclassid = 'pg_catalog.pg_proc'::regclass)";
+    Ok(catalog::query(sql, &[table.into()], |_| Ok(()))?.is_empty())
+}
+
+/// The source was dropped: the rollup keeps what was merged, and its live view shows that.
+fn release(fence: &Fence) -> Result<()> {
+    if let Some(definition) = &fence.definition
+        && catalog::find_relation(&definition.table())?.is_some()
+    {
+        let owner = Owner::role(fence.owner);
+        require_own(&definition.table(), "r", owner)?;
+        make_view(definition, owner, &definition.history_query())?;
+    }
+    catalog::execute(
         &format!(
-            "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
-             WHERE s.name <> {} AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = s.relation)
-             ORDER BY r.name",
-            literal(CHANGE_LOG)
+            "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
+                 last_error = 'its source was dropped; it keeps what had been merged'
+             WHERE name = $1"
         ),
-        &[],
-        |r| catalog::value::<String>(r, 1),
+        &[fence.name.as_str().into()],
     )?;
-    for name in &gone {
-        let Some(fence) = Fence::take(name, patience)? else { continue };
-        if let Some(definition) = &fence.definition
-            && catalog::find_relation(&definition.table())?.is_some()
-        {
-            make_view(definition, Owner::role(fence.owner), &definition.history_query())?;
-        }
-        catalog::execute(
-            &format!(
-                "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
-                     last_error = 'its source was dropped; it keeps what had been merged'
-                 WHERE name = $1"
-            ),
-            &[name.as_str().into()],
-        )?;
-    }
-    if !gone.is_empty() {
-        source::forget_unused_sources()?;
-    }
-    Ok(!gone.is_empty())
+    source::forget_unused_sources()
 }

@@ -105,7 +105,7 @@ pub enum Error {
     Precreate { given: i32, most: i32 },
     #[error("on_expire must be \"drop\" or \"detach\", not \"{0}\"")]
     OnExpire(String),
-    #[error("retention \"{given}\" is shorter than one {interval}")]
+    #[error("retention \"{given}\" is shorter than one {interval}, or longer than 1000 years")]
     Retention { given: String, interval: String },
     #[error("{0} has no partition policy")]
     NoPolicy(String),
@@ -131,6 +131,8 @@ pub enum Error {
     LockNotAvailable { relation: String, waited_ms: u128, holders: String },
     #[error("{relation} belongs to role \"{owner}\"")]
     OtherOwner { relation: String, owner: String, expected: String },
+    #[error("role \"{owner}\" may not read sequence {sequence}")]
+    SequenceOfAnother { sequence: String, owner: String },
     #[error("role {0} does not exist")]
     NoRole(u32),
     #[error("relation {0} would be read with the rights of litellm_spend's owner")]
@@ -200,7 +202,7 @@ impl Error {
             }
             Error::CutoverTooNear { .. } | Error::CutoverBeyond => ERRCODE_INVALID_PARAMETER_VALUE,
             Error::RawVanished(_) => ERRCODE_T_R_SERIALIZATION_FAILURE,
-            Error::OtherOwner { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Error::OtherOwner { .. } | Error::SequenceOfAnother { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::NoRole(_) => ERRCODE_UNDEFINED_OBJECT,
             Error::Failed(failure) => failure.sqlstate,
             Error::SeveralStatements => ERRCODE_SYNTAX_ERROR,
@@ -295,6 +297,7 @@ impl Error {
             Error::OtherOwner { expected, .. } => {
                 format!("What was asked for was asked for a table of role \"{expected}\"; nothing is done to another's.")
             }
+            Error::SequenceOfAnother { .. } => "Its values would be shown to the owner of the source.".into(),
             Error::NoRole(_) => "It was dropped, or never was.".into(),
             Error::SeveralStatements => "A text that was to be one statement holds more, or none. Nothing was run.".into(),
             Error::NotOurs(_) => "Planning a query can call its owner's functions, so it must run as its owner. Nothing was read.".into(),
@@ -400,6 +403,9 @@ impl Error {
             Error::NotRepaired(_) => "It expires once that is done; see dirty_ranges in spend_rollup_status.".into(),
             Error::OtherOwner { relation, expected, .. } => {
                 format!("ALTER TABLE {relation} OWNER TO \"{}\", or call it anew for the new owner.", expected.replace('"', "\"\""))
+            }
+            Error::SequenceOfAnother { sequence, owner } => {
+                format!("GRANT SELECT ON SEQUENCE {sequence} TO \"{}\".", owner.replace('"', "\"\""))
             }
             Error::NoRole(_) => "Pass the name of a role.".into(),
             Error::SeveralStatements => "Look for unusual characters in the names involved.".into(),

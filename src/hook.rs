@@ -132,7 +132,7 @@ fn worker_pids(database: &str) -> Result<Vec<i32>> {
     }
     catalog::query(
         "SELECT pid FROM pg_catalog.pg_stat_activity
-         WHERE datname = $1 AND backend_type = 'litellm_spend worker'",
+         WHERE datname = $1 AND backend_type IN ('litellm_spend worker', 'litellm_spend builder')",
         &[database.into()],
         |r| catalog::value(r, 1),
     )

@@ -1,7 +1,7 @@
 //! litellm_spend: exact, always-fresh spend rollups for LiteLLM, inside Postgres.
 //!
 //! ```text
-//!  enter    api, api_partition (SQL functions)      worker (loop)   launcher   hook
+//!  enter    api, api_partition (SQL functions)      worker (loop)   builder   launcher   hook
 //!           tick (one round of everything)
 //!  act      capture   watch   views   declare   declaration   source   rollup   rebuild   backfill   repair
 //!           convert   swap   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
@@ -17,6 +17,7 @@ mod api_partition;
 mod archive;
 mod backfill;
 mod blueprint;
+mod builder;
 mod builtin;
 mod capture;
 mod catalog;

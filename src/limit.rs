@@ -28,16 +28,20 @@ static EXPIRED: AtomicBool = AtomicBool::new(false);
 thread_local! {
     /// The cancelling timeout and the terminating one, once they are registered in this process.
     static TIMEOUTS: Cell<Option<(c_int, c_int)>> = const { Cell::new(None) };
+    static RUNS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, the time runs. One at a time.
+/// While it lives, the time runs. A call of ours from within a step has no time of its own: the step's goes on.
 pub struct Limit {
-    cancel: c_int,
-    terminate: c_int,
+    /// The cancelling timeout and the terminating one; `None` within another limit.
+    timeouts: Option<(c_int, c_int)>,
 }
 
 impl Limit {
     pub fn begin(limit: Duration, terminates: bool) -> Limit {
+        if RUNS.replace(true) {
+            return Limit { timeouts: None };
+        }
         // SAFETY: the server's timers, with handlers that only set flags.
         unsafe {
             let register = || (RegisterTimeout(ANY, on_cancel), RegisterTimeout(ANY, on_terminate));
@@ -48,7 +52,7 @@ impl Limit {
             if terminates {
                 enable_timeout_after(terminate, milliseconds(limit + GRACE));
             }
-            Limit { cancel, terminate }
+            Limit { timeouts: Some((cancel, terminate)) }
         }
     }
 }
@@ -60,10 +64,12 @@ fn milliseconds(limit: Duration) -> c_int {
 /// Also when an error unwinds: a timer that runs on would cancel something else.
 impl Drop for Limit {
     fn drop(&mut self) {
+        let Some((cancel, terminate)) = self.timeouts else { return };
+        RUNS.set(false);
         // SAFETY: timeouts that were registered.
         unsafe {
-            disable_timeout(self.cancel, false);
-            disable_timeout(self.terminate, false);
+            disable_timeout(cancel, false);
+            disable_timeout(terminate, false);
             if expired() {
                 // It may have come too late to cancel anything.
                 (&raw mut pg_sys::QueryCancelPending).write_volatile(0);

@@ -34,7 +34,7 @@ pub struct Fence {
     pub source: Option<String>,
     /// The source's, if it exists.
     pub relation: pg_sys::Oid,
-    /// The owner of its table, or of the source if it has none.
+    /// Who owned its source when it was declared or last followed; of one that is filled by hand, who owns the source.
     pub owner: pg_sys::Oid,
     source_owner: pg_sys::Oid,
     pub watermark: i64,
@@ -43,9 +43,9 @@ pub struct Fence {
     _work: Option<Work>,
 }
 
-/// Work on a rollup by this session. The row's lock keeps other transactions out, but not what a merge itself calls: a trigger
-/// on the rollup's table that merges it again would count its window twice.
-struct Work(String);
+/// Work of this session on a rollup, or on a table's maintenance. The row's lock keeps other transactions out, but not what a step
+/// itself calls: a trigger on the rollup's table that merges it again would count its window twice.
+pub struct Work(String);
 
 thread_local! {
     static AT_WORK: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
@@ -53,7 +53,7 @@ thread_local! {
 
 impl Work {
     /// `None`: the session is at it already.
-    fn begin(name: &str) -> Option<Work> {
+    pub fn begin(name: &str) -> Option<Work> {
         AT_WORK.with_borrow_mut(|names| names.insert(name.into())).then(|| Work(name.into()))
     }
 }
@@ -149,9 +149,7 @@ impl Fence {
         format!(
             "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark, r.covered_from,
                     coalesce(s.frozen_before, '-infinity'),
-                    coalesce((SELECT c.relowner FROM pg_catalog.pg_class c
-                              WHERE r.definition IS NOT NULL AND c.relname = r.name || '_rollup'
-                                AND c.relnamespace = '{SCHEMA}'::regnamespace),
+                    coalesce(r.owner::oid,
                              (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
                     coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
              FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
@@ -242,6 +240,31 @@ pub fn lock_attachment(patience: Patience) -> Result<bool> {
     // Takes an XID, and with it every later query a fresh snapshot.
     execute("SELECT 1", &[])?;
     Ok(true)
+}
+
+/// The right to make or drop what is called `name` of `relation`, until the transaction ends. Nobody else waits for it but who
+/// wants the same name or source.
+pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
+    let patience = Patience::of_call();
+    for (table, object) in [("source", relation.to_u32()), ("rollup", fnv(name))] {
+        let class = format!("{SCHEMA}.{table}");
+        let class = find_relation(&class)?.ok_or(Error::NoTable(class))?;
+        // SAFETY: takes a lock, or says that it cannot.
+        while !unsafe {
+            pg_sys::ConditionalLockDatabaseObject(class, object.into(), 0, pg_sys::ExclusiveLock as i32)
+        } {
+            if !patience.try_again() {
+                return Err(Error::RollupBusy(name.into()));
+            }
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[]).map(drop)
+}
+
+/// A number for a name (FNV-1a): two names of one number wait for each other, no more.
+fn fnv(name: &str) -> u32 {
+    name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 /// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not. Gives up

@@ -126,9 +126,7 @@ impl<R: Runner> Round<'_, R> {
         let policy = self.policy.clone();
         let subject = self.subject();
         let outcome = self.run.step(subject, || {
-            if !policy.lock(Patience::None)? {
-                return Ok(Outcome::Busy);
-            }
+            let Some(_work) = policy.lock(Patience::None)? else { return Ok(Outcome::Busy) };
             // Takes an XID, and with it every query of the step a fresh snapshot.
             match attempt(|| catalog::execute("SELECT 1", &[]).and_then(|_| work())) {
                 Ok(value) => Ok(Outcome::Done(value)),

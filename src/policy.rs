@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout::{self, Layout};
 use crate::litellm;
-use crate::locks::Patience;
+use crate::locks::{Patience, Work};
 use crate::partition::{Instant, Interval};
 use pgrx::datum;
 use pgrx::prelude::*;
@@ -46,18 +46,20 @@ impl Policy {
         Ok(cutoffs.first().copied().map(Instant))
     }
 
-    /// The right to maintain the table, until the transaction ends. `false`: somebody else is at it, or the table is another's now.
-    pub fn lock(&self, patience: Patience) -> Result<bool> {
+    /// The right to maintain the table, until the transaction ends. `None`: somebody else is at it, be it a step of this session that
+    /// has called us, or the table is another's now.
+    pub fn lock(&self, patience: Patience) -> Result<Option<Work>> {
+        let Some(work) = Work::begin(&format!("policy {}", self.relation.to_u32())) else { return Ok(None) };
         let sql = format!(
             "SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation AND c.relowner = p.owner
              WHERE p.relation = $1 FOR UPDATE OF p SKIP LOCKED"
         );
         loop {
             if !catalog::fresh(&sql, &[self.relation.into()], |_| Ok(()))?.is_empty() {
-                return Ok(true);
+                return Ok(Some(work));
             }
             if !patience.try_again() {
-                return Ok(false);
+                return Ok(None);
             }
         }
     }
@@ -232,7 +234,8 @@ pub fn parse(interval: &str, precreate: i32) -> Result<(Interval, u32)> {
 /// A partition goes as a whole, so rows must be allowed to stay for one period at least.
 fn check_retention(interval: &str, retention: Option<datum::Interval>) -> Result<()> {
     let Some(retention) = retention else { return Ok(()) };
-    let sql = "SELECT isfinite($1) AND $1 >= ('1 ' || $2)::interval, $1::text";
+    let sql =
+        "SELECT isfinite($1) AND $1 >= ('1 ' || $2)::interval AND $1 <= interval '1000 years', $1::text";
     let answers = catalog::query(sql, &[retention.into(), interval.into()], |r| {
         Ok((catalog::value::<bool>(r, 1)?, catalog::value::<String>(r, 2)?))
     })?;

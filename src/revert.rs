@@ -116,10 +116,6 @@ pub fn request(table: &Table) -> Result<()> {
     if let Some(stranger) = copy::partition_of_another(table)? {
         return Err(refuse(format!("Partition {stranger} belongs to another role.")));
     }
-    // One at a time: two would take turns for ever.
-    if Reversion::all()?.iter().any(|other| other.relation != table.oid) {
-        return Err(refuse("Another table is being reverted.".into()));
-    }
     reversion.request()
 }
 

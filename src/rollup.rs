@@ -194,6 +194,9 @@ pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<
 
 /// Rows above the watermark of a rollup, at most a million, and since when the oldest has been there: when it was captured,
 /// or, for a declared rollup, the time that it carries.
+///
+/// A status runs in its reader's session, where nobody ends what an owner's function does. So a source whose indexes, constraints
+/// or statistics could call one is not read: then it is how many numbers the sequence is ahead, and no time.
 pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> {
     let fence = Fence::look(name)?;
     let Some(definition) = fence.definition.as_ref().filter(|_| fence.source.is_some()) else {
@@ -202,6 +205,12 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
     // Somebody is changing it, or it was dropped: nobody waits for a status.
     if !matches!(locks::try_lock_against_dropping(fence.relation), Ok(true)) {
         return Ok((None, None));
+    }
+    if !fence.is_built_in() && calls_functions(fence.relation)? {
+        let last =
+            catalog::source_of(name)?.map(|source| catalog::last_value(source.sequence)).transpose()?;
+        let ahead = last.flatten().map(|last| last.saturating_sub(fence.watermark).clamp(0, MOST_COUNTED));
+        return Ok((ahead, None));
     }
     let time = match &definition.bucket {
         _ if fence.is_built_in() => "captured_at".into(),
@@ -220,6 +229,31 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
         catalog::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
     });
     Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
+}
+
+/// Whether planning or running a query on the relation could call a function that is not the server's: of an index, a CHECK, a
+/// default or generated column, a partition key, extended statistics, a policy, a rule.
+fn calls_functions(relation: pg_sys::Oid) -> Result<bool> {
+    let sql = format!(
+        "SELECT FROM pg_catalog.pg_depend d
+         WHERE d.refclassid IN ('pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_operator'::regclass, 'pg_catalog.pg_type'::regclass)
+           AND d.refobjid >= {first}::oid
+           AND (d.classid, d.objid) IN (
+               SELECT 'pg_catalog.pg_class'::regclass::oid, indexrelid FROM pg_catalog.pg_index WHERE indrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_constraint'::regclass, oid FROM pg_catalog.pg_constraint
+                   WHERE conrelid = ANY ($1) AND contype = 'c'
+               UNION ALL SELECT 'pg_catalog.pg_attrdef'::regclass, oid FROM pg_catalog.pg_attrdef WHERE adrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_statistic_ext'::regclass, oid FROM pg_catalog.pg_statistic_ext
+                   WHERE stxrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_policy'::regclass, oid FROM pg_catalog.pg_policy WHERE polrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_rewrite'::regclass, oid FROM pg_catalog.pg_rewrite WHERE ev_class = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_class'::regclass, partrelid FROM pg_catalog.pg_partitioned_table
+                   WHERE partrelid = ANY ($1) AND partexprs IS NOT NULL)
+         LIMIT 1",
+        first = pg_sys::FirstNormalObjectId
+    );
+    let tree = catalog::relation_tree(relation)?;
+    Ok(!catalog::query(&sql, &[tree.into()], |_| Ok(()))?.is_empty())
 }
 
 /// A status must not read for minutes.

@@ -359,6 +359,9 @@ pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Fa
     outcome
 }
 
+/// The server's function that throws a cancel. No error that a function of somebody's raises comes from there.
+const INTERRUPT: &str = "ProcessInterrupts";
+
 /// An error that was caught: its subtransaction is rolled back.
 #[derive(Debug)]
 pub struct Failure {
@@ -390,9 +393,14 @@ impl Failure {
     /// Throws a cancel again, which is no answer to whatever was attempted.
     pub fn unless_cancel(self) -> Failure {
         if self.is_cancel() || self.is_timeout() {
-            ereport!(ERROR, self.sqlstate, self.message);
+            self.report().report(PgLogLevel::ERROR);
         }
         self
+    }
+
+    /// The interrupt as the server threw it, so that whoever catches it next knows it for one.
+    pub fn report(&self) -> pg_sys::panic::ErrorReport {
+        pg_sys::panic::ErrorReport::new(self.sqlstate, self.message.clone(), INTERRUPT)
     }
 
     /// Somebody was in the way; it may work the next time.
@@ -411,11 +419,9 @@ impl From<Error> for Failure {
 impl From<pg_sys::panic::CaughtError> for Failure {
     fn from(caught: pg_sys::panic::CaughtError) -> Self {
         use pg_sys::panic::CaughtError::*;
-        let by_server = matches!(caught, PostgresError(_));
         let (PostgresError(report) | ErrorReport(report) | RustPanic { ereport: report, .. }) = caught;
         let sqlstate = report.sql_error_code();
-        // The server's come from there alone; ours are thrown by `unless_cancel` alone.
-        let interrupt = !by_server || report.function_name() == Some("ProcessInterrupts");
+        let interrupt = report.function_name() == Some(INTERRUPT);
         let interrupted = sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && interrupt;
         let timed_out = interrupted && limit::expired();
         let message = match timed_out {

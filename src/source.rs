@@ -173,6 +173,16 @@ pub fn open_source(
     session::require_owner(caller, oid)?;
     locks::lock_against_dropping(oid)?;
     let numbering = numbering(&table, sequence)?;
+    let may_read = catalog::query(
+        "SELECT pg_catalog.has_sequence_privilege($1, $2, 'SELECT')
+                AND pg_catalog.has_schema_privilege($1, relnamespace, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $2",
+        &[table.owner_oid.into(), numbering.sequence.into()],
+        |r| catalog::value::<bool>(r, 1),
+    )?;
+    if may_read != [true] {
+        let (sequence, owner) = (numbering.sequence_name, table.owner);
+        return Err(Error::SequenceOfAnother { sequence, owner });
+    }
     catalog::check_sequence(numbering.sequence)?;
     require_same_numbering(&table, &numbering)?;
     Ok((table, numbering))

@@ -12,7 +12,7 @@ use crate::guc;
 use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
 use crate::rollup::{self, Look, Merge, Merged};
-use crate::session::{Failure, Owner};
+use crate::session::Failure;
 use crate::{backfill, maintain, policy, repair, revert, views, watch};
 
 use pgrx::pg_sys;
@@ -25,8 +25,12 @@ pub enum Subject {
     Task(&'static str),
     Source(String),
     Rollup(String),
+    /// A rollup whose source was dropped or has another owner: its merges fail and rest until that is settled.
+    Stray(String),
     /// A table on its way to being partitioned, or back: its schema and name.
     Conversion(String, String),
+    /// What comes next for it, and whether its cutover comes too near: looked at also while the conversion rests.
+    Look(String, String),
     /// The maintenance of a table: its Oid, and what it is called.
     Policy(u32, String),
 }
@@ -36,10 +40,9 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
-    /// Runs a statement that no transaction may surround, as an owner. `None`: it failed, or only a worker can.
-    fn top_level(&mut self, _subject: Subject, _owner: Owner, _sql: &str) -> Option<()> {
-        None
-    }
+    /// Has a process of its own run the statement that comes next for the conversion of a table, and that no transaction may
+    /// surround. Only a worker can.
+    fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}
     /// Most sequence values of a rollup that it merges in a step.
     fn most_merged(&self, _rollup: &str) -> i64 {
         guc::max_window()
@@ -77,7 +80,9 @@ pub fn tick(run: &mut impl Runner) -> Round {
     let patience = run.patience();
     let (watching, mut more) = (run.may_watch(), false);
     if run.watch_is_due() {
-        run.step(Subject::Task("sources"), || declare::watch(patience));
+        for rollup in run.step(Subject::Task("sources"), declare::strays).unwrap_or_default() {
+            run.step(Subject::Stray(rollup.clone()), || declare::settle(&rollup, patience));
+        }
         more |= watching && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
     }
     let (outcomes, more_windows) = merge_all(run);
@@ -212,8 +217,10 @@ pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
     let message = message.as_deref();
     match subject {
         Subject::Task(_) => catalog::record_capture_error(message),
-        Subject::Rollup(name) => catalog::record_error(name, message),
-        Subject::Conversion(schema, table) => conversion::record_error(schema, table, message),
+        Subject::Rollup(name) | Subject::Stray(name) => catalog::record_error(name, message),
+        Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
+            conversion::record_error(schema, table, message)
+        }
         Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
         Subject::Source(name) => catalog::rollup_names(Some(name))?
             .iter()
@@ -230,7 +237,7 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
     );
     let rollups =
         catalog::query(&format!("SELECT name FROM {SCHEMA}.rollup WHERE {recent}"), &[since.into()], |r| {
-            Ok(Subject::Rollup(catalog::value(r, 1)?))
+            catalog::value::<String>(r, 1)
         })?;
     let policies = catalog::query(
         &format!(
@@ -243,7 +250,7 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
     let conversions = catalog::query(
         &format!("SELECT table_schema::text, table_name::text FROM {SCHEMA}.conversion WHERE {recent}"),
         &[since.into()],
-        |r| Ok(Subject::Conversion(catalog::value(r, 1)?, catalog::value(r, 2)?)),
+        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?)),
     )?;
     let captured = catalog::query(
         &format!("SELECT last_error FROM {SCHEMA}.capture WHERE {recent}"),
@@ -252,7 +259,12 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
     )?;
     let task = |error: String| TASKS.into_iter().find(|task| error.starts_with(&format!("{task}: ")));
     let tasks = captured.into_iter().filter_map(task).map(Subject::Task);
-    Ok(rollups.into_iter().chain(policies).chain(conversions).chain(tasks).collect())
+    // What was recorded does not say which of a subject's two steps it was.
+    let rollups = rollups.into_iter().flat_map(|name| [Subject::Stray(name.clone()), Subject::Rollup(name)]);
+    let conversions = conversions.into_iter().flat_map(|(schema, table)| {
+        [Subject::Look(schema.clone(), table.clone()), Subject::Conversion(schema, table)]
+    });
+    Ok(rollups.chain(policies).chain(conversions).chain(tasks).collect())
 }
 
 /// What is done for the captured table's owner.

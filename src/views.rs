@@ -351,6 +351,7 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
             "with security_invoker its readers would need rights on the rollups"
         }
         "v" if !found.columns.iter().cloned().eq(expected) => "its columns are not LiteLLM's",
+        "v" if uses_anothers_code(found)? => "its query uses a type or function of another role",
         "v" => match rights(found, source)? {
             (false, _) => "its owner may not read the spend log",
             (_, true) => "it shows what row security on the spend log lets its owner see",
@@ -360,6 +361,27 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
         _ => "it is not a view",
     };
     Ok(Some(format!("left alone: {reason}")))
+}
+
+/// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its text is read again, as
+/// the view's owner, which would call that.
+fn uses_anothers_code(found: &Table) -> Result<bool> {
+    let others = catalog::query(
+        "SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d
+             ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = w.oid
+         CROSS JOIN LATERAL (
+             SELECT typowner FROM pg_catalog.pg_type WHERE d.refclassid = 'pg_catalog.pg_type'::regclass AND oid = d.refobjid
+             UNION ALL SELECT proowner FROM pg_catalog.pg_proc
+                 WHERE d.refclassid = 'pg_catalog.pg_proc'::regclass AND oid = d.refobjid
+             UNION ALL SELECT oprowner FROM pg_catalog.pg_operator
+                 WHERE d.refclassid = 'pg_catalog.pg_operator'::regclass AND oid = d.refobjid) AS used(owner)
+         WHERE w.ev_class = $1 AND used.owner <> $2
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE oid = used.owner AND rolsuper)
+         LIMIT 1",
+        &[found.oid.into(), found.owner_oid.into()],
+        |_| Ok(()),
+    )?;
+    Ok(!others.is_empty())
 }
 
 /// Whether the view's owner may read the table, and whether row security would hide rows from it.

@@ -1,5 +1,6 @@
 //! The worker of one database: a round of everything, each step in a transaction of its own, then a pause.
 
+use crate::builder;
 use crate::catalog;
 use crate::error::Result;
 use crate::guc;
@@ -67,7 +68,7 @@ fn extension_exists() -> bool {
 
 /// Settings of the database or of all roles that are meant for its users: with them a worker would find other operators than the
 /// server's, or never merge. Set before the first transaction, for the life of the process, as autovacuum does.
-fn pin_settings() {
+pub fn pin_settings() {
     let settings = [
         (c"search_path", c"pg_catalog, pg_temp"),
         (c"default_transaction_isolation", c"read committed"),
@@ -96,6 +97,8 @@ struct Steps {
     limits: HashMap<Subject, Duration>,
     /// Smaller windows than `litellm_spend.max_window`, for rollups whose merge took too long.
     windows: HashMap<String, i64>,
+    /// Processes that build or drop an index.
+    builders: HashMap<Subject, DynamicBackgroundWorker>,
     watched: Option<Instant>,
 }
 
@@ -221,16 +224,20 @@ impl Runner for Steps {
         Patience::None
     }
 
-    fn top_level(&mut self, subject: Subject, owner: Owner, sql: &str) -> Option<()> {
-        if self.rests(&subject) {
-            return None;
+    fn begin_top_level(&mut self, subject: Subject, table: pg_sys::Oid) {
+        use BackgroundWorkerStatus::NotYetStarted;
+        let runs = self.builders.get(&subject).is_some_and(|b| matches!(b.pid(), Ok(_) | Err(NotYetStarted)));
+        if runs || self.rests(&subject) {
+            return;
         }
-        log!("litellm_spend: {sql}");
-        let outcome = utility(owner, sql);
-        if outcome.is_err() {
-            in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err()))));
+        // If it is to be started again, it has failed: it rests longer each time.
+        let rest =
+            self.resting.get(&subject).map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+        self.resting.insert(subject.clone(), (Instant::now() + jittered(rest), rest));
+        match builder::start(table) {
+            Some(builder) => drop(self.builders.insert(subject, builder)),
+            None => log!("litellm_spend: no slot to build an index; raise max_worker_processes"),
         }
-        self.judge(subject, outcome)
     }
 
     fn most_merged(&self, rollup: &str) -> i64 {
@@ -249,14 +256,14 @@ impl Runner for Steps {
 /// Less than deadlock_timeout, so that it is the worker that gives way.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 
-fn attempt_as_owner<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+pub fn attempt_as_owner<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
     attempt(|| {
         let _owner = Elevated::enter()?.impatient(LOCK_TIMEOUT);
         work()
     })
 }
 
-// ---- what the launcher needs as well --------------------------------------------------------------------------------------
+// ---- what the launcher and the builder need as well -----------------------------------------------------------------------
 
 /// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGHUP sets a flag.
 pub fn attach_signals() {
@@ -303,7 +310,7 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
 
 /// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY, as an owner. A restriction
 /// cannot outlive a transaction; the server itself restricts what an index's functions may do.
-fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
+pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
     let text = std::ffi::CString::new(sql).unwrap_or_default();
     // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the transactions. After an
     // error the transaction is aborted by hand.

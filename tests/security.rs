@@ -204,6 +204,17 @@ mod preloaded {
         a_table_given_to_a_superuser "36-a-table-given-to-a-superuser.sql" Attached;
         a_source_given_to_a_superuser "37-a-source-given-to-a-superuser.sql" WithExtension;
         a_policy_of_the_former_owner "38-a-policy-of-the-former-owner.sql" WithExtension;
+        code_of_a_third_role_in_a_conversion "39-code-of-a-third-role-in-a-conversion.sql" WithExtension;
+        a_table_by_its_name "40-a-table-by-its-name.sql" WithExtension;
+        a_source_given_to_another_role "41-a-source-given-to-another-role.sql" WithExtension;
+        a_sequence_of_another_role "42-a-sequence-of-another-role.sql" WithExtension;
+        a_call_that_lifts_the_limit "43-a-call-that-lifts-the-limit.sql" WithExtension;
+        a_view_that_is_made_again "44-a-view-that-is-made-again.sql" WithExtension;
+        an_index_that_waits "45-an-index-that-waits.sql" WithExtension;
+        a_conversion_that_cannot_be_looked_at "46-a-conversion-that-cannot-be-looked-at.sql" WithExtension;
+        numbers_that_break_the_status "47-numbers-that-break-the-status.sql" WithExtension;
+        a_transaction_that_keeps_every_name "48-a-transaction-that-keeps-every-name.sql" WithExtension;
+        a_maintenance_within_a_maintenance "49-a-maintenance-within-a-maintenance.sql" WithExtension;
     }
 }
 
@@ -225,5 +236,10 @@ mod not_preloaded {
         a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
         a_table_given_to_a_superuser "36-a-table-given-to-a-superuser.sql" Attached;
         a_source_given_to_a_superuser "37-a-source-given-to-a-superuser.sql" WithExtension;
+        a_table_by_its_name "40-a-table-by-its-name.sql" WithExtension;
+        a_sequence_of_another_role "42-a-sequence-of-another-role.sql" WithExtension;
+        numbers_that_break_the_status "47-numbers-that-break-the-status.sql" WithExtension;
+        a_transaction_that_keeps_every_name "48-a-transaction-that-keeps-every-name.sql" WithExtension;
+        a_maintenance_within_a_maintenance "49-a-maintenance-within-a-maintenance.sql" WithExtension;
     }
 }
