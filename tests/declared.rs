@@ -959,7 +959,7 @@ fn the_status_calls_nothing_of_an_owners() {
         .unwrap();
     let mut client = db.connect();
     client.batch_execute("SET statement_timeout = '30s'").unwrap();
-    assert!(holds(&mut client, "SELECT tail_rows = 1 AND tail_seconds IS NULL FROM spend_rollup_status"));
+    assert!(holds(&mut client, "SELECT tail_rows = 1 AND lag_seconds IS NULL FROM spend_rollup_status"));
 }
 
 #[test]
