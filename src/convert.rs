@@ -403,12 +403,15 @@ pub fn tick(run: &mut impl Runner) -> bool {
         }
         let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
         // Not after the rest that a failed attempt at the swap takes: the CHECK must go in time.
-        let look = || Subject::Look(conversion.schema.clone(), conversion.table.clone());
-        if !conversion.options.aborted && run.step(look(), || conversion.is_too_late()).unwrap_or(false) {
-            run.step(look(), || conversion.stop());
-            continue;
-        }
-        let done = match run.step(look(), || conversion.next_step()) {
+        let look = Subject::Look(conversion.schema.clone(), conversion.table.clone());
+        // One step, or a look that succeeds would take back the rest of the one that fails.
+        let next = run.step(look, || {
+            if !conversion.options.aborted && conversion.is_too_late()? {
+                return conversion.stop().map(|_| Step::Wait);
+            }
+            conversion.next_step()
+        });
+        let done = match next {
             None | Some(Step::Wait) => None,
             Some(Step::TopLevel(_)) => {
                 run.begin_top_level(subject, conversion.relation);
