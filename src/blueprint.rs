@@ -5,12 +5,11 @@
 //!
 //! The statements are texts from the catalog, and parsing or running them can call functions of whoever made the objects. What uses
 //! a type or function of a third role is an obstacle: reading its text again would call that role's code, such as the CHECK of a
-//! domain that a constant is of. Each of the others
-//! is run as the owner of what it changes: the table's owner, or a view's or function's own. What may belong to neither is ours:
-//! publications (whose text holds names, and a row filter, in which the server allows nothing but its own functions and types),
-//! and the names and owners of statistics objects.
+//! domain that a constant is of. Each of the others is run as the owner of what it changes: the table's owner, or a view's or
+//! function's own. What may belong to neither is ours: publications (whose text holds names, and a row filter, in which the server
+//! allows nothing but its own functions and types), and the names and owners of statistics objects.
 
-use crate::catalog::{Table, execute, query, value};
+use crate::catalog::{Table, code_of_third_roles, execute, query, value};
 use crate::definition::{literal, qualified, quoted};
 use crate::error::Result;
 use crate::session::Owner;
@@ -371,39 +370,35 @@ const OBSTACLES: &str = "
     JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.prosqlbody IS NOT NULL
       AND NOT has_schema_privilege(p.proowner, n.oid, 'CREATE')
-    UNION ALL SELECT DISTINCT format('%s uses %s, which belongs to another role, %s.',
-                                     pg_describe_object(r.classid, r.objid, 0), pg_describe_object(d.refclassid, d.refobjid, 0),
-                                     u.owner::regrole)
-    FROM (SELECT 'pg_rewrite'::regclass::oid AS classid, w.oid AS objid, v.relowner AS owner
-          FROM pg_rewrite w JOIN pg_class v ON v.oid = w.ev_class
-          WHERE EXISTS (SELECT FROM pg_depend x WHERE x.classid = 'pg_rewrite'::regclass AND x.objid = w.oid
-                        AND x.refclassid = 'pg_class'::regclass AND x.refobjid = $1)
-          UNION ALL SELECT 'pg_proc'::regclass, p.oid, p.proowner FROM pg_proc p
-          WHERE p.prosqlbody IS NOT NULL
-            AND EXISTS (SELECT FROM pg_depend x WHERE x.classid = 'pg_proc'::regclass AND x.objid = p.oid
-                        AND x.refclassid = 'pg_class'::regclass AND x.refobjid = $1)
-          UNION ALL SELECT 'pg_class'::regclass, i.indexrelid, c.relowner
-          FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.oid = $1
-          UNION ALL SELECT 'pg_constraint'::regclass, k.oid, c.relowner
-          FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid WHERE c.oid = $1
-          UNION ALL SELECT 'pg_policy'::regclass, k.oid, c.relowner
-          FROM pg_policy k JOIN pg_class c ON c.oid = k.polrelid WHERE c.oid = $1
-          UNION ALL SELECT 'pg_trigger'::regclass, k.oid, c.relowner
-          FROM pg_trigger k JOIN pg_class c ON c.oid = k.tgrelid
-          WHERE c.oid = $1 AND NOT tgisinternal AND k.tgqual IS NOT NULL
-          UNION ALL SELECT 'pg_statistic_ext'::regclass, k.oid, c.relowner
-          FROM pg_statistic_ext k JOIN pg_class c ON c.oid = k.stxrelid WHERE c.oid = $1) AS r
-    JOIN pg_depend d ON d.classid = r.classid AND d.objid = r.objid
-    CROSS JOIN LATERAL (SELECT typowner FROM pg_type WHERE d.refclassid = 'pg_type'::regclass AND oid = d.refobjid
-                        UNION ALL SELECT proowner FROM pg_proc WHERE d.refclassid = 'pg_proc'::regclass AND oid = d.refobjid
-                        UNION ALL SELECT oprowner FROM pg_operator
-                                  WHERE d.refclassid = 'pg_operator'::regclass AND oid = d.refobjid) AS u(owner)
-    WHERE u.owner <> r.owner AND NOT EXISTS (SELECT FROM pg_roles WHERE oid = u.owner AND rolsuper)
     UNION ALL SELECT DISTINCT format('%s uses its row type.', pg_describe_object(d.classid, d.objid, d.objsubid))
     FROM pg_class c JOIN pg_type t ON t.oid = c.reltype JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass
         AND d.refobjid IN (t.oid, t.typarray) AND d.deptype = 'n'
     WHERE c.oid = $1";
 
+/// What has its text read again, and its owner.
+const READ_AGAIN: &str = "
+    SELECT 'pg_rewrite'::regclass::oid AS classid, w.oid AS objid, v.relowner AS owner
+    FROM pg_rewrite w JOIN pg_class v ON v.oid = w.ev_class
+    WHERE EXISTS (SELECT FROM pg_depend x WHERE x.classid = 'pg_rewrite'::regclass AND x.objid = w.oid
+                  AND x.refclassid = 'pg_class'::regclass AND x.refobjid = $1)
+    UNION ALL SELECT 'pg_proc'::regclass, p.oid, p.proowner FROM pg_proc p
+    WHERE p.prosqlbody IS NOT NULL
+      AND EXISTS (SELECT FROM pg_depend x WHERE x.classid = 'pg_proc'::regclass AND x.objid = p.oid
+                  AND x.refclassid = 'pg_class'::regclass AND x.refobjid = $1)
+    UNION ALL SELECT 'pg_class'::regclass, i.indexrelid, c.relowner
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.oid = $1
+    UNION ALL SELECT 'pg_constraint'::regclass, k.oid, c.relowner
+    FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid WHERE c.oid = $1
+    UNION ALL SELECT 'pg_policy'::regclass, k.oid, c.relowner
+    FROM pg_policy k JOIN pg_class c ON c.oid = k.polrelid WHERE c.oid = $1
+    UNION ALL SELECT 'pg_trigger'::regclass, k.oid, c.relowner
+    FROM pg_trigger k JOIN pg_class c ON c.oid = k.tgrelid
+    WHERE c.oid = $1 AND NOT tgisinternal AND k.tgqual IS NOT NULL
+    UNION ALL SELECT 'pg_statistic_ext'::regclass, k.oid, c.relowner
+    FROM pg_statistic_ext k JOIN pg_class c ON c.oid = k.stxrelid WHERE c.oid = $1";
+
 fn obstacles(table: &Table, key_index: &str) -> Result<Vec<String>> {
-    query(OBSTACLES, &[table.oid.into(), key_index.into()], |r| value(r, 1))
+    let mut obstacles = query(OBSTACLES, &[table.oid.into(), key_index.into()], |r| value(r, 1))?;
+    obstacles.extend(code_of_third_roles(READ_AGAIN, &[table.oid.into()])?);
+    Ok(obstacles)
 }

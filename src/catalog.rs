@@ -442,3 +442,22 @@ pub fn is_not_null(relation: pg_sys::Oid, column: &str) -> Result<bool> {
                WHERE attrelid = $1 AND attnum > 0 AND attnotnull AND attname = $2::name";
     Ok(!query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
 }
+
+/// What of `objects`, a query for their classid, objid and owner, uses a type, function or operator of neither its owner nor a
+/// superuser: to read its text again, as its owner, would call code of that third role.
+pub fn code_of_third_roles(objects: &str, args: Args) -> Result<Vec<String>> {
+    let sql = format!(
+        "SELECT DISTINCT pg_catalog.format('%s uses %s, which belongs to another role, %s.',
+                    pg_catalog.pg_describe_object(o.classid, o.objid, 0),
+                    pg_catalog.pg_describe_object(d.refclassid, d.refobjid, 0), u.owner::regrole)
+         FROM ({objects}) AS o JOIN pg_catalog.pg_depend d ON d.classid = o.classid AND d.objid = o.objid
+         CROSS JOIN LATERAL (
+             SELECT typowner FROM pg_catalog.pg_type WHERE d.refclassid = 'pg_catalog.pg_type'::regclass AND oid = d.refobjid
+             UNION ALL SELECT proowner FROM pg_catalog.pg_proc
+                 WHERE d.refclassid = 'pg_catalog.pg_proc'::regclass AND oid = d.refobjid
+             UNION ALL SELECT oprowner FROM pg_catalog.pg_operator
+                 WHERE d.refclassid = 'pg_catalog.pg_operator'::regclass AND oid = d.refobjid) AS u(owner)
+         WHERE u.owner <> o.owner AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE oid = u.owner AND rolsuper)"
+    );
+    query(&sql, args, |r| value(r, 1))
+}

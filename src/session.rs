@@ -74,7 +74,7 @@ pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Resu
 /// planned, a cast, a domain, a CHECK, a trigger, any text from their catalog. So there are two ways to act:
 ///
 /// - [`Elevated::enter`]: as the extension's owner, on state tables of ours only. A query that names a relation of
-///   anybody else's fails then, before it is planned ([`refuse_strangers`]): a forgotten place is an error, not an escalation.
+///   anybody else's fails then, before it is planned ([`crate::guard`]): a forgotten place is an error, not an escalation.
 /// - [`Owner`]: as the owner of a user's relation, restricted, for whatever mentions something of theirs.
 pub struct Elevated {
     user: pg_sys::Oid,

@@ -366,21 +366,9 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
 /// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its text is read again, as
 /// the view's owner, which would call that.
 fn uses_anothers_code(found: &Table) -> Result<bool> {
-    let others = catalog::query(
-        "SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d
-             ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = w.oid
-         CROSS JOIN LATERAL (
-             SELECT typowner FROM pg_catalog.pg_type WHERE d.refclassid = 'pg_catalog.pg_type'::regclass AND oid = d.refobjid
-             UNION ALL SELECT proowner FROM pg_catalog.pg_proc
-                 WHERE d.refclassid = 'pg_catalog.pg_proc'::regclass AND oid = d.refobjid
-             UNION ALL SELECT oprowner FROM pg_catalog.pg_operator
-                 WHERE d.refclassid = 'pg_catalog.pg_operator'::regclass AND oid = d.refobjid) AS used(owner)
-         WHERE w.ev_class = $1 AND used.owner <> $2
-           AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE oid = used.owner AND rolsuper)
-         LIMIT 1",
-        &[found.oid.into(), found.owner_oid.into()],
-        |_| Ok(()),
-    )?;
+    let rules = "SELECT 'pg_catalog.pg_rewrite'::regclass::oid AS classid, oid AS objid, $2::oid AS owner
+                 FROM pg_catalog.pg_rewrite WHERE ev_class = $1";
+    let others = catalog::code_of_third_roles(rules, &[found.oid.into(), found.owner_oid.into()])?;
     Ok(!others.is_empty())
 }
 
