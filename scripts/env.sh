@@ -2,12 +2,12 @@
 # Source this: which PostgreSQL we build for, and how to run its programs.
 #
 #   PG=15 (default)   the major version; everything else follows from it
-#   PG_CONFIG         Debian's pg_config of that version, or the one scripts/setup unpacked under target/
+#   PG_BIN            the folder of its programs: Debian's, unless it is set, or what scripts/setup unpacked under target/
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PG=${PG:-15}
 
-PG_BIN=/usr/lib/postgresql/$PG/bin
+PG_BIN=${PG_BIN:-/usr/lib/postgresql/$PG/bin}
 [ -x "$PG_BIN/pg_config" ] || PG_BIN=$ROOT/target/pgsql-$PG/bin
 export PG_CONFIG=$PG_BIN/pg_config
 export PATH=$PG_BIN:$PATH
