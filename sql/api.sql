@@ -58,6 +58,8 @@ SELECT r.name AS rollup, r.covered_from, c.relation AS captured
 FROM litellm_spend.rollup r JOIN litellm_spend.capture c ON c.source = r.source;
 
 COMMENT ON SCHEMA litellm_spend IS 'State, change log and rollups of the extension litellm_spend';
+COMMENT ON TABLE litellm_spend.installation IS 'Names this database among those that its dumps are restored to';
+COMMENT ON FUNCTION litellm_spend.restored() IS 'Of the event trigger that a restore makes last; it never fires';
 COMMENT ON TABLE litellm_spend.source IS 'Relations whose rows are numbered by a sequence, and what is known of it';
 COMMENT ON TABLE litellm_spend.rollup IS 'Rollups: definition, watermark, coverage, last merge';
 COMMENT ON TABLE litellm_spend.capture IS 'The table that triggers capture into the change log';
@@ -89,6 +91,7 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rol
 COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
+COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views';
 COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup from the raw rows; returns the groups written';
 COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
@@ -100,7 +103,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_rollup_verify(text, timestamp, timestamp),
     @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text),
     @extschema@.spend_rollup_register(text, regclass, regclass, bigint), @extschema@.spend_rollup_window(text), @extschema@.spend_rollup_drop(text),
-    @extschema@.spend_grant_reports(regrole),
+    @extschema@.spend_grant_reports(regrole), @extschema@.spend_restored(), litellm_spend.restored(),
     @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer), @extschema@.spend_partition_revert(regclass, boolean),
     @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer),
     litellm_spend.maintain_at(regclass, timestamp),

@@ -15,6 +15,34 @@ DO $$ BEGIN
     END IF;
 END $$;
 
+-- State names the installation that wrote it: what another one wrote came out of a dump.
+CREATE TABLE litellm_spend.installation (id uuid NOT NULL);
+INSERT INTO litellm_spend.installation VALUES (gen_random_uuid());
+COMMENT ON TABLE litellm_spend.installation IS 'Names this database among those that its dumps are restored to';
+CREATE FUNCTION litellm_spend.restored() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN NULL; END';
+COMMENT ON FUNCTION litellm_spend.restored() IS 'Of the event trigger that a restore makes last; it never fires';
+REVOKE ALL ON FUNCTION litellm_spend.restored() FROM PUBLIC;
+ALTER TABLE litellm_spend.rollup DROP CONSTRAINT rollup_source_fkey;
+ALTER TABLE litellm_spend.capture DROP CONSTRAINT capture_source_fkey;
+ALTER TABLE litellm_spend.source ADD COLUMN origin uuid;
+ALTER TABLE litellm_spend.capture ADD COLUMN origin uuid;
+ALTER TABLE litellm_spend.conversion ADD COLUMN origin uuid;
+UPDATE litellm_spend.source SET origin = (SELECT id FROM litellm_spend.installation);
+UPDATE litellm_spend.capture SET origin = (SELECT id FROM litellm_spend.installation);
+UPDATE litellm_spend.conversion SET origin = (SELECT id FROM litellm_spend.installation);
+
+-- It must be no member, or it would not be dumped.
+DO $$ BEGIN
+    IF EXISTS (SELECT FROM litellm_spend.rollup WHERE definition IS NOT NULL) THEN
+        CREATE EVENT TRIGGER litellm_spend_restored ON ddl_command_end EXECUTE FUNCTION litellm_spend.restored();
+        ALTER EVENT TRIGGER litellm_spend_restored DISABLE;
+        EXECUTE (SELECT format('COMMENT ON EVENT TRIGGER litellm_spend_restored IS %L',
+                     'litellm_spend: never fires. A restore makes it last, and is over when it is there. Installation ' || id)
+                 FROM litellm_spend.installation);
+        ALTER EXTENSION litellm_spend DROP EVENT TRIGGER litellm_spend_restored;
+    END IF;
+END $$;
+
 ALTER TABLE litellm_spend.rollup ADD COLUMN owner regrole;
 UPDATE litellm_spend.rollup r SET owner = t.relowner
 FROM pg_class t
@@ -50,11 +78,12 @@ CREATE TABLE litellm_spend.policy (
     -- When the worker maintains it before its interval is over: it was not done, or somebody was in the way.
     retry_at       timestamptz,
     last_error     text,
-    last_error_at  timestamptz
+    last_error_at  timestamptz,
+    origin         uuid
 );
 INSERT INTO litellm_spend.policy
 SELECT c.oid, c.relowner, p.time_column, p."interval", p.precreate, p.retention, p.on_expire, p.maintained_at, p.retry_at,
-       p.last_error, p.last_error_at
+       p.last_error, p.last_error_at, (SELECT id FROM litellm_spend.installation)
 FROM litellm_spend.policy_by_name p
 JOIN pg_namespace n ON n.nspname = p.table_schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.table_name AND c.relkind IN ('r', 'p');
@@ -100,7 +129,7 @@ SELECT r.name AS rollup,
        damage.capture_errors,
        damage.unrepairable_ranges,
        v.live_views,
-       coalesce(r.last_error, c.last_error) AS last_error,
+       coalesce(lost.message, r.last_error, c.last_error) AS last_error,
        coalesce(r.last_error_at, c.last_error_at) AS last_error_at
 FROM litellm_spend.rollup r
 LEFT JOIN litellm_spend.source s ON s.name = r.source
@@ -127,7 +156,30 @@ LEFT JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT array_agg(name ORDER BY name) AS live_views FROM litellm_spend.public_view p
     WHERE p.rollup = r.name AND p.installed IS NOT NULL
-) AS v;
+) AS v
+-- State that is not whole: a restore is not over, or has lost some.
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN s.origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation) AND s.name IS NOT NULL
+            THEN 'it came out of a dump, and the end of its restore was not seen: when all is there, call spend_restored()'
+        WHEN r.definition IS NOT NULL AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
+            THEN 'the event trigger litellm_spend_restored was dropped, and nothing is mended: spend_restored() makes it again'
+        WHEN s.name IS NULL AND r.source = 'change_log' THEN 'its source is not known any more: spend_attach() puts that right'
+        WHEN s.name IS NULL AND r.source IS NOT NULL
+            THEN 'its source is not known any more: drop it by spend_rollup_drop() and create it again'
+        WHEN s.name = 'change_log' AND c.source IS NULL AND EXISTS (
+                SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+                WHERE p.proname = 'capture_insert' AND p.pronamespace = 'litellm_spend'::regnamespace)
+            THEN 'triggers capture a table that is not known as attached any more: spend_attach() puts that right'
+        END AS message
+) AS lost
+UNION ALL
+SELECT left(t.relname, -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+       NULL, NULL, NULL,
+       'its state is lost: spend_attach() makes that of a built-in rollup again; any other is dropped by spend_rollup_drop()', NULL
+FROM pg_class t
+WHERE t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
+  AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
 
 CREATE OR REPLACE VIEW @extschema@.spend_worker_status AS
 SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start
@@ -191,6 +243,13 @@ ALTER EXTENSION litellm_spend DROP TABLE litellm_spend.policy_by_name;
 DROP TABLE litellm_spend.policy_by_name;
 
 ALTER FUNCTION @extschema@.monthly_global_spend(integer) SET search_path = pg_catalog, pg_temp;
+
+CREATE FUNCTION @extschema@.spend_restored() RETURNS bool
+VOLATILE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_restored_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
+REVOKE ALL ON FUNCTION @extschema@.spend_restored() FROM PUBLIC;
 
 -- Materialized views are not made anew any more. Whoever may call the function may go on to.
 CREATE FUNCTION @extschema@.spend_partition_convert(

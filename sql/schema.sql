@@ -7,6 +7,16 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 CREATE SCHEMA litellm_spend;
 
+-- Names this database among those that its dumps are restored to: it is not dumped. State that another installation wrote came
+-- out of a dump, and is left alone until the restore is over.
+CREATE TABLE litellm_spend.installation (id uuid NOT NULL);
+INSERT INTO litellm_spend.installation VALUES (gen_random_uuid());
+
+-- Of the event trigger that a restore makes last: what shows that it is over. It is disabled, and does nothing.
+CREATE FUNCTION litellm_spend.restored() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN NULL; END';
+
+-- Between these tables there are no foreign keys: pg_restore -j fills them in any order.
+
 -- A relation whose rows are numbered by a sequence.
 CREATE TABLE litellm_spend.source (
     name           text PRIMARY KEY,
@@ -17,13 +27,15 @@ CREATE TABLE litellm_spend.source (
     -- Rows numbered up to here were merged everywhere and removed (only where the rows are ours).
     trimmed_to     bigint NOT NULL DEFAULT 0,
     -- Older buckets have lost raw rows: they are history and never recomputed.
-    frozen_before  timestamp NOT NULL DEFAULT '-infinity'
+    frozen_before  timestamp NOT NULL DEFAULT '-infinity',
+    -- The installation that wrote the row.
+    origin         uuid
 );
 
 CREATE TABLE litellm_spend.rollup (
     name            text PRIMARY KEY,
     -- NULL once the source was dropped: what was merged is history.
-    source          text REFERENCES litellm_spend.source,
+    source          text,
     -- NULL when it is filled by its owner's own SQL.
     definition      jsonb,
     watermark       bigint NOT NULL DEFAULT 0,
@@ -48,7 +60,7 @@ CREATE TABLE litellm_spend.rollup (
 
 -- The one table that triggers capture into the change log.
 CREATE TABLE litellm_spend.capture (
-    source           text PRIMARY KEY REFERENCES litellm_spend.source,
+    source           text PRIMARY KEY,
     table_schema     name NOT NULL,
     table_name       name NOT NULL,
     relation         regclass NOT NULL,
@@ -63,7 +75,8 @@ CREATE TABLE litellm_spend.capture (
     last_error       text,
     last_error_at    timestamptz,
     -- Who owned it when it was attached: a table of that name that is somebody else's is not followed.
-    owner            regrole
+    owner            regrole,
+    origin           uuid
 );
 
 -- Ranges in which capture failed. A row commits with the statement that it concerns.
@@ -116,7 +129,8 @@ CREATE TABLE litellm_spend.policy (
     -- When the worker maintains it before its interval is over: it was not done, or somebody was in the way.
     retry_at       timestamptz,
     last_error     text,
-    last_error_at  timestamptz
+    last_error_at  timestamptz,
+    origin         uuid
 );
 
 -- A table on its way to being partitioned, or back.
@@ -134,6 +148,7 @@ CREATE TABLE litellm_spend.conversion (
     last_error_at  timestamptz,
     -- As whom it is done.
     owner          regrole NOT NULL,
+    origin         uuid,
     PRIMARY KEY (table_schema, table_name)
 );
 

@@ -42,7 +42,7 @@ SELECT r.name AS rollup,
        damage.capture_errors,
        damage.unrepairable_ranges,
        v.live_views,
-       coalesce(r.last_error, c.last_error) AS last_error,
+       coalesce(lost.message, r.last_error, c.last_error) AS last_error,
        coalesce(r.last_error_at, c.last_error_at) AS last_error_at
 FROM litellm_spend.rollup r
 LEFT JOIN litellm_spend.source s ON s.name = r.source
@@ -69,7 +69,30 @@ LEFT JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT array_agg(name ORDER BY name) AS live_views FROM litellm_spend.public_view p
     WHERE p.rollup = r.name AND p.installed IS NOT NULL
-) AS v;
+) AS v
+-- State that is not whole: a restore is not over, or has lost some.
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN s.origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation) AND s.name IS NOT NULL
+            THEN 'it came out of a dump, and the end of its restore was not seen: when all is there, call spend_restored()'
+        WHEN r.definition IS NOT NULL AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
+            THEN 'the event trigger litellm_spend_restored was dropped, and nothing is mended: spend_restored() makes it again'
+        WHEN s.name IS NULL AND r.source = 'change_log' THEN 'its source is not known any more: spend_attach() puts that right'
+        WHEN s.name IS NULL AND r.source IS NOT NULL
+            THEN 'its source is not known any more: drop it by spend_rollup_drop() and create it again'
+        WHEN s.name = 'change_log' AND c.source IS NULL AND EXISTS (
+                SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+                WHERE p.proname = 'capture_insert' AND p.pronamespace = 'litellm_spend'::regnamespace)
+            THEN 'triggers capture a table that is not known as attached any more: spend_attach() puts that right'
+        END AS message
+) AS lost
+UNION ALL
+SELECT left(t.relname, -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+       NULL, NULL, NULL,
+       'its state is lost: spend_attach() makes that of a built-in rollup again; any other is dropped by spend_rollup_drop()', NULL
+FROM pg_class t
+WHERE t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
+  AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
 
 CREATE VIEW @extschema@.spend_worker_status AS
 SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start

@@ -10,7 +10,7 @@ use crate::locks::{Fence, Patience};
 use crate::session::{self, Elevated, Failure, attempt};
 use crate::source::Notice;
 use crate::tick::{self, Runner, Subject};
-use crate::{backfill, capture, error, rebuild, views};
+use crate::{backfill, capture, error, rebuild, restore, views};
 use pgrx::JsonB;
 use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -86,6 +86,8 @@ fn spend_attach(
         let source = source_or_default(source)?;
         let elevated = Elevated::enter()?;
         session::require_owner(elevated.caller(), source)?;
+        // Who attaches says that whatever was restored is all there.
+        restore::adopt()?;
         capture::attach(source, subtract)
     })
     .map(TableIterator::new)
@@ -101,6 +103,7 @@ fn spend_detach(
         require_changeable()?;
         let drop_history = drop_history.unwrap_or(false);
         let elevated = Elevated::enter()?;
+        restore::require_over()?;
         if drop_history && source.is_none() && catalog::capture()?.is_none() {
             // Detached before: only the history is left.
             session::require_extension_owner(elevated.caller())?;
@@ -235,6 +238,7 @@ fn spend_rollup_run(
     let (round, mut run) = report(|| {
         require_changeable()?;
         let elevated = Elevated::enter()?;
+        restore::require_over()?;
         let mut run = scope(elevated.caller(), name)?;
         let round = tick::tick(&mut run);
         tick::tidy(&mut run);
@@ -265,6 +269,7 @@ mod litellm_spend {
             require_changeable()?;
             let patience = Patience::of_call();
             let elevated = Elevated::enter()?;
+            restore::require_over()?;
             if let Some(Regclass(oid)) = source {
                 let declared = catalog::sources_on(oid)?;
                 if !declared.is_empty() {
@@ -307,6 +312,7 @@ fn spend_rollup_rebuild(
     report(|| {
         require_changeable()?;
         let elevated = Elevated::enter()?;
+        restore::require_over()?;
         let name = name.ok_or(Error::Null("rollup name"))?;
         rebuild::rebuild_range(elevated.caller(), name, range_start, range_end, force.unwrap_or(false))
     })
@@ -396,6 +402,7 @@ fn spend_rollup_window(
     report(|| {
         require_changeable()?;
         let elevated = Elevated::enter()?;
+        restore::require_over()?;
         declare::next_window(elevated.caller(), rollup_name.ok_or(Error::Null("rollup name"))?)
     })
     .map(|(start, end)| TableIterator::once((Some(start), Some(end))))
@@ -408,6 +415,17 @@ fn spend_rollup_drop(name: Option<&str>) -> Result<(), ErrorReport> {
         require_changeable()?;
         let elevated = Elevated::enter()?;
         declare::drop_rollup(elevated.caller(), name.ok_or(Error::Null("rollup name"))?)
+    })
+}
+
+/// Says that the restore which brought the state here is over. `true`: something was waiting for that.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_restored() -> Result<bool, ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        let elevated = Elevated::enter()?;
+        session::require_extension_owner(elevated.caller())?;
+        restore::adopt()
     })
 }
 

@@ -13,7 +13,7 @@ use crate::plan;
 use crate::policy::{self, Policy, Wanted};
 use crate::revert::{self, Reversion};
 use crate::session::{self, Elevated};
-use crate::{capture, litellm};
+use crate::{capture, litellm, restore};
 use pgrx::datum::{Interval, Timestamp};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -25,6 +25,7 @@ fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let elevated = Elevated::enter()?;
     let table = capture::open(source)?;
     session::require_owner(elevated.caller(), source)?;
+    restore::require_over()?;
     Ok((elevated, table))
 }
 

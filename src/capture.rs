@@ -17,6 +17,7 @@ use crate::definition::{Definition, SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::litellm::{self, CHANGE_LOG, Capture, LOG_RELATIONS, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Patience};
+use crate::restore::{self, HERE};
 use crate::rollup::Merged;
 use crate::session::Owner;
 use crate::views::Action;
@@ -76,7 +77,9 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     if !locks::lock_attachment(Patience::of_call())? {
         return Err(Error::AttachmentBusy);
     }
-    attach_locked(oid, subtract)
+    let actions = attach_locked(oid, subtract)?;
+    restore::mark()?;
+    Ok(actions)
 }
 
 /// As attach(), for who holds the attachment's lock.
@@ -146,8 +149,8 @@ fn create_log() -> Result<Vec<Action>> {
     )?;
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.source (name, relation, sequence)
-             VALUES ($1, '{SCHEMA}.change_log', '{SCHEMA}.change_log_seq')
+            "INSERT INTO {SCHEMA}.source (name, relation, sequence, origin)
+             VALUES ($1, '{SCHEMA}.change_log', '{SCHEMA}.change_log_seq', {HERE})
              ON CONFLICT (name) DO UPDATE SET relation = excluded.relation, sequence = excluded.sequence"
         ),
         &[CHANGE_LOG.into()],
@@ -212,9 +215,9 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, owner, columns, on_delete,
+            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, owner, columns, on_delete, origin,
                                            failures_seen)
-             VALUES ($1, $2::name, $3::name, $4, $7, $5, $6, (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
+             VALUES ($1, $2::name, $3::name, $4, $7, $5, $6, {HERE}, (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
                                                           FROM {SCHEMA}.capture_failures))
              ON CONFLICT (source) DO UPDATE SET table_schema = excluded.table_schema,
                  table_name = excluded.table_name, owner = excluded.owner, columns = excluded.columns,
@@ -408,6 +411,7 @@ pub fn forget_history() -> Result<Vec<Action>> {
     catalog::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
     catalog::execute(&format!("DROP TABLE IF EXISTS {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
     catalog::execute(&format!("DROP SEQUENCE IF EXISTS {SCHEMA}.change_log_seq"), &[])?;
+    restore::mark()?;
     Ok(actions)
 }
 

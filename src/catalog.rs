@@ -7,6 +7,7 @@
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
 use crate::partition::suffixed;
+use crate::restore::HERE;
 use crate::session::Owner;
 use crate::window::{Holder, Window};
 use pgrx::datum::DatumWithOid;
@@ -86,6 +87,11 @@ pub fn source_of(rollup: &str) -> Result<Option<Source>> {
     Ok(sources_where("r.name = $1", &[rollup.into()])?.pop())
 }
 
+/// The source of that name.
+pub fn source(name: &str) -> Result<Option<Source>> {
+    Ok(sources_where("s.name = $1", &[name.into()])?.pop())
+}
+
 /// The sources that a table is, one for each sequence of which we are to merge rollups.
 pub fn sources_on(relation: pg_sys::Oid) -> Result<Vec<Source>> {
     sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])
@@ -97,7 +103,7 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
             "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to, min(r.watermark),
                     array_agg(r.name ORDER BY r.name)
              FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
-             WHERE {condition} GROUP BY s.name ORDER BY s.name"
+             WHERE {condition} AND s.origin = {HERE} GROUP BY s.name ORDER BY s.name"
         ),
         args,
         |r| {
@@ -226,7 +232,10 @@ pub fn rollup_exists(name: &str) -> Result<bool> {
 
 /// Whether rollups of the source wait for backfill.
 pub fn is_uncovered(source: &str) -> Result<bool> {
-    let sql = format!("SELECT FROM {SCHEMA}.rollup WHERE source = $1 AND covered_from > '-infinity' LIMIT 1");
+    let sql = format!(
+        "SELECT FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source AND s.origin = {HERE}
+         WHERE r.source = $1 AND r.covered_from > '-infinity' LIMIT 1"
+    );
     Ok(!query(&sql, &[source.into()], |_| Ok(()))?.is_empty())
 }
 
@@ -302,7 +311,7 @@ pub fn capture() -> Result<Option<CaptureState>> {
         &format!(
             "SELECT source, table_schema::text, table_name::text, relation::oid, columns, on_delete = 'subtract',
                     predecessor::oid, failures_seen, candidates::text, owner::oid
-             FROM {SCHEMA}.capture"
+             FROM {SCHEMA}.capture WHERE origin = {HERE}"
         ),
         &[],
         |r| {

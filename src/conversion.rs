@@ -8,6 +8,7 @@ use crate::catalog::{self, Table, value};
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
 use crate::locks::Patience;
+use crate::restore::HERE;
 use crate::session::Owner;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -46,7 +47,7 @@ impl<T: Options> Pending<T> {
         catalog::query(
             &format!(
                 "SELECT table_schema::text, table_name::text, relation::oid, options::text, stopped, last_error, owner::oid
-                 FROM {SCHEMA}.conversion WHERE direction = $1 ORDER BY 1, 2"
+                 FROM {SCHEMA}.conversion WHERE direction = $1 AND origin = {HERE} ORDER BY 1, 2"
             ),
             &[T::DIRECTION.into()],
             |r| {
@@ -89,10 +90,11 @@ impl<T: Options> Pending<T> {
         let [schema, table] = self.key();
         catalog::execute(
             &format!(
-                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, owner, options)
-                 VALUES ($1::name, $2::name, $3, $4, $6, $5::jsonb)
+                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, owner, options, origin)
+                 VALUES ($1::name, $2::name, $3, $4, $6, $5::jsonb, {HERE})
                  ON CONFLICT (table_schema, table_name) DO UPDATE SET direction = excluded.direction,
-                     relation = excluded.relation, owner = excluded.owner, options = excluded.options, stopped = false, last_error = NULL, last_error_at = NULL"
+                     relation = excluded.relation, owner = excluded.owner, options = excluded.options,
+                     origin = excluded.origin, stopped = false, last_error = NULL, last_error_at = NULL"
             ),
             &[
                 schema,

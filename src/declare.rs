@@ -10,10 +10,11 @@
 
 use crate::catalog::{self, Table};
 use crate::declaration::{Declaration, Defined, MergeFunction, define};
-use crate::definition::{Definition, SCHEMA, literal, quoted};
+use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{self, Fence, Patience};
+use crate::restore::{self, HERE};
 use crate::session::{self, Elevated, Owner, attempt};
 use crate::source::{self, Notice, Numbering, advice, ensure_source, open_source};
 use crate::{backfill, builtin, guc, rewrite, rollup};
@@ -25,6 +26,7 @@ use pgrx::prelude::*;
 /// until they are merged, so the view is exact from the start.
 pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
+    restore::require_over()?;
     let (table, numbering) = open_source(elevated.caller(), declaration.source, declaration.sequence)?;
     check_name(&declaration.name)?;
     let Defined { definition, merge_functions, mut notices } = define(declaration, &table, &numbering)?;
@@ -62,6 +64,7 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     give_to_owner(&definition, owner)?;
     make_view(&definition, owner, &definition.live_query())?;
     notices.extend(advice(&table, &numbering)?);
+    restore::mark()?;
     Ok(notices)
 }
 
@@ -120,6 +123,7 @@ pub fn register(
     merged_to: Option<i64>,
 ) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
+    restore::require_over()?;
     let (table, numbering) = open_source(elevated.caller(), source, sequence)?;
     if name.is_empty() {
         return Err(Error::Name { name: name.into(), longest: LONGEST_NAME });
@@ -250,7 +254,10 @@ pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
 
 /// `spend_rollup_drop()`: the rollup with its history, or the watermark of one that is filled by hand.
 pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
-    let fence = Fence::take(name, Patience::of_call())?.ok_or_else(|| Error::RollupBusy(name.into()))?;
+    let fence = match Fence::take(name, Patience::of_call()) {
+        Err(Error::NoRollup(_)) => return drop_leftovers(caller, name),
+        fence => fence?.ok_or_else(|| Error::RollupBusy(name.into()))?,
+    };
     session::require_role(caller, fence.owner, name)?;
     if fence.is_built_in() {
         return Err(Error::BuiltIn(name.into()));
@@ -266,7 +273,46 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
         }
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
-    source::forget_unused_sources()
+    source::forget_unused_sources()?;
+    restore::mark()
+}
+
+/// Drops the view, the table and the aggregates of a rollup whose state is lost, as their owners.
+fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
+    if is_reserved(name) {
+        return Err(Error::BuiltIn(name.into()));
+    }
+    // The functions are what the aggregates are made of.
+    let functions = catalog::query(
+        &format!(
+            "SELECT CASE prokind WHEN 'a' THEN 'AGGREGATE' ELSE 'FUNCTION' END, oid::regprocedure::text, proowner
+             FROM pg_catalog.pg_proc
+             WHERE pronamespace = '{SCHEMA}'::regnamespace AND pg_catalog.starts_with(proname, $1 || '.')
+             ORDER BY 1"
+        ),
+        &[name.into()],
+        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?, catalog::value::<pg_sys::Oid>(r, 3)?)),
+    )?;
+    let (view, table) = (qualified(SCHEMA, name), qualified(SCHEMA, &format!("{name}_rollup")));
+    let found = [("v", "VIEW", Table::named(&view)?), ("r", "TABLE", Table::named(&table)?)];
+    let found: Vec<(&str, Table)> = found
+        .into_iter()
+        .filter_map(|(kind, word, found)| found.filter(|found| found.kind == kind).map(|found| (word, found)))
+        .collect();
+    if found.is_empty() {
+        return Err(Error::NoRollup(name.into()));
+    }
+    for (word, found) in found {
+        session::require_role(caller, found.owner_oid, name)?;
+        let relation = found.qualified();
+        let _owner = Owner::role(found.owner_oid).act();
+        locks::lock(&format!("DROP {word} {relation}"), &relation, found.oid)?;
+    }
+    for (word, signature, owner) in functions {
+        session::require_role(caller, owner, name)?;
+        Owner::role(owner).run(format!("DROP {word} {signature}"))?;
+    }
+    Ok(())
 }
 
 /// The rollups whose source was dropped or has another owner, or whose live view is gone or another's. Only looks: what is to be
@@ -278,7 +324,7 @@ pub fn strays() -> Result<Vec<String>> {
              LEFT JOIN pg_catalog.pg_class c ON c.oid = s.relation
              LEFT JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup' AND t.relnamespace = '{SCHEMA}'::regnamespace
              LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
-             WHERE s.name <> {}
+             WHERE s.name <> {} AND s.origin = {HERE}
                AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
                     AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner))
              ORDER BY r.name",

@@ -69,6 +69,8 @@ pub enum Error {
     PartitionNumbered { partition: String, column: String, default: String, sequence: String },
     #[error("rollup \"{0}\" is locked by another transaction")]
     RollupBusy(String),
+    #[error("this database came out of a dump, and its restore may not be over")]
+    Restoring,
     #[error("another transaction is attaching or detaching")]
     AttachmentBusy,
     #[error("range of rollup \"{rollup}\" starts before {frozen_before}")]
@@ -182,7 +184,8 @@ impl Error {
             Error::Exists(_) | Error::Reserved(_) => ERRCODE_DUPLICATE_OBJECT,
             Error::DuplicateColumn(_) => ERRCODE_DUPLICATE_COLUMN,
             Error::Expression { .. } => ERRCODE_INVALID_COLUMN_DEFINITION,
-            Error::NoRollups
+            Error::Restoring
+            | Error::NoRollups
             | Error::ByHand(_)
             | Error::NotByHand(_)
             | Error::BuiltIn(_)
@@ -253,6 +256,7 @@ impl Error {
             }
             Error::Null(_) => "NULL names nothing.".into(),
             Error::RollupBusy(_) => "A merge or a rebuild holds it; one at a time works on a rollup.".into(),
+            Error::Restoring => "State that another installation wrote is here, and not what a restore of it makes last.".into(),
             Error::AttachmentBusy => "It holds the right to change triggers and views, until it ends.".into(),
             Error::Frozen { frozen_before, .. } => format!(
                 "Raw rows before {frozen_before} are gone; the rollup is their only record and is not recomputed."
@@ -360,6 +364,7 @@ impl Error {
                 format!("ALTER TABLE {partition} ALTER COLUMN {column} SET DEFAULT nextval('{}').", sequence.replace('\'', "''"))
             }
             Error::RollupBusy(_) | Error::AttachmentBusy => "Try again.".into(),
+            Error::Restoring => "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.".into(),
             Error::Frozen { frozen_before, .. } => format!("Start the range at '{frozen_before}' or later."),
             Error::RawRowsLost { .. } => "Pass force := true to count only what is there.".into(),
             Error::Range { bucketed: true, .. } => "Pass such times in UTC, midnights as in '2026-11-01' for days.".into(),

@@ -7,7 +7,7 @@
 //!           convert   swap   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
 //!           maintain   drain   place   expire   purge   proof   archive   (its partitions)
 //!  decide   window   definition   statements   litellm   builtin   partition   pure Rust, no pgrx
-//!  base     catalog   conversion   policy   (state)   layout   spread   expression   rewrite   locks
+//!  base     catalog   conversion   policy   restore   (state)   layout   spread   expression   rewrite   locks
 //!           session   limit   guard   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
@@ -48,6 +48,7 @@ mod proof;
 mod purge;
 mod rebuild;
 mod repair;
+mod restore;
 mod revert;
 mod rewrite;
 mod rollup;

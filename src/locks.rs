@@ -267,6 +267,18 @@ fn fnv(name: &str) -> u32 {
     name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
+/// The right to make or drop the marker of restores, until the transaction ends. `false`: another transaction keeps it.
+pub fn try_lock_installation() -> Result<bool> {
+    let name = format!("{SCHEMA}.installation");
+    let installation = find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    let got = try_lock(installation, pg_sys::ShareRowExclusiveLock);
+    if got {
+        // Takes an XID, and with it every later query a fresh snapshot.
+        execute("SELECT 1", &[])?;
+    }
+    Ok(got)
+}
+
 /// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not. Gives up
 /// after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
 pub fn lock_against_writers(tables: &[pg_sys::Oid]) -> Result<()> {

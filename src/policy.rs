@@ -11,6 +11,7 @@ use crate::layout::{self, Layout};
 use crate::litellm;
 use crate::locks::{Patience, Work};
 use crate::partition::{Instant, Interval};
+use crate::restore::HERE;
 use pgrx::datum;
 use pgrx::prelude::*;
 
@@ -101,7 +102,8 @@ const RETRY: f64 = 30.0;
 const POLICIES: &str = "SELECT n.nspname::text, c.relname::text, time_column::text, \"interval\", precreate, retention::text,
             on_expire, format('%s, %s ahead, retention %s, %s', \"interval\", precreate, coalesce(retention::text, 'none'), on_expire),
             c.oid
-     FROM litellm_spend.policy JOIN pg_catalog.pg_class c ON c.oid = policy.relation AND c.relowner = policy.owner
+     FROM litellm_spend.policy JOIN litellm_spend.installation i ON i.id = policy.origin
+     JOIN pg_catalog.pg_class c ON c.oid = policy.relation AND c.relowner = policy.owner
      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
 
 fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
@@ -147,7 +149,7 @@ pub fn look_after() -> Result<()> {
     let known = format!(
         "SELECT p.relation::oid, c.oid IS NOT NULL, p.owner::text, c.relowner::regrole::text, p.last_error
          FROM {SCHEMA}.policy p LEFT JOIN pg_catalog.pg_class c ON c.oid = p.relation
-         WHERE p.owner IS DISTINCT FROM c.relowner"
+         WHERE p.owner IS DISTINCT FROM c.relowner AND p.origin = {HERE}"
     );
     let strays = catalog::query(&known, &[], |r| {
         let owners = (catalog::value::<String>(r, 3)?, r.get::<String>(4)?);
@@ -196,8 +198,9 @@ pub fn set(table: &Table, wanted: Wanted) -> Result<()> {
     check_retention(interval, wanted.retention)?;
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, retention, on_expire)
-             VALUES ($1, $2, $3::name, $4, $5, $6, $7)
+            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, retention, on_expire,
+                                          origin)
+             VALUES ($1, $2, $3::name, $4, $5, $6, $7, {HERE})
              ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
                  \"interval\" = excluded.\"interval\", precreate = excluded.precreate, retention = excluded.retention,
                  on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,

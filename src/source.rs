@@ -8,6 +8,7 @@ use crate::catalog::{self, Table};
 use crate::definition::{SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::locks;
+use crate::restore::HERE;
 use crate::session;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -150,8 +151,8 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
     // A table of that name may have been dropped, or have several sequences.
     let names = catalog::fresh(
         &format!(
-            "INSERT INTO {SCHEMA}.source (name, relation, sequence)
-             SELECT name, $2, $3
+            "INSERT INTO {SCHEMA}.source (name, relation, sequence, origin)
+             SELECT name, $2, $3, {HERE}
              FROM (SELECT n, $1 || CASE n WHEN 1 THEN '' ELSE ' #' || n END AS name
                    FROM generate_series(1, (SELECT count(*) + 1 FROM {SCHEMA}.source)) AS n) AS names
              WHERE name NOT IN (SELECT name FROM {SCHEMA}.source) ORDER BY n LIMIT 1

@@ -27,6 +27,7 @@ use crate::locks::{self, Patience};
 use crate::partition::{Instant, Range, suffixed};
 use crate::place::{attach, attach_default, create, inside, rename};
 use crate::proof;
+use crate::restore::HERE;
 use pgrx::prelude::*;
 
 pub fn swap(conversion: &Conversion) -> Result<()> {
@@ -107,8 +108,8 @@ pub fn lock(
 fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
     catalog::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, on_expire)
-             VALUES ($1, $2, $3::name, $4, $5, 'drop')
+            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, on_expire, origin)
+             VALUES ($1, $2, $3::name, $4, $5, 'drop', {HERE})
              ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
                  \"interval\" = excluded.\"interval\", precreate = excluded.precreate, maintained_at = NULL"
         ),

@@ -13,7 +13,7 @@ use crate::litellm::CHANGE_LOG;
 use crate::locks::Patience;
 use crate::rollup::{self, Look, Merge, Merged};
 use crate::session::Failure;
-use crate::{backfill, maintain, policy, repair, revert, views, watch};
+use crate::{backfill, maintain, policy, repair, restore, revert, views, watch};
 
 use pgrx::pg_sys;
 use std::time::Duration;
@@ -80,10 +80,13 @@ pub fn tick(run: &mut impl Runner) -> Round {
     let patience = run.patience();
     let (watching, mut more) = (run.may_watch(), false);
     if run.watch_is_due() {
-        for rollup in run.step(Subject::Task("sources"), declare::strays).unwrap_or_default() {
+        let mends = run.step(Subject::Task("restore"), restore::look).unwrap_or(false);
+        let strays = if mends { run.step(Subject::Task("sources"), declare::strays) } else { None };
+        for rollup in strays.unwrap_or_default() {
             run.step(Subject::Stray(rollup.clone()), || declare::settle(&rollup, patience));
         }
-        more |= watching && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
+        more |=
+            watching && mends && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
     }
     let (outcomes, more_windows) = merge_all(run);
     more |= more_windows;
@@ -138,7 +141,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         return false;
     };
     if source.name == CHANGE_LOG && last_value < source.merged_to {
-        run.step(Subject::Task("watch"), || watch::raise_sequence(&source));
+        run.step(Subject::Task("watch"), || watch::raise_sequence(&source, source.merged_to));
     }
     // With nothing new the fences are not touched: an idle source writes no WAL.
     let news = safe_end != source.merged_to;

@@ -12,8 +12,9 @@ use crate::capture::{
 use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, next_midnight, qualified};
 use crate::error::{Error, Result};
-use crate::litellm::Capture;
+use crate::litellm::{CHANGE_LOG, Capture};
 use crate::locks::{self, Patience};
+use crate::restore;
 use crate::session::Owner;
 use crate::views::{self, PublicView, Stray};
 use pgrx::datum::Timestamp;
@@ -30,6 +31,8 @@ enum Damage {
     Replaced(pg_sys::Oid),
     Dropped,
     PredecessorDropped,
+    /// The change log holds rows numbered above its sequence.
+    LogAboveSequence(Source, i64),
     /// Partitions lack triggers.
     Partitions(Vec<(pg_sys::Oid, String)>),
     /// Views of ours were replaced, or have another owner.
@@ -53,6 +56,12 @@ fn damage() -> Result<Option<Damage>> {
     }
     if catalog::any_missing(builtin::relations().iter().map(|name| qualified(SCHEMA, name)).collect())? {
         return Ok(Some(Damage::Incomplete));
+    }
+    if let Some(source) = catalog::source(CHANGE_LOG)? {
+        let log = catalog::relation_name(source.relation)?;
+        if let Some(top) = restore::log_above_sequence(&log, source.sequence)? {
+            return Ok(Some(Damage::LogAboveSequence(source, top)));
+        }
     }
     let (known, owner) = (state.owner.map(Owner::role), Owner::role(table.owner_oid));
     if known != Some(owner) {
@@ -94,6 +103,7 @@ fn mend() -> Result<bool> {
                 create_functions(&state)?;
             }
         }
+        Damage::LogAboveSequence(source, top) => raise_sequence(&source, top)?,
         Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
         Damage::Views(strays) => {
             let Some(table) = Table::find(state.relation)? else { return Ok(false) };
@@ -108,13 +118,13 @@ fn mend() -> Result<bool> {
     Ok(true)
 }
 
-/// The change log's sequence was set back. Rows that got low numbers meanwhile look merged and are not, so a failure is
+/// The change log's sequence was set back below `to`. Rows that got low numbers meanwhile look merged and are not, so a failure is
 /// counted that nobody has noted: once the writers of now have ended, everything is computed again.
-pub fn raise_sequence(source: &Source) -> Result<()> {
+pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
     let sequence = catalog::relation_name(source.sequence)?;
     catalog::execute(
         "SELECT pg_catalog.setval($1::regclass, $2)",
-        &[sequence.into(), source.merged_to.into()],
+        &[sequence.into(), to.max(source.merged_to).into()],
     )?;
     catalog::execute(&format!("SELECT pg_catalog.nextval('{SCHEMA}.capture_failures')"), &[])?;
     Ok(())

@@ -1,0 +1,344 @@
+//! A dump is restored beside the worker, by every mode of the tools, ends without an error, and everything is exact: nothing is
+//! counted twice, nothing is lost, and work goes on by itself once the restore is over.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+use std::process::Stdio;
+
+/// A database with all that is dumped: attached, with history that only the rollups know, a tail that is not merged, a declared
+/// rollup with a tail, one that is filled by hand, and a table with a policy.
+fn original() -> (Database, Client) {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE EXTENSION litellm_spend;
+             CREATE TABLE ev (id bigserial, kind int);
+             CREATE TABLE byhand (id bigserial PRIMARY KEY, kind int);
+             CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE INDEX ON logs (at);
+             CREATE TABLE logs_default PARTITION OF logs DEFAULT",
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("old", 2000, 40)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client
+        .batch_execute(
+            r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 33;
+               SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+               SELECT spend_rollup_register('hand', 'byhand');
+               SELECT spend_partition_set('logs', precreate => 3)"#,
+        )
+        .unwrap();
+    client.batch_execute("INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 300) AS i").unwrap();
+    wait_until_merged(&mut client);
+    eventually("partitions are made", || {
+        holds(&mut client, "SELECT count(*) = 4 FROM spend_partition_status WHERE NOT is_default")
+    });
+    // These writers stay open, so that what comes after them is a tail.
+    let mut open = db.connect();
+    open.batch_execute(
+        r#"BEGIN; LOCK TABLE "LiteLLM_SpendLogs", litellm_spend.change_log, ev, byhand IN ROW EXCLUSIVE MODE"#,
+    )
+    .unwrap();
+    client.batch_execute(&insert_rows("tail", 50, 3)).unwrap();
+    client.batch_execute("INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 30) AS i").unwrap();
+    client.batch_execute("INSERT INTO byhand (kind) SELECT i FROM generate_series(1, 30) AS i").unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT tail_rows = 50 FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
+    (db, open)
+}
+
+const TOTALS: &str = r#"
+    SELECT (SELECT string_agg(d::text, ' ' ORDER BY d.date) FROM litellm_spend.daily_spend AS d) || ' / '
+        || (SELECT count(*) || ' ' || sum(requests) || ' ' || sum(spend) FROM litellm_spend.hourly_usage) || ' / '
+        || (SELECT string_agg(k::text, ' ' ORDER BY kind) FROM litellm_spend.by_kind AS k) || ' / '
+        || (SELECT string_agg(v::text, ' ' ORDER BY date) FROM "MonthlyGlobalSpend" AS v)"#;
+
+/// Waits until the worker of a database, if it has one, has looked at everything since now.
+fn let_the_worker_look(database: &str) {
+    let mut admin = shared().connect("postgres");
+    eventually("a worker comes", || {
+        holds(
+            &mut admin,
+            &format!(
+                "SELECT count(*) = 1 FROM pg_stat_activity
+                 WHERE datname = '{database}' AND backend_type = 'litellm_spend worker' AND state = 'idle'"
+            ),
+        )
+    });
+    // It looks at the captured table every 0.9 s.
+    let start: std::time::SystemTime = value(&mut admin, "SELECT clock_timestamp()");
+    let looked = "SELECT state_change > $1::timestamptz + interval '2 s' FROM pg_stat_activity
+                  WHERE datname = $2 AND backend_type = 'litellm_spend worker'";
+    eventually("the worker looks", || {
+        admin.query(looked, &[&start, &database]).unwrap().iter().any(|row| row.get(0))
+    });
+}
+
+/// Runs a program of the server's on the shared cluster; it must not complain of anything.
+fn run(name: &str, args: &[&str]) {
+    let output = shared()
+        .program(name)
+        .args(["-h", shared().dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"])
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let complaints = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && complaints.is_empty(), "{name} {args:?}: {complaints}");
+}
+
+/// An empty database for a restore.
+fn target(name: &str) -> String {
+    let name = format!("restored_{name}");
+    shared().connect("postgres").batch_execute(&format!("CREATE DATABASE {name} OWNER litellm")).unwrap();
+    name
+}
+
+/// All is as it was, work goes on by itself, and stays exact.
+fn check(database: &str, totals: &str) {
+    let mut client = shared().connect(database);
+    assert_eq!(value::<String>(&mut client, TOTALS), totals, "{database}");
+    eventually("the end of the restore is seen", || {
+        holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status")
+    });
+    client.batch_execute("SET ROLE litellm").unwrap();
+    client.batch_execute(&insert_rows("after", 20, 3)).unwrap();
+    client.batch_execute("RESET ROLE; INSERT INTO ev (kind) SELECT 1 FROM generate_series(1, 10)").unwrap();
+    eventually("what came with the dump and what came after it is merged", || {
+        holds(&mut client, "SELECT bool_and(tail_rows = 0) FROM spend_rollup_status WHERE kind <> 'by hand'")
+    });
+    assert_exact(&mut client);
+    assert_eq!(capture_errors(&mut client), 0, "{database}");
+    // What expired before the dump is history still.
+    assert!(holds(
+        &mut client,
+        r#"SELECT (SELECT sum(requests) FROM litellm_spend.daily_spend) = 2070
+                  AND (SELECT count(*) FROM "LiteLLM_SpendLogs") < 2070
+                  AND (SELECT sum(n) FROM litellm_spend.by_kind) = 340"#
+    ));
+    let window = client.query_one("SELECT * FROM spend_rollup_window('hand')", &[]).unwrap();
+    assert_eq!((window.get::<_, i64>(0), window.get::<_, i64>(1)), (1, 30), "{database}");
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 4 AND bool_and(last_error IS NULL) FROM spend_partition_status WHERE NOT is_default"
+    ));
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+fn dump(db: &Database, format: &str) -> String {
+    let file = shared().dir.join(format!("{}.{format}", db.name)).to_str().unwrap().to_string();
+    run("pg_dump", &["-F", format, "-f", &file, &db.name]);
+    file
+}
+
+#[test]
+fn every_mode_of_the_tools_restores_beside_the_worker() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let (script, custom, directory) = (dump(&db, "p"), dump(&db, "c"), dump(&db, "d"));
+    let modes: [(&str, &str, Vec<&str>); 6] = [
+        ("script", "psql", vec!["-qXo", "/dev/null", "-v", "ON_ERROR_STOP=1", "-f", &script, "-d"]),
+        ("script_at_once", "psql", vec!["-1qXo", "/dev/null", "-v", "ON_ERROR_STOP=1", "-f", &script, "-d"]),
+        ("custom", "pg_restore", vec![&custom, "-d"]),
+        ("custom_at_once", "pg_restore", vec!["-1", &custom, "-d"]),
+        ("parallel", "pg_restore", vec!["-j", "2", &custom, "-d"]),
+        ("parallel_directory", "pg_restore", vec!["-j", "4", &directory, "-d"]),
+    ];
+    for (name, program, mut args) in modes {
+        let database = target(name);
+        args.push(&database);
+        run(program, &args);
+        check(&database, &totals);
+    }
+}
+
+#[test]
+fn a_restore_in_pieces_is_left_alone_until_the_last() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let custom = dump(&db, "c");
+    let database = target("pieces");
+    let section = |section: &str, jobs: &str| {
+        run("pg_restore", &["-j", jobs, "--section", section, "-d", &database, &custom]);
+    };
+    section("pre-data", "1");
+    let_the_worker_look(&database);
+    section("data", "2");
+    let_the_worker_look(&database);
+    let mut client = shared().connect(&database);
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 10 AND bool_and(last_error LIKE 'it came out of a dump%') FROM spend_rollup_status"
+    ));
+    for call in [
+        "SELECT spend_rollup_run()",
+        "SELECT spend_rollup_window('hand')",
+        "SELECT spend_rollup_rebuild('daily_spend')",
+        "CALL spend_backfill()",
+        "SELECT spend_partition_maintain('logs')",
+        "SELECT spend_rollup_create('other', 'ev', '{kind}', '{count(*) AS n}')",
+    ] {
+        assert_refused(&mut client, call, "55000");
+    }
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM pg_trigger WHERE tgname LIKE 'litellm_spend%'"));
+    section("post-data", "2");
+    check(&database, &totals);
+}
+
+#[test]
+fn a_restore_over_what_is_there_replaces_it() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let custom = dump(&db, "c");
+    let database = target("replaced");
+    run("pg_restore", &["-d", &database, &custom]);
+    let_the_worker_look(&database);
+    shared().connect(&database).batch_execute(&insert_rows("gone", 100, 5)).unwrap();
+    run("pg_restore", &["--clean", "--if-exists", "-d", &database, &custom]);
+    check(&database, &totals);
+}
+
+#[test]
+fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let marker: String = value(&mut db.connect(), "SELECT evtname::text FROM pg_event_trigger");
+    // As dumps of older versions are.
+    let (custom, list) = (dump(&db, "c"), shared().dir.join("without-marker.list"));
+    let output = shared().program("pg_restore").args(["-l", &custom]).output().unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let without: Vec<&str> = lines.lines().filter(|line| !line.contains(&marker)).collect();
+    std::fs::write(&list, without.join("\n")).unwrap();
+    for (name, call) in [("told", "SELECT spend_restored()"), ("attached", "SELECT spend_attach()")] {
+        let database = target(name);
+        run("pg_restore", &["-L", list.to_str().unwrap(), "-d", &database, &custom]);
+        let_the_worker_look(&database);
+        let mut client = shared().connect(&database);
+        assert_eq!(value::<String>(&mut client, TOTALS), totals);
+        assert!(holds(
+            &mut client,
+            "SELECT bool_and(tail_rows > 0) FROM spend_rollup_status WHERE kind <> 'by hand'"
+        ));
+        client.batch_execute(call).unwrap();
+        assert!(!holds(&mut client, "SELECT spend_restored()"), "nothing waits any more");
+        check(&database, &totals);
+    }
+}
+
+#[test]
+fn a_log_above_its_sequence_is_merged_and_counted_once() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 200, 5)).unwrap();
+    wait_until_merged(&mut client);
+    // Rows are written while the sequence stands above what it will be set to.
+    let mut open = db.connect();
+    open.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute(&insert_rows("b", 100, 5)).unwrap();
+    client
+        .batch_execute(
+            "SELECT setval('litellm_spend.change_log_seq', (SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'))",
+        )
+        .unwrap();
+    drop(open);
+    eventually("the sequence is raised", || {
+        holds(
+            &mut client,
+            "SELECT last_value >= 300 AND (SELECT bool_and(tail_rows = 0) FROM spend_rollup_status)
+             FROM litellm_spend.change_log_seq",
+        )
+    });
+    client.batch_execute(&insert_rows("c", 50, 5)).unwrap();
+    wait_until_merged(&mut client);
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    assert!(holds(&mut client, "SELECT sum(requests) = 350 FROM litellm_spend.daily_spend"));
+}
+
+#[test]
+fn state_that_is_lost_is_said_and_what_is_left_can_be_dropped_and_made_again() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+             SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+             INSERT INTO ev (kind) VALUES (1), (1), (2)",
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 200, 5)).unwrap();
+    wait_until_merged(&mut client);
+    let said = |client: &mut Client, rollup: &str| -> Option<String> {
+        let sql = format!("SELECT last_error FROM spend_rollup_status WHERE rollup = '{rollup}'");
+        value(client, &sql)
+    };
+    // 1. the rows of both are gone, as of a restore of which a table's data failed.
+    client
+        .batch_execute("DELETE FROM litellm_spend.rollup WHERE name IN ('by_kind', 'daily_spend')")
+        .unwrap();
+    assert!(said(&mut client, "by_kind").unwrap().starts_with("its state is lost"));
+    assert!(said(&mut client, "daily_spend").unwrap().starts_with("its state is lost"));
+    assert_eq!(
+        error(&mut client, "SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')")
+            .code()
+            .code(),
+        "42710"
+    );
+    client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
+    client.batch_execute("SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')").unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    assert_eq!(said(&mut client, "daily_spend"), None);
+    assert!(holds(&mut client, "SELECT sum(n) = 3 FROM litellm_spend.by_kind"));
+    // 2. their sources.
+    client.batch_execute("DELETE FROM litellm_spend.source").unwrap();
+    assert!(said(&mut client, "by_kind").unwrap().starts_with("its source is not known"));
+    client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
+    client.batch_execute("SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')").unwrap();
+    client.batch_execute(&insert_rows("b", 100, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    // 3. what is captured.
+    client.batch_execute("DELETE FROM litellm_spend.capture").unwrap();
+    assert!(said(&mut client, "daily_spend").unwrap().starts_with("triggers capture a table"));
+    client.batch_execute(&insert_rows("c", 100, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    assert!(holds(&mut client, "SELECT sum(requests) = 400 FROM litellm_spend.daily_spend"));
+}
+
+#[test]
+fn the_marker_comes_and_goes_with_what_it_stands_for() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let markers = "SELECT count(*) FROM pg_event_trigger WHERE evtenabled = 'D'";
+    assert_eq!(value::<i64>(&mut client, markers), 0);
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    assert_eq!(value::<i64>(&mut client, markers), 1);
+    client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
+    assert_eq!(value::<i64>(&mut client, markers), 0);
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+             SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, markers), 1);
+    client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
+    assert_eq!(value::<i64>(&mut client, markers), 0);
+    client.batch_execute("DROP EXTENSION litellm_spend").unwrap();
+}
