@@ -10,7 +10,9 @@ use crate::convert::{Conversion, Step};
 use crate::error::Result;
 use crate::session::Owner;
 use crate::tick::{self, Subject};
-use crate::worker::{attach_signals, attempt_as_owner, in_transaction, pin_settings, utility};
+use crate::worker::{
+    attach_signals, attempt_as_owner, in_transaction, pin_settings, report_running, utility,
+};
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 
@@ -42,9 +44,10 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     let found = in_transaction(|| attempt_as_owner(|| statement(relation)));
     let Ok(Some((subject, owner, sql))) = found else { return };
     log!("litellm_spend: {sql}");
+    report_running(&subject);
     let outcome = utility(owner, &sql);
     if let Err(failure) = &outcome {
-        log!("litellm_spend: {subject:?} failed: {}", failure.message);
+        log!("litellm_spend: {subject} failed: {}", failure.message);
     }
     in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err()))));
 }

@@ -9,7 +9,8 @@ use crate::worker::{attach_signals, in_transaction, reload_settings};
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 use pgrx::{PgAtomic, PgXactCallbackEvent, pg_shmem_init, register_xact_callback};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,10 +24,16 @@ static ANNOUNCEMENTS: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spe
 // SAFETY: as above.
 static FOUND: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend workers") };
 
+/// Counts the launchers that there have been. A worker leaves when the one that started it is gone: nobody else knows of it, and
+/// the next launcher starts its own.
+// SAFETY: as above.
+static LAUNCHES: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend launches") };
+
 /// Sets the workers up. Called from _PG_init, in the postmaster, when the library is preloaded.
 pub fn register() {
     pg_shmem_init!(ANNOUNCEMENTS);
     pg_shmem_init!(FOUND);
+    pg_shmem_init!(LAUNCHES);
     BackgroundWorkerBuilder::new("litellm_spend launcher")
         .set_type("litellm_spend launcher")
         .set_library(LIBRARY)
@@ -35,6 +42,11 @@ pub fn register() {
         .set_start_time(BgWorkerStartTime::RecoveryFinished)
         .set_restart_time(Some(Duration::from_secs(5)))
         .load();
+}
+
+/// Which launcher is there now.
+pub fn launch() -> u32 {
+    LAUNCHES.get().load(Ordering::Relaxed)
 }
 
 /// Says, in a new worker, that it found the extension.
@@ -83,6 +95,7 @@ impl Tenant {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     attach_signals();
+    LAUNCHES.get().fetch_add(1, Ordering::Relaxed);
     BackgroundWorker::connect_worker_to_spi(None, None);
     let mut tenants: HashMap<u32, Tenant> = HashMap::new();
     let mut announcements = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
@@ -99,8 +112,8 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
         tenants.values_mut().for_each(Tenant::note_end);
         if search || tenants.values().any(Tenant::is_due) {
             let databases = databases();
-            tenants.retain(|oid, _| databases.contains(oid));
-            for oid in databases {
+            tenants.retain(|oid, _| databases.contains_key(oid));
+            for (oid, name) in databases {
                 let probe = match tenants.get(&oid) {
                     None => true,
                     Some(Tenant::Empty) => search,
@@ -108,7 +121,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
                 };
                 // One after the other, so that databases without the extension never hold more than one slot.
                 if probe {
-                    tenants.insert(oid, serve(oid));
+                    tenants.insert(oid, serve(oid, &name));
                 }
             }
         }
@@ -120,7 +133,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
 }
 
 /// Starts a worker in a database and waits until it has found the extension there, or has left.
-fn serve(database: u32) -> Tenant {
+fn serve(database: u32, name: &str) -> Tenant {
     let found = FOUND.get().load(Ordering::Relaxed);
     let worker = BackgroundWorkerBuilder::new("litellm_spend worker")
         .set_type("litellm_spend worker")
@@ -133,7 +146,7 @@ fn serve(database: u32) -> Tenant {
         .set_restart_time(None)
         .load_dynamic();
     let Ok(worker) = worker else {
-        log!("litellm_spend: no slot for the worker of database {database}; raise max_worker_processes");
+        log!("litellm_spend: no slot for the worker of database \"{name}\"; raise max_worker_processes");
         return Tenant::Unserved(Instant::now());
     };
     let started = Instant::now();
@@ -152,9 +165,9 @@ fn serve(database: u32) -> Tenant {
     Tenant::Served(worker)
 }
 
-/// The databases that accept connections. The launcher has no database, so this scans the shared catalog itself.
-fn databases() -> Vec<u32> {
-    let mut found = vec![];
+/// The databases that accept connections, by Oid. The launcher has no database, so this scans the shared catalog itself.
+fn databases() -> BTreeMap<u32, String> {
+    let mut found = BTreeMap::new();
     in_transaction(|| {
         // SAFETY: an ordinary scan of a shared catalog inside a transaction; the tuple is read before the next call.
         unsafe {
@@ -168,7 +181,9 @@ fn databases() -> Vec<u32> {
                 }
                 let database = pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_database;
                 if (*database).datallowconn {
-                    found.push((*database).oid.to_u32());
+                    let name =
+                        CStr::from_ptr((*database).datname.data.as_ptr()).to_string_lossy().into_owned();
+                    found.insert((*database).oid.to_u32(), name);
                 }
             }
             pg_sys::heap_endscan(scan);

@@ -319,7 +319,10 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
 
 /// Runs `sql`, which needs a lock on the relation called `name` if there is one, with our lock_timeout.
 pub fn lock_named(sql: &str, name: &str) -> Result<()> {
-    lock(sql, name, find_relation(name)?.unwrap_or(pg_sys::InvalidOid))
+    match find_relation(name)? {
+        Some(oid) => lock(sql, name, oid),
+        None => execute(sql, &[]).map(drop),
+    }
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with a limit of its own.

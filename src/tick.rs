@@ -6,7 +6,7 @@ use crate::catalog::{self, Source};
 use crate::conversion;
 use crate::convert;
 use crate::declare;
-use crate::definition::{SCHEMA, literal};
+use crate::definition::{SCHEMA, literal, qualified};
 use crate::error::Result;
 use crate::guc;
 use crate::litellm::CHANGE_LOG;
@@ -16,6 +16,7 @@ use crate::session::Failure;
 use crate::{backfill, maintain, policy, repair, restore, revert, views, watch};
 
 use pgrx::pg_sys;
+use std::fmt;
 use std::time::Duration;
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
@@ -33,6 +34,22 @@ pub enum Subject {
     Look(String, String),
     /// The maintenance of a table: its Oid, and what it is called.
     Policy(u32, String),
+}
+
+/// As it is called in the server's log and in pg_stat_activity.
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Subject::Task(task) => write!(f, "{task}"),
+            Subject::Source(name) => write!(f, "look at {name}"),
+            Subject::Rollup(name) => write!(f, "merge of rollup {name}"),
+            Subject::Stray(name) => write!(f, "source of rollup {name}"),
+            Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
+                write!(f, "conversion of {}", qualified(schema, table))
+            }
+            Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
+        }
+    }
 }
 
 /// Runs a step so that its failure does not reach the others.

@@ -13,6 +13,8 @@ use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[pg_guard]
@@ -21,6 +23,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     attach_signals();
     // SAFETY: the launcher passes an Oid.
     let database = unsafe { pg_sys::Oid::from_datum(argument, false) };
+    let launch = launcher::launch();
     BackgroundWorker::connect_worker_to_spi_by_oid(database, None);
     pin_settings();
     if in_transaction(extension_exists) {
@@ -33,7 +36,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     // What failed in an earlier life is noted again if it still does.
     steps.take_back(&Subject::Task("watch"));
     let (mut tidied, mut maintenance) = (Instant::now(), Instant::now());
-    while in_transaction(extension_exists) {
+    while launcher::launch() == launch && in_transaction(extension_exists) {
         reload_settings();
         let round = tick::tick(&mut steps);
         if maintenance.elapsed() > MAINTENANCE_LOOK {
@@ -150,7 +153,7 @@ impl Steps {
                     rest = rest.max(self.limit(&subject) * 4);
                     self.make_easier(&subject);
                 }
-                log!("litellm_spend: {subject:?} failed, next try in {rest:?}: {}", failure.message);
+                log!("litellm_spend: {subject} failed, next try in {rest:?}: {}", failure.message);
                 self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
                 None
             }
@@ -203,6 +206,7 @@ impl Runner for Steps {
             return None;
         }
         let limit = self.limit(&subject);
+        report_running(&subject);
         let outcome = in_transaction(|| {
             let outcome = {
                 AT.set(Some(subject.clone()));
@@ -257,15 +261,39 @@ impl Runner for Steps {
 const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 
 pub fn attempt_as_owner<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    let _cancellable = Cancellable::begin();
     attempt(|| {
         let _owner = Elevated::enter()?.impatient(LOCK_TIMEOUT);
         work()
     })
 }
 
+/// Whether there is something that a cancel could end. Without, it would end the process.
+static CANCELLABLE: AtomicBool = AtomicBool::new(false);
+
+/// While it lives, a cancel ends what is being done.
+struct Cancellable;
+
+impl Cancellable {
+    fn begin() -> Cancellable {
+        CANCELLABLE.store(true, Ordering::Relaxed);
+        Cancellable
+    }
+}
+
+impl Drop for Cancellable {
+    fn drop(&mut self) {
+        CANCELLABLE.store(false, Ordering::Relaxed);
+        // One that came too late.
+        // SAFETY: a flag of this process.
+        unsafe { (&raw mut pg_sys::QueryCancelPending).write_volatile(0) };
+    }
+}
+
 // ---- what the launcher and the builder need as well -----------------------------------------------------------------------
 
-/// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGHUP sets a flag.
+/// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGINT ends a step; SIGHUP sets a
+/// flag.
 pub fn attach_signals() {
     // SAFETY: before the signals are unblocked.
     unsafe {
@@ -273,6 +301,10 @@ pub fn attach_signals() {
         pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(on_sigterm));
         #[cfg(feature = "pg18")]
         pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(on_sigterm));
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(on_sigint));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(on_sigint));
     }
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
 }
@@ -284,6 +316,18 @@ unsafe extern "C-unwind" fn on_sigterm(_signal: i32) {
         (&raw mut pg_sys::InterruptPending).write_volatile(1);
         (&raw mut pg_sys::ProcDiePending).write_volatile(1);
         pg_sys::SetLatch(pg_sys::MyLatch);
+    }
+}
+
+/// What the server's own handler does, but only where there is something to cancel.
+unsafe extern "C-unwind" fn on_sigint(_signal: i32) {
+    if CANCELLABLE.load(Ordering::Relaxed) {
+        // SAFETY: flags that are made for signal handlers.
+        unsafe {
+            (&raw mut pg_sys::InterruptPending).write_volatile(1);
+            (&raw mut pg_sys::QueryCancelPending).write_volatile(1);
+            pg_sys::SetLatch(pg_sys::MyLatch);
+        }
     }
 }
 
@@ -312,6 +356,7 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
 /// cannot outlive a transaction; the server itself restricts what an index's functions may do.
 pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
     let text = std::ffi::CString::new(sql).unwrap_or_default();
+    let _cancellable = Cancellable::begin();
     // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the transactions. After an
     // error the transaction is aborted by hand.
     unsafe {
@@ -362,6 +407,13 @@ pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
         pg_sys::MemoryContextDelete(context);
         outcome
     }
+}
+
+/// Says in pg_stat_activity what the worker is at.
+pub fn report_running(subject: &Subject) {
+    let text = CString::new(format!("litellm_spend: {subject}")).unwrap_or_default();
+    // SAFETY: the text is copied.
+    unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr()) };
 }
 
 /// Sends the counts that autovacuum goes by, which a worker has to do itself.

@@ -88,7 +88,10 @@ fn view_equals_raw_at_every_moment() {
         db.connect().batch_execute("SELECT spend_attach()").unwrap();
         let mut reader = db.connect();
         let started = Instant::now();
-        while started.elapsed() < Duration::from_secs(30) || inserted.load(Ordering::Relaxed) < 20_000 {
+        while started.elapsed() < Duration::from_secs(30)
+            || inserted.load(Ordering::Relaxed) < 20_000
+            || looks <= 100
+        {
             assert!(started.elapsed() < Duration::from_secs(180), "too slow: {inserted:?} rows");
             let mut tx =
                 reader.build_transaction().isolation_level(IsolationLevel::RepeatableRead).start().unwrap();
@@ -114,7 +117,7 @@ fn view_equals_raw_at_every_moment() {
     let merged: i64 =
         value(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'");
     eprintln!("{} rows inserted, {looks} looks, watermark {merged}", inserted.load(Ordering::Relaxed));
-    assert!(merged > 0 && looks > 100);
+    assert!(merged > 0);
     assert_eq!(capture_errors(&mut client), 0);
 }
 

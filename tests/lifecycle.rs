@@ -608,6 +608,35 @@ fn workers_come_and_go_with_their_databases() {
     wait_until_merged(&mut client);
     drop(client);
 
+    // One worker serves a database, whoever is cancelled or terminated.
+    let pid = format!(
+        "SELECT pid FROM pg_stat_activity WHERE datname = '{}' AND backend_type = 'litellm_spend worker'",
+        one.name
+    );
+    let before: i32 = value(&mut admin, &pid);
+    let cancels = format!("SELECT count(pg_cancel_backend({before})) FROM generate_series(1, 100)");
+    assert_eq!(value::<i64>(&mut admin, &cancels), 100);
+    eventually("the worker goes on after a cancel", || {
+        holds(
+            &mut admin,
+            &format!(
+                "SELECT state_change > statement_timestamp() - interval '100 ms' FROM pg_stat_activity WHERE pid = {before}"
+            ),
+        )
+    });
+    assert_eq!(value::<i32>(&mut admin, &pid), before);
+    for _ in 0..2 {
+        let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'litellm_spend launcher'";
+        let launched: i32 = value(&mut admin, launcher);
+        admin.execute(&format!("SELECT pg_terminate_backend({launched})"), &[]).unwrap();
+        eventually("another launcher comes, and another worker", || {
+            admin.query_opt(launcher, &[]).unwrap().is_some_and(|row| row.get::<_, i32>(0) != launched)
+                && workers(&one) == 1
+                && value::<i32>(&mut admin, &pid) != before
+        });
+    }
+    assert_eq!(workers(&one), 1);
+
     // Databases are renamed, copied and dropped under their workers.
     eventually("a worker is there", || workers(&one) == 1);
     admin.batch_execute(&format!("ALTER DATABASE {} RENAME TO renamed", one.name)).unwrap();
