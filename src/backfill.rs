@@ -1,5 +1,6 @@
 //! Computes the built-in rollups of the rows that were there before, newest day first, a day a transaction.
 
+use crate::capture::require_no_foreign_partition;
 use crate::catalog;
 use crate::definition::SCHEMA;
 use crate::error::{Error, Result};
@@ -15,6 +16,7 @@ pub fn step(patience: Patience) -> Result<bool> {
     if !catalog::is_uncovered(CHANGE_LOG)? {
         return Ok(false);
     }
+    require_no_foreign_partition(attached()?.relation)?;
     let Some(fences) = Fence::take_all(CHANGE_LOG, patience)? else { return Ok(false) };
     let front = fences.iter().map(|f| f.covered_from).filter(|day| !day.is_neg_infinity()).max();
     let Some(front) = front else { return Ok(false) };

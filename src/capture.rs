@@ -3,6 +3,7 @@
 //! Locks on the user's table, each waited for at most `litellm_spend.lock_timeout`:
 //! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE (writers wait, readers do not), from the
 //!   creation of the triggers to the end of the transaction, a few milliseconds. Everything else is done before.
+//! - the watch, when a foreign table became a partition: the same, for making the triggers harmless.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
 //!   got before we noticed.
 //! - detach: ACCESS EXCLUSIVE, for dropping the triggers and merging what is left.
@@ -86,6 +87,7 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
 pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
     let columns = captured_columns(&table)?;
+    require_no_foreign_partition(oid)?;
     let current = catalog::capture()?;
     if let Some(current) = current.as_ref().filter(|current| current.relation != oid) {
         return Err(Error::AttachedElsewhere(qualified(&current.schema, &current.table)));
@@ -303,10 +305,52 @@ pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let mut tables: Vec<pg_sys::Oid> = missing.iter().map(|(relation, _)| *relation).collect();
     tables.dedup();
     locks::lock_against_writers(&tables)?;
+    require_no_foreign_partition(state.relation)?;
     for (relation, operation) in &missing {
         catalog::execute(&Capture::trigger(operation, &catalog::relation_name(*relation)?), &[])?;
     }
     Ok(missing.len())
+}
+
+/// A transition table takes no rows from a foreign partition: the statement that changes one fails.
+pub fn require_no_foreign_partition(relation: pg_sys::Oid) -> Result<()> {
+    foreign_partition(relation)?.map_or(Ok(()), Err)
+}
+
+/// Why the table cannot be captured, if it has such a partition.
+pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<Error>> {
+    let Some(foreign) = catalog::foreign_partition(relation)? else { return Ok(None) };
+    let (table, foreign) = (catalog::relation_name(relation)?, catalog::relation_name(foreign)?);
+    Ok(Some(Error::ForeignPartition { table, foreign }))
+}
+
+/// Triggers that would make a statement fail which reaches a foreign partition: a disabled one would as well. The table before
+/// its partitions.
+pub fn failing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
+    let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
+    catalog::query(
+        "WITH RECURSIVE tree(oid, n) AS (SELECT * FROM unnest($1::oid[]) WITH ORDINALITY), above(oid) AS (
+             SELECT c.oid FROM pg_catalog.pg_class c JOIN tree USING (oid) WHERE c.relkind = 'f'
+             UNION SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN above ON i.inhrelid = above.oid)
+         SELECT tree.oid, o.operation
+         FROM above JOIN tree USING (oid) JOIN pg_catalog.pg_trigger t ON t.tgrelid = tree.oid
+         JOIN unnest($2::text[]) AS o(operation) ON t.tgname = 'litellm_spend_capture_' || o.operation
+         WHERE coalesce(t.tgoldtable, t.tgnewtable) IS NOT NULL
+         ORDER BY tree.n",
+        &[catalog::relation_tree(relation)?.into(), operations.into()],
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
+    )
+}
+
+/// Makes such triggers harmless.
+pub fn silence(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
+    let mut tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
+    tables.dedup();
+    locks::lock_against_writers(&tables)?;
+    for (relation, operation) in triggers {
+        catalog::execute(&Capture::silent_trigger(operation, &catalog::relation_name(*relation)?), &[])?;
+    }
+    Ok(())
 }
 
 /// Capture and rollups go on where the rows are now.
@@ -331,7 +375,7 @@ pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, Strin
              WHERE NOT EXISTS (
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
-                   AND t.tgenabled IN ('O', 'A')
+                   AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
                    AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation))
              ORDER BY r.n"
         ),

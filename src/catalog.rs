@@ -184,6 +184,13 @@ pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
     )
 }
 
+/// A foreign table among those that inherit from a relation.
+pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
+    let sql =
+        "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'f' ORDER BY oid LIMIT 1";
+    Ok(query(sql, &[relation_tree(relation)?.into()], |r| value(r, 1))?.pop())
+}
+
 /// The other transactions that hold RowExclusiveLock, as every writer does, on one of `relations`.
 pub fn writers(relations: Vec<pg_sys::Oid>) -> Result<BTreeSet<Holder>> {
     let holders = query(
@@ -256,6 +263,12 @@ pub fn record_error(rollup: &str, message: Option<&str>) -> Result<()> {
 /// Notes a failure around the captured table, or that it is over.
 pub fn record_capture_error(message: Option<&str>) -> Result<()> {
     record("capture", "$1 IS NOT NULL", "", message)
+}
+
+/// What is noted of the captured table.
+pub fn capture_error() -> Result<Option<String>> {
+    let sql = format!("SELECT last_error FROM {SCHEMA}.capture");
+    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
 }
 
 /// Keeps the time of the first occurrence: a failure that repeats at each tick is written once.

@@ -117,6 +117,8 @@ pub enum Error {
     ConversionBusy(String),
     #[error("partition \"{0}\" is not an ordinary table")]
     NotOrdinary(String),
+    #[error("{table} cannot be captured while {foreign}, which is a foreign table, belongs to it")]
+    ForeignPartition { table: String, foreign: String },
     #[error("{relation} has no index on column \"{column}\"")]
     NoTimeIndex { relation: String, column: String },
     #[error("somebody changed \"{0}\" at the same time")]
@@ -173,7 +175,7 @@ impl Error {
             Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Error::Isolation(_) => ERRCODE_INVALID_TRANSACTION_STATE,
-            Error::Encoding(_) => ERRCODE_FEATURE_NOT_SUPPORTED,
+            Error::Encoding(_) | Error::ForeignPartition { .. } => ERRCODE_FEATURE_NOT_SUPPORTED,
             Error::AttachedElsewhere(_) | Error::NotAttached(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::NotMergedYet { .. } | Error::Policy(_) | Error::Range { .. } | Error::NoBucket(_) => {
                 ERRCODE_INVALID_PARAMETER_VALUE
@@ -291,6 +293,9 @@ impl Error {
             Error::NoPolicy(_) => "Nothing is known of how it is to be partitioned, nor of how long its rows stay.".into(),
             Error::Converting(_) => "Its partitions are left alone until that has ended.".into(),
             Error::NotOrdinary(_) => "It is partitioned itself, or foreign.".into(),
+            Error::ForeignPartition { .. } => {
+                "PostgreSQL collects no changed rows from foreign tables: statements that reach its rows would fail.".into()
+            }
             Error::ConversionBusy(_) => "A step of it is being done; only one can be at a time.".into(),
             Error::NoTimeIndex { .. } => "Without one its rows could only be found by reading the whole table, again and again or under an exclusive lock.".into(),
             Error::CameBetween(_) => "What had been decided was no longer true once the lock was there. Nothing was changed.".into(),
@@ -400,6 +405,9 @@ impl Error {
             Error::Converting(_) => "Wait for it, or call spend_partition_convert() again.".into(),
             Error::ConversionBusy(_) => "Try again.".into(),
             Error::NotOrdinary(_) => "Maintain it by hand.".into(),
+            Error::ForeignPartition { table, foreign } => {
+                format!("ALTER TABLE {table} DETACH PARTITION {foreign}, or keep such rows in a table of their own.")
+            }
             Error::NoTimeIndex { relation, column } => format!("CREATE INDEX CONCURRENTLY ON {relation} (\"{column}\"), on each partition if it has any."),
             Error::CameBetween(_) => "It is tried again at the next maintenance.".into(),
             Error::Referenced { .. } => "Drop the reference, or maintain the table by hand.".into(),

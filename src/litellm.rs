@@ -210,6 +210,15 @@ END
         (name, text)
     }
 
+    /// As [`Capture::trigger`], but the trigger collects no rows and never fires.
+    pub fn silent_trigger(operation: &str, relation: &str) -> String {
+        format!(
+            "CREATE OR REPLACE TRIGGER {} AFTER {operation} ON {relation} FOR EACH STATEMENT WHEN (false) EXECUTE FUNCTION {}()",
+            trigger_name(operation),
+            function_name(operation)
+        )
+    }
+
     /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks no reader out.
     pub fn trigger(operation: &str, relation: &str) -> String {
         let transition = match operation {

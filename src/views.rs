@@ -135,6 +135,12 @@ pub fn restore(source: &Table) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
+/// Whether a view is ours, or about to be.
+pub fn any_adopted() -> Result<bool> {
+    let sql = format!("SELECT FROM {SCHEMA}.public_view LIMIT 1");
+    Ok(!catalog::query(&sql, &[], |_| Ok(()))?.is_empty())
+}
+
 /// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours.
 fn let_go(view: &PublicView, found: &Table) -> Result<()> {
     let original = catalog::query(

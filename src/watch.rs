@@ -7,7 +7,8 @@
 use crate::backfill::uncover_all;
 use crate::builtin;
 use crate::capture::{
-    attach_locked, attached_to, captured_columns, create_functions, create_triggers, missing_triggers, open,
+    attach_locked, attached_to, captured_columns, create_functions, create_triggers, failing_triggers,
+    foreign_partition, missing_triggers, open, silence,
 };
 use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, next_midnight, qualified};
@@ -33,6 +34,8 @@ enum Damage {
     PredecessorDropped,
     /// The change log holds rows numbered above its sequence.
     LogAboveSequence(Source, i64),
+    /// A partition is a foreign table, and that is news.
+    Foreign,
     /// Partitions lack triggers.
     Partitions(Vec<(pg_sys::Oid, String)>),
     /// Views of ours were replaced, or have another owner.
@@ -49,6 +52,12 @@ fn damage() -> Result<Option<Damage>> {
         return Ok(Some(Damage::Replaced(replacement)));
     }
     let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
+    if let Some(error) = foreign_partition(state.relation)? {
+        let settled = failing_triggers(state.relation)?.is_empty()
+            && !views::any_adopted()?
+            && catalog::capture_error()?.is_some_and(|noted| noted.contains(&error.to_string()));
+        return Ok((!settled).then_some(Damage::Foreign));
+    }
     if let Some(predecessor) = state.predecessor
         && Table::find(predecessor)?.is_none()
     {
@@ -104,6 +113,7 @@ fn mend() -> Result<bool> {
             }
         }
         Damage::LogAboveSequence(source, top) => raise_sequence(&source, top)?,
+        Damage::Foreign => suspend(&state)?,
         Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
         Damage::Views(strays) => {
             let Some(table) = Table::find(state.relation)? else { return Ok(false) };
@@ -116,6 +126,25 @@ fn mend() -> Result<bool> {
         Damage::Incomplete => drop(attach_locked(state.relation, None)?),
     }
     Ok(true)
+}
+
+/// Nothing is captured while a foreign table is a partition: LiteLLM's statements come first. Its views are its own again,
+/// over all rows. Once the partition is gone, triggers are missing, and everything is computed again.
+fn suspend(state: &CaptureState) -> Result<()> {
+    let failing = failing_triggers(state.relation)?;
+    if !failing.is_empty() {
+        // In a step of its own: nobody else may be in the way of that.
+        silence(&failing)?;
+    } else {
+        uncover_all(&state.source)?;
+        if let Some(table) = Table::find(state.relation)? {
+            views::restore(&table)?;
+        }
+    }
+    if let Some(error) = foreign_partition(state.relation)? {
+        catalog::record_capture_error(Some(&error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// The change log's sequence was set back below `to`. Rows that got low numbers meanwhile look merged and are not, so a failure is

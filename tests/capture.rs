@@ -389,3 +389,95 @@ fn an_older_litellm_without_optional_columns_attaches() {
         value(&mut client, "SELECT sum(failed_requests)::bigint FROM litellm_spend.daily_spend");
     assert_eq!(failed, 10);
 }
+
+/// LiteLLM's table, partitioned without a primary key, which is what lets a foreign table be a partition.
+fn partitioned_by_hand(db: &Database) -> Client {
+    let mut client = db.connect();
+    let directory = db.cluster.dir.display();
+    client
+        .batch_execute(&format!(
+            r#"CREATE EXTENSION postgres_fdw;
+               CREATE SERVER cold FOREIGN DATA WRAPPER postgres_fdw OPTIONS (host '{directory}', port '{PORT}', dbname '{}');
+               CREATE USER MAPPING FOR PUBLIC SERVER cold OPTIONS (user 'postgres', password_required 'false');
+               GRANT USAGE ON FOREIGN SERVER cold TO litellm;
+               SET ROLE litellm;
+               CREATE TABLE hot (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
+               CREATE TABLE hot_rest PARTITION OF hot DEFAULT;
+               RESET ROLE;
+               CREATE TABLE cold_logs (LIKE "LiteLLM_SpendLogs");
+               DROP TABLE "LiteLLM_SpendLogs" CASCADE;
+               ALTER TABLE hot RENAME TO "LiteLLM_SpendLogs""#,
+            db.name
+        ))
+        .unwrap();
+    client
+}
+
+/// A foreign table for the rows of one month that are kept elsewhere.
+const COLD: &str = r#"SET ROLE litellm; CREATE FOREIGN TABLE frozen PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-01-01')
+    TO ('2026-02-01') SERVER cold OPTIONS (table_name 'cold_logs'); RESET ROLE"#;
+
+/// Statements that reach it. (PostgreSQL itself refuses MERGE there.)
+const REACH: [&str; 3] = [
+    r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+       VALUES ('c1', 'c', 1, '2026-01-05', '2026-01-05'), ('c2', 'c', 1, '2026-01-06', '2026-01-06')"#,
+    r#"UPDATE "LiteLLM_SpendLogs" SET spend = 3 WHERE request_id = 'c1'"#,
+    r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < '2026-01-06' AND request_id = 'c1'"#,
+];
+
+#[test]
+fn a_table_with_a_foreign_partition_is_refused_and_its_statements_go_on() {
+    let db = shared().database();
+    let mut client = partitioned_by_hand(&db);
+    client.batch_execute(COLD).unwrap();
+    assert_refused(&mut client, "SELECT spend_attach()", "0A000");
+    let refused = error(&mut client, "SELECT spend_attach()");
+    assert!(refused.message().contains("frozen"), "{refused:?}");
+    for statement in REACH {
+        client.batch_execute(statement).unwrap();
+    }
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION frozen"#).unwrap();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
+fn statements_go_on_when_a_foreign_partition_comes_and_capture_when_it_goes() {
+    let db = shared().database();
+    let mut client = partitioned_by_hand(&db);
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let suspended = r#"SELECT bool_and(last_error LIKE '%"LiteLLM_SpendLogs" cannot be captured while %frozen%')
+                              AND bool_and(covered_from = 'infinity') AND bool_and(live_views IS NULL)
+                       FROM spend_rollup_status"#;
+    for round in ["b", "c"] {
+        client.batch_execute(COLD).unwrap();
+        eventually("the status says that nothing is captured", || holds(&mut client, suspended));
+        for statement in REACH {
+            client.batch_execute(statement).unwrap();
+        }
+        // What is asked meanwhile is answered from the table.
+        client.batch_execute(&insert_rows(round, 50, 5)).unwrap();
+        assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
+        let differ = "SELECT date FROM monthly_global_spend(30) AS m FULL JOIN \"MonthlyGlobalSpend\" AS v USING (date)
+                      WHERE round(m.spend::numeric, 9) IS DISTINCT FROM round(v.spend::numeric, 9)";
+        assert_no_rows(client.query(differ, &[]).unwrap(), "function and view differ");
+        for call in ["SELECT spend_attach()", "CALL spend_backfill()"] {
+            assert_refused(&mut client, call, "0A000");
+        }
+        client.batch_execute("DROP FOREIGN TABLE frozen; DELETE FROM cold_logs").unwrap();
+        client.batch_execute(&insert_rows(&format!("after {round}"), 50, 5)).unwrap();
+        wait_until_live(&mut client);
+        client.batch_execute(&insert_rows(&format!("live {round}"), 50, 5)).unwrap();
+        wait_until_merged(&mut client);
+        assert_exact(&mut client);
+        assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status"));
+    }
+    client.batch_execute(COLD).unwrap();
+    eventually("the status says that nothing is captured", || holds(&mut client, suspended));
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    client.batch_execute(REACH[0]).unwrap();
+}
