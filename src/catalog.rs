@@ -358,7 +358,7 @@ pub struct Table {
     pub owner_oid: pg_sys::Oid,
     /// Storage options, `name=value, …`.
     pub options: String,
-    /// Name and type.
+    /// Name and type, as the server writes it on the pinned path: what is not qualified is a type of its own.
     pub columns: Vec<(String, String)>,
 }
 
@@ -444,18 +444,14 @@ pub fn role_name(role: pg_sys::Oid) -> Result<String> {
     names.into_iter().next().ok_or(Error::NoRole(role.to_u32()))
 }
 
-/// Whether values of the type, as SQL writes it, can be sorted: then they can be a key.
-pub fn is_sortable(r#type: &str) -> Result<bool> {
-    // SAFETY: reads the type cache. TypeCacheEntry outlives this call.
-    let oid = query("SELECT $1::regtype::oid", &[r#type.into()], |r| value::<pg_sys::Oid>(r, 1))?;
-    let flag = pg_sys::TYPECACHE_LT_OPR as i32;
-    let is_pseudo = |oid: pg_sys::Oid| unsafe { pg_sys::get_typtype(oid) } as u8 == pg_sys::TYPTYPE_PSEUDO;
-    if oid.first().is_some_and(|oid| is_pseudo(*oid)) {
-        return Ok(false);
+/// Whether values of the type can be sorted: then they can be a key.
+pub fn is_sortable(r#type: pg_sys::Oid) -> bool {
+    // SAFETY: reads the catalog and the type cache. TypeCacheEntry outlives this call.
+    unsafe {
+        let is_pseudo = pg_sys::get_typtype(r#type) as u8 == pg_sys::TYPTYPE_PSEUDO;
+        let flag = pg_sys::TYPECACHE_LT_OPR as i32;
+        !is_pseudo && (*pg_sys::lookup_type_cache(r#type, flag)).lt_opr != pg_sys::InvalidOid
     }
-    Ok(oid
-        .first()
-        .is_some_and(|oid| unsafe { (*pg_sys::lookup_type_cache(*oid, flag)).lt_opr } != pg_sys::InvalidOid))
 }
 
 /// Whether the column is declared NOT NULL.

@@ -2,10 +2,10 @@
 
 use crate::catalog::{self, Table};
 use crate::definition::{
-    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, TIMESTAMPTZ, quoted,
+    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, quoted,
 };
 use crate::error::{Error, Result};
-use crate::expression::{self, Aggregate, Parsed, Scalar, Scope, Volatility};
+use crate::expression::{self, Aggregate, Cut, Parsed, Scalar, Scope, Volatility};
 use crate::session::Owner;
 use crate::source::{Notice, Numbering};
 use pgrx::prelude::*;
@@ -107,12 +107,20 @@ fn dimension(
         return Err(refuse("It is an aggregate function, which only a measure can be."));
     }
     let name = name.ok_or_else(|| refuse(NO_NAME))?;
-    if let Some(pinned) = in_utc(table, &scalar) {
-        scalar.text = pinned;
-    } else {
-        notices.extend(require_steady(&scalar, refuse)?);
+    match &scalar.cut {
+        Some(Cut::Fixed) => {}
+        // The usual buckets of a timestamptz depend on the session's TimeZone: ours are those of UTC.
+        Some(Cut::Day) => {
+            scalar.text =
+                format!("(({} AT TIME ZONE 'UTC'::text))::date", quote_identifier(&scalar.columns[0]));
+        }
+        Some(Cut::Unit(unit)) => {
+            let column = quote_identifier(&scalar.columns[0]);
+            scalar.text = format!("date_trunc('{unit}'::text, {column}, 'UTC'::text)");
+        }
+        None => notices.extend(require_steady(&scalar, refuse)?),
     }
-    if !catalog::is_sortable(&scalar.r#type)? {
+    if !catalog::is_sortable(scalar.type_oid) {
         return Err(refuse(&format!("Values of type {} cannot be sorted.", scalar.r#type)));
     }
     // A column that cannot be NULL stays so, also when it is cut into buckets.
@@ -150,52 +158,9 @@ fn time_column<'a>(table: &'a Table, scalar: &Scalar) -> Option<(&'a str, &'a st
     TIME_TYPES.contains(&r#type.as_str()).then_some((name.as_str(), r#type.as_str()))
 }
 
-/// The usual buckets of a timestamptz depend on the session's TimeZone: ours are those of UTC.
-fn in_utc(table: &Table, scalar: &Scalar) -> Option<String> {
-    let (column, _) = time_column(table, scalar).filter(|(_, r#type)| *r#type == TIMESTAMPTZ)?;
-    let column = quote_identifier(column);
-    if scalar.text == format!("({column})::date") || scalar.text == format!("date({column})") {
-        return Some(format!("(({column} AT TIME ZONE 'UTC'::text))::date"));
-    }
-    if in_a_zone(&scalar.text, &column) {
-        return Some(scalar.text.clone());
-    }
-    let unit = truncated_to(&scalar.text, &format!(", {column})"))?;
-    Some(format!("date_trunc('{unit}'::text, {column}, 'UTC'::text)"))
-}
-
-/// The unit of `date_trunc('unit'::text` followed by `rest`.
-fn truncated_to<'a>(text: &'a str, rest: &str) -> Option<&'a str> {
-    let unit = text.strip_prefix("date_trunc('")?.strip_suffix(rest)?.strip_suffix("'::text")?;
-    unit.chars().all(char::is_alphabetic).then_some(unit)
-}
-
-/// `date_trunc('unit'::text, column, 'zone'::text)`, which depends on no setting.
-fn in_a_zone(text: &str, column: &str) -> bool {
-    let zone = text.strip_suffix("'::text)").and_then(|text| text.rsplit_once(", '"));
-    zone.is_some_and(|(rest, zone)| {
-        !zone.contains('\'') && truncated_to(&format!("{rest})"), &format!(", {column})")).is_some()
-    })
-}
-
 /// What cuts a column of time into consecutive pieces can be looked up by the column itself, which may have an index.
 fn cuts_time(table: &Table, scalar: &Scalar) -> bool {
-    let Some((column, _)) = time_column(table, scalar) else { return false };
-    let (name, text) = (quote_identifier(column), scalar.text.as_str());
-    let cuts = [
-        name.to_string(),
-        format!("date({name})"),
-        format!("({name})::date"),
-        format!("(({name} AT TIME ZONE 'UTC'::text))::date"),
-    ];
-    let bins = || {
-        let width = text.strip_prefix("date_bin('")?.split_once(&format!("'::interval, {name}, '"));
-        width.filter(|(width, origin)| !width.contains('\'') && origin.matches('\'').count() == 1)
-    };
-    cuts.iter().any(|cut| cut == text)
-        || truncated_to(text, &format!(", {name})")).is_some()
-        || in_a_zone(text, &name)
-        || bins().is_some()
+    scalar.cut.is_some() && time_column(table, scalar).is_some()
 }
 
 /// A dimension that buckets time: of a type of time, and over one column of such a type.

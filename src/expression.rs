@@ -12,7 +12,7 @@
 use crate::catalog::{query, value};
 use crate::error::{Error, Result};
 use crate::session::{Elevated, Owner, attempt};
-use pgrx::pg_sys;
+use pgrx::{FromDatum, pg_sys};
 use std::ffi::{CStr, CString};
 
 /// `expression AS name`, understood.
@@ -28,13 +28,25 @@ pub struct Parsed {
 pub struct Scalar {
     pub text: String,
     pub r#type: String,
+    pub type_oid: pg_sys::Oid,
     /// Its collation, if that is not the type's own.
     pub collation: Option<String>,
     /// The columns of the relation that it reads.
     pub columns: Vec<String>,
     /// It is a column and nothing else.
     pub is_column: bool,
+    /// How it cuts its only column, one of time, into consecutive pieces, if that is all it does.
+    pub cut: Option<Cut>,
     pub volatility: Volatility,
+}
+
+pub enum Cut {
+    /// No setting has a say in it.
+    Fixed,
+    /// Into days of the session's TimeZone.
+    Day,
+    /// Into such units of the session's TimeZone.
+    Unit(String),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -249,27 +261,31 @@ impl Analyzed {
             let name = unsafe { pg_sys::get_attname(self.relation, number as i16, false) };
             columns.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
         }
+        // SAFETY: an analyzed node.
+        let cut = unsafe { cut(node) };
         // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only. Entered here: a function
         // that was called above may have changed any setting.
         let pinned = Elevated::pinned();
-        let (text, r#type, collation) = unsafe {
+        let (text, type_oid, r#type, collation) = unsafe {
             let text = pg_sys::deparse_expression(node, self.context, false, false);
-            let r#type = pg_sys::exprType(node);
+            let type_oid = pg_sys::exprType(node);
             let collation = pg_sys::exprCollation(node);
-            let own = collation == pg_sys::get_typcollation(r#type) || collation == pg_sys::InvalidOid;
+            let own = collation == pg_sys::get_typcollation(type_oid) || collation == pg_sys::InvalidOid;
             // With "no modifier" said, char is bpchar, not char(1).
-            let r#type = pg_sys::format_type_extended(r#type, -1, pg_sys::FORMAT_TYPE_TYPEMOD_GIVEN as u16);
+            let r#type = pg_sys::format_type_extended(type_oid, -1, pg_sys::FORMAT_TYPE_TYPEMOD_GIVEN as u16);
             let collation = (!own).then(|| CStr::from_ptr(pg_sys::generate_collation_name(collation)));
-            (CStr::from_ptr(text), CStr::from_ptr(r#type), collation)
+            (CStr::from_ptr(text), type_oid, CStr::from_ptr(r#type), collation)
         };
         drop(pinned);
         Ok(Scalar {
             text: text.to_string_lossy().into_owned(),
             r#type: r#type.to_string_lossy().into_owned(),
+            type_oid,
             collation: collation.map(|name| name.to_string_lossy().into_owned()),
             columns,
             // SAFETY: an analyzed node.
             is_column: unsafe { is(node, pg_sys::NodeTag::T_Var) },
+            cut,
             volatility,
         })
     }
@@ -284,6 +300,103 @@ impl Analyzed {
         let filter = (!call.aggfilter.is_null()).then(|| self.scalar(call.aggfilter.cast())).transpose()?;
         let ordered = [call.aggdistinct, call.aggorder, call.aggdirectargs].iter().any(|l| !l.is_null());
         Ok(Aggregate { function, built_in, arguments, filter, ordered })
+    }
+}
+
+/// How a node cuts a column of time.
+unsafe fn cut(node: *mut pg_sys::Node) -> Option<Cut> {
+    use pg_sys::NodeTag::{T_Const, T_Var};
+    // SAFETY: analyzed nodes, each read as what its tag says.
+    unsafe {
+        if is(node, T_Var) {
+            return Some(Cut::Fixed);
+        }
+        let (function, arguments) = call(node)?;
+        match (function, &arguments[..]) {
+            (pg_sys::F_DATE_TIMESTAMP, [time]) if is(*time, T_Var) || in_utc(*time) => Some(Cut::Fixed),
+            (pg_sys::F_DATE_TIMESTAMPTZ, [time]) if is(*time, T_Var) => Some(Cut::Day),
+            (pg_sys::F_DATE_TRUNC_TEXT_TIMESTAMP, [unit, time]) if is(*time, T_Var) => {
+                word(*unit).map(|_| Cut::Fixed)
+            }
+            (pg_sys::F_DATE_TRUNC_TEXT_TIMESTAMPTZ, [unit, time]) if is(*time, T_Var) => {
+                word(*unit).map(Cut::Unit)
+            }
+            (pg_sys::F_DATE_TRUNC_TEXT_TIMESTAMPTZ_TEXT, [unit, time, zone]) if is(*time, T_Var) => {
+                word(*unit).and(constant_text(*zone)).map(|_| Cut::Fixed)
+            }
+            (
+                pg_sys::F_DATE_BIN_INTERVAL_TIMESTAMP_TIMESTAMP
+                | pg_sys::F_DATE_BIN_INTERVAL_TIMESTAMPTZ_TIMESTAMPTZ,
+                [width, time, origin],
+            ) if is(*time, T_Var) && is(*width, T_Const) && is(*origin, T_Const) => Some(Cut::Fixed),
+            _ => None,
+        }
+    }
+}
+
+/// `column AT TIME ZONE 'UTC'`.
+unsafe fn in_utc(node: *mut pg_sys::Node) -> bool {
+    unsafe {
+        match call(node) {
+            Some((pg_sys::F_TIMEZONE_TEXT_TIMESTAMPTZ, arguments)) => match arguments[..] {
+                [zone, time] => {
+                    constant_text(zone).as_deref() == Some("UTC") && is(time, pg_sys::NodeTag::T_Var)
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+}
+
+/// The function that a node calls, and its arguments.
+unsafe fn call(node: *mut pg_sys::Node) -> Option<(u32, Vec<*mut pg_sys::Node>)> {
+    if !unsafe { is(node, pg_sys::NodeTag::T_FuncExpr) } {
+        return None;
+    }
+    let call = unsafe { &*node.cast::<pg_sys::FuncExpr>() };
+    Some((call.funcid.to_u32(), nodes(call.args)))
+}
+
+unsafe fn constant(node: *mut pg_sys::Node, r#type: pg_sys::Oid) -> Option<pg_sys::Datum> {
+    if !unsafe { is(node, pg_sys::NodeTag::T_Const) } {
+        return None;
+    }
+    let constant = unsafe { &*node.cast::<pg_sys::Const>() };
+    (constant.consttype == r#type && !constant.constisnull).then_some(constant.constvalue)
+}
+
+unsafe fn constant_text(node: *mut pg_sys::Node) -> Option<String> {
+    unsafe { String::from_datum(constant(node, pg_sys::TEXTOID)?, false) }
+}
+
+/// A constant text of letters, as the names of units are.
+unsafe fn word(node: *mut pg_sys::Node) -> Option<String> {
+    unsafe { constant_text(node) }.filter(|text| text.chars().all(char::is_alphabetic))
+}
+
+/// The sequence that a column's default draws from: it is `nextval()` of a constant, converted to the column's type if need be.
+/// `stored` is the default as pg_attrdef keeps it.
+pub fn drawn_from(stored: &str) -> Option<pg_sys::Oid> {
+    use pg_sys::CoercionForm::COERCE_IMPLICIT_CAST;
+    let text = CString::new(stored).ok()?;
+    // SAFETY: a tree that the server has written; each node is read as what its tag says.
+    unsafe {
+        let mut node = pg_sys::stringToNode(text.as_ptr()).cast::<pg_sys::Node>();
+        loop {
+            if is(node, pg_sys::NodeTag::T_CoerceToDomain) {
+                node = (*node.cast::<pg_sys::CoerceToDomain>()).arg.cast();
+                continue;
+            }
+            let (function, arguments) = call(node)?;
+            if function == pg_sys::F_NEXTVAL {
+                return pg_sys::Oid::from_datum(constant(*arguments.first()?, pg_sys::REGCLASSOID)?, false);
+            }
+            if (*node.cast::<pg_sys::FuncExpr>()).funcformat != COERCE_IMPLICIT_CAST {
+                return None;
+            }
+            node = *arguments.first()?;
+        }
     }
 }
 

@@ -84,13 +84,20 @@ pub struct Elevated {
 
 /// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and what depends on
 /// settings is the same whoever computes it.
-const PINNED_SETTINGS: [(&CStr, &CStr); 15] = [
+const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
     (c"search_path", c"pg_catalog, pg_temp"),
     (c"client_min_messages", c"warning"),
     (c"TimeZone", c"UTC"),
     (c"DateStyle", c"ISO, MDY"),
     (c"IntervalStyle", c"postgres"),
     (c"extra_float_digits", c"1"),
+    (c"bytea_output", c"hex"),
+    (c"lc_monetary", c"C"),
+    (c"lc_numeric", c"C"),
+    (c"lc_time", c"C"),
+    (c"xmlbinary", c"base64"),
+    (c"xmloption", c"content"),
+    (c"array_nulls", c"on"),
     (c"standard_conforming_strings", c"on"),
     (c"backslash_quote", c"safe_encoding"),
     (c"quote_all_identifiers", c"off"),

@@ -7,6 +7,7 @@ use crate::capture;
 use crate::catalog::{self, Table};
 use crate::definition::{SCHEMA, quoted};
 use crate::error::{Error, Result};
+use crate::expression;
 use crate::locks;
 use crate::restore::HERE;
 use crate::session;
@@ -23,30 +24,34 @@ pub struct Numbering {
 
 /// The column of `table` that `sequence` numbers, or the only one that any sequence does.
 pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numbering> {
-    // An identity column's sequence depends on it; a default depends on the sequence that it calls.
-    let found = catalog::query(
-        "SELECT f.sequence, f.sequence::regclass::text, a.attname::text, NOT a.attnotnull
-         FROM (SELECT objid AS sequence, refobjsubid AS attnum FROM pg_catalog.pg_depend
-               WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND refobjid = $1 AND deptype = 'i'
-               UNION
-               SELECT d.refobjid, ad.adnum FROM pg_catalog.pg_attrdef ad
-               JOIN pg_catalog.pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = ad.oid
-               WHERE ad.adrelid = $1 AND d.refclassid = 'pg_class'::regclass
-                 AND pg_catalog.pg_get_expr(ad.adbin, ad.adrelid)
-                     = pg_catalog.format('nextval(%L::regclass)', d.refobjid::regclass)) AS f
-         JOIN pg_catalog.pg_class s ON s.oid = f.sequence AND s.relkind = 'S'
-         JOIN pg_catalog.pg_attribute a ON a.attrelid = $1 AND a.attnum = f.attnum
-         WHERE f.sequence = coalesce($2, f.sequence)",
-        &[table.oid.into(), sequence.into()],
+    // An identity column's sequence depends on it.
+    let identity = catalog::query(
+        "SELECT attname::text, NOT attnotnull, s.oid FROM pg_catalog.pg_depend d
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+         JOIN pg_catalog.pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+         WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1
+           AND d.deptype = 'i'",
+        &[table.oid.into()],
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, catalog::value(r, 3)?)),
+    )?;
+    let drawn = catalog::query(
+        "SELECT attname::text, NOT attnotnull, ad.adbin::text FROM pg_catalog.pg_attrdef ad
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum AND a.attgenerated = ''
+         WHERE ad.adrelid = $1",
+        &[table.oid.into()],
         |r| {
-            Ok(Numbering {
-                sequence: catalog::value(r, 1)?,
-                sequence_name: catalog::value(r, 2)?,
-                column: catalog::value(r, 3)?,
-                nullable: catalog::value(r, 4)?,
-            })
+            let default = catalog::value::<String>(r, 3)?;
+            Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, expression::drawn_from(&default)))
         },
     )?;
+    let drawn = drawn.into_iter().filter_map(|(column, nullable, from)| Some((column, nullable, from?)));
+    let mut found = vec![];
+    for (column, nullable, from) in identity.into_iter().chain(drawn) {
+        if sequence.is_none_or(|wanted| wanted == from) {
+            let sequence_name = catalog::relation_name(from)?;
+            found.push(Numbering { sequence: from, sequence_name, column, nullable });
+        }
+    }
     let count = found.len();
     let named = sequence.map(catalog::relation_name).transpose()?;
     match found.into_iter().next() {
@@ -57,23 +62,17 @@ pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numberi
 
 /// Partitions whose rows would be numbered otherwise when they are written directly.
 fn require_same_numbering(table: &Table, numbering: &Numbering) -> Result<()> {
-    let other = catalog::query(
-        "SELECT ad.adrelid::regclass::text, pg_catalog.pg_get_expr(ad.adbin, ad.adrelid)
+    let others = catalog::query(
+        "SELECT ad.adrelid::regclass::text, pg_catalog.pg_get_expr(ad.adbin, ad.adrelid), ad.adbin::text
          FROM pg_catalog.pg_attrdef ad
          JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum
-         WHERE ad.adrelid = ANY ($1) AND a.attname = $2::name
-           AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
-                           WHERE d.classid = 'pg_attrdef'::regclass AND d.objid = ad.oid AND d.refobjid = $3)",
-        &[
-            catalog::relation_tree(table.oid)?.into(),
-            numbering.column.as_str().into(),
-            numbering.sequence.into(),
-        ],
-        |r| Ok((catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?)),
+         WHERE ad.adrelid = ANY ($1) AND a.attname = $2::name",
+        &[catalog::relation_tree(table.oid)?.into(), numbering.column.as_str().into()],
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, catalog::value::<String>(r, 3)?)),
     )?;
-    match other.into_iter().next() {
+    match others.into_iter().find(|(.., stored)| expression::drawn_from(stored) != Some(numbering.sequence)) {
         None => Ok(()),
-        Some((partition, default)) => Err(Error::PartitionNumbered {
+        Some((partition, default, _)) => Err(Error::PartitionNumbered {
             partition,
             column: numbering.column.clone(),
             default,

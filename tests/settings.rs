@@ -54,6 +54,44 @@ fn texts_mean_the_same_whatever_settings_say() {
     ]);
 }
 
+/// The texts of values, and what a text means, depend on more than TimeZone.
+#[test]
+fn a_declared_rollup_says_the_same_whoever_computes_it() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    for setting in
+        ["bytea_output = 'escape'", "array_nulls = off", "xmloption = 'document'", "xmlbinary = 'hex'"]
+    {
+        client.batch_execute(&format!("ALTER DATABASE {} SET {setting}", db.name)).unwrap();
+    }
+    client
+        .batch_execute(
+            r#"CREATE EXTENSION litellm_spend; CREATE TABLE ev (id bigserial, b bytea, v int);
+               INSERT INTO ev (b, v) VALUES ('\xff41', 1), ('\x4142', 2);
+               SELECT spend_rollup_create('texts', 'ev',
+                   ARRAY['b::text AS b', 'coalesce((''{NULL,x}''::text[])[v], ''none'') AS element'],
+                   ARRAY['count(*) AS n', 'max(b::text) AS greatest']);
+               INSERT INTO ev (b, v) VALUES ('\xff41', 1)"#,
+        )
+        .unwrap();
+    wait_until_merged(&mut client);
+    // This session and a new one, whose settings are others.
+    for client in [&mut client, &mut db.connect()] {
+        let rows: String = value(
+            client,
+            "SELECT string_agg(concat_ws(' ', b, element, n, greatest), ', ' ORDER BY n) FROM litellm_spend.texts",
+        );
+        assert_eq!(rows, r"\x4142 x 1 \x4142, \xff41 none 2 \xff41");
+        client
+            .batch_execute(
+                "INSERT INTO ev (b, v) VALUES ('\\xff41', 1); SELECT spend_rollup_run('texts');
+                    DELETE FROM ev WHERE id > 3; SELECT spend_rollup_rebuild('texts', force => true)",
+            )
+            .unwrap();
+        assert_verified(client);
+    }
+}
+
 #[test]
 fn a_view_that_shows_what_row_security_lets_its_owner_see_stays_litellms_own() {
     let db = shared().database();
