@@ -84,7 +84,7 @@ fn spend_attach(
             Some(other) => return Err(Error::Policy(other.into())),
         };
         let source = source_or_default(source)?;
-        let elevated = Elevated::enter()?;
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout());
         session::require_owner(elevated.caller(), source)?;
         // Who attaches says that whatever was restored is all there.
         restore::adopt()?;
@@ -102,7 +102,7 @@ fn spend_detach(
     report(|| {
         require_changeable()?;
         let drop_history = drop_history.unwrap_or(false);
-        let elevated = Elevated::enter()?;
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout());
         restore::require_over()?;
         if drop_history && source.is_none() && catalog::capture()?.is_none() {
             // Detached before: only the history is left.

@@ -6,6 +6,7 @@ use crate::conversion::has_worker;
 use crate::convert::{self, Conversion, Options};
 use crate::definition::quoted;
 use crate::error::{self, Error};
+use crate::guc;
 use crate::layout::{self, Layout};
 use crate::maintain;
 use crate::partition::Instant;
@@ -19,10 +20,10 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use std::time::Duration;
 
-/// The table, open to a caller who may act for its owner.
+/// The table, open to a caller who may act for its owner. Who holds its lock waits for nothing without a limit.
 fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let source = source_or_default(source)?;
-    let elevated = Elevated::enter()?;
+    let elevated = Elevated::enter()?.impatient(guc::lock_timeout());
     let table = capture::open(source)?;
     session::require_owner(elevated.caller(), source)?;
     restore::require_over()?;

@@ -73,6 +73,8 @@ pub enum Error {
     Restoring,
     #[error("another transaction is attaching or detaching")]
     AttachmentBusy,
+    #[error("the change log is not merged to its end: {left} values are left")]
+    LogNotMerged { left: i64 },
     #[error("range of rollup \"{rollup}\" starts before {frozen_before}")]
     Frozen { rollup: String, frozen_before: String },
     #[error("range of rollup \"{rollup}\" is empty or does not begin and end where buckets do")]
@@ -195,9 +197,10 @@ impl Error {
             | Error::NotNumbered { .. }
             | Error::PartitionNumbered { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::Null(_) => ERRCODE_NULL_VALUE_NOT_ALLOWED,
-            Error::RollupBusy(_) | Error::AttachmentBusy | Error::LockNotAvailable { .. } => {
-                ERRCODE_LOCK_NOT_AVAILABLE
-            }
+            Error::RollupBusy(_)
+            | Error::AttachmentBusy
+            | Error::LogNotMerged { .. }
+            | Error::LockNotAvailable { .. } => ERRCODE_LOCK_NOT_AVAILABLE,
             Error::Frozen { .. }
             | Error::RawRowsLost { .. }
             | Error::SequenceSetBack { .. }
@@ -259,6 +262,9 @@ impl Error {
             Error::Null(_) => "NULL names nothing.".into(),
             Error::RollupBusy(_) => "A merge or a rebuild holds it; one at a time works on a rollup.".into(),
             Error::Restoring => "State that another installation wrote is here, and not what a restore of it makes last.".into(),
+            Error::LogNotMerged { .. } => {
+                "While the spend log is locked, only what came in at the last moment is merged, and nobody is waited for.".into()
+            }
             Error::AttachmentBusy => "It holds the right to change triggers and views, until it ends.".into(),
             Error::Frozen { frozen_before, .. } => format!(
                 "Raw rows before {frozen_before} are gone; the rollup is their only record and is not recomputed."
@@ -368,8 +374,8 @@ impl Error {
             Error::PartitionNumbered { partition, column, sequence, .. } => {
                 format!("ALTER TABLE {partition} ALTER COLUMN {column} SET DEFAULT nextval('{}').", sequence.replace('\'', "''"))
             }
-            Error::RollupBusy(_) | Error::AttachmentBusy => "Try again.".into(),
             Error::Restoring => "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.".into(),
+            Error::RollupBusy(_) | Error::AttachmentBusy | Error::LogNotMerged { .. } => "Try again.".into(),
             Error::Frozen { frozen_before, .. } => format!("Start the range at '{frozen_before}' or later."),
             Error::RawRowsLost { .. } => "Pass force := true to count only what is there.".into(),
             Error::Range { bucketed: true, .. } => "Pass such times in UTC, midnights as in '2026-11-01' for days.".into(),

@@ -10,7 +10,8 @@
 //! |---|---|---|
 //! | ACCESS EXCLUSIVE | the views over the table, then the table | the whole transaction: milliseconds |
 //!
-//! Each is waited for at most `litellm_spend.swap_lock_timeout`; then the conversion tries again later.
+//! They are waited for at most `litellm_spend.swap_lock_timeout`; then the conversion tries again later. Before them, within the
+//! same limit, our own rows about the table are locked: whoever has one must not make us wait while we have the table.
 //!
 //! Every statement runs as the table's owner, or as the owner of the view or function that it changes: their texts come from the
 //! catalog and may call what is theirs. `blueprint` says what is ours to do.
@@ -86,14 +87,18 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     store_policy(conversion, parent)
 }
 
-/// Takes ACCESS EXCLUSIVE on relations, and first on the views that read the table, as their readers do. Returns what there
-/// is under the locks.
+/// Takes ACCESS EXCLUSIVE on a table and its partitions, and first on the views that read it, as their readers do; before all, on
+/// our own rows about it. Returns what there is under the locks.
 pub fn lock(
     name: String,
     relations: &[pg_sys::Oid],
     read: impl Fn() -> Result<Blueprint>,
 ) -> Result<Blueprint> {
     let oids = |blueprint: &Blueprint| blueprint.views.iter().map(|view| view.oid).collect::<Vec<_>>();
+    relations
+        .iter()
+        .take(1)
+        .try_for_each(|oid| capture::prepare_to_follow(guc::swap_lock_timeout(), *oid))?;
     let views = oids(&read()?);
     let all = views.iter().chain(relations).map(|oid| (*oid, pg_sys::AccessExclusiveLock));
     locks::lock_all(guc::swap_lock_timeout(), &all.collect::<Vec<_>>())?;

@@ -118,18 +118,26 @@ fn ready() -> Result<Vec<String>> {
     )
 }
 
+/// The views that are ours, by our notes and in fact.
+pub fn in_place(schema: &str) -> Result<Vec<(&'static PublicView, Table)>> {
+    let mut views = vec![];
+    for view in &VIEWS {
+        if installed(view)?.is_some()
+            && let Some(found) = Table::named(&qualified(schema, view.name))?
+            && is_ours(view, &found)?
+        {
+            views.push((view, found));
+        }
+    }
+    Ok(views)
+}
+
 /// Gives LiteLLM's definitions back, over the table that now has its name.
 pub fn restore(source: &Table) -> Result<Vec<Action>> {
     let mut actions = vec![];
-    for view in &VIEWS {
-        let name = qualified(&source.schema, view.name);
-        if installed(view)?.is_some()
-            && let Some(found) = Table::named(&name)?
-            && is_ours(view, &found)?
-        {
-            let_go(view, &found)?;
-            actions.push((format!("view {name}"), "LiteLLM's own definition restored".into()));
-        }
+    for (view, found) in in_place(&source.schema)? {
+        let_go(view, &found)?;
+        actions.push((format!("view {}", found.qualified()), "LiteLLM's own definition restored".into()));
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
     Ok(actions)
@@ -217,23 +225,17 @@ pub fn forget(view: &PublicView) -> Result<()> {
 /// The table is gone and with it LiteLLM's definitions: what is left of our views shows nothing.
 pub fn empty(schema: &str) -> Result<Vec<Action>> {
     let mut actions = vec![];
-    for view in &VIEWS {
-        let name = qualified(schema, view.name);
-        if installed(view)?.is_some()
-            && let Some(found) = Table::named(&name)?
-            && is_ours(view, &found)?
-        {
-            let columns: Vec<String> = view
-                .columns
-                .iter()
-                .map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column)))
-                .collect();
-            let nothing = format!("SELECT {} WHERE false", columns.join(", "));
-            rewrite::replace(guc::lock_timeout(), found.oid, &nothing)?;
-            actions.push((format!("view {name}"), "emptied: its table is gone".into()));
-        }
-        forget(view)?;
+    for (view, found) in in_place(schema)? {
+        let columns: Vec<String> = view
+            .columns
+            .iter()
+            .map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column)))
+            .collect();
+        let nothing = format!("SELECT {} WHERE false", columns.join(", "));
+        rewrite::replace(guc::lock_timeout(), found.oid, &nothing)?;
+        actions.push((format!("view {}", found.qualified()), "emptied: its table is gone".into()));
     }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
     Ok(actions)
 }
 
