@@ -1,8 +1,9 @@
 //! Attaches LiteLLM's spend log to the change log, and detaches it.
 //!
 //! Locks on the user's table, each waited for at most `litellm_spend.lock_timeout`:
-//! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE (writers wait, readers do not), from the
-//!   creation of the triggers to the end of the transaction, a few milliseconds. Everything else is done before.
+//! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE on the table and each partition (writers wait, readers
+//!   do not), from the creation of the triggers to the end of the transaction: about a millisecond for each partition (400 of them:
+//!   writers waited 0.5 s, two busy cores, debug build, PostgreSQL 15, 2026-11). Everything else is done before.
 //! - the watch, when a foreign table became a partition: the same, for making the triggers harmless.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
 //!   got before we noticed.
@@ -311,8 +312,10 @@ pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     tables.dedup();
     locks::lock_against_writers(&tables)?;
     require_no_foreign_partition(state.relation)?;
+    let names = catalog::relation_names(&tables)?;
     for (relation, operation) in &missing {
-        catalog::execute(&Capture::trigger(operation, &catalog::relation_name(*relation)?), &[])?;
+        let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
+        catalog::execute(&Capture::trigger(operation, name), &[])?;
     }
     Ok(missing.len())
 }
@@ -441,8 +444,9 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         Some(table) => views::restore(table)?,
         None => views::empty(&state.schema)?,
     };
+    let names = catalog::relation_names(&locked)?;
     for (relation, trigger) in triggers()? {
-        let name = catalog::relation_name(relation)?;
+        let name = names.get(&relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
         catalog::execute(&format!("DROP TRIGGER {} ON {name}", quoted(&trigger)), &[])?;
     }
     for operation in OPERATIONS {

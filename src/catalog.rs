@@ -13,7 +13,7 @@ use crate::window::{Holder, Window};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use pgrx::spi::{SpiHeapTupleData, SpiTupleTable};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
@@ -212,6 +212,17 @@ pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
         |r| Ok(qualified(&value::<String>(r, 1)?, &value::<String>(r, 2)?)),
     )?;
     names.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
+}
+
+/// The names of relations, those that there are: one query for a table of hundreds of partitions.
+pub fn relation_names(relations: &[pg_sys::Oid]) -> Result<HashMap<pg_sys::Oid, String>> {
+    let names = fresh(
+        "SELECT c.oid, nspname::text, relname::text FROM pg_catalog.pg_class c
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY ($1)",
+        &[relations.to_vec().into()],
+        |r| Ok((value(r, 1)?, qualified(&value::<String>(r, 2)?, &value::<String>(r, 3)?))),
+    )?;
+    Ok(names.into_iter().collect())
 }
 
 // ---- rollups ---------------------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ pub fn lock_against_dropping(relation: pg_sys::Oid) -> Result<()> {
 pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
     let got = try_lock(relation, pg_sys::AccessShareLock);
     if got {
-        require_name(relation)?;
+        require_names(&[relation])?;
     }
     Ok(got)
 }
@@ -306,10 +306,17 @@ fn try_lock(relation: pg_sys::Oid, mode: Mode) -> bool {
     unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
 }
 
-/// The relation, which we have locked, is what its name means.
-fn require_name(relation: pg_sys::Oid) -> Result<()> {
-    let name = relation_name(relation)?;
-    if find_relation(&name)? == Some(relation) { Ok(()) } else { Err(Error::NoTable(name)) }
+/// The relations, which we have locked, are what their names mean.
+fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
+    let strangers = query(
+        "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text)
+         FROM unnest($1::oid[]) AS o(oid)
+         LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE pg_catalog.to_regclass(quote_ident(nspname) || '.' || quote_ident(relname))::oid IS DISTINCT FROM o.oid LIMIT 1",
+        &[relations.to_vec().into()],
+        |r| value::<String>(r, 1),
+    )?;
+    strangers.into_iter().next().map_or(Ok(()), |name| Err(Error::NoTable(name)))
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
@@ -353,8 +360,8 @@ pub fn lock_all(limit: Duration, relations: &[(pg_sys::Oid, Mode)]) -> Result<()
                 Ok(())
             })?;
         }
-        require_name(*oid)?;
     }
+    require_names(&relations.iter().map(|(oid, _)| *oid).collect::<Vec<_>>())?;
     // Takes an XID, and with it every later query a fresh snapshot.
     execute("SELECT 1", &[]).map(drop)
 }
