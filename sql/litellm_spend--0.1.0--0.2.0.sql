@@ -52,6 +52,9 @@ WHERE t.relname = r.name || '_rollup' AND t.relnamespace = 'litellm_spend'::regn
 ALTER TABLE litellm_spend.capture ADD COLUMN owner regrole;
 ALTER TABLE litellm_spend.public_view ADD COLUMN owner regrole;
 
+-- TRUNCATE froze everything before a border, which it still does. From now on a settled row of that kind is a frozen range.
+DELETE FROM litellm_spend.dirty_range WHERE repair = 'freeze' AND repaired_at IS NOT NULL;
+
 -- A conversion goes on as the owner of its table; one whose table is gone is forgotten.
 ALTER TABLE litellm_spend.conversion ADD COLUMN owner regrole;
 UPDATE litellm_spend.conversion v SET owner = c.relowner FROM pg_class c WHERE c.oid = v.relation;

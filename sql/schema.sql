@@ -85,7 +85,8 @@ CREATE TABLE litellm_spend.dirty_range (
     failure      bigint,
     range_start  timestamp NOT NULL,
     range_end    timestamp NOT NULL,
-    -- rebuild: recompute the range. keep: nothing, the rollups are right. freeze: raw rows are gone, never recompute.
+    -- rebuild: recompute the range. keep: nothing, the rollups are right. freeze: raw rows may be gone; once repaired_at is set
+    -- they are, and the range is never recomputed.
     repair       text NOT NULL CHECK (repair IN ('rebuild', 'keep', 'freeze')),
     operation    text NOT NULL,
     sqlstate     text,

@@ -334,7 +334,10 @@ fn spend_rollup_verify(
         let name = name.ok_or(Error::Null("rollup name"))?;
         rebuild::verify(elevated.caller(), name, range_start, range_end)
     })
-    .map(TableIterator::new)
+    .map(|(differences, notice)| {
+        tell(notice);
+        TableIterator::new(differences)
+    })
 }
 
 /// Declares a rollup over a table whose rows a sequence numbers. See docs/reference.md.
@@ -368,7 +371,7 @@ fn spend_rollup_create(
 }
 
 /// After the call, under the caller's own client_min_messages.
-fn tell(notices: Vec<Notice>) {
+fn tell(notices: impl IntoIterator<Item = Notice>) {
     notices.into_iter().for_each(Notice::report);
 }
 

@@ -4,9 +4,11 @@ use crate::capture::require_no_foreign_partition;
 use crate::catalog;
 use crate::definition::SCHEMA;
 use crate::error::{Error, Result};
+use crate::frozen::{self, Range};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{Fence, Patience};
-use crate::rebuild::{Range, Shrink, attached, rebuild};
+use crate::rebuild::{Shrink, attached, rebuild};
+use crate::repair;
 use pgrx::datum::Timestamp;
 
 /// Covers one more day of the built-in rollups, the newest that is not covered yet: of those that are furthest behind,
@@ -18,19 +20,26 @@ pub fn step(patience: Patience) -> Result<bool> {
     }
     require_no_foreign_partition(attached()?.relation)?;
     let Some(fences) = Fence::take_all(CHANGE_LOG, patience)? else { return Ok(false) };
+    // What may not be recomputed is frozen before anything is.
+    if repair::settle_lost(&fences)? {
+        return Ok(true);
+    }
     let front = fences.iter().map(|f| f.covered_from).filter(|day| !day.is_neg_infinity()).max();
     let Some(front) = front else { return Ok(false) };
     let behind: Vec<&Fence> = fences.iter().filter(|f| f.covered_from == front).collect();
     let days = days_with_rows(&behind, front)?;
-    let next = days.filter(|days| days.last >= behind[0].frozen_before);
+    let history_end = frozen::frozen_before()?;
+    let next = days.filter(|days| days.last >= history_end);
     let covered_from = match next {
         None => Timestamp::negative_infinity(),
         Some(days) => {
             let end = if front.is_infinity() { None } else { Some(front) };
-            match rebuild(&behind, Range { start: days.last, end }, Shrink::Refuse) {
-                // What the rollup says is the best record of that day.
-                Err(Error::RawRowsLost { .. }) => {}
-                other => drop(other?),
+            for part in frozen::unfrozen_in(Range { start: days.last, end })? {
+                match rebuild(&behind, part, Shrink::Refuse) {
+                    // What the rollup says is the best record of that day.
+                    Err(Error::RawRowsLost { .. }) => {}
+                    other => drop(other?),
+                }
             }
             days.last
         }

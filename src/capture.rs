@@ -461,7 +461,8 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         revoke(role, if Some(role) == owner { "INSERT" } else { "ALL" })?;
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
-    catalog::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
+    // Frozen days stay so.
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.dirty_range WHERE repair <> 'freeze'"), &[])?;
     if drop_history {
         actions.extend(drop_rollups()?);
     } else {
@@ -558,6 +559,7 @@ fn drop_rollups() -> Result<Vec<Action>> {
             actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
         }
     }
+    catalog::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
     catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
     catalog::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
     catalog::execute(&format!("DROP TABLE IF EXISTS {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;

@@ -151,10 +151,11 @@ pub fn literal(value: &str) -> String {
     }
 }
 
-/// The midnight after a timestamp. After the last day that the server knows there is none.
+/// The midnight after a timestamp. After the last day that the server knows there is none; before the first there is one.
 pub fn next_midnight(time: &str) -> String {
     format!(
-        "CASE WHEN {time} < '294276-12-31' THEN date_trunc('day', {time}) + interval '1 day' \
+        "CASE WHEN {time} = '-infinity' THEN '4714-11-24 BC'::timestamp \
+         WHEN {time} < '294276-12-31' THEN date_trunc('day', {time}) + interval '1 day' \
          WHEN {time} IS NOT NULL THEN 'infinity'::timestamp END"
     )
 }

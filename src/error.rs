@@ -75,8 +75,8 @@ pub enum Error {
     AttachmentBusy,
     #[error("the change log is not merged to its end: {left} values are left")]
     LogNotMerged { left: i64 },
-    #[error("range of rollup \"{rollup}\" starts before {frozen_before}")]
-    Frozen { rollup: String, frozen_before: String },
+    #[error("range of rollup \"{rollup}\" has frozen days")]
+    Frozen { rollup: String, days: String },
     #[error("range of rollup \"{rollup}\" is empty or does not begin and end where buckets do")]
     Range { rollup: String, bucketed: bool },
     #[error("rollup \"{rollup}\" knows of more rows at {bucket} than there are")]
@@ -266,9 +266,9 @@ impl Error {
                 "While the spend log is locked, only what came in at the last moment is merged, and nobody is waited for.".into()
             }
             Error::AttachmentBusy => "It holds the right to change triggers and views, until it ends.".into(),
-            Error::Frozen { frozen_before, .. } => format!(
-                "Raw rows before {frozen_before} are gone; the rollup is their only record and is not recomputed."
-            ),
+            Error::Frozen { days, .. } => {
+                format!("Raw rows of these days are gone; the rollup is their only record: {days}.")
+            }
             Error::RawRowsLost { .. } => {
                 "Raw rows vanished, other than by a DELETE that was captured; the rollup is their only record.".into()
             }
@@ -376,7 +376,7 @@ impl Error {
             }
             Error::Restoring => "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.".into(),
             Error::RollupBusy(_) | Error::AttachmentBusy | Error::LogNotMerged { .. } => "Try again.".into(),
-            Error::Frozen { frozen_before, .. } => format!("Start the range at '{frozen_before}' or later."),
+            Error::Frozen { .. } => "Choose a range without them. A rebuild with force => true gives up their history.".into(),
             Error::RawRowsLost { .. } => "Pass force := true to count only what is there.".into(),
             Error::Range { bucketed: true, .. } => "Pass such times in UTC, midnights as in '2026-11-01' for days.".into(),
             Error::Range { bucketed: false, .. } => "Leave the range out to rebuild all of it.".into(),

@@ -17,6 +17,7 @@ use crate::capture::missing_triggers;
 use crate::catalog::{self, Table};
 use crate::definition::{SCHEMA, quoted};
 use crate::error::{Error, Result};
+use crate::frozen;
 use crate::guc;
 use crate::layout::{Layout, Partition, timestamp};
 use crate::locks::{self, Fence, Mode, Patience};
@@ -106,14 +107,8 @@ pub fn finish(
         }
     };
     // 4. its days are history.
-    if let (Some(state), Some(end)) = (&captured, to) {
-        catalog::execute(
-            &format!(
-                "UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, $2) WHERE name = $1"
-            ),
-            &[state.source.as_str().into(), end.into()],
-        )?;
-        catalog::execute(&format!("DELETE FROM {SCHEMA}.retired WHERE hour < $1"), &[end.into()])?;
+    if let (Some(_), Some(end)) = (&captured, to) {
+        frozen::freeze_before(end)?;
     }
     Ok((rows, place))
 }

@@ -7,8 +7,8 @@
 //!           convert   swap   revert   copy   plan   blueprint   (a table is partitioned, or plain again)
 //!           maintain   drain   place   expire   purge   proof   archive   (its partitions)
 //!  decide   window   definition   statements   litellm   builtin   partition   pure Rust, no pgrx
-//!  base     catalog   conversion   policy   restore   (state)   layout   spread   expression   rewrite   locks
-//!           session   limit   guard   guc   error
+//!  base     catalog   conversion   policy   frozen   restore   (state)   layout   spread   expression   rewrite
+//!           locks   session   limit   guard   guc   error
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
 
@@ -31,6 +31,7 @@ mod drain;
 mod error;
 mod expire;
 mod expression;
+mod frozen;
 mod guard;
 mod guc;
 mod hook;

@@ -248,20 +248,41 @@ pub fn function_name(operation: &str) -> String {
     format!("{SCHEMA}.capture_{operation}")
 }
 
-/// TRUNCATE never subtracts: what was counted becomes history.
+/// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later, within the bounds of a
+/// partition by the time column; to read the rows themselves would keep the statement, and who waits for it.
 fn truncate_function() -> String {
     format!(
         "
+DECLARE
+    bounds text[];
+    range_start timestamp := '-infinity';
+    range_end timestamp := 'infinity';
 BEGIN
+    BEGIN
+        SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') INTO bounds
+        FROM pg_class c JOIN pg_inherits i ON i.inhrelid = c.oid JOIN pg_partitioned_table k ON k.partrelid = i.inhparent
+        JOIN pg_attribute a ON a.attrelid = k.partrelid AND a.attname = {time}
+        WHERE c.oid = TG_RELID AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum;
+        IF bounds[1] <> 'MINVALUE' THEN
+            range_start := date_trunc('day', bounds[1]::timestamp);
+        END IF;
+        IF bounds[2] <> 'MAXVALUE' THEN
+            range_end := date_trunc('day', bounds[2]::timestamp + interval '1 day' - interval '1 microsecond');
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        range_start := '-infinity';
+        range_end := 'infinity';
+    END;
     INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-    VALUES ('-infinity', 'infinity', 'freeze', TG_OP);
+    VALUES (range_start, range_end, 'freeze', TG_OP);
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     RAISE WARNING 'litellm_spend could not record TRUNCATE of %: %', TG_TABLE_NAME, SQLERRM
         USING HINT = 'Do not call spend_rollup_rebuild() for days that were truncated.';
     RETURN NULL;
 END
-"
+",
+        time = literal(TIME)
     )
 }
 

@@ -39,7 +39,6 @@ pub struct Fence {
     source_owner: pg_sys::Oid,
     pub watermark: i64,
     pub covered_from: Timestamp,
-    pub frozen_before: Timestamp,
     _work: Option<Work>,
 }
 
@@ -148,7 +147,6 @@ impl Fence {
     fn state() -> String {
         format!(
             "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark, r.covered_from,
-                    coalesce(s.frozen_before, '-infinity'),
                     coalesce(r.owner::oid,
                              (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
                     coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
@@ -166,9 +164,8 @@ impl Fence {
             relation: value(r, 3)?,
             watermark: value(r, 4)?,
             covered_from: value(r, 5)?,
-            frozen_before: value(r, 6)?,
-            owner: value(r, 7)?,
-            source_owner: value(r, 8)?,
+            owner: value(r, 6)?,
+            source_owner: value(r, 7)?,
             _work: None,
         };
         if let Some(definition) = fence.definition.as_mut().filter(|_| fence.source.is_some()) {

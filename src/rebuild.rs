@@ -5,28 +5,23 @@
 //! the later merges add. So rollup + tail equals truth at that snapshot, and every change after it arrives through
 //! the sequence like any other.
 //!
-//! Days before `frozen_before` have lost raw rows: the rollup is their only record. They are never recomputed.
+//! Frozen days have lost raw rows: the rollup is their only record ([`crate::frozen`]). They are not recomputed, unless forced.
 //!
 //! Whose rights: every statement that reads the raw rows runs as the owner of their table, who may read what is ours of the
 //! captured table, and add to it. Of a declared rollup everything is the owner's; of the built-in ones we remove the rows of
 //! a range ourselves, which the owner may not.
 
 use crate::catalog::{self, CaptureState};
-use crate::definition::{Definition, SCHEMA};
+use crate::definition::Definition;
 use crate::error::{Error, Result};
+use crate::frozen::{self, Range};
 use crate::litellm::Capture;
 use crate::locks::{self, Fence, Patience};
 use crate::session::{self, Owner};
+use crate::source::Notice;
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
-
-/// The buckets in `[start, end)`; no end means everything that follows, `infinity` included.
-#[derive(Clone, Copy, Debug)]
-pub struct Range {
-    pub start: Timestamp,
-    pub end: Option<Timestamp>,
-}
 
 /// What rollups of one source must equal.
 struct Truth {
@@ -82,14 +77,11 @@ pub enum Shrink {
 pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     let Some(first) = fences.first() else { return Ok(0) };
     let truth = Truth::of(first)?;
-    // 1. a read lock on the raw rows: from here to the commit nobody can truncate them or drop a partition.
+    // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a partition.
     for relation in &truth.relations {
         locks::lock_against_dropping(*relation)?;
     }
-    // 2. has that happened already? Then the rollup is the only record.
-    if first.is_built_in() && freeze_pending()? {
-        return Err(Error::RawVanished(first.name.clone()));
-    }
+    // 2. does the rollup know of rows that are gone?
     match shrink {
         Shrink::Refuse => check_nothing_lost(fences, &truth, range)?,
         Shrink::IfRawReachesBack => check_raw_reaches_back(fences, range)?,
@@ -113,27 +105,24 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
         (0..refills.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
     let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
     let groups = owner.fresh(&sql, &[start.into(), end.into()], |r| catalog::value::<i64>(r, 1))?;
+    // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only record.
+    if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
+        return Err(Error::RawVanished(first.name.clone()));
+    }
     Ok(groups.first().copied().unwrap_or(0))
 }
 
 /// Refuses to recompute a bucket of which the rollup knows more rows than there are.
 fn check_nothing_lost(fences: &[&Fence], truth: &Truth, range: Range) -> Result<()> {
-    // Rollups of the same rows know the same number of them, but for those that expand a row: the smallest will do.
-    let definitions = fences.iter().filter_map(|f| f.definition.as_ref().map(|d| (f, d)));
-    let smallest = definitions.min_by_key(|(_, d)| (!d.expansion.is_empty(), d.dimensions.len()));
-    let Some((fence, definition)) = smallest else { return Ok(()) };
-    let _owner = truth.owner.act();
-    let (start, end) = (range.start, range.end);
+    let Some((fence, definition)) = smallest(fences.iter().copied()) else { return Ok(()) };
     // On its first backfill a rollup has next to no rows, and the days need to be read only once.
-    if !catalog::exists(&definition.has_rows(), &[start.into(), end.into()])? {
-        return Ok(());
+    {
+        let _owner = truth.owner.act();
+        if !catalog::exists(&definition.has_rows(), &[range.start.into(), range.end.into()])? {
+            return Ok(());
+        }
     }
-    let lost = catalog::fresh(
-        &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
-        &[start.into(), end.into()],
-        |r| catalog::value::<Timestamp>(r, 1),
-    )?;
-    match lost.first() {
+    match last_lost_bucket(fence, definition, truth, range)? {
         None => Ok(()),
         Some(bucket) => {
             let bucket = if bucket.is_neg_infinity() { "some time".into() } else { bucket.to_string() };
@@ -142,27 +131,41 @@ fn check_nothing_lost(fences: &[&Fence], truth: &Truth, range: Range) -> Result<
     }
 }
 
+/// Rollups of the same rows know the same number of them, but for those that expand a row: the smallest will do.
+pub fn smallest<'a>(fences: impl Iterator<Item = &'a Fence>) -> Option<(&'a Fence, &'a Definition)> {
+    let definitions = fences.filter_map(|f| f.definition.as_ref().map(|d| (f, d)));
+    definitions.min_by_key(|(_, d)| (!d.expansion.is_empty(), d.dimensions.len()))
+}
+
+fn last_lost_bucket(
+    fence: &Fence,
+    definition: &Definition,
+    truth: &Truth,
+    range: Range,
+) -> Result<Option<Timestamp>> {
+    let lost = truth.owner.fresh(
+        &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
+        &[range.start.into(), range.end.into()],
+        |r| catalog::value::<Timestamp>(r, 1),
+    )?;
+    Ok(lost.into_iter().next())
+}
+
+/// Whether the rollup, its tail included, knows of more rows in the range than there are.
+pub fn has_lost_rows(fence: &Fence, definition: &Definition, range: Range) -> Result<bool> {
+    Ok(last_lost_bucket(fence, definition, &Truth::of(fence)?, range)?.is_some())
+}
+
 /// Refuses to recompute days that the rollups know and that are older than every raw row.
 fn check_raw_reaches_back(fences: &[&Fence], range: Range) -> Result<()> {
     let first = start_of_raw(&attached()?)?.unwrap_or_else(Timestamp::positive_infinity);
     let end = range.end.filter(|end| *end < first).unwrap_or(first);
     for fence in fences {
         if catalog::exists(&fence.filled()?.has_rows(), &[range.start.into(), end.into()])? {
-            return Err(frozen(&fence.name, first));
+            return Err(frozen::error(&fence.name, &[Range { start: range.start, end: Some(end) }]));
         }
     }
     Ok(())
-}
-
-pub fn frozen(rollup: &str, before: Timestamp) -> Error {
-    Error::Frozen { rollup: rollup.into(), frozen_before: before.to_string() }
-}
-
-pub fn freeze_pending() -> Result<bool> {
-    catalog::exists(
-        &format!("SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL"),
-        &[],
-    )
 }
 
 /// The first day that has raw rows.
@@ -191,6 +194,10 @@ pub fn rebuild_range(
     require_right(caller, &fence)?;
     let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
     check_range(&fence, range)?;
+    let frozen = if force { vec![] } else { frozen_parts(&fence, range)? };
+    if !frozen.is_empty() {
+        return Err(frozen::error(name, &frozen));
+    }
     rebuild(&[&fence], range, if force { Shrink::Allow } else { Shrink::Refuse })
 }
 
@@ -217,10 +224,12 @@ fn check_range(fence: &Fence, range: Range) -> Result<()> {
     if !valid {
         return Err(Error::Range { rollup: fence.name.clone(), bucketed: definition.bucket.is_some() });
     }
-    if range.start < fence.frozen_before {
-        return Err(frozen(&fence.name, fence.frozen_before));
-    }
     Ok(())
+}
+
+/// The parts of the range that only the rollup has a record of.
+fn frozen_parts(fence: &Fence, range: Range) -> Result<Vec<Range>> {
+    if fence.is_built_in() { frozen::frozen_in(range) } else { Ok(vec![]) }
 }
 
 /// A range ends where buckets do. For the built-in rollups that is at midnight.
@@ -238,20 +247,34 @@ fn is_border(fence: &Fence, definition: &Definition, border: Timestamp) -> Resul
 /// A group in which rollup + tail and truth differ: its key and both sides.
 pub type Difference = (JsonB, Option<JsonB>, Option<JsonB>);
 
-/// `spend_rollup_verify()`: the groups that differ, in one snapshot. None is the only pass.
+/// `spend_rollup_verify()`: the groups that differ, in one snapshot, and what the caller should know. None is the only pass: a
+/// range of which nothing can be compared, or that starts in frozen days, is refused.
 pub fn verify(
     caller: pg_sys::Oid,
     name: &str,
     start: Option<Timestamp>,
     end: Option<Timestamp>,
-) -> Result<Vec<Difference>> {
+) -> Result<(Vec<Difference>, Option<Notice>)> {
     let fence = Fence::look(name)?;
     require_right(caller, &fence)?;
-    let range = Range { start: start.unwrap_or(fence.frozen_before), end };
+    let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
     check_range(&fence, range)?;
+    let frozen = frozen_parts(&fence, range)?;
+    let parts = if frozen.is_empty() { vec![range] } else { frozen::unfrozen_in(range)? };
+    if parts.is_empty() || start.is_some() && frozen.iter().any(|frozen| frozen.start == range.start) {
+        return Err(frozen::error(name, &frozen));
+    }
     let truth = Truth::of(&fence)?;
     let sql = fence.filled()?.compare(truth.relation().as_deref());
-    truth.owner.query(&sql, &[range.start.into(), range.end.into()], |r| {
-        Ok((catalog::value::<JsonB>(r, 1)?, r.get(2)?, r.get(3)?))
-    })
+    let mut differences = vec![];
+    for part in parts {
+        differences.extend(truth.owner.query(&sql, &[part.start.into(), part.end.into()], |r| {
+            Ok((catalog::value::<JsonB>(r, 1)?, r.get(2)?, r.get(3)?))
+        })?);
+    }
+    let notice = (!frozen.is_empty()).then(|| Notice {
+        message: format!("frozen days of rollup \"{name}\" were not compared: {}", frozen::describe(&frozen)),
+        hint: "Raw rows of these days are gone; the rollup is their only record.".into(),
+    });
+    Ok((differences, notice))
 }

@@ -2,11 +2,13 @@
 
 use crate::backfill::uncover_all;
 use crate::catalog::{self, CaptureState};
-use crate::definition::{SCHEMA, next_midnight};
+use crate::definition::{Definition, SCHEMA, next_midnight, quoted};
 use crate::error::{Error, Result};
+use crate::frozen::{self, Range};
 use crate::locks::{Fence, Patience};
-use crate::rebuild::{Range, Shrink, freeze_pending, frozen, rebuild, start_of_raw};
+use crate::rebuild::{Shrink, attached, has_lost_rows, rebuild, smallest, start_of_raw};
 use pgrx::datum::Timestamp;
+use std::time::{Duration, Instant};
 
 /// Repairs the oldest failure of capture that has committed. `false`: there is none.
 pub fn step(patience: Patience) -> Result<bool> {
@@ -16,8 +18,7 @@ pub fn step(patience: Patience) -> Result<bool> {
     }
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
     // What may not be recomputed is frozen before anything is.
-    if freeze_pending()? {
-        freeze(&capture, &fences)?;
+    if settle_lost(&fences)? {
         return Ok(true);
     }
     catalog::execute(
@@ -46,22 +47,21 @@ pub fn step(patience: Patience) -> Result<bool> {
     if let Some((start, end, _)) = ranges.into_iter().next() {
         let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
         let fences: Vec<&Fence> = fences.iter().collect();
-        let past = fences.iter().find(|fence| start < fence.frozen_before);
-        let outcome = match past {
-            Some(fence) => Err(frozen(&fence.name, fence.frozen_before)),
-            None => rebuild(&fences, range, shrink),
-        };
-        match outcome {
-            Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => {
-                catalog::execute(
-                    &format!(
-                        "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
-                         WHERE range_start = $1 AND range_end = $2"
-                    ),
-                    &[start.into(), end.into()],
-                )?;
+        let mut unrepairable = !frozen::frozen_in(range)?.is_empty();
+        for part in frozen::unfrozen_in(range)? {
+            match rebuild(&fences, part, shrink) {
+                Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => unrepairable = true,
+                other => drop(other?),
             }
-            other => drop(other?),
+        }
+        if unrepairable {
+            catalog::execute(
+                &format!(
+                    "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
+                     WHERE repair = 'rebuild' AND range_start = $1 AND range_end = $2"
+                ),
+                &[start.into(), end.into()],
+            )?;
         }
     }
     Ok(true)
@@ -109,28 +109,104 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     Ok(true)
 }
 
-/// Raw rows were truncated: all days that the rollups know become history.
-fn freeze(capture: &CaptureState, fences: &[Fence]) -> Result<()> {
-    let mut ends = vec![];
-    for fence in fences {
-        let definition = fence.filled()?;
-        let bucket = definition.bucket.as_ref().map(|b| format!("max(\"{}\")::timestamp", b.dimension));
-        ends.extend(bucket.map(|last| format!("SELECT {last} AS last FROM {}", definition.live_view())));
+/// How long a step compares days before it commits what it found.
+const SETTLING: Duration = Duration::from_secs(1);
+
+/// Finds the days of which rows went without a DELETE, and freezes them. A day is compared at a time, the newest first; what is not
+/// reached within a second is left for the next step. `false`: there was nothing to look at.
+pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
+    let Some((fence, definition)) = smallest(fences.iter()) else { return Ok(false) };
+    // 1. where to look. The notes are ours before the first day is read: one that is committed later stays.
+    let notes = catalog::fresh(
+        &format!(
+            "WITH notes AS (DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL RETURNING *)
+             SELECT range_agg(tsrange(range_start, nullif(range_end, 'infinity')))::text,
+                    string_agg(DISTINCT operation, ', ')
+             FROM notes"
+        ),
+        &[],
+        |r| Ok(r.get::<String>(1)?.zip(r.get::<String>(2)?)),
+    )?;
+    let Some((ranges, operation)) = notes.into_iter().next().flatten() else { return Ok(false) };
+    // 2. the days that the rollup knows there, and whether raw rows of them are missing.
+    let started = Instant::now();
+    let mut looked_from: Option<Timestamp> = None;
+    while let Some((day, next)) = last_known_day(fence, definition, &ranges, looked_from)? {
+        let range = Range { start: day, end: Some(next).filter(|next| !next.is_infinity()) };
+        if frozen::frozen_in(range)?.is_empty() && may_have_lost_rows(fence, definition, range)? {
+            frozen::freeze(day, next, &operation)?;
+        }
+        looked_from = Some(day);
+        if started.elapsed() > SETTLING {
+            note_again(&ranges, day, &operation)?;
+            return Ok(true);
+        }
     }
+    // 3. no raw row is older than these: one border for all of them.
+    let capture = attached()?;
+    if fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
+        let border = catalog::fresh(
+            &format!(
+                "SELECT max(range_end) FROM {SCHEMA}.dirty_range
+                 WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_end <= least($1, {TODAY} + interval '1 day')"
+            ),
+            &[start_of_raw(&capture)?.into()],
+            |r| Ok(r.get::<Timestamp>(1)?),
+        )?;
+        border.into_iter().flatten().try_for_each(frozen::freeze_before)?;
+    }
+    Ok(true)
+}
+
+/// Days that are not over are no history yet, nor is the future, which a mistaken row may be dated in.
+const TODAY: &str = "date_trunc('day', clock_timestamp() AT TIME ZONE 'UTC')";
+
+/// The last day within `ranges` that the rollup, with its tail, has rows of, and the day after it.
+fn last_known_day(
+    fence: &Fence,
+    definition: &Definition,
+    ranges: &str,
+    before: Option<Timestamp>,
+) -> Result<Option<(Timestamp, Timestamp)>> {
+    let Some(bucket) = &definition.bucket else { return Ok(None) };
+    let last = |time: String, relation: &str, condition: &str| {
+        format!(
+            "SELECT date_trunc('day', max({time}::timestamp)) AS last FROM {relation} AS r
+             WHERE {time}::timestamp <@ $1::tsmultirange AND ($2 IS NULL OR {time}::timestamp < $2) {condition}"
+        )
+    };
+    let sql = format!(
+        "SELECT last, {} FROM (SELECT max(last) AS last FROM ({} UNION ALL {}) AS lasts) AS day",
+        next_midnight("last"),
+        last(quoted(&bucket.dimension), &definition.table(), ""),
+        last(bucket.source_time.clone(), &definition.source, &format!("AND seq > {}", fence.watermark)),
+    );
+    let days =
+        catalog::fresh(&sql, &[ranges.into(), before.into()], |r| Ok(r.get(1)?.zip(r.get::<Timestamp>(2)?)))?;
+    Ok(days.into_iter().next().flatten())
+}
+
+/// A day of which rows were not captured may have lost as many as it seems to have too many.
+fn may_have_lost_rows(fence: &Fence, definition: &Definition, day: Range) -> Result<bool> {
+    let uncaptured = format!(
+        "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
+         AND range_start < coalesce($2, 'infinity') AND range_end > $1"
+    );
+    Ok(has_lost_rows(fence, definition, day)?
+        || catalog::exists(&uncaptured, &[day.start.into(), day.end.into()])?)
+}
+
+/// What was not looked at yet: the ranges before `day`.
+fn note_again(ranges: &str, day: Timestamp, operation: &str) -> Result<()> {
     catalog::execute(
         &format!(
-            "WITH frozen AS (UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
-                 WHERE repair = 'freeze' AND repaired_at IS NULL RETURNING range_end)
-             UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, (
-                 SELECT least((SELECT max(range_end) FROM frozen), {})
-                 FROM ({}) AS ends))
-             WHERE name = $1",
-            next_midnight("max(last)"),
-            ends.join(" UNION ALL ")
+            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+             SELECT lower(part), upper(part), 'freeze', $3
+             FROM unnest($1::tsmultirange * tsmultirange(tsrange(NULL, $2))) AS part"
         ),
-        &[capture.source.as_str().into()],
-    )?;
-    Ok(())
+        &[ranges.into(), day.into(), operation.into()],
+    )
+    .map(drop)
 }
 
 /// Freezes the days before the oldest raw row and prunes their ledger: nothing can recompute them any more.
@@ -138,22 +214,18 @@ pub fn freeze_expired(patience: Patience) -> Result<bool> {
     let Some(capture) = catalog::capture()? else { return Ok(false) };
     let Some(first) = start_of_raw(&capture)? else { return Ok(false) };
     // Before the fences, which take an XID: as a rule there is nothing to freeze.
-    let expired = catalog::query(
-        &format!("SELECT FROM {SCHEMA}.source WHERE name = $1 AND frozen_before < $2"),
+    let border = catalog::query(
+        &format!(
+            "SELECT least($2, {TODAY}) FROM {SCHEMA}.source WHERE name = $1 AND frozen_before < least($2, {TODAY})"
+        ),
         &[capture.source.as_str().into(), first.into()],
-        |_| Ok(()),
+        |r| catalog::value::<Timestamp>(r, 1),
     )?;
-    if expired.is_empty() {
-        return Ok(false);
-    }
+    let Some(border) = border.into_iter().next() else { return Ok(false) };
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
     if fences.is_empty() || !fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
         return Ok(false);
     }
-    catalog::execute(
-        &format!("UPDATE {SCHEMA}.source SET frozen_before = $2 WHERE name = $1"),
-        &[capture.source.as_str().into(), first.into()],
-    )?;
-    catalog::execute(&format!("DELETE FROM {SCHEMA}.retired WHERE hour < $1"), &[first.into()])?;
+    frozen::freeze_before(border)?;
     Ok(true)
 }

@@ -335,11 +335,10 @@ impl Definition {
     pub fn last_lost_bucket(&self, truth: Option<&str>, watermark: i64) -> String {
         let (bucket, presence) = (self.bucket_name(), quoted(&self.presence));
         format!(
-            "WITH known AS (SELECT {bucket} AS bucket, sum({presence}) AS n FROM {table} WHERE {range} GROUP BY 1),
-                  found AS (SELECT {bucket} AS bucket, sum({presence}) AS n FROM ({rows}) AS rows GROUP BY 1)
-             SELECT coalesce(known.bucket, '-infinity')::timestamp
-             FROM known LEFT JOIN found ON coalesce(found.bucket, '-infinity') = coalesce(known.bucket, '-infinity')
-             WHERE known.n > coalesce(found.n, 0) ORDER BY 1 DESC LIMIT 1",
+            "SELECT coalesce(bucket, '-infinity')::timestamp
+             FROM (SELECT {bucket} AS bucket, {presence} AS n FROM {table} WHERE {range}
+                   UNION ALL SELECT {bucket}, - {presence} FROM ({rows}) AS rows) AS known_and_found
+             GROUP BY bucket HAVING sum(n) > 0 ORDER BY 1 DESC LIMIT 1",
             table = self.table(),
             range = self.bucket_in_range(),
             rows = self.merged_truth(truth, watermark),

@@ -13,6 +13,7 @@ use crate::capture::{
 use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, next_midnight, qualified};
 use crate::error::{Error, Result};
+use crate::frozen;
 use crate::litellm::{CHANGE_LOG, Capture};
 use crate::locks::{self, Patience};
 use crate::restore;
@@ -248,15 +249,11 @@ fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
     Ok(catalog::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 
-/// The replaced table is gone: its days are history.
+/// The replaced table is gone: the days that it had rows of become history.
 fn forget_predecessor() -> Result<()> {
-    catalog::execute(
-        &format!(
-            "UPDATE {SCHEMA}.source s SET frozen_before = greatest(s.frozen_before, c.predecessor_end)
-             FROM {SCHEMA}.capture c WHERE c.source = s.name"
-        ),
-        &[],
-    )?;
+    let ends =
+        catalog::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?))?;
+    frozen::note(ends.into_iter().next().flatten(), "DROP TABLE")?;
     catalog::execute(
         &format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL"),
         &[],

@@ -296,6 +296,170 @@ fn truncate_keeps_history() {
     assert!((2.0 * before - value::<f64>(&mut client, total)).abs() < 1e-9);
 }
 
+/// A row of that time and of that spend.
+fn row(id: &str, time: &str, spend: f64) -> String {
+    format!(
+        r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+           VALUES ('{id}', 'x', {spend}, {time}, {time});"#
+    )
+}
+
+/// As if triggers had not seen it.
+fn missed(row: &str) -> String {
+    format!("SET session_replication_role = replica; {row} RESET session_replication_role")
+}
+
+const TODAY: &str = "date_trunc('day', now() AT TIME ZONE 'UTC')";
+
+/// Capture has found out which days TRUNCATE took rows of.
+fn wait_until_settled(client: &mut Client) {
+    eventually("what was truncated is frozen", || {
+        holds(client, "SELECT NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)")
+    });
+}
+
+/// The frozen ranges above `frozen_before`.
+fn frozen_days(client: &mut Client) -> String {
+    value(
+        client,
+        "SELECT coalesce(string_agg(concat_ws(' ', range_start, range_end), ', ' ORDER BY range_start), '')
+         FROM litellm_spend.dirty_range WHERE repair = 'freeze'",
+    )
+}
+
+fn partitioned_by(client: &mut Client, partitions: &str) {
+    client
+        .batch_execute(&format!(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS, PRIMARY KEY (request_id, "startTime"))
+                   PARTITION BY RANGE ("startTime"); {partitions};
+               ALTER TABLE "LiteLLM_SpendLogs" OWNER TO litellm"#
+        ))
+        .unwrap();
+}
+
+#[test]
+fn truncate_of_a_partition_freezes_its_days_only() {
+    let db = shared().database();
+    let mut client = db.connect();
+    partitioned_by(
+        &mut client,
+        r#"CREATE TABLE older PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (MINVALUE) TO ('2024-01-01');
+           CREATE TABLE old PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2024-01-01') TO ('2024-02-01');
+           CREATE TABLE empty PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2024-02-01') TO ('2024-03-01');
+           CREATE TABLE rest PARTITION OF "LiteLLM_SpendLogs" DEFAULT"#,
+    );
+    for (id, time) in
+        [("a", "'2023-05-05'"), ("b", "'2024-01-10'"), ("c", "'2024-01-11 10:00'"), ("d", TODAY)]
+    {
+        client.batch_execute(&row(id, time, 1.0)).unwrap();
+    }
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    // Of an empty one: no day.
+    client.batch_execute("TRUNCATE empty").unwrap();
+    wait_until_settled(&mut client);
+    assert_eq!(frozen_days(&mut client), "");
+    // The session's own style of dates is no matter.
+    client.batch_execute("SET DateStyle = 'German'; TRUNCATE old; RESET DateStyle").unwrap();
+    wait_until_settled(&mut client);
+    assert_eq!(frozen_days(&mut client), "2024-01-10 00:00:00 2024-01-12 00:00:00");
+    let notices = db.notices("SELECT * FROM spend_rollup_verify('daily_spend')");
+    assert!(
+        notices.contains("NOTICE") && notices.contains("2024-01-10 00:00:00 to 2024-01-12 00:00:00"),
+        "{notices}"
+    );
+    assert!(notices.contains("HINT"), "{notices}");
+    assert_verified(&mut client);
+    // What was missed on the other days, before and after, is found and rebuilt.
+    for time in ["'2023-05-05'", TODAY] {
+        client.batch_execute(&missed(&row(&format!("missed {time}").replace('\'', ""), time, 1.0))).unwrap();
+        let sql = format!(
+            "SELECT count(*) FROM spend_rollup_verify('daily_spend', {time}, {time}::timestamp + interval '1 day')"
+        );
+        assert_eq!(value::<i64>(&mut client, &sql), 1, "{time}");
+        client
+            .batch_execute(&format!(
+                "SELECT spend_rollup_rebuild(rollup, {time}, {time}::timestamp + interval '1 day')
+             FROM spend_rollup_status WHERE kind = 'built-in'"
+            ))
+            .unwrap();
+    }
+    assert_verified(&mut client);
+    // The frozen days are neither compared nor computed again, not even in the end by a backfill.
+    client.batch_execute(&missed(&row("missed too", "'2024-01-10'", 1.0))).unwrap();
+    assert_verified(&mut client);
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', '2024-01-01')", "55000");
+    assert_refused(&mut client, "SELECT * FROM spend_rollup_verify('daily_spend', '2024-01-11')", "55000");
+    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
+    assert_eq!(value::<i64>(&mut client, requests), 6, "history and all that is there");
+    // Unless that is asked for.
+    client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', '2024-01-01', force => true)").unwrap();
+    assert_eq!(value::<i64>(&mut client, requests), 5, "what is there");
+}
+
+#[test]
+fn one_row_of_the_far_future_does_not_freeze_what_comes() {
+    for far in ["'9999-12-31 10:00'", "'infinity'"] {
+        let db = shared().database();
+        let mut client = db.connect();
+        for (id, time) in [("a", TODAY), ("b", "'2024-10-05'"), ("c", "'-infinity'"), ("typo", far)] {
+            client.batch_execute(&row(id, time, 1.0)).unwrap();
+        }
+        client.batch_execute("SELECT spend_attach()").unwrap();
+        wait_until_live(&mut client);
+        client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
+        let next_week = format!("({TODAY} + interval '7 days')");
+        client.batch_execute(&row("captured", &next_week, 1.0)).unwrap();
+        wait_until_settled(&mut client);
+        let frozen_to_tomorrow = format!(
+            "SELECT frozen_before = {TODAY} + interval '1 day' FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+        );
+        assert!(holds(&mut client, &frozen_to_tomorrow));
+        assert!(frozen_days(&mut client).starts_with(far.trim_matches('\'').split(' ').next().unwrap()));
+        // Nor do older days without a row.
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+        assert!(holds(&mut client, &frozen_to_tomorrow));
+        client.batch_execute(&missed(&row("missed", &next_week, 1.0))).unwrap();
+        assert_eq!(
+            value::<i64>(&mut client, "SELECT count(*) FROM spend_rollup_verify('daily_spend')"),
+            1,
+            "{far}"
+        );
+        client
+            .batch_execute(&format!(
+                "SELECT spend_rollup_rebuild(rollup, {next_week}, {next_week} + interval '1 day')
+                 FROM spend_rollup_status WHERE kind = 'built-in'"
+            ))
+            .unwrap();
+        assert_verified(&mut client);
+        assert_eq!(
+            value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"),
+            6,
+            "{far}"
+        );
+    }
+}
+
+#[test]
+fn rows_that_are_truncated_before_they_are_merged_stay_counted() {
+    let db = shared().database().attached();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    // As an open writer does, it keeps the watermark where it is.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute(&row("a", "'2024-01-10'", 1.0)).unwrap();
+    client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
+    client.batch_execute(&row("b", TODAY, 1.0)).unwrap();
+    wait_until_settled(&mut client);
+    assert_verified(&mut client);
+    holder.batch_execute("COMMIT").unwrap();
+    wait_until_merged(&mut client);
+    assert_verified(&mut client);
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"), 2);
+}
+
 #[test]
 fn null_and_empty_dimensions_stay_distinct() {
     let db = shared().database().attached();

@@ -298,6 +298,45 @@ fn capture_follows_when_upstreams_script_replaces_the_table() {
 }
 
 #[test]
+fn the_drop_of_a_replaced_table_freezes_the_days_of_its_rows_only() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let row = |id: &str, time: &str| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('{id}', 'x', 1, {time}, {time});"#
+        )
+    };
+    client.batch_execute(&(row("old", "'2024-01-10'") + &row("typo", "'9999-12-31'"))).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute(&row("new", "CURRENT_DATE")).unwrap();
+    eventually("capture follows", || {
+        holds(&mut client, r#"SELECT predecessor IS NOT NULL FROM litellm_spend.capture"#)
+    });
+    client.batch_execute(r#"DROP TABLE "LiteLLM_SpendLogs_legacy" CASCADE"#).unwrap();
+    eventually("the days of the old table are frozen", || {
+        holds(
+            &mut client,
+            "SELECT frozen_before = '2024-01-11' AND dirty_ranges = 0 FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        )
+    });
+    let missed = row("missed", "CURRENT_DATE");
+    client
+        .batch_execute(&format!(
+            "SET session_replication_role = replica; {missed} RESET session_replication_role"
+        ))
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_rollup_verify('daily_spend')"), 1);
+    client
+        .batch_execute("SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE, CURRENT_DATE + 1)")
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_rollup_verify('daily_spend')"), 0);
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"), 4);
+}
+
+#[test]
 fn a_table_that_is_dropped_and_made_again_goes_on() {
     let db = shared().database().attached();
     let mut client = db.connect();

@@ -28,6 +28,12 @@ fn an_attached_database_goes_on_and_its_objects_go_to_the_tables_owner() {
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
     assert!(before > 0.0);
+    client
+        .batch_execute(
+            "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, repaired_at)
+             VALUES ('-infinity', 'infinity', 'freeze', 'TRUNCATE', now())",
+        )
+        .unwrap();
     let definers =
         "SELECT count(*) FROM pg_proc WHERE pronamespace = 'litellm_spend'::regnamespace AND prosecdef
                         AND proowner = 'postgres'::regrole";
@@ -41,6 +47,8 @@ fn an_attached_database_goes_on_and_its_objects_go_to_the_tables_owner() {
          WHERE pronamespace = 'litellm_spend'::regnamespace AND prosecdef"
     ));
     assert_eq!(value::<f64>(&mut client, total), before);
+    let frozen = "SELECT count(*) FROM litellm_spend.dirty_range WHERE repair = 'freeze'";
+    assert_eq!(value::<i64>(&mut client, frozen), 0, "what TRUNCATE froze is before the border");
     client.batch_execute("SET ROLE litellm").unwrap();
     client.batch_execute(&insert_rows("new", 100, 10)).unwrap();
     client.batch_execute("RESET ROLE").unwrap();

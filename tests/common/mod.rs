@@ -244,6 +244,24 @@ impl Database {
         self.cluster.connect(&self.name)
     }
 
+    /// What psql says beside the result of a statement: notices, warnings.
+    pub fn notices(&self, sql: &str) -> String {
+        let mut psql = self.cluster.program("psql");
+        psql.args([
+            "-X",
+            "-h",
+            self.cluster.dir.to_str().unwrap(),
+            "-p",
+            &PORT.to_string(),
+            "-U",
+            "postgres",
+        ]);
+        let output = psql.args(["-d", &self.name, "-v", "ON_ERROR_STOP=1", "-c", sql]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{sql}: {text}");
+        text
+    }
+
     /// With the table captured, backfilled, and the view live.
     pub fn attached(self) -> Database {
         let mut client = self.connect();

@@ -28,6 +28,8 @@ SELECT rollup, rows, groups, outcome FROM spend_rollup_run('daily_spend');
 -- Retention.
 DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'r3';
 SELECT * FROM by_age ORDER BY 1;
+-- Notices name days.
+SET client_min_messages = warning;
 SELECT * FROM spend_rollup_verify('daily_spend');
 SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 1);
 SELECT * FROM by_age ORDER BY 1;
