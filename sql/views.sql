@@ -87,7 +87,7 @@ CROSS JOIN LATERAL (
         END AS message
 ) AS lost
 UNION ALL
-SELECT left(t.relname, -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+SELECT left(t.relname::text COLLATE "default", -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
        NULL, NULL, NULL,
        'its state is lost: spend_attach() makes that of a built-in rollup again; any other is dropped by spend_rollup_drop()', NULL
 FROM pg_class t
