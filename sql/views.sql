@@ -53,7 +53,7 @@ CROSS JOIN LATERAL (
     SELECT array_agg(DISTINCT l.pid) FILTER (WHERE l.pid IS NOT NULL) AS pids,
            array_agg(DISTINCT p.gid) FILTER (WHERE p.gid IS NOT NULL) AS prepared
     FROM jsonb_array_elements_text(s.candidates -> 0 -> 'waits_for') AS holder(virtual_transaction)
-    JOIN pg_locks l ON l.virtualtransaction = holder.virtual_transaction AND l.relation = s.relation
+    JOIN pg_locks l ON l.virtualtransaction = holder.virtual_transaction
     LEFT JOIN pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
         AND x.locktype = 'transactionid'
     LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid

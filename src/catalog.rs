@@ -2,7 +2,8 @@
 //!
 //! pgrx runs `select` on the transaction's first snapshot until the transaction has an XID, and `update` on a
 //! fresh one. So state that must be current is read with [`fresh`], and a look that finds nothing to do, which
-//! must not write WAL, reads with [`query`].
+//! must not write WAL, reads with [`query`]. What others may change while a call waits, above all which relations there are and
+//! what inherits from what, is read with [`current`], which takes neither.
 
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
@@ -36,6 +37,15 @@ fn require_one_statement(sql: &str) -> Result<()> {
 pub fn query<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
     require_one_statement(sql)?;
     Spi::connect(|client| rows(client.select(sql, None, args)?, row))
+}
+
+/// Runs a query on a snapshot of now, however long the statement has been running. Takes no XID.
+pub fn current<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    // SAFETY: an error of the server's ends the subtransaction, and the snapshot with it.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+    let found = query(sql, args, row);
+    unsafe { pg_sys::PopActiveSnapshot() };
+    found
 }
 
 /// Runs a query on a fresh snapshot. Takes an XID.
@@ -97,6 +107,16 @@ pub fn sources_on(relation: pg_sys::Oid) -> Result<Vec<Source>> {
     sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])
 }
 
+/// The relation of a source as it is now: another session may have put a partitioned table in its place. `None`: it was dropped, or
+/// another sequence numbers it now.
+pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
+    let sql = format!(
+        "SELECT s.relation::oid FROM {SCHEMA}.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
+         WHERE s.name = $1 AND s.sequence = $2"
+    );
+    Ok(current(&sql, &[source.name.as_str().into(), source.sequence.into()], |r| value(r, 1))?.pop())
+}
+
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
     query(
         &format!(
@@ -153,7 +173,7 @@ pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
 
 /// Refuses a sequence whose values do not rise in the order in which they are drawn.
 pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
-    let shape = query(
+    let shape = current(
         "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text FROM pg_catalog.pg_sequence WHERE seqrelid = $1",
         &[sequence.into()],
         |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?, value::<String>(r, 4)?)),
@@ -175,7 +195,7 @@ pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
 
 /// The relation and all that inherit from it: partitions and their partitions.
 pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
-    query(
+    current(
         "WITH RECURSIVE tree(oid) AS (
              SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN tree ON inhparent = tree.oid)
          SELECT oid FROM tree",
@@ -189,6 +209,36 @@ pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
     let sql =
         "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'f' ORDER BY oid LIMIT 1";
     Ok(query(sql, &[relation_tree(relation)?.into()], |r| value(r, 1))?.pop())
+}
+
+/// `WITH RECURSIVE`: `tree`, relation $1 and what inherits from it; `family`, these and what any of them inherits from; `draws`, the
+/// columns that sequence $2 numbers, as their identity or in their default.
+pub const FAMILY: &str = "
+    WITH RECURSIVE tree(oid) AS (
+        SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN tree ON inhparent = tree.oid),
+    family(oid) AS (
+        SELECT oid FROM tree UNION SELECT inhparent FROM pg_catalog.pg_inherits JOIN family ON inhrelid = family.oid),
+    draws(relation, attnum) AS (
+        SELECT refobjid, refobjsubid FROM pg_catalog.pg_depend
+        WHERE classid = 'pg_catalog.pg_class'::regclass AND objid = $2 AND refclassid = classid AND deptype = 'i'
+        UNION SELECT d.adrelid, d.adnum FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_attrdef d ON d.oid = p.objid
+        WHERE p.classid = 'pg_catalog.pg_attrdef'::regclass AND p.refclassid = 'pg_catalog.pg_class'::regclass
+          AND p.refobjid = $2)";
+
+/// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from which rows get
+/// there, and those that the sequence numbers. The latter, of the same owner, because a row that was numbered in one may still be
+/// on its way when that becomes an ancestor: INSERT opens a partitioned partition only when the first row comes to it.
+pub fn inserted_into(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
+    current(
+        &format!(
+            "{FAMILY}
+             SELECT oid FROM family
+             UNION SELECT d.relation FROM draws d JOIN pg_catalog.pg_class c ON c.oid = d.relation
+             JOIN pg_catalog.pg_class s ON s.oid = $1 AND s.relowner = c.relowner"
+        ),
+        &[relation.into(), sequence.into()],
+        |r| value(r, 1),
+    )
 }
 
 /// The other transactions that hold RowExclusiveLock, as every writer does, on one of `relations`.
@@ -205,7 +255,7 @@ pub fn writers(relations: Vec<pg_sys::Oid>) -> Result<BTreeSet<Holder>> {
 }
 
 pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
-    let names = query(
+    let names = current(
         "SELECT nspname::text, relname::text FROM pg_catalog.pg_class c
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
         &[relation.into()],
@@ -375,7 +425,7 @@ pub struct Table {
 
 impl Table {
     pub fn find(oid: pg_sys::Oid) -> Result<Option<Table>> {
-        let tables = query(
+        let tables = current(
             "SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text,
                     pg_catalog.pg_get_userbyid(c.relowner)::text,
                     coalesce(pg_catalog.array_to_string(c.reloptions, ', '), ''), c.relowner
@@ -396,7 +446,7 @@ impl Table {
             },
         )?;
         let Some(mut table) = tables.into_iter().next() else { return Ok(None) };
-        table.columns = query(
+        table.columns = current(
             "SELECT attname::text, pg_catalog.format_type(atttypid, NULL) FROM pg_catalog.pg_attribute
              WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
             &[oid.into()],

@@ -65,8 +65,8 @@ pub enum Error {
     NoBucket(String),
     #[error("rows of \"{relation}\" are not numbered by {}", .sequence.as_ref().map_or("one sequence".into(), |s| format!("sequence {s}")))]
     NotNumbered { relation: String, sequence: Option<String>, columns: usize },
-    #[error("partition {partition} does not number its rows by sequence {sequence}")]
-    PartitionNumbered { partition: String, column: String, default: String, sequence: String },
+    #[error("rows written to {relation} are not numbered by sequence {sequence}")]
+    NumberedElsewhere { relation: String, column: String, found: String, sequence: String },
     #[error("rollup \"{0}\" is locked by another transaction")]
     RollupBusy(String),
     #[error("this database came out of a dump, and its restore may not be over")]
@@ -195,7 +195,7 @@ impl Error {
             | Error::BuiltIn(_)
             | Error::SourceDropped(_)
             | Error::NotNumbered { .. }
-            | Error::PartitionNumbered { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            | Error::NumberedElsewhere { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::Null(_) => ERRCODE_NULL_VALUE_NOT_ALLOWED,
             Error::RollupBusy(_)
             | Error::AttachmentBusy
@@ -256,8 +256,8 @@ impl Error {
             Error::NoBucket(_) => "A dimension does if it is a date or time and reads no other column.".into(),
             Error::NotNumbered { columns: 0, .. } => "No column has it as its identity or as its default, nextval().".into(),
             Error::NotNumbered { columns, .. } => format!("{columns} columns have one as their identity or default."),
-            Error::PartitionNumbered { column, default, .. } => {
-                format!("There the default of column \"{column}\" is {default}.")
+            Error::NumberedElsewhere { column, found, .. } => {
+                format!("They come into the source too, but their \"{column}\" is {found} there.")
             }
             Error::Null(_) => "NULL names nothing.".into(),
             Error::RollupBusy(_) => "A merge or a rebuild holds it; one at a time works on a rollup.".into(),
@@ -371,8 +371,8 @@ impl Error {
                 "Use a bigserial or identity column, or a default of nextval('sequence').".into()
             }
             Error::NotNumbered { .. } => "Pass the sequence whose column numbers the rows.".into(),
-            Error::PartitionNumbered { partition, column, sequence, .. } => {
-                format!("ALTER TABLE {partition} ALTER COLUMN {column} SET DEFAULT nextval('{}').", sequence.replace('\'', "''"))
+            Error::NumberedElsewhere { relation, column, sequence, .. } => {
+                format!("ALTER TABLE {relation} ALTER COLUMN {column} SET DEFAULT nextval('{}').", sequence.replace('\'', "''"))
             }
             Error::Restoring => "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.".into(),
             Error::RollupBusy(_) | Error::AttachmentBusy | Error::LogNotMerged { .. } => "Try again.".into(),

@@ -13,8 +13,10 @@ use crate::catalog::{self, Source};
 use crate::definition::{Definition, SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::litellm::CHANGE_LOG;
 use crate::locks::{self, Fence, Patience};
 use crate::session::{Failure, attempt};
+use crate::source;
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys;
 use std::time::Instant;
@@ -53,14 +55,20 @@ pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
 pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
     loop {
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
-        //    who has ended.
+        //    who has ended. And before the relations that they write to, which are read as they are now: whoever
+        //    drew such a value through a partition that has just been attached is found there.
         let last_value = catalog::last_value(source.sequence)?.unwrap_or(source.merged_to);
+        let nothing = Look { safe_end: source.merged_to, last_value };
+        let Some(relation) = catalog::relation_of(source)? else { return Ok(nothing) };
+        if source.name != CHANGE_LOG {
+            source::require_same_numbering(relation, source.sequence)?;
+        }
         if last_value == source.merged_to {
-            return Ok(Look { safe_end: last_value, last_value });
+            return Ok(nothing);
         }
         catalog::check_sequence(source.sequence)?;
         // 2. the transactions that may still add rows.
-        let writers = catalog::writers(catalog::relation_tree(source.relation)?)?;
+        let writers = catalog::writers(catalog::inserted_into(relation, source.sequence)?)?;
         // 3. what is safe now; the rest is remembered for the next look.
         let before = source.window.clone();
         let safe_end = source.window.look(last_value, &writers).unwrap_or(source.merged_to);

@@ -4,7 +4,7 @@
 //! sequence. What does not keep to that is refused, with the reason.
 
 use crate::capture;
-use crate::catalog::{self, Table};
+use crate::catalog::{self, FAMILY, Table};
 use crate::definition::{SCHEMA, quoted};
 use crate::error::{Error, Result};
 use crate::expression;
@@ -60,23 +60,74 @@ pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numberi
     }
 }
 
-/// Partitions whose rows would be numbered otherwise when they are written directly.
-fn require_same_numbering(table: &Table, numbering: &Numbering) -> Result<()> {
-    let others = catalog::query(
-        "SELECT ad.adrelid::regclass::text, pg_catalog.pg_get_expr(ad.adbin, ad.adrelid), ad.adbin::text
-         FROM pg_catalog.pg_attrdef ad
-         JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum
-         WHERE ad.adrelid = ANY ($1) AND a.attname = $2::name",
-        &[catalog::relation_tree(table.oid)?.into(), numbering.column.as_str().into()],
-        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, catalog::value::<String>(r, 3)?)),
+/// Refuses a source into which rows could come that got their number elsewhere: in a partition, when they are written straight to
+/// it, or in a parent, whose own default numbers what is written through it. Also asked later, since tables are altered, and
+/// attached to others. (No default is read: that would wait for who has locked its table.)
+pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
+    let elsewhere = catalog::current(
+        &format!(
+            "{FAMILY}
+             SELECT a.attrelid::regclass::text, $2::regclass::text, a.attname::text, other.sequence::regclass::text,
+                    d.oid IS NOT NULL
+             FROM family JOIN pg_catalog.pg_attribute a ON a.attrelid = family.oid AND a.attnum > 0
+             JOIN pg_catalog.pg_attribute number ON number.attname = a.attname
+             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation AND number.attnum = draws.attnum
+             LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+             LEFT JOIN LATERAL (
+                 SELECT objid AS sequence FROM pg_catalog.pg_depend
+                 WHERE classid = 'pg_catalog.pg_class'::regclass AND refclassid = classid AND refobjid = a.attrelid
+                   AND refobjsubid = a.attnum AND deptype = 'i') AS other ON true
+             WHERE (a.attrelid, a.attnum) NOT IN (SELECT relation, attnum FROM draws)
+               -- Written straight to a partition without a default, a row has no number and is never counted.
+               AND (d.oid IS NOT NULL OR other.sequence IS NOT NULL OR a.attrelid NOT IN (SELECT oid FROM tree))
+             UNION ALL SELECT $1::regclass::text, $2::regclass::text, NULL, NULL, false
+             WHERE $1 NOT IN (SELECT relation FROM draws)
+             LIMIT 1"
+        ),
+        &[relation.into(), sequence.into()],
+        |r| {
+            let (relation, sequence) = (catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?);
+            Ok((relation, sequence, r.get::<String>(3)?, r.get::<String>(4)?, catalog::value::<bool>(r, 5)?))
+        },
     )?;
-    match others.into_iter().find(|(.., stored)| expression::drawn_from(stored) != Some(numbering.sequence)) {
+    let Some((relation, number, column, identity, has_default)) = elsewhere.into_iter().next() else {
+        return require_drawn(relation, sequence);
+    };
+    let Some(column) = column else {
+        return Err(Error::NotNumbered { relation, sequence: Some(number), columns: 0 });
+    };
+    let found = match identity {
+        Some(other) => format!("numbered by sequence {other}"),
+        None if has_default => "given another default".into(),
+        None => "given none".into(),
+    };
+    Err(Error::NumberedElsewhere { relation, column, found, sequence: number })
+}
+
+/// Refuses a default that only computes with the sequence's number.
+fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
+    let defaults = catalog::current(
+        &format!(
+            "{FAMILY}
+             SELECT d.adrelid::regclass::text, $2::regclass::text, a.attname::text, d.adbin::text
+             FROM family JOIN pg_catalog.pg_attrdef d ON d.adrelid = family.oid
+             JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+             JOIN pg_catalog.pg_attribute number ON number.attname = a.attname
+             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation AND number.attnum = draws.attnum"
+        ),
+        &[relation.into(), sequence.into()],
+        |r| {
+            let (relation, sequence) = (catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?);
+            Ok((relation, sequence, catalog::value::<String>(r, 3)?, catalog::value::<String>(r, 4)?))
+        },
+    )?;
+    match defaults.into_iter().find(|(.., stored)| expression::drawn_from(stored) != Some(sequence)) {
         None => Ok(()),
-        Some((partition, default, _)) => Err(Error::PartitionNumbered {
-            partition,
-            column: numbering.column.clone(),
-            default,
-            sequence: numbering.sequence_name.clone(),
+        Some((relation, sequence, column, _)) => Err(Error::NumberedElsewhere {
+            relation,
+            column,
+            found: "given another default".into(),
+            sequence,
         }),
     }
 }
@@ -184,7 +235,7 @@ pub fn open_source(
         return Err(Error::SequenceOfAnother { sequence, owner });
     }
     catalog::check_sequence(numbering.sequence)?;
-    require_same_numbering(&table, &numbering)?;
+    require_same_numbering(table.oid, numbering.sequence)?;
     Ok((table, numbering))
 }
 

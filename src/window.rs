@@ -6,10 +6,10 @@
 //!         watermark             safe end         last value
 //! ```
 //!
-//! Every inserter takes RowExclusiveLock on the source *before* it draws a value from the sequence. So when
-//! the last value `S` is read first and the lock holders second, each row numbered `<= S` belongs to a
-//! transaction that has ended or is among those holders. Once all of them have ended, `S` is safe: no row
-//! numbered `<= S` can appear any more.
+//! Every inserter takes RowExclusiveLock on the source, or on a relation from which rows get there
+//! (`catalog::inserted_into`), *before* it draws a value from the sequence. So when the last value `S` is read
+//! first and the lock holders second, each row numbered `<= S` belongs to a transaction that has ended or is
+//! among those holders. Once all of them have ended, `S` is safe: no row numbered `<= S` can appear any more.
 //!
 //! A *candidate* is such an `S` with the holders it still waits for. It is remembered between looks, so that
 //! nobody has to wait with a transaction open, and a source that always has some writer still advances.

@@ -183,6 +183,38 @@ fn a_window_advances_with_the_callers_transaction() {
 }
 
 #[test]
+fn a_window_of_a_partition_never_passes_a_number_that_was_drawn_through_its_parent() {
+    let db = shared().database();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE parent (id bigserial, v int) PARTITION BY LIST (v);
+             CREATE TABLE leaf PARTITION OF parent FOR VALUES IN (1);
+             SELECT spend_rollup_register('by_hand', 'leaf');
+             CREATE FUNCTION gate(v int) RETURNS int LANGUAGE plpgsql
+             AS $$ BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN v; END $$",
+        )
+        .unwrap();
+    let mut window = || {
+        let row = client.query_one("SELECT * FROM spend_rollup_window('by_hand')", &[]).unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    };
+    std::thread::scope(|scope| {
+        // Closed at the end, also when that is a panic.
+        let mut gate = db.connect();
+        gate.batch_execute("SELECT pg_advisory_lock(1)").unwrap();
+        scope.spawn(|| writer.batch_execute("INSERT INTO parent (v) VALUES (gate(1))").unwrap());
+        eventually("it has its number and waits", || {
+            holds(&mut gate, "SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        });
+        gate.batch_execute("INSERT INTO leaf (v) VALUES (1); INSERT INTO parent (v) VALUES (1)").unwrap();
+        assert_eq!(window(), (1, 0));
+        gate.batch_execute("SELECT pg_advisory_unlock(1)").unwrap();
+    });
+    assert_eq!(window(), (1, 3));
+}
+
+#[test]
 fn a_window_is_refused_where_it_could_not_be_exact() {
     let db = shared().database();
     let mut client = db.connect();
