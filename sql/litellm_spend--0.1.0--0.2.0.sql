@@ -270,6 +270,7 @@ VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_partition_convert_wrapper';
 
+COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
 REVOKE ALL ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) FROM PUBLIC;
 DO $$ DECLARE grantee text; BEGIN

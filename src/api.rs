@@ -301,7 +301,8 @@ mod litellm_spend {
     }
 }
 
-/// Recomputes whole buckets of a rollup from the raw rows, in the caller's transaction. Returns the groups written.
+/// Recomputes whole buckets of a rollup, or of all built-in ones, from the raw rows, in the caller's transaction. Returns the groups
+/// written.
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_rollup_rebuild(
     name: Option<&str>,
@@ -313,7 +314,6 @@ fn spend_rollup_rebuild(
         require_changeable()?;
         let elevated = Elevated::enter()?;
         restore::require_over()?;
-        let name = name.ok_or(Error::Null("rollup name"))?;
         rebuild::rebuild_range(elevated.caller(), name, range_start, range_end, force.unwrap_or(false))
     })
 }
@@ -334,8 +334,8 @@ fn spend_rollup_verify(
         let name = name.ok_or(Error::Null("rollup name"))?;
         rebuild::verify(elevated.caller(), name, range_start, range_end)
     })
-    .map(|(differences, notice)| {
-        tell(notice);
+    .map(|(differences, notices)| {
+        tell(notices);
         TableIterator::new(differences)
     })
 }
@@ -371,7 +371,7 @@ fn spend_rollup_create(
 }
 
 /// After the call, under the caller's own client_min_messages.
-fn tell(notices: impl IntoIterator<Item = Notice>) {
+fn tell(notices: Vec<Notice>) {
     notices.into_iter().for_each(Notice::report);
 }
 

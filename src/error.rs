@@ -377,7 +377,7 @@ impl Error {
             Error::Restoring => "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.".into(),
             Error::RollupBusy(_) | Error::AttachmentBusy | Error::LogNotMerged { .. } => "Try again.".into(),
             Error::Frozen { .. } => "Choose a range without them. A rebuild with force => true gives up their history.".into(),
-            Error::RawRowsLost { .. } => "Pass force := true to count only what is there.".into(),
+            Error::RawRowsLost { .. } => "Pass force => true to count only what is there, in all built-in rollups if it is one of them.".into(),
             Error::Range { bucketed: true, .. } => "Pass such times in UTC, midnights as in '2026-11-01' for days.".into(),
             Error::Range { bucketed: false, .. } => "Leave the range out to rebuild all of it.".into(),
             Error::RawVanished(_) => "Try again: the range may be frozen by then.".into(),

@@ -112,6 +112,35 @@ pub fn freeze(day: Timestamp, next: Timestamp, operation: &str) -> Result<()> {
     Ok(())
 }
 
+/// Forgets what is on record of a range beyond its raw rows: the ledger, and that days of it are frozen.
+pub fn thaw(range: Range) -> Result<()> {
+    catalog::execute(
+        &format!("DELETE FROM {SCHEMA}.retired WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)"),
+        &[range.start.into(), range.end.into()],
+    )?;
+    // What lies between the range and the border becomes a range of its own.
+    catalog::execute(
+        &format!(
+            "WITH border AS (
+                 UPDATE {SCHEMA}.source s SET frozen_before = $1
+                 FROM (SELECT name, frozen_before AS before FROM {SCHEMA}.source WHERE name = $3) AS old
+                 WHERE s.name = old.name AND old.before > $1 RETURNING old.before
+             ), settled AS (
+                 DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NOT NULL
+                 RETURNING range_start, range_end, operation
+             ), ranges AS (
+                 SELECT * FROM settled UNION ALL SELECT $1, before, 'FREEZE' FROM border
+             )
+             INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, repaired_at)
+             SELECT lower(part), coalesce(upper(part), 'infinity'), 'freeze', operation, clock_timestamp()
+             FROM ranges, unnest(tsmultirange(tsrange(range_start, nullif(range_end, 'infinity')))
+                                 - tsmultirange(tsrange($1, $2))) AS part"
+        ),
+        &[range.start.into(), range.end.into(), CHANGE_LOG.into()],
+    )
+    .map(drop)
+}
+
 /// Freezes everything before `border`: no raw row is older. What only helped to recompute it goes.
 pub fn freeze_before(border: Timestamp) -> Result<()> {
     catalog::execute(

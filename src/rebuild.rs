@@ -12,10 +12,10 @@
 //! a range ourselves, which the owner may not.
 
 use crate::catalog::{self, CaptureState};
-use crate::definition::Definition;
+use crate::definition::{Definition, SCHEMA, next_midnight};
 use crate::error::{Error, Result};
 use crate::frozen::{self, Range};
-use crate::litellm::Capture;
+use crate::litellm::{CHANGE_LOG, Capture};
 use crate::locks::{self, Fence, Patience};
 use crate::session::{self, Owner};
 use crate::source::Notice;
@@ -181,24 +181,37 @@ pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
 
 // ---- SQL calls -------------------------------------------------------------------------------------------
 
-/// `spend_rollup_rebuild()`: the whole range in the caller's transaction.
+/// `spend_rollup_rebuild()`: the whole range in the caller's transaction; without a name, of all built-in rollups.
+///
+/// Forced, the built-in rollups become what the table holds now. What they knew beyond that is on record in the ledger and as frozen
+/// days, which is common to them: so it is forgotten for all of them at once, or the next rebuild would bring it back.
 pub fn rebuild_range(
     caller: pg_sys::Oid,
-    name: &str,
+    name: Option<&str>,
     start: Option<Timestamp>,
     end: Option<Timestamp>,
     force: bool,
 ) -> Result<i64> {
     let patience = Patience::of_call();
-    let fence = Fence::take(name, patience)?.ok_or_else(|| Error::RollupBusy(name.into()))?;
-    require_right(caller, &fence)?;
+    let one = name.map(Fence::look).transpose()?.filter(|fence| !(force && fence.is_built_in()));
+    let fences = match &one {
+        Some(fence) => Fence::take(&fence.name, patience)?.map(|fence| vec![fence]),
+        None => Fence::take_all(&attached()?.source, patience)?,
+    };
+    let fences = fences.ok_or_else(|| Error::RollupBusy(name.unwrap_or(CHANGE_LOG).into()))?;
+    let Some(first) = fences.first() else { return Ok(0) };
+    require_right(caller, first)?;
     let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
-    check_range(&fence, range)?;
-    let frozen = if force { vec![] } else { frozen_parts(&fence, range)? };
-    if !frozen.is_empty() {
-        return Err(frozen::error(name, &frozen));
+    check_range(first, range)?;
+    if force && first.is_built_in() {
+        frozen::thaw(range)?;
     }
-    rebuild(&[&fence], range, if force { Shrink::Allow } else { Shrink::Refuse })
+    let frozen = frozen_parts(first, range)?;
+    if !frozen.is_empty() {
+        return Err(frozen::error(&first.name, &frozen));
+    }
+    let fences: Vec<&Fence> = fences.iter().collect();
+    rebuild(&fences, range, if force { Shrink::Allow } else { Shrink::Refuse })
 }
 
 /// The built-in rollups are for the captured table's owner to use, the others for their own.
@@ -254,7 +267,7 @@ pub fn verify(
     name: &str,
     start: Option<Timestamp>,
     end: Option<Timestamp>,
-) -> Result<(Vec<Difference>, Option<Notice>)> {
+) -> Result<(Vec<Difference>, Vec<Notice>)> {
     let fence = Fence::look(name)?;
     require_right(caller, &fence)?;
     let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
@@ -272,9 +285,56 @@ pub fn verify(
             Ok((catalog::value::<JsonB>(r, 1)?, r.get(2)?, r.get(3)?))
         })?);
     }
-    let notice = (!frozen.is_empty()).then(|| Notice {
+    let not_compared = (!frozen.is_empty()).then(|| Notice {
         message: format!("frozen days of rollup \"{name}\" were not compared: {}", frozen::describe(&frozen)),
         hint: "Raw rows of these days are gone; the rollup is their only record.".into(),
     });
-    Ok((differences, notice))
+    let put_back = if fence.is_built_in() { put_back(&truth, range, &frozen)? } else { None };
+    Ok((differences, not_compared.into_iter().chain(put_back).collect()))
+}
+
+/// Says on which days rows count that are not in the table any more, beside rows that are. As a rule that is so on the day at which
+/// retention has arrived; but whoever takes rows out and puts them back sees them twice.
+fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Notice>> {
+    let day = |first: &str, last: &str| {
+        format!("tsrange(date_trunc('day', {first}), nullif({}, 'infinity'))", next_midnight(last))
+    };
+    let mut raw = vec![];
+    for relation in &truth.relations {
+        raw.push(format!("SELECT \"startTime\" AS at FROM {}", catalog::relation_name(*relation)?));
+    }
+    let raw = raw.join(" UNION ALL ");
+    let sql = format!(
+        "SELECT lower(part), upper(part) FROM (
+             SELECT range_agg({retired}) AS days
+             FROM (SELECT DISTINCT date_trunc('day', hour) AS day FROM {SCHEMA}.retired
+                   WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)) AS retired
+             WHERE EXISTS (SELECT FROM ({raw}) AS raw WHERE at >= day AND (at < {next} OR day = 'infinity'))
+             UNION ALL
+             SELECT range_agg({found})
+             FROM unnest($3::timestamp[], $4::timestamp[]) AS frozen(first, last),
+                  LATERAL (SELECT min(at) AS first_at, max(at) AS last_at FROM ({raw}) AS raw
+                           WHERE at >= first AND (last IS NULL OR at < last)) AS found
+             WHERE first_at IS NOT NULL) AS both_kinds, unnest(days) AS part ORDER BY 1",
+        retired = day("day", "day"),
+        next = next_midnight("day"),
+        found = day("first_at", "last_at"),
+    );
+    let (starts, ends): (Vec<_>, Vec<_>) = frozen.iter().map(|range| (range.start, range.end)).unzip();
+    let args = [range.start.into(), range.end.into(), starts.into(), ends.into()];
+    let days =
+        truth.owner.query(&sql, &args, |r| Ok(Range { start: catalog::value(r, 1)?, end: r.get(2)? }))?;
+    let (Some(first), Some(last)) = (days.first(), days.last()) else { return Ok(None) };
+    let end = last.end.map_or("NULL".into(), |end| format!("'{end}'"));
+    Ok(Some(Notice {
+        message: format!(
+            "rows that were deleted still count, beside rows that are there: {}",
+            frozen::describe(&days)
+        ),
+        hint: format!(
+            "If they are the same rows, put back, they count twice: SELECT spend_rollup_rebuild(NULL, '{}', {end}, force => true) \
+             makes all built-in rollups equal the table.",
+            first.start
+        ),
+    }))
 }

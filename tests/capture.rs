@@ -398,6 +398,7 @@ fn truncate_of_a_partition_freezes_its_days_only() {
     // Unless that is asked for.
     client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', '2024-01-01', force => true)").unwrap();
     assert_eq!(value::<i64>(&mut client, requests), 5, "what is there");
+    assert_verified(&mut client);
 }
 
 #[test]
@@ -458,6 +459,75 @@ fn rows_that_are_truncated_before_they_are_merged_stay_counted() {
     wait_until_merged(&mut client);
     assert_verified(&mut client);
     assert_eq!(value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"), 2);
+}
+
+#[test]
+fn rows_that_are_taken_out_and_put_back_are_noticed_and_one_call_counts_them_once() {
+    for (take_out, kind) in [("DELETE FROM", "ledger"), ("TRUNCATE", "frozen days")] {
+        let db = shared().database();
+        let mut client = db.connect();
+        for day in 1..=7 {
+            let time = format!("{TODAY} - interval '{day} days'");
+            client.batch_execute(&row(&format!("r{day}"), &time, 1.0)).unwrap();
+        }
+        client.batch_execute("SELECT spend_attach()").unwrap();
+        wait_until_live(&mut client);
+        let verify = "SELECT * FROM spend_rollup_verify('daily_spend')";
+        assert!(!db.notices(verify).contains("still count"));
+        client
+            .batch_execute(&format!(
+                r#"CREATE TABLE aside AS TABLE "LiteLLM_SpendLogs"; {take_out} "LiteLLM_SpendLogs";
+                   INSERT INTO "LiteLLM_SpendLogs" TABLE aside"#
+            ))
+            .unwrap();
+        wait_until_settled(&mut client);
+        let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+        assert_eq!(value::<f64>(&mut client, total), 14.0, "{kind}");
+        let notices = db.notices(verify);
+        let days = format!("SELECT ({TODAY} - interval '7 days')::text || ' to ' || {TODAY}");
+        let days: String = value(&mut client, &days);
+        assert!(notices.contains(&format!("still count, beside rows that are there: {days}")), "{notices}");
+        // The call that it names.
+        let call = notices.split("SELECT").nth(1).unwrap().split("makes all").next().unwrap();
+        assert!(call.contains("NULL") && call.contains("force => true"), "{call}");
+        client.batch_execute(&format!("SELECT {call}")).unwrap();
+        assert_eq!(value::<f64>(&mut client, total), 7.0, "{kind}");
+        assert!(!db.notices(verify).contains("still count"), "{kind}");
+        assert_exact(&mut client);
+        // Everything goes on as before: what goes now stays as history.
+        let delete =
+            format!(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < {TODAY} - interval '5 days'"#);
+        client.batch_execute(&delete).unwrap();
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+        assert_eq!(value::<f64>(&mut client, total), 7.0, "{kind}");
+        assert_verified(&mut client);
+        assert_eq!(capture_errors(&mut client), 0);
+    }
+}
+
+#[test]
+fn a_forced_rebuild_of_some_frozen_days_leaves_the_others_frozen() {
+    let db = shared().database();
+    let mut client = db.connect();
+    for day in 1..=7 {
+        client.batch_execute(&row(&format!("r{day}"), &format!("'2024-01-0{day}'"), 1.0)).unwrap();
+    }
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
+    wait_until_settled(&mut client);
+    let forced =
+        "SELECT spend_rollup_rebuild('daily_spend_by_key', '2024-01-03', '2024-01-05', force => true)";
+    client.batch_execute(forced).unwrap();
+    let rebuild = |range: &str| format!("SELECT spend_rollup_rebuild('daily_spend', {range})");
+    assert_refused(&mut client, &rebuild("'2024-01-02', '2024-01-03'"), "55000");
+    assert_refused(&mut client, &rebuild("'2024-01-05', '2024-01-06'"), "55000");
+    client.batch_execute(&rebuild("'2024-01-03', '2024-01-05'")).unwrap();
+    for rollup in ["daily_spend", "daily_spend_by_key", "hourly_usage"] {
+        let sql = format!("SELECT sum(requests)::bigint FROM litellm_spend.{rollup}");
+        assert_eq!(value::<i64>(&mut client, &sql), 5, "{rollup}: all of them forget the same");
+    }
+    assert_verified(&mut client);
 }
 
 #[test]
