@@ -4,7 +4,7 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 -- PL/pgSQL: STABLE gives it the caller's snapshot (so it agrees with the rest of the statement), its plans are kept
 -- for the session, and it answers even when the library cannot be loaded. Until a rollup covers the days asked for,
--- the raw rows are added up: slow, and as exact.
+-- the raw rows are added up: slow, and as exact. What no double precision can be is infinite, or 0: a cast of it fails.
 CREATE FUNCTION @extschema@.monthly_global_spend(days integer DEFAULT 30)
 RETURNS TABLE (date date, spend double precision)
 LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE ROWS 31
@@ -21,8 +21,11 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM litellm_spend.coverage c
                WHERE c.rollup = 'daily_spend' AND c.covered_from <= CURRENT_DATE - make_interval(days => days)) THEN
-        RETURN QUERY SELECT d.date, d.spend::double precision FROM litellm_spend.daily_spend d
-                     WHERE d.date >= CURRENT_DATE - days ORDER BY d.date;
+        RETURN QUERY
+            SELECT d.date, CASE WHEN abs(d.spend) * 10::numeric ^ 324 < 4.9 THEN 0
+                                WHEN abs(d.spend) > 1.7976931348623158 * 10::numeric ^ 308 THEN sign(d.spend) * 'Infinity'::float8
+                                ELSE d.spend::float8 END
+            FROM litellm_spend.daily_spend d WHERE d.date >= CURRENT_DATE - days ORDER BY d.date;
         RETURN;
     END IF;
     SELECT c.captured INTO raw FROM litellm_spend.coverage c WHERE c.rollup = 'daily_spend';
@@ -32,8 +35,14 @@ BEGIN
                   HINT = 'Call spend_attach() first.';
     END IF;
     RETURN QUERY EXECUTE format(
-        'SELECT date("startTime"), sum(spend) FROM %s
-         WHERE "startTime" >= CURRENT_DATE - make_interval(days => $1) GROUP BY 1 ORDER BY 1', raw) USING days;
+        $raw$
+         SELECT date, CASE WHEN abs(spend) * 10::numeric ^ 324 < 4.9 THEN 0
+                           WHEN abs(spend) > 1.7976931348623158 * 10::numeric ^ 308 THEN sign(spend) * 'Infinity'::float8
+                           ELSE spend::float8 END
+         FROM (SELECT date("startTime") AS date,
+                      sum(CASE WHEN spend > '-Infinity' AND spend < 'Infinity' THEN spend::numeric ELSE 0 END) AS spend
+               FROM %s WHERE "startTime" >= CURRENT_DATE - make_interval(days => $1) GROUP BY 1) AS days
+         ORDER BY 1$raw$, raw) USING days;
 END
 $monthly$;
 

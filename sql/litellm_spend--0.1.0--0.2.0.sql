@@ -245,7 +245,47 @@ FROM litellm_spend.rollup r JOIN litellm_spend.capture c ON c.source = r.source;
 ALTER EXTENSION litellm_spend DROP TABLE litellm_spend.policy_by_name;
 DROP TABLE litellm_spend.policy_by_name;
 
-ALTER FUNCTION @extschema@.monthly_global_spend(integer) SET search_path = pg_catalog, pg_temp;
+-- With a search_path of its own, and sums that are beyond double precision.
+CREATE OR REPLACE FUNCTION @extschema@.monthly_global_spend(days integer DEFAULT 30)
+RETURNS TABLE (date date, spend double precision)
+LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE ROWS 31
+SET search_path = pg_catalog, pg_temp
+AS $monthly$
+#variable_conflict use_column
+DECLARE
+    raw regclass;
+BEGIN
+    IF days < 0 THEN
+        RAISE EXCEPTION 'days must not be negative'
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = format('It is %s.', days),
+                  HINT = 'Pass 30 for what "MonthlyGlobalSpend" shows.';
+    END IF;
+    IF EXISTS (SELECT FROM litellm_spend.coverage c
+               WHERE c.rollup = 'daily_spend' AND c.covered_from <= CURRENT_DATE - make_interval(days => days)) THEN
+        RETURN QUERY
+            SELECT d.date, CASE WHEN abs(d.spend) * 10::numeric ^ 324 < 4.9 THEN 0
+                                WHEN abs(d.spend) > 1.7976931348623158 * 10::numeric ^ 308 THEN sign(d.spend) * 'Infinity'::float8
+                                ELSE d.spend::float8 END
+            FROM litellm_spend.daily_spend d WHERE d.date >= CURRENT_DATE - days ORDER BY d.date;
+        RETURN;
+    END IF;
+    SELECT c.captured INTO raw FROM litellm_spend.coverage c WHERE c.rollup = 'daily_spend';
+    IF raw IS NULL THEN
+        RAISE EXCEPTION 'litellm_spend is not attached to a table'
+            USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = 'Nothing is captured in this database.',
+                  HINT = 'Call spend_attach() first.';
+    END IF;
+    RETURN QUERY EXECUTE format(
+        $raw$
+         SELECT date, CASE WHEN abs(spend) * 10::numeric ^ 324 < 4.9 THEN 0
+                           WHEN abs(spend) > 1.7976931348623158 * 10::numeric ^ 308 THEN sign(spend) * 'Infinity'::float8
+                           ELSE spend::float8 END
+         FROM (SELECT date("startTime") AS date,
+                      sum(CASE WHEN spend > '-Infinity' AND spend < 'Infinity' THEN spend::numeric ELSE 0 END) AS spend
+               FROM %s WHERE "startTime" >= CURRENT_DATE - make_interval(days => $1) GROUP BY 1) AS days
+         ORDER BY 1$raw$, raw) USING days;
+END
+$monthly$;
 
 CREATE FUNCTION @extschema@.spend_restored() RETURNS bool
 VOLATILE PARALLEL UNSAFE

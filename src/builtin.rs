@@ -1,7 +1,7 @@
 //! The built-in rollups, the report views, and LiteLLM's own views as queries over them. Pure text, like `definition`.
 
 use crate::definition::{
-    Bucket, Column, Combine, Definition, Dimension, Key, Measure, SCHEMA, qualified, quoted,
+    Bucket, Column, Combine, Definition, Dimension, Key, Measure, SCHEMA, float, qualified, quoted,
 };
 use crate::litellm::{CHANGE_LOG, LOG_RELATIONS, MEASURES};
 
@@ -128,7 +128,7 @@ pub struct PublicView {
     pub reads: &'static [&'static str],
     /// How many days before CURRENT_DATE it reaches; all days if none.
     pub days: Option<i32>,
-    /// Our query: `%live` are the rollup's partial rows, `%schema` is the schema of LiteLLM's tables.
+    /// Our query: `%live` are the rollup's partial rows, `%spend` is their sum, `%schema` the schema of LiteLLM's tables.
     pub query: &'static str,
     /// A column of the spend log that older versions lack, without which LiteLLM's query cannot be.
     pub needs: Option<&'static str>,
@@ -145,7 +145,7 @@ pub const VIEWS: [PublicView; 7] = [
         rollup: "daily_spend",
         reads: &["date", "spend"],
         days: Some(30),
-        query: "SELECT date, sum(spend)::double precision AS spend FROM %live \
+        query: "SELECT date, %spend AS spend FROM %live \
                 GROUP BY date HAVING sum(requests) <> 0",
         needs: None,
         joins: None,
@@ -158,7 +158,7 @@ pub const VIEWS: [PublicView; 7] = [
         rollup: "daily_spend_by_key",
         reads: &["date", "api_key", "spend"],
         days: Some(30),
-        query: "SELECT date, sum(spend)::double precision AS spend, api_key FROM %live \
+        query: "SELECT date, %spend AS spend, api_key FROM %live \
                 GROUP BY date, api_key HAVING sum(requests) <> 0",
         needs: None,
         joins: None,
@@ -171,7 +171,7 @@ pub const VIEWS: [PublicView; 7] = [
         rollup: "daily_spend_by_key",
         reads: &["date", "api_key", "user", "spend"],
         days: Some(30),
-        query: "SELECT date, sum(spend)::double precision AS spend, api_key, \"user\" FROM %live \
+        query: "SELECT date, %spend AS spend, api_key, \"user\" FROM %live \
                 GROUP BY date, \"user\", api_key HAVING sum(requests) <> 0",
         needs: Some("user"),
         joins: None,
@@ -190,8 +190,8 @@ pub const VIEWS: [PublicView; 7] = [
         rollup: "daily_spend_by_key",
         reads: &["api_key", "spend"],
         days: Some(30),
-        query: "SELECT l.api_key, v.key_alias, v.key_name, l.total_spend::double precision AS total_spend \
-                FROM (SELECT api_key, sum(spend) AS total_spend FROM %live \
+        query: "SELECT l.api_key, v.key_alias, v.key_name, l.total_spend \
+                FROM (SELECT api_key, %spend AS total_spend FROM %live \
                       GROUP BY api_key HAVING sum(requests) <> 0) AS l \
                 LEFT JOIN %schema.\"LiteLLM_VerificationToken\" AS v ON l.api_key = v.token \
                 ORDER BY l.total_spend DESC",
@@ -208,7 +208,7 @@ pub const VIEWS: [PublicView; 7] = [
         rollup: "daily_spend_by_model",
         reads: &["model", "spend"],
         days: Some(30),
-        query: "SELECT model, sum(spend)::double precision AS total_spend FROM %live WHERE model <> '' \
+        query: "SELECT model, %spend AS total_spend FROM %live WHERE model <> '' \
                 GROUP BY model HAVING sum(requests) <> 0 ORDER BY sum(spend) DESC",
         needs: None,
         joins: None,
@@ -228,7 +228,7 @@ pub const VIEWS: [PublicView; 7] = [
         reads: &["date", "tag", "spend"],
         days: None,
         query: "SELECT tag AS individual_request_tag, date AS spend_date, sum(requests)::bigint AS log_count, \
-                sum(spend)::double precision AS total_spend FROM %live \
+                %spend AS total_spend FROM %live \
                 GROUP BY tag, date HAVING sum(requests) <> 0",
         needs: Some("request_tags"),
         joins: None,
@@ -243,7 +243,7 @@ pub const VIEWS: [PublicView; 7] = [
         reads: &["end_user", "spend"],
         days: Some(30),
         // CURRENT_USER is LiteLLM's own condition: its `end_user <> user` does not mean the column.
-        query: "SELECT end_user, sum(requests)::bigint AS total_events, sum(spend)::double precision AS total_spend \
+        query: "SELECT end_user, sum(requests)::bigint AS total_events, %spend AS total_spend \
                 FROM %live WHERE end_user <> '' AND end_user <> CURRENT_USER \
                 GROUP BY end_user HAVING sum(requests) <> 0 ORDER BY sum(spend) DESC LIMIT 100",
         needs: Some("end_user"),
@@ -260,7 +260,8 @@ impl PublicView {
     pub fn live(&self, rollup: &Definition, schema: &str) -> String {
         let first = self.days.map(|days| format!("CURRENT_DATE - {days}"));
         let rows = rollup.partial_rows(|column| self.reads.contains(&column), first.as_deref());
-        self.query.replace("%live", &format!("({rows}) AS live")).replace("%schema", &quoted(schema))
+        let query = self.query.replace("%live", &format!("({rows}) AS live"));
+        query.replace("%spend", &float("sum(spend)", "double precision")).replace("%schema", &quoted(schema))
     }
 
     /// LiteLLM's query over `table`.

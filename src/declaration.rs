@@ -2,7 +2,7 @@
 
 use crate::catalog::{self, Table};
 use crate::definition::{
-    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, quoted,
+    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, float, quoted,
 };
 use crate::error::{Error, Result};
 use crate::expression::{self, Aggregate, Cut, Parsed, Scalar, Scope, Volatility};
@@ -224,9 +224,8 @@ fn add_measure(
             let state = exact_type(r#type);
             definition.measures.push(sum(column(&name, state_of(&aggregate, state), state), false));
             let exact = state == r#type;
-            definition
-                .outputs
-                .push(shown(quoted(&name) + &if exact { String::new() } else { format!("::{type}") }));
+            let sum = quoted(&name);
+            definition.outputs.push(shown(if exact { sum } else { float(&sum, r#type) }));
         }
         Some(minmax @ ("min" | "max")) if plain => {
             let combine = if minmax == "min" { Combine::Min } else { Combine::Max };
@@ -240,8 +239,13 @@ fn add_measure(
             let (total, count) = (format!("{name}_sum"), format!("{name}_count"));
             definition.measures.push(sum(column(&total, state_of(&aggregate, state), state), false));
             definition.measures.push(sum(column(&count, one_if_counted(&aggregate), "bigint"), true));
-            let average = format!("({} / nullif({}, 0))::{type}", quoted(&total), quoted(&count));
-            definition.outputs.push(shown(average));
+            let average = format!("({} / nullif({}, 0))", quoted(&total), quoted(&count));
+            let exact = exact_type(r#type) == r#type;
+            definition.outputs.push(shown(if exact {
+                format!("{average}::{type}")
+            } else {
+                float(&average, r#type)
+            }));
         }
         _ => {
             let own = function.filter(|f| SELF_MERGING.contains(f)).map(str::to_string);

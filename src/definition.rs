@@ -151,6 +151,20 @@ pub fn literal(value: &str) -> String {
     }
 }
 
+/// A numeric as a floating-point type, whatever its size. The cast alone fails (22003) beyond the type's largest and below its smallest
+/// number, so that every query over a group of two such rows would, for ever.
+pub fn float(numeric: &str, r#type: &str) -> String {
+    let (largest, too_small) = match r#type {
+        "real" => ("3.4028235 * 10::numeric ^ 38", "10::numeric ^ 45 < 1.4"),
+        _ => ("1.7976931348623158 * 10::numeric ^ 308", "10::numeric ^ 324 < 4.9"),
+    };
+    format!(
+        "CASE WHEN abs({numeric}) * {too_small} THEN 0::{type} \
+         WHEN abs({numeric}) > {largest} AND abs({numeric}) < 'Infinity'::numeric \
+         THEN (sign({numeric}) * 'Infinity'::double precision)::{type} ELSE ({numeric})::{type} END"
+    )
+}
+
 /// The midnight after a timestamp. After the last day that the server knows there is none; before the first there is one.
 pub fn next_midnight(time: &str) -> String {
     format!(
@@ -163,6 +177,13 @@ pub fn next_midnight(time: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_beyond_a_floating_point_type_is_not_cast_to_it() {
+        let cast = float("x", "real");
+        assert!(cast.contains("abs(x) > 3.4028235 * 10::numeric ^ 38"), "{cast}");
+        assert!(cast.ends_with("ELSE (x)::real END"), "{cast}");
+    }
 
     #[test]
     fn identifiers_and_literals_cannot_end_their_quotes() {

@@ -585,6 +585,46 @@ fn a_row_of_infinite_spend_does_not_poison_its_day() {
 }
 
 #[test]
+fn spends_that_add_up_to_more_than_double_precision_do_not_break_the_views() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let yesterday = format!("{TODAY} - interval '1 day'");
+    client.batch_execute(&row("small", &yesterday, 1.0)).unwrap();
+    // One is already more than 15 digits can say.
+    for spend in ["1.7e308", "1.7e308", "1.7976931348623157e308", "-1e300"] {
+        client
+            .batch_execute(&format!(
+                r#"INSERT INTO "LiteLLM_SpendLogs"
+                       (request_id, call_type, spend, "startTime", "endTime", api_key, model, end_user, request_tags)
+                   SELECT 'huge' || count(*), 'x', {spend}, {TODAY}, {TODAY}, 'k', 'm', 'e', '["t"]' FROM "LiteLLM_SpendLogs""#
+            ))
+            .unwrap();
+    }
+    let days = "SELECT string_agg(spend::text, ' ' ORDER BY date) FROM monthly_global_spend()";
+    // Before anything is covered the raw rows are added up.
+    client.batch_execute("BEGIN; SELECT spend_attach()").unwrap();
+    assert_eq!(value::<String>(&mut client, days), "1 Infinity");
+    client.batch_execute("COMMIT").unwrap();
+    wait_until_live(&mut client);
+    let readable = |client: &mut Client| {
+        let views = "SELECT name FROM litellm_spend.public_view WHERE installed IS NOT NULL";
+        let views: Vec<String> = client.query(views, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+        assert_eq!(views.len(), 7);
+        for view in views {
+            let sql = format!(r#"SELECT count(*) FROM "{view}" AS v WHERE v::text LIKE '%Infinity%'"#);
+            assert!(value::<i64>(client, &sql) > 0, "{view}");
+        }
+        assert_eq!(value::<String>(client, days), "1 Infinity");
+        assert_verified(client);
+    };
+    readable(&mut client);
+    // They are gone, and their day is history.
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'huge%'"#).unwrap();
+    wait_until_merged(&mut client);
+    readable(&mut client);
+}
+
+#[test]
 fn an_older_litellm_without_optional_columns_attaches() {
     let db = shared().database();
     let mut client = db.connect();

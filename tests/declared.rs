@@ -1264,6 +1264,31 @@ fn a_sequence_is_known_whatever_it_is_called_and_converted_to() {
 }
 
 #[test]
+fn a_sum_that_no_floating_point_number_can_be_breaks_no_view() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigserial, g int, d double precision, r real);
+             INSERT INTO t (g, d, r) VALUES (1, 1.7e308, 3e38), (1, 1.7e308, 3e38), (2, -1.7e308, -3e38), (2, -1.7e308, -3e38),
+                 (3, 'NaN', 'NaN'), (4, 'Infinity', '-Infinity'), (5, 5e-324, 1e-45), (5, 0, 0), (5, 0, 0), (6, 0.5, 0.5);
+             SELECT spend_rollup_create('sums', 't', '{g}', '{sum(d) AS d,sum(r) AS r,avg(d) AS ad,avg(r) AS ar}')",
+        )
+        .unwrap();
+    let rows = "SELECT string_agg(concat_ws(' ', d, r, ad, ar), '; ' ORDER BY g) FROM litellm_spend.sums";
+    let shown: String = value(&mut client, rows);
+    assert!(shown.starts_with("Infinity Infinity 1.7e+308 3"), "{shown}");
+    assert!(shown.contains("; -Infinity -Infinity -1.7e+308 -3"), "{shown}");
+    assert!(
+        shown.contains("; NaN NaN NaN NaN; Infinity -Infinity Infinity -Infinity; 5e-324 1e-45 0 "),
+        "{shown}"
+    );
+    assert!(shown.ends_with("; 0.5 0.5 0.5 0.5"), "{shown}");
+    merged(&mut client, "sums");
+    assert_eq!(value::<String>(&mut client, rows), shown);
+}
+
+#[test]
 fn a_source_without_an_index_gets_a_notice_that_names_one() {
     let db = shared().database();
     let cluster = shared();
