@@ -6,12 +6,17 @@
 //!        ^ a row that changes here or there     copied_to
 //!          is noted by its key, and copied again
 //! ```
-//! The trigger is there before the first row is read, and whoever wrote before it has ended: so every row is either seen by
-//! the copy or noted. It only writes keys, and never fails the user's statement: what it could not write counts a failure
+//! The triggers are there before the first row is read, and whoever wrote before them has ended: so every row is either seen by
+//! the copy or noted. They only write keys, and never fail the user's statement: what could not be written counts a failure
 //! in a sequence, and then the copy begins anew.
 //!
+//! Statement triggers with transition tables, on the table and on each partition: the server fires those of the table that
+//! the statement names. One for each row would open a subtransaction for each, which from 64 on slows down everybody's snapshots.
+//! Only a row that gets another time has one of its own, before the change: MERGE shows a row that it moves to another
+//! partition to no statement trigger of UPDATE.
+//!
 //! All of it belongs to the table's owner, in the archive, and runs as that role: copying calls constraints and generated columns,
-//! and the types of a key may be the owner's. The trigger's function is SECURITY DEFINER as the owner, because whoever
+//! and the types of a key may be the owner's. The triggers' function is SECURITY DEFINER as the owner, because whoever
 //! may write to the table need not be able to write the notes.
 
 use crate::archive::{self, ARCHIVE};
@@ -41,7 +46,15 @@ const LONG: Duration = Duration::from_secs(1);
 const CHANGES: &str = "_changes";
 const FAILURES: &str = "_failures";
 const FUNCTION: &str = "_note";
-const TRIGGERS: [&str; 2] = ["litellm_spend_revert", "litellm_spend_revert_truncate"];
+
+/// The triggers' names begin so; which events each is for.
+const TRIGGER: &str = "litellm_spend_revert";
+const EVENTS: [(&str, &str); 4] = [
+    ("insert", "REFERENCING NEW TABLE AS new_rows"),
+    ("update", "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows"),
+    ("delete", "REFERENCING OLD TABLE AS old_rows"),
+    ("truncate", ""),
+];
 
 // ---- to make it ------------------------------------------------------------------------------------------
 
@@ -83,9 +96,14 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     run(format!("CREATE TABLE {duplicates} (LIKE {name})"))?;
     run(format!("CREATE TABLE {changes} AS SELECT {key} FROM {name} WHERE false"))?;
     run(format!("CREATE SEQUENCE {failures}"))?;
+    create_function(reversion)?;
     // From here on writers wait, until this transaction ends: what they wrote before is visible to the copy.
-    locks::lock_against_writers(&catalog::relation_tree(reversion.relation)?)?;
-    create_triggers(reversion)?;
+    create_triggers(reversion, &catalog::relation_tree(reversion.relation)?)?;
+    let (time, function) = (quoted(&reversion.options.time_column), beside(reversion, FUNCTION));
+    run(format!(
+        "CREATE OR REPLACE TRIGGER {TRIGGER}_move BEFORE UPDATE ON {name} FOR EACH ROW
+         WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
+    ))?;
     reversion.options.made = [plain, duplicates, changes]
         .iter()
         .map(|name| Ok(catalog::find_relation(name)?.map_or(0, |oid| oid.to_u32())))
@@ -107,6 +125,16 @@ pub fn require_made(reversion: &Reversion) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A partition that is no table: rows that go there cannot be noted.
+pub fn foreign_partition(table: &Table) -> Result<Option<String>> {
+    let others = catalog::query(
+        "SELECT oid::regclass::text FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind NOT IN ('r', 'p')",
+        &[catalog::relation_tree(table.oid)?.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(others.into_iter().next())
 }
 
 /// A partition whose owner is not the table's.
@@ -173,25 +201,28 @@ pub fn shape(relation: pg_sys::Oid) -> Result<String> {
     Ok(shapes.into_iter().next().unwrap_or_default())
 }
 
-fn create_triggers(reversion: &Reversion) -> Result<()> {
+fn create_function(reversion: &Reversion) -> Result<()> {
     let values = |row: &str| {
         let columns = reversion.options.key.iter().map(|c| format!("{row}.{}", quoted(c)));
         columns.collect::<Vec<_>>().join(", ")
     };
+    let key = key(reversion);
     let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
     let failure = format!("PERFORM nextval({})", literal(&failures));
     let body = format!(
         "
 BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
+    IF TG_LEVEL = 'ROW' THEN
+        INSERT INTO {changes} VALUES ({}), ({});
+        RETURN NEW;
+    ELSIF TG_OP = 'INSERT' THEN
+        INSERT INTO {changes} SELECT {key} FROM new_rows;
+    ELSIF TG_OP = 'UPDATE' THEN
+        INSERT INTO {changes} SELECT {key} FROM old_rows UNION SELECT {key} FROM new_rows;
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO {changes} SELECT {key} FROM old_rows;
+    ELSE
         {failure};
-        RETURN NULL;
-    END IF;
-    IF TG_OP <> 'INSERT' THEN
-        INSERT INTO {changes} VALUES ({});
-    END IF;
-    IF TG_OP <> 'DELETE' THEN
-        INSERT INTO {changes} VALUES ({});
     END IF;
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
@@ -200,26 +231,52 @@ EXCEPTION WHEN OTHERS THEN
     EXCEPTION WHEN OTHERS THEN
         NULL;
     END;
+    IF TG_LEVEL = 'ROW' THEN
+        RETURN NEW;
+    END IF;
     RETURN NULL;
 END
 ",
         values("OLD"),
         values("NEW")
     );
-    let (owner, name) = (reversion.owner, reversion.name());
+    let owner = reversion.owner;
     owner.run(format!(
         "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
          SET search_path = pg_catalog, pg_temp AS {}",
         literal(&body)
     ))?;
-    owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM PUBLIC"))?;
-    let [changed, truncated] = TRIGGERS;
-    owner.run(format!(
-        "CREATE OR REPLACE TRIGGER {changed} AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW EXECUTE FUNCTION {function}()"
-    ))?;
-    owner.run(format!(
-        "CREATE OR REPLACE TRIGGER {truncated} AFTER TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
-    ))
+    owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM PUBLIC"))
+}
+
+/// The statement triggers of tables, whose writers wait from here on.
+fn create_triggers(reversion: &Reversion, tables: &[pg_sys::Oid]) -> Result<()> {
+    locks::lock_against_writers(tables)?;
+    let (names, function) = (catalog::relation_names(tables)?, beside(reversion, FUNCTION));
+    for name in tables.iter().filter_map(|table| names.get(table)) {
+        for (event, transition) in EVENTS {
+            reversion.owner.run(format!(
+                "CREATE OR REPLACE TRIGGER {TRIGGER}_{event} AFTER {event} ON {name} {transition}
+                 FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the table or a partition that we know of lacks one: somebody dropped or disabled it, or an older version made others.
+pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
+    let tree: Vec<pg_sys::Oid> = reversion.options.tree.iter().map(|oid| (*oid).into()).collect();
+    let events: Vec<String> = EVENTS.iter().map(|(event, _)| event.to_string()).collect();
+    let lacking = catalog::query(
+        "SELECT FROM pg_catalog.pg_class c, unnest($2::text[]) AS e(event)
+         WHERE c.oid = ANY ($1) AND NOT EXISTS (
+             SELECT FROM pg_catalog.pg_trigger t
+             WHERE t.tgrelid = c.oid AND t.tgname = $3 || '_' || e.event AND t.tgenabled IN ('O', 'A')) LIMIT 1",
+        &[tree.into(), events.into(), TRIGGER.into()],
+        |_| Ok(()),
+    )?;
+    Ok(!lacking.is_empty())
 }
 
 pub fn failures(reversion: &Reversion) -> Result<i64> {
@@ -272,13 +329,20 @@ pub fn batch(reversion: &mut Reversion) -> Result<()> {
 pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
     let tree = tree(reversion)?;
     let new: Vec<u32> = tree.iter().copied().filter(|oid| !reversion.options.tree.contains(oid)).collect();
+    if new.is_empty() {
+        reversion.options.tree = tree;
+        return Ok(false);
+    }
+    // The table before its partitions, as for everybody who uses them.
+    locks::lock_against_dropping(reversion.relation)?;
+    create_triggers(reversion, &new.iter().map(|oid| (*oid).into()).collect::<Vec<_>>())?;
     for oid in &new {
         let (name, key) = (catalog::relation_name((*oid).into())?, key(reversion));
         let changes = beside(reversion, CHANGES);
         reversion.owner.run(format!("INSERT INTO {changes} ({key}) SELECT {key} FROM ONLY {name}"))?;
     }
     reversion.options.tree = tree;
-    Ok(!new.is_empty())
+    Ok(true)
 }
 
 /// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the swap is tried: a
@@ -353,11 +417,38 @@ fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
 
 // ---- to clean up -----------------------------------------------------------------------------------------
 
-/// Needs ACCESS EXCLUSIVE on the table.
+/// Takes ACCESS EXCLUSIVE on the table and its partitions.
 pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
-    TRIGGERS.iter().try_for_each(|trigger| {
-        reversion.owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {}", reversion.name()))
-    })
+    // Also those of a partition that was detached meanwhile: the function goes, too.
+    let triggers = catalog::query(
+        "SELECT t.tgrelid, t.tgname::text FROM pg_catalog.pg_trigger t
+         WHERE t.tgparentid = 0 AND t.tgname LIKE $1 || '%'
+           AND (t.tgrelid = ANY ($2) OR t.tgfoid = pg_catalog.to_regproc($3))",
+        &[
+            TRIGGER.into(),
+            catalog::relation_tree(reversion.relation)?.into(),
+            beside(reversion, FUNCTION).into(),
+        ],
+        |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?)),
+    )?;
+    if triggers.is_empty() {
+        return Ok(());
+    }
+    let mut tables = catalog::relation_tree(reversion.relation)?;
+    for (table, _) in &triggers {
+        if !tables.contains(table) {
+            tables.push(*table);
+        }
+    }
+    let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
+    locks::lock_all(guc::swap_lock_timeout(), &locks)?;
+    let names = catalog::relation_names(&tables)?;
+    for (table, trigger) in &triggers {
+        if let Some(name) = names.get(table) {
+            reversion.owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {name}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Drops what notes the changes. After the triggers: nobody writes to it any more.

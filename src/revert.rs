@@ -1,9 +1,10 @@
 //! Turns a partitioned table back into a plain one, beside its writers: rows are copied in batches, what changes meanwhile
-//! is noted by a trigger and copied again (`copy`), and a short transaction at the end changes the names.
+//! is noted by triggers and copied again (`copy`), and a short transaction at the end changes the names.
 //!
 //! ```text
 //!  step       lock on the table                     for how long
-//!  prepare    SHARE ROW EXCLUSIVE                   a moment: the new table, the trigger
+//!  prepare    SHARE ROW EXCLUSIVE, and on the       a moment: the new table, the triggers, about a
+//!             partitions                            millisecond for each partition
 //!  copy       none but a reader's                   a batch a transaction, in the order of time
 //!  indexes    none                                  on the new table, which nobody uses yet
 //!  swap       ACCESS EXCLUSIVE, and on its views    the changes that are left, and the names
@@ -23,7 +24,6 @@ use crate::conversion::{self, Pending, Progress, progress};
 use crate::copy;
 use crate::definition::{literal, qualified, quoted};
 use crate::error::{Error, Result};
-use crate::guc;
 use crate::layout;
 use crate::litellm::Capture;
 use crate::locks::{self, Patience};
@@ -116,6 +116,9 @@ pub fn request(table: &Table) -> Result<()> {
     if let Some(stranger) = copy::partition_of_another(table)? {
         return Err(refuse(format!("Partition {stranger} belongs to another role.")));
     }
+    if let Some(foreign) = copy::foreign_partition(table)? {
+        return Err(refuse(format!("Partition {foreign} is not an ordinary table.")));
+    }
     reversion.request()
 }
 
@@ -162,8 +165,8 @@ impl Reversion {
         }
         self.require_owner()?;
         copy::require_made(self)?;
-        if self.options.shape != Some(copy::shape(self.relation)?) {
-            // Not made yet, or a column came or went meanwhile.
+        if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
+            // Not made yet, or a column or a trigger came or went meanwhile.
             copy::prepare(self)?;
         } else if copy::failures(self)? != self.options.failures {
             copy::begin_anew(self)?;
@@ -290,9 +293,8 @@ impl Reversion {
     /// Forgets a reversion before its swap: nothing was changed but the trigger and what we made.
     pub fn abort(&mut self) -> Result<()> {
         self.lock_in_call()?;
-        let name = self.name();
         self.require_owner()?;
-        locks::within(guc::swap_lock_timeout(), &name, self.relation, || copy::drop_triggers(self))?;
+        copy::drop_triggers(self)?;
         if self.options.shape.is_some() {
             copy::drop_made(self)?;
         }

@@ -894,6 +894,105 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
 }
 
 #[test]
+fn what_changes_during_a_reversion_is_noted_by_the_statement_and_not_by_the_row() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    let before_yesterday = insert_rows("old", 1000, 35)
+        .replace("now() AT TIME ZONE 'UTC'", "now() AT TIME ZONE 'UTC' - interval '3 days'");
+    client.batch_execute(&before_yesterday).unwrap();
+    client.batch_execute(PARTITIONED_BY_HAND).unwrap();
+    client.batch_execute(&insert_rows("now", 1000, 1)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    let mut step = |expected: &str| {
+        let sql = "SELECT CASE state WHEN 'next' THEN step ELSE state END FROM spend_partition_revert()
+                   WHERE state = 'next' OR step = 'swap' AND state = 'done'";
+        assert_eq!(value::<String>(&mut client, sql), expected);
+    };
+    step("indexes");
+    // A transaction ID for the statement, and one for each trigger: capture's and ours; none for each row.
+    let mut other = db.connect();
+    let xid = "SELECT pg_current_xact_id()::text::bigint";
+    let before: i64 = value(&mut other, xid);
+    other.batch_execute(&insert_rows("noted", 100, 40)).unwrap();
+    assert_eq!(value::<i64>(&mut other, xid) - before, 4);
+    // Through the table, straight into a partition, with a row that moves, by every kind of statement.
+    let new = |table: &str, id: &str, day: &str| {
+        format!(
+            r#"INSERT INTO {table} (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('{id}', 'x', 7, {day}, now()) ON CONFLICT (request_id, "startTime") DO UPDATE SET spend = 8;"#
+        )
+    };
+    let changes = [
+        new("old_days", "leaf", "CURRENT_DATE - 20"),
+        new("old_days", "leaf", "CURRENT_DATE - 20"),
+        r#"UPDATE old_days SET spend = 9 WHERE request_id = 'old7';
+           DELETE FROM old_days WHERE request_id = 'old8';
+           UPDATE "LiteLLM_SpendLogs" SET "startTime" = "startTime" - interval '20 days', spend = 3 WHERE request_id LIKE 'now1%';
+           UPDATE "LiteLLM_SpendLogs" SET request_id = 'other' WHERE request_id = 'now2';
+           DELETE FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'now3%';
+           COPY "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime") FROM PROGRAM
+               'echo "copied,x,2026-01-01,2026-01-01"' (FORMAT csv);"#
+            .into(),
+    ];
+    other.batch_execute(&changes.concat()).unwrap();
+    if value::<i32>(&mut other, "SELECT current_setting('server_version_num')::int") >= 150_000 {
+        // To another partition, under another key: PostgreSQL 15 shows it to no trigger of UPDATE.
+        other
+            .batch_execute(
+                r#"MERGE INTO "LiteLLM_SpendLogs" AS t USING (VALUES ('now4')) AS s(id) ON t.request_id = s.id
+                   WHEN MATCHED THEN UPDATE SET "startTime" = "startTime" - interval '20 days', request_id = 'moved'"#,
+            )
+            .unwrap();
+    }
+    // A partition that comes meanwhile, with rows, and its rows after a step has seen it.
+    other
+        .batch_execute(
+            r#"SET ROLE litellm; CREATE TABLE came (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
+               INSERT INTO came (request_id, call_type, spend, "startTime", "endTime")
+               SELECT 'came' || i, 'x', 1, '2040-01-01 10:00', now() FROM generate_series(1, 30) AS i;
+               ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION came FOR VALUES FROM ('2040-01-01') TO ('2040-01-02'); RESET ROLE"#,
+        )
+        .unwrap();
+    step("indexes");
+    other.batch_execute(&new("came", "late", "'2040-01-01 11:00'")).unwrap();
+    other.batch_execute("DELETE FROM came WHERE request_id = 'came3'").unwrap();
+    step("swap");
+    other
+        .batch_execute(r#"CREATE TABLE expected AS SELECT * FROM "LiteLLM_SpendLogs"; DELETE FROM old_days WHERE request_id = 'old9'"#)
+        .unwrap();
+    step("done");
+    let differing = other
+        .query(
+            r#"SELECT request_id, "startTime"::text FROM (TABLE expected EXCEPT TABLE "LiteLLM_SpendLogs") AS lost
+               UNION ALL SELECT 'added ' || request_id, "startTime"::text
+               FROM (TABLE "LiteLLM_SpendLogs" EXCEPT TABLE expected) AS added"#,
+            &[],
+        )
+        .unwrap();
+    let differing: Vec<String> = differing.iter().map(|row| row.get(0)).collect();
+    assert_eq!(differing, ["old9"]);
+    let left = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%'";
+    assert_eq!(value::<i64>(&mut other, left), 0);
+}
+
+/// As upstream's script does it: old days, and today's rows in DEFAULT.
+const PARTITIONED_BY_HAND: &str = r#"
+    BEGIN; SET LOCAL ROLE litellm;
+    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO old_days;
+    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO old_days_pkey;
+    CREATE TABLE "LiteLLM_SpendLogs" (LIKE old_days INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
+    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
+    CREATE INDEX ON "LiteLLM_SpendLogs" ("startTime", request_id);
+    ALTER TABLE old_days DROP CONSTRAINT old_days_pkey;
+    DO $$ BEGIN
+        EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old_days FOR VALUES FROM (MINVALUE) TO (%L)', CURRENT_DATE - 1);
+    END $$;
+    CREATE TABLE today PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
+    COMMIT"#;
+
+#[test]
 fn the_owners_code_runs_as_the_owner() {
     let db = shared().database();
     let mut client = db.connect();
