@@ -380,6 +380,11 @@ impl CaptureState {
     }
 }
 
+/// The captured table as it is now.
+pub fn captured_relation() -> Result<Option<pg_sys::Oid>> {
+    Ok(current(&format!("SELECT relation::oid FROM {SCHEMA}.capture"), &[], |r| value(r, 1))?.pop())
+}
+
 pub fn capture() -> Result<Option<CaptureState>> {
     let states = query(
         &format!(

@@ -81,7 +81,9 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     if last == capture.failures_seen {
         return Ok(false);
     }
-    let writers = catalog::writers(catalog::relation_tree(capture.relation)?)?;
+    // Read after it: a conversion may have put another table in its place.
+    let Some(relation) = catalog::captured_relation()? else { return Ok(false) };
+    let writers = catalog::writers(catalog::relation_tree(relation)?)?;
     let safe = capture.window.look(last, &writers);
     catalog::store_failure_window(&capture.source, &capture.window)?;
     let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };

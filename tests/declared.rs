@@ -507,6 +507,50 @@ fn a_row_on_its_way_to_a_source_that_is_attached_meanwhile_is_counted() {
 }
 
 #[test]
+fn a_row_in_a_partition_that_is_attached_while_a_call_waits_is_counted() {
+    let (db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial, t int) PARTITION BY RANGE (t);
+             CREATE TABLE ev_a PARTITION OF ev FOR VALUES FROM (0) TO (10);
+             SELECT spend_rollup_create('r', 'ev', '{t}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    let (mut first, mut second, mut caller) = (db.connect(), db.connect(), db.connect());
+    // Another role's, so that nothing but the tree leads to its writer.
+    client
+        .batch_execute("CREATE ROLE other; CREATE TABLE ev_b (LIKE ev INCLUDING DEFAULTS); ALTER TABLE ev_b OWNER TO other")
+        .unwrap();
+    first.batch_execute("BEGIN; INSERT INTO ev_a VALUES (DEFAULT, 1)").unwrap();
+    std::thread::scope(|scope| {
+        let pid = value::<i32>(&mut caller, "SELECT pg_backend_pid()");
+        let call = scope.spawn(move || {
+            caller.batch_execute("SET litellm_spend.window_wait = '60s'").unwrap();
+            value::<i64>(&mut caller, "SELECT window_end FROM spend_rollup_run('r')")
+        });
+        // It has looked once when it holds what a look reads.
+        eventually("the call waits", || {
+            let sql = format!(
+                "SELECT count(*) > 0 FROM pg_locks WHERE pid = {pid} AND relation = 'ev_id_seq'::regclass"
+            );
+            holds(&mut client, &sql)
+        });
+        client.batch_execute("ALTER TABLE ev ATTACH PARTITION ev_b FOR VALUES FROM (10) TO (20)").unwrap();
+        second.batch_execute("BEGIN; INSERT INTO ev_b VALUES (DEFAULT, 11)").unwrap();
+        first.batch_execute("COMMIT").unwrap();
+        // There is no event to wait for: it must not return.
+        for _ in 0..20 {
+            assert!(!call.is_finished(), "passed an open number");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        second.batch_execute("COMMIT").unwrap();
+        assert_eq!(call.join().unwrap(), 2);
+    });
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.r_rollup"), 2);
+    assert_verified(&mut client);
+}
+
+#[test]
 fn a_source_whose_parent_numbers_its_rows_otherwise_is_refused_or_stops_until_it_does_not() {
     let db = shared().database();
     let mut client = db.connect();
