@@ -149,4 +149,116 @@ FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)
 ORDER BY table_oid::regclass::text, is_default, range_start;
 
+-- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from another is left out.
+CREATE VIEW @extschema@.spend_health AS
+WITH status AS (
+    SELECT * FROM @extschema@.spend_rollup_status
+), worker AS (
+    SELECT pid, xact_start, wait_event, query FROM pg_stat_activity
+    WHERE backend_type = 'litellm_spend worker' AND datname = current_database()
+), served AS (
+    -- Without the library preloaded, calls do what a worker would.
+    SELECT current_setting('shared_preload_libraries') LIKE '%litellm\_spend%' AS preloaded, EXISTS (SELECT FROM worker) AS has_worker,
+           EXISTS (SELECT origin FROM litellm_spend.source WHERE origin IS DISTINCT FROM i.id
+                   UNION ALL SELECT origin FROM litellm_spend.policy WHERE origin IS DISTINCT FROM i.id
+                   UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id) AS restored
+    FROM litellm_spend.installation i
+), process AS (
+    SELECT pid, format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
+                       to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who
+    FROM pg_stat_activity
+), errors AS (
+    -- The eight built-in rollups share most of theirs.
+    SELECT last_error AS message, min(last_error_at) AS since, 'rollup ' || string_agg(rollup, ', ' ORDER BY rollup) AS subject
+    FROM status WHERE last_error IS NOT NULL GROUP BY last_error
+    UNION ALL
+    SELECT last_error, last_error_at, 'maintenance of ' || relation FROM litellm_spend.policy WHERE last_error IS NOT NULL
+    UNION ALL
+    SELECT last_error, last_error_at, format('%s of %I.%I', CASE direction WHEN 'convert' THEN 'conversion' ELSE 'reversion' END,
+                                             table_schema, table_name) || CASE WHEN stopped THEN ' (stopped)' ELSE '' END
+    FROM litellm_spend.conversion WHERE last_error IS NOT NULL
+), tails AS (
+    SELECT source, max(lag_seconds) AS lag_seconds, max(tail_rows) AS tail_rows,
+           (SELECT array_agg(DISTINCT pid) FROM status b, unnest(b.blocked_by_pids) AS pid WHERE b.source = s.source) AS pids,
+           (SELECT array_agg(DISTINCT gid) FROM status b, unnest(b.blocked_by_prepared) AS gid WHERE b.source = s.source) AS prepared
+    FROM status s
+    WHERE kind = 'built-in' AND lag_seconds > 60 OR kind = 'declared' AND tail_rows > 100000
+    GROUP BY source
+), expired AS (
+    SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations
+    FROM @extschema@.spend_partition_status
+    WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour' GROUP BY "table"
+)
+SELECT 'error' AS severity, 'no worker serves this database: nothing is merged or maintained' AS problem, NULL::timestamptz AS since,
+       NULL AS caused_by, 'look for litellm_spend in the server''s log; raise max_worker_processes if it says that there is no slot' AS remedy
+FROM served
+WHERE preloaded AND NOT has_worker AND NOT pg_is_in_recovery()
+  AND (EXISTS (SELECT FROM litellm_spend.source) OR EXISTS (SELECT FROM litellm_spend.policy)
+       OR EXISTS (SELECT FROM litellm_spend.conversion))
+UNION ALL
+SELECT 'error', 'this database came out of a dump, and the end of its restore was not seen: nothing is merged or maintained', NULL, NULL,
+       'SELECT spend_restored();'
+FROM served WHERE restored
+UNION ALL
+SELECT 'warning', 'the worker is at one thing for long: ' || worker.query, xact_start, 'wait event ' || wait_event,
+       format('SELECT pg_cancel_backend(%s);', pid)
+FROM worker WHERE xact_start < clock_timestamp() - interval '5 minutes'
+UNION ALL
+SELECT 'error', format('%s: %s', subject, message), errors.since, NULL,
+       CASE WHEN message LIKE '%spend\_restored()%' THEN 'SELECT spend_restored();'
+            WHEN message LIKE '%spend\_attach()%' THEN 'SELECT * FROM spend_attach();'
+            WHEN subject LIKE 'conversion%(stopped)' THEN 'SELECT * FROM spend_partition_convert();'
+            ELSE 'it is tried again; the server''s log has the HINT' END
+FROM errors, served WHERE NOT (restored AND message LIKE 'it came out of a dump%')
+UNION ALL
+SELECT 'warning',
+       format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),
+       clock_timestamp() - make_interval(secs => lag_seconds::float8),
+       coalesce((SELECT string_agg(who, '; ') FROM process WHERE pid = ANY (pids)), 'prepared transaction ' || prepared[1]),
+       CASE WHEN pids IS NOT NULL THEN format('SELECT pg_terminate_backend(%s);', pids[1])
+            WHEN prepared IS NOT NULL THEN format('ROLLBACK PREPARED %L;', prepared[1])
+            ELSE 'SELECT * FROM spend_rollup_run();' END
+FROM tails, served WHERE (has_worker OR NOT preloaded) AND NOT restored
+UNION ALL
+SELECT 'warning', 'days whose capture failed are not recomputed yet', min(noticed_at), NULL, 'SELECT * FROM spend_rollup_run();'
+FROM litellm_spend.dirty_range, served
+WHERE repaired_at IS NULL AND noticed_at < clock_timestamp() - interval '5 minutes' AND (has_worker OR NOT preloaded) AND NOT restored
+HAVING count(*) > 0
+UNION ALL
+SELECT 'warning', 'days before the attachment are not covered yet, and there is no worker to go on', NULL, NULL, 'CALL spend_backfill();'
+FROM served
+WHERE NOT preloaded AND NOT restored AND EXISTS (SELECT FROM status WHERE kind = 'built-in' AND backfill_progress < 100)
+  AND EXISTS (SELECT FROM litellm_spend.capture)
+UNION ALL
+SELECT 'warning', format('the index of a conversion waits: %s', relid::regclass), a.query_start,
+       (SELECT who FROM process WHERE process.pid = p.current_locker_pid),
+       format('SELECT pg_terminate_backend(%s);', p.current_locker_pid)
+FROM pg_stat_progress_create_index p JOIN pg_stat_activity a ON a.pid = p.pid
+WHERE a.backend_type = 'litellm_spend builder' AND p.datname = current_database() AND p.current_locker_pid <> 0
+  AND a.query_start < clock_timestamp() - interval '20 seconds'
+UNION ALL
+SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
+       (SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN process USING (pid)
+        WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+FROM expired
+UNION ALL
+SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at), NULL,
+       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+FROM @extschema@.spend_partition_status, served
+WHERE partitions_ahead < precreate AND last_error IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
+  AND coalesce(last_maintained_at, '-infinity') < clock_timestamp() - interval '1 hour'
+  AND NOT EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = "table")
+GROUP BY "table", partitions_ahead, precreate
+UNION ALL
+SELECT 'warning', 'nothing is captured: the built-in rollups and report views stand still', max(last_merge_at), NULL,
+       'SELECT * FROM spend_attach();  -- or drop them: SELECT * FROM spend_detach(drop_history => true);'
+FROM status WHERE kind = 'built-in' AND NOT EXISTS (SELECT FROM litellm_spend.capture)
+HAVING count(*) > 0
+UNION ALL
+SELECT 'warning', format('rollup %s is filled by hand, and nobody has for an hour: %s numbers are waiting', rollup, tail_rows), last_merge_at, NULL,
+       format('run the SQL that calls spend_rollup_window(%L)', rollup)
+FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND last_merge_at < clock_timestamp() - interval '1 hour';
+
 SET LOCAL search_path = @extschema@, pg_temp;

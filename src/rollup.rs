@@ -207,18 +207,17 @@ pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<
 /// or statistics could call one is not read: then it is how many numbers the sequence is ahead, and no time.
 pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> {
     let fence = Fence::look(name)?;
-    let Some(definition) = fence.definition.as_ref().filter(|_| fence.source.is_some()) else {
+    if fence.source.is_none() {
         return Ok((None, None));
-    };
+    }
+    // Of one that is filled by hand, how many numbers there are for its owner to merge.
+    let Some(definition) = fence.definition.as_ref() else { return Ok((numbers_ahead(name, &fence)?, None)) };
     // Somebody is changing it, or it was dropped: nobody waits for a status.
     if !matches!(locks::try_lock_against_dropping(fence.relation), Ok(true)) {
         return Ok((None, None));
     }
     if !fence.is_built_in() && calls_functions(fence.relation)? {
-        let last =
-            catalog::source_of(name)?.map(|source| catalog::last_value(source.sequence)).transpose()?;
-        let ahead = last.flatten().map(|last| last.saturating_sub(fence.watermark).clamp(0, MOST_COUNTED));
-        return Ok((ahead, None));
+        return Ok((numbers_ahead(name, &fence)?, None));
     }
     let time = match &definition.bucket {
         _ if fence.is_built_in() => "captured_at".into(),
@@ -237,6 +236,14 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
         catalog::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
     });
     Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
+}
+
+/// How far the sequence is ahead of the watermark.
+fn numbers_ahead(name: &str, fence: &Fence) -> Result<Option<i64>> {
+    let Some(source) = catalog::source_of(name)? else { return Ok(None) };
+    // The sequence may be gone with its table: what is wrong is told by the rollup's last error.
+    let last = catalog::last_value(source.sequence).ok().flatten();
+    Ok(last.map(|last| last.saturating_sub(fence.watermark).clamp(0, MOST_COUNTED)))
 }
 
 /// Whether planning or running a query on the relation could call a function that is not the server's: of an index, a CHECK, a

@@ -1,0 +1,190 @@
+//! `spend_health` has a row for each fault, with who is in the way and what to type, and none when all is well.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+
+type Fault = (String, String, Option<String>, String);
+
+/// As a monitor sees them.
+fn faults(client: &mut Client) -> Vec<Fault> {
+    client.batch_execute("SET ROLE pg_monitor").unwrap();
+    let rows = client.query("SELECT severity, problem, caused_by, remedy FROM spend_health", &[]).unwrap();
+    client.batch_execute("RESET ROLE").unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1), row.get(2), row.get(3))).collect()
+}
+
+/// Waits until there is one fault, which the text begins or contains.
+fn only(client: &mut Client, text: &str) -> Fault {
+    let mut found = vec![];
+    for _ in 0..300 {
+        found = faults(client);
+        if found.len() == 1 && found[0].1.contains(text) {
+            return found.remove(0);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    panic!("not only {text:?}: {found:?}");
+}
+
+fn none(client: &mut Client) {
+    eventually("all is well", || faults(client).is_empty());
+}
+
+#[test]
+fn a_sound_database_has_no_row_whatever_is_used() {
+    let db = shared().database();
+    let mut client = db.connect();
+    assert_eq!(faults(&mut client), [], "nothing is used");
+    client.batch_execute(&insert_rows("a", 200, 10)).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_attach();
+             CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+             SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+             SELECT spend_rollup_register('hand', 'ev');
+             INSERT INTO ev (kind) VALUES (1), (2);
+             CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE INDEX ON logs (at);
+             SELECT spend_partition_set('logs', retention => '30 days')",
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+    none(&mut client);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("it is converted", || {
+        holds(
+            &mut client,
+            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    none(&mut client);
+}
+
+#[test]
+fn a_writer_that_stays_open_is_named_once() {
+    let db = shared().database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    writer.batch_execute("SET application_name = 'forgotten'; BEGIN").unwrap();
+    writer.batch_execute(&insert_rows("open", 1, 1)).unwrap();
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    eventually("somebody waits for the writer", || {
+        holds(&mut client, "SELECT bool_and(blocked_by_pids IS NOT NULL) FROM spend_rollup_status")
+    });
+    none(&mut client);
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.change_log SET captured_at = clock_timestamp() - interval '5 minutes'",
+        )
+        .unwrap();
+    let (severity, _, who, remedy) = only(&mut client, "are not merged: 10 rows");
+    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    let who = who.unwrap();
+    assert!(severity == "warning" && who.contains("forgotten") && who.contains(&pid.to_string()), "{who}");
+    assert_eq!(remedy, format!("SELECT pg_terminate_backend({pid});"));
+    client.execute(&remedy, &[]).unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn what_stands_still_is_said() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+             SELECT spend_rollup_register('hand', 'ev');
+             INSERT INTO ev (kind) VALUES (1), (2);
+             SELECT spend_rollup_window('hand')",
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    wait_until_merged(&mut client);
+    none(&mut client);
+    // 1. nobody fills it any more.
+    client
+        .batch_execute(
+            "INSERT INTO ev (kind) VALUES (3), (4), (5);
+             UPDATE litellm_spend.rollup SET merged_at = merged_at - interval '2 hours' WHERE name = 'hand'",
+        )
+        .unwrap();
+    let (_, problem, _, remedy) = only(&mut client, "rollup hand is filled by hand");
+    assert!(
+        problem.contains("3 numbers") && remedy.contains("spend_rollup_window('hand')"),
+        "{problem}: {remedy}"
+    );
+    client.batch_execute("SELECT spend_rollup_drop('hand')").unwrap();
+    none(&mut client);
+    // 2. state is lost: one row, though nothing is merged either.
+    client.batch_execute("DELETE FROM litellm_spend.rollup WHERE name = 'daily_spend'").unwrap();
+    let (severity, _, _, remedy) = only(&mut client, "rollup daily_spend: its state is lost");
+    assert_eq!((severity.as_str(), remedy.as_str()), ("error", "SELECT * FROM spend_attach();"));
+    client.batch_execute(&remedy).unwrap();
+    wait_until_live(&mut client);
+    none(&mut client);
+    // 3. detached.
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    let (_, _, _, remedy) = only(&mut client, "nothing is captured");
+    assert!(remedy.contains("drop_history"), "{remedy}");
+    client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn retention_behind_a_dashboard_names_it() {
+    let db = shared().database();
+    let (mut client, mut dashboard) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE INDEX ON logs (at);
+             CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             INSERT INTO logs VALUES (1, '2026-01-01 12:00')",
+        )
+        .unwrap();
+    dashboard.batch_execute("SET application_name = 'grafana'; BEGIN; SELECT count(*) FROM logs").unwrap();
+    client.batch_execute("SELECT spend_partition_set('logs', retention => '30 days')").unwrap();
+    eventually("maintenance gives up", || {
+        holds(&mut client, "SELECT bool_and(last_maintained_at IS NOT NULL) FROM spend_partition_status")
+    });
+    let (severity, _, who, remedy) = only(&mut client, "1 expired partitions of logs are still there");
+    assert!(severity == "error" && who.unwrap().contains("grafana"));
+    dashboard.batch_execute("COMMIT").unwrap();
+    client.batch_execute(&remedy).unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn an_index_that_waits_for_a_snapshot_names_who_has_it() {
+    let db = shared().database().attached();
+    let (mut client, mut dump) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    dump.batch_execute("SET application_name = 'a dump'; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM pg_class LIMIT 1")
+        .unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    // It has to wait for a while before anybody needs to do something.
+    let mut found = vec![];
+    eventually("the builder waits", || {
+        found = faults(&mut client);
+        !found.is_empty()
+    });
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].1.starts_with("the index of a conversion waits"), "{found:?}");
+    assert!(found[0].2.as_ref().unwrap().contains("a dump"), "{found:?}");
+    dump.batch_execute("COMMIT").unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn too_few_slots_are_one_fault() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["max_worker_processes = 1"])));
+    let db = cluster.database();
+    let mut client = db.connect();
+    assert_eq!(faults(&mut client), [], "nothing is used");
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    let (severity, _, _, remedy) = only(&mut client, "no worker serves this database");
+    assert!(severity == "error" && remedy.contains("max_worker_processes"), "{remedy}");
+}
