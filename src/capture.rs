@@ -28,7 +28,7 @@ use crate::restore::{self, HERE};
 use crate::rollup::Merged;
 use crate::session::Owner;
 use crate::views::Action;
-use crate::{backfill, guc, rollup, views};
+use crate::{backfill, guc, rollup, source, views};
 use pgrx::prelude::*;
 use std::time::Duration;
 
@@ -93,6 +93,7 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
 /// As attach(), for who holds the attachment's lock.
 pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
+    source::require_not_distributed(oid)?;
     let columns = captured_columns(&table)?;
     require_no_foreign_partition(oid)?;
     let current = catalog::capture()?;

@@ -19,6 +19,8 @@ pub enum Error {
     NoTimeColumn { relation: String, column: String },
     #[error("column \"{column}\" of relation \"{relation}\" has type {found}")]
     ColumnType { relation: String, column: String, found: String, expected: String },
+    #[error("{0} is distributed by Citus")]
+    Distributed(String),
     #[error("must be owner of relation \"{0}\"")]
     NotOwner(String),
     #[error("cannot change rollups during recovery")]
@@ -177,7 +179,9 @@ impl Error {
             Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Error::Isolation(_) => ERRCODE_INVALID_TRANSACTION_STATE,
-            Error::Encoding(_) | Error::ForeignPartition { .. } => ERRCODE_FEATURE_NOT_SUPPORTED,
+            Error::Encoding(_) | Error::ForeignPartition { .. } | Error::Distributed(_) => {
+                ERRCODE_FEATURE_NOT_SUPPORTED
+            }
             Error::AttachedElsewhere(_) | Error::NotAttached(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::NotMergedYet { .. } | Error::Policy(_) | Error::Range { .. } | Error::NoBucket(_) => {
                 ERRCODE_INVALID_PARAMETER_VALUE
@@ -232,6 +236,9 @@ impl Error {
             Error::NoColumn { .. } => "litellm_spend expects the columns of LiteLLM's spend log.".into(),
             Error::NoTimeColumn { .. } => "time_column is a column of the source that a dimension buckets.".into(),
             Error::ColumnType { expected, .. } => format!("litellm_spend expects {expected}."),
+            Error::Distributed(_) => {
+                "Other nodes' writers are not seen among this node's locks: a row that commits late would be missing for ever.".into()
+            }
             Error::NotOwner(_) => "Triggers and views of the table are changed on behalf of its owner.".into(),
             Error::Standby => "This server is a standby: it replays what its primary does.".into(),
             Error::ReadOnly => "transaction_read_only is on.".into(),
@@ -330,6 +337,9 @@ impl Error {
             Error::NoTimeColumn { .. } => "Pass one of its columns, or leave time_column out.".into(),
             Error::NoColumn { .. } | Error::ColumnType { .. } => {
                 "Check that this is LiteLLM's table and that its migrations have run.".into()
+            }
+            Error::Distributed(relation) => {
+                format!("SELECT undistribute_table('{}') makes an ordinary table of it.", relation.replace('\'', "''"))
             }
             Error::NotOwner(_) => {
                 "Call it as the table's owner, as a member of that role, or as a superuser.".into()

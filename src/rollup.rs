@@ -61,6 +61,7 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         let nothing = Look { safe_end: source.merged_to, last_value };
         let Some(relation) = catalog::relation_of(source)? else { return Ok(nothing) };
         if source.name != CHANGE_LOG {
+            source::require_not_distributed(relation)?;
             source::require_same_numbering(relation, source.sequence)?;
         }
         if last_value == source.merged_to {

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::expression;
 use crate::locks;
 use crate::restore::HERE;
-use crate::session;
+use crate::session::{self, Owner};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -132,6 +132,26 @@ fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     }
 }
 
+/// Refuses a table of Citus's, of whatever kind: other nodes insert into it, or into its shards under other names, and their locks are not
+/// seen here. A row that commits late would be missing for ever. The catalog is Citus's whether or not the extension is there: nobody
+/// but a superuser makes a table in pg_catalog.
+pub fn require_not_distributed(relation: pg_sys::Oid) -> Result<()> {
+    let namespace = pg_sys::PG_CATALOG_NAMESPACE.into();
+    // SAFETY: looks a name up.
+    let catalog = unsafe { pg_sys::get_relname_relid(c"pg_dist_partition".as_ptr(), namespace) };
+    if catalog == pg_sys::InvalidOid {
+        return Ok(());
+    }
+    let tree = catalog::relation_tree(relation)?;
+    let _citus = Owner::of(catalog)?.act();
+    let distributed = catalog::current(
+        "SELECT logicalrelid::text FROM pg_catalog.pg_dist_partition WHERE logicalrelid::oid = ANY ($1) LIMIT 1",
+        &[tree.into()],
+        |r| catalog::value::<String>(r, 1),
+    )?;
+    distributed.into_iter().next().map_or(Ok(()), |relation| Err(Error::Distributed(relation)))
+}
+
 /// What makes merges slow or leaves rows out, without being wrong.
 pub fn advice(table: &Table, numbering: &Numbering) -> Result<Vec<Notice>> {
     let (relation, column) = (table.qualified(), quoted(&numbering.column));
@@ -223,6 +243,7 @@ pub fn open_source(
     let table = capture::open(oid)?;
     session::require_owner(caller, oid)?;
     locks::lock_against_dropping(oid)?;
+    require_not_distributed(oid)?;
     let numbering = numbering(&table, sequence)?;
     let may_read = catalog::query(
         "SELECT pg_catalog.has_sequence_privilege($1, $2, 'SELECT')

@@ -41,6 +41,56 @@ fn a_relation_that_is_not_litellms_table_is_refused() {
 }
 
 #[test]
+fn a_table_that_citus_distributes_is_refused_also_later() {
+    let db = shared().database();
+    let mut client = db.connect();
+    // Citus's catalog, which belongs to whoever made that extension.
+    client
+        .batch_execute(
+            r#"CREATE TABLE local (id bigserial, x int); CREATE TABLE events (id bigserial, x int) PARTITION BY LIST (x);
+               SELECT spend_rollup_create('r', 'events', '{x}', '{count(*) AS n}');
+               SET allow_system_table_mods = on;
+               CREATE TABLE pg_catalog.pg_dist_partition (logicalrelid regclass PRIMARY KEY, partmethod "char" NOT NULL);
+               DROP ROLE IF EXISTS citus_owner; CREATE ROLE citus_owner SUPERUSER;
+               ALTER TABLE pg_catalog.pg_dist_partition OWNER TO citus_owner;
+               RESET allow_system_table_mods;
+               CREATE TABLE events_1 PARTITION OF events FOR VALUES IN (1);
+               INSERT INTO events (x) VALUES (1)"#,
+        )
+        .unwrap();
+    eventually("what is not distributed is merged", || {
+        holds(&mut client, "SELECT watermark = 1 AND last_error IS NULL FROM spend_rollup_status")
+    });
+    // A distributed table, and a reference table.
+    client
+        .batch_execute(
+            r#"INSERT INTO pg_dist_partition VALUES ('events', 'h'), ('events_1', 'h'), ('"LiteLLM_SpendLogs"', 'n')"#,
+        )
+        .unwrap();
+    for call in [
+        "SELECT spend_rollup_create('x', 'events', '{x}', '{count(*) AS n}')",
+        "SELECT spend_rollup_register('x', 'events_1')",
+        "SELECT spend_attach()",
+    ] {
+        assert_refused(&mut client, call, "0A000");
+    }
+    client.batch_execute("INSERT INTO events (x) VALUES (1)").unwrap();
+    eventually("the status says so", || {
+        holds(
+            &mut client,
+            "SELECT last_error = 'public.events is distributed by Citus' FROM spend_rollup_status",
+        )
+    });
+    client.batch_execute("SELECT spend_rollup_create('y', 'local', '{x}', '{count(*) AS n}')").unwrap();
+    assert!(holds(&mut client, "SELECT watermark = 1 FROM spend_rollup_status WHERE rollup = 'r'"), "merged");
+    client.batch_execute("DELETE FROM pg_dist_partition; SELECT spend_rollup_run('r')").unwrap();
+    assert!(holds(&mut client, "SELECT watermark = 2 FROM spend_rollup_status WHERE rollup = 'r'"));
+    client
+        .batch_execute("SET allow_system_table_mods = on; DROP TABLE pg_catalog.pg_dist_partition; DROP ROLE citus_owner")
+        .unwrap();
+}
+
+#[test]
 fn calls_before_attach_are_refused() {
     let db = shared().database();
     let mut client = db.connect();
