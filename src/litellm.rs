@@ -163,22 +163,26 @@ impl Capture<'_> {
             ),
         };
         let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
-        let delete = if subtract_deleted {
-            write_rows("change_log", &self.rows("old_rows", -1, "")) + ";"
-        } else {
-            self.retire_deleted()
-        };
+        let expiring = format!("coalesce(current_setting('{EXPIRING}', true) = 'on', false)");
         // A kept row that could not be written to the ledger is still in the rollups, which is where it belongs.
-        let delete_repair = if subtract_deleted { "rebuild" } else { "keep" };
+        let (delete, delete_repair) = if subtract_deleted {
+            let subtract = write_rows("change_log", &self.rows("old_rows", -1, ""));
+            (
+                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF;", self.retire("old_rows")),
+                format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"),
+            )
+        } else {
+            (self.retire_deleted(), "'keep'".into())
+        };
         vec![
-            self.function("insert", &insert, "new_rows", "rebuild"),
+            self.function("insert", &insert, "new_rows", "'rebuild'"),
             self.function(
                 "update",
                 &format!("{}\n    {};", note_moves(), write_sums("change_log", &updated)),
                 "both",
-                "rebuild",
+                "'rebuild'",
             ),
-            self.function("delete", &delete, "old_rows", delete_repair),
+            self.function("delete", &delete, "old_rows", &delete_repair),
             (function_name("move"), move_function()),
             (function_name("truncate"), truncate_function()),
         ]
@@ -217,7 +221,7 @@ EXCEPTION WHEN OTHERS THEN
     BEGIN
         failure := nextval('{SCHEMA}.capture_failures');
         INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate, message)
-        SELECT DISTINCT failure, date_trunc('day', {time}), {end}, '{repair}', TG_OP, SQLSTATE, SQLERRM
+        SELECT DISTINCT failure, date_trunc('day', {time}), {end}, {repair}, TG_OP, SQLSTATE, SQLERRM
         FROM {rows} AS r;
     EXCEPTION WHEN OTHERS THEN
         NULL;
@@ -267,6 +271,10 @@ END
         )
     }
 }
+
+/// On while a policy deletes rows that have expired: they stay in the totals, as those of a partition that is dropped do, also where
+/// a DELETE subtracts. Whoever else sets it for a DELETE of their own keeps the totals as they are.
+pub const EXPIRING: &str = "litellm_spend_internal.expiring";
 
 /// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
 const LOCK_TIMEOUT: &str = "1s";

@@ -2,15 +2,18 @@
 //! cutoff by more than its period (a legacy table), in a table that is not partitioned.
 //!
 //! A batch is a transaction of its own in the worker, holds ROW EXCLUSIVE like any DELETE, and never waits for a row. What
-//! rollups have not merged yet stays. Capture sees the deletions; with on_delete = 'keep' the history stays.
+//! rollups have not merged yet stays. Capture sees the deletions, and that they are ours: history stays, whatever on_delete says, as it
+//! does when a partition is dropped.
 
 use crate::catalog;
 use crate::error::Result;
 use crate::expire;
 use crate::layout::{Layout, Partition};
+use crate::litellm::EXPIRING;
 use crate::partition::{Instant, Interval, Range};
 use crate::spread;
 use pgrx::prelude::*;
+use std::ffi::CString;
 
 /// A table that holds rows to delete.
 #[derive(Clone, Debug)]
@@ -51,11 +54,14 @@ pub fn batch(layout: &Layout, target: &Target, cutoff: Instant) -> Result<i64> {
     } else {
         String::new()
     };
-    // Triggers are the owner's code.
     // Looked at again by the DELETE: a row may have changed meanwhile.
-    layout.owner.execute(&format!(
+    let delete = format!(
         "DELETE FROM ONLY {relation} WHERE ctid = ANY (ARRAY(
              SELECT ctid FROM ONLY {relation} WHERE {expired} AND {merged} {order} LIMIT {BATCH} FOR UPDATE SKIP LOCKED))
          AND {expired} AND {merged}"
-    ))
+    );
+    // Triggers are the owner's code.
+    let setting = CString::new(EXPIRING).unwrap_or_default();
+    let _owner = layout.owner.act().with(&setting, c"on");
+    catalog::execute(&delete, &[])
 }

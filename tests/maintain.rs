@@ -488,6 +488,50 @@ fn a_table_without_partitions_loses_expired_rows_only() {
     assert_verified(&mut client);
 }
 
+#[test]
+fn what_a_policy_lets_expire_stays_in_the_totals_also_where_a_delete_subtracts() {
+    for partitioned in [false, true] {
+        let db = cluster().database();
+        let mut client = db.connect();
+        if partitioned {
+            client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+            client
+                .batch_execute(
+                    r#"BEGIN; SET LOCAL ROLE litellm;
+                       CREATE TABLE old PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (MINVALUE) TO ('2026-01-01'); COMMIT"#,
+                )
+                .unwrap();
+        }
+        client
+            .batch_execute(
+                r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                   SELECT 'r' || i, 'x', 1, t, t FROM generate_series(1, 3) AS i,
+                       LATERAL (SELECT CASE i WHEN 3 THEN CURRENT_DATE ELSE '2025-10-05' END::timestamp AS t) AS at;
+                   SELECT spend_attach(on_delete => 'subtract')"#,
+            )
+            .unwrap();
+        wait_until_live(&mut client);
+        client.batch_execute("SELECT spend_partition_set(retention => '30 days')").unwrap();
+        let done = maintain(&mut client, r#""LiteLLM_SpendLogs""#);
+        let how = if partitioned { "dropped" } else { "deleted" };
+        assert!(done.iter().any(|action| action.0 == how), "{done:?}");
+        let rows = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
+        assert_eq!(value::<i64>(&mut client, rows), 1, "{done:?}");
+        let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
+        assert_eq!(value::<i64>(&mut client, requests), 3, "{done:?}");
+        assert_verified(&mut client);
+        // Also when everything is computed again.
+        client.batch_execute("SELECT spend_detach(); SELECT spend_attach(on_delete => 'subtract')").unwrap();
+        wait_until_live(&mut client);
+        assert_eq!(value::<i64>(&mut client, requests), 3);
+        // A DELETE of somebody's own subtracts.
+        client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs""#).unwrap();
+        assert_eq!(value::<i64>(&mut client, requests), 2);
+        assert_verified(&mut client);
+        assert_eq!(capture_errors(&mut client), 0);
+    }
+}
+
 // ---- beside others -----------------------------------------------------------------------------------------
 
 /// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the longest wait of any.
