@@ -58,6 +58,25 @@ fn rows<T>(table: SpiTupleTable, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -
     table.into_iter().map(|tuple| row(&tuple)).collect()
 }
 
+/// Opens a query that is read in batches, each in a call of its own. Returns the cursor, which is closed by the batch after the
+/// last, or at the end of the transaction.
+pub fn open_cursor(sql: &str, args: Args) -> Result<String> {
+    require_one_statement(sql)?;
+    Spi::connect(|client| Ok(client.try_open_cursor(sql, args)?.detach_into_name()))
+}
+
+/// The next rows of a cursor, which is read as whom it was opened.
+pub fn fetch<T>(cursor: &str, most: i64, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    Spi::connect(|client| {
+        let mut cursor = client.find_cursor(cursor)?;
+        let batch = rows(cursor.fetch(most)?, row)?;
+        if !batch.is_empty() {
+            cursor.detach_into_name();
+        }
+        Ok(batch)
+    })
+}
+
 /// Runs a statement; returns the number of rows it processed.
 pub fn execute(sql: &str, args: Args) -> Result<i64> {
     require_one_statement(sql)?;

@@ -1333,6 +1333,36 @@ fn a_sum_that_no_floating_point_number_can_be_breaks_no_view() {
 }
 
 #[test]
+fn verify_returns_more_differences_than_it_keeps_in_memory() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigserial PRIMARY KEY, g int); INSERT INTO t (g) SELECT i FROM generate_series(1, 200000) i;
+             SELECT spend_rollup_create('by_g', 't', '{g}', '{count(*) AS n,sum(g) AS s}')",
+        )
+        .unwrap();
+    merged(&mut client, "by_g");
+    client.batch_execute("UPDATE litellm_spend.by_g_rollup SET n = n + 1").unwrap();
+    let memory = |client: &mut Client| -> u64 {
+        let pid: i32 = value(client, "SELECT pg_backend_pid()");
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+    };
+    let before = memory(&mut client);
+    let sums: String = value(
+        &mut client,
+        "SELECT concat_ws(' ', count(*), sum((key ->> 'g')::int), sum((rollup ->> 'n')::int - (truth ->> 'n')::int))
+         FROM spend_rollup_verify('by_g')",
+    );
+    assert_eq!(sums, "200000 20000100000 200000");
+    // Two million of them, all at once, took 6.2 GB.
+    let used = memory(&mut client) - before;
+    assert!(used < 200, "{used} MB");
+}
+
+#[test]
 fn a_source_without_an_index_gets_a_notice_that_names_one() {
     let db = shared().database();
     let cluster = shared();
