@@ -219,11 +219,10 @@ fn functions(table: pg_sys::Oid) -> Result<Vec<Function>> {
     )
 }
 
-/// CHECK constraints, but for the one of a conversion.
-const CONSTRAINTS: &str =
-    "SELECT 'constraint', conname::text,
+/// CHECK constraints.
+const CONSTRAINTS: &str = "SELECT 'constraint', conname::text,
             ARRAY[format('ALTER TABLE %s ADD CONSTRAINT %I %s', $2, conname, pg_get_constraintdef(oid))]
-     FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND NOT connoinherit AND conname <> 'litellm_spend_cutover'";
+     FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND NOT connoinherit";
 
 /// Each query gives kind, object and statements; `$1` is the old table's Oid, `$2` the name that it has and the new one will
 /// have, `$3` the name that it will have then.

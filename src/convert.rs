@@ -4,17 +4,14 @@
 //! ```text
 //!  step       lock on the table                     for how long
 //!  index      SHARE UPDATE EXCLUSIVE                the build; concurrently, nobody waits
-//!  check      ACCESS EXCLUSIVE                      a moment: "time < cutover", NOT VALID    \ only where no index on the
-//!  validate   SHARE UPDATE EXCLUSIVE                one scan; nobody waits                   / time column proves it
 //!  swap       ACCESS EXCLUSIVE, and on its views    milliseconds: only catalogs change
 //! ```
 //! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`. What has been done is read from the catalogs
 //! each time, so a conversion goes on from wherever it was interrupted.
 //!
 //! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock (`proof`):
-//! no row is ever refused, and nothing is read. Without one a CHECK is validated before. It would refuse rows from the
-//! cutover on: when that comes within `litellm_spend.cutover_margin` before the swap, the worker removes it, and the
-//! conversion stops. Without a worker to do that, no CHECK is made.
+//! no row is ever refused, and nothing is read. A table without one is refused: only a CHECK could prove it then, which would
+//! refuse users' rows from the cutover on. Older versions made such a CHECK; one that is found is removed first of all.
 //!
 //! Whose rights: everything is done to the table as its owner, the building of the index included; only what notes
 //! how far we are is ours. When the table has another owner, the conversion stops.
@@ -61,13 +58,14 @@ pub enum Step {
     TopLevel(String),
     /// Somebody builds the index.
     Wait,
-    Check,
-    Validate,
+    /// The CHECK of an older version.
+    Uncheck,
     Swap,
     Nothing,
 }
 
-pub const CHECK: &str = "litellm_spend_cutover";
+/// What older versions called it.
+const CHECK: &str = "litellm_spend_cutover";
 
 impl Conversion {
     /// The table's name once it is a partition.
@@ -139,9 +137,13 @@ impl Conversion {
         Ok(found.into_iter().next().map(beyond))
     }
 
-    /// Whether a CHECK has to prove that there are none.
-    pub fn needs_check(&self) -> Result<bool> {
-        Ok(!spread::is_indexed(self.relation, &self.options.time_column)?)
+    /// The index that proves that there are none.
+    pub fn require_time_index(&self) -> Result<()> {
+        let column = &self.options.time_column;
+        match spread::is_indexed(self.relation, column)? {
+            true => Ok(()),
+            false => Err(Error::NoTimeIndex { relation: self.name(), column: column.clone() }),
+        }
     }
 }
 
@@ -155,22 +157,18 @@ pub fn request(table: &Table, options: Options) -> Result<Conversion> {
         return Err(Error::CannotConvert { relation: table.qualified(), reason: obstacle.clone() });
     }
     conversion.check_cutover()?;
+    conversion.require_time_index()?;
     if let Some(beyond) = conversion.rows_beyond()? {
         return Err(beyond);
     }
     if let Some(mut earlier) = Conversion::of(table)? {
         earlier.lock_in_call()?;
     }
-    // The CHECK of an earlier cutover proves nothing now.
-    let cutover = conversion.cutover().to_string();
-    if check(conversion.relation)?.is_some_and(|(text, _)| !text.contains(&cutover)) {
-        conversion.drop_check()?;
-    }
     conversion.request()?;
     Ok(conversion)
 }
 
-/// The first border of a period that leaves time to build the index and to scan the table.
+/// The first border of a period that leaves time to build the index.
 pub fn default_cutover(interval: Interval, lead: std::time::Duration) -> Instant {
     let earliest = Instant(layout::now().0.saturating_add(lead.as_micros() as i64));
     interval.period(earliest).map_or(earliest, |period| period.to)
@@ -186,26 +184,24 @@ impl Conversion {
             return Ok(Step::Nothing);
         }
         self.require_owner()?;
+        if self.has_check()? {
+            return Ok(Step::Uncheck);
+        }
         let index = qualified(&self.schema, &self.key_index());
         match index_state(&index, self.relation)? {
-            Index::Missing if self.options.aborted => return Ok(Step::Nothing),
+            Index::Missing if self.options.aborted => Ok(Step::Nothing),
             Index::Missing => {
                 let columns = self.key_columns(&self.blueprint()?);
                 let name = quoted(&self.key_index());
-                return Ok(Step::TopLevel(format!(
+                Ok(Step::TopLevel(format!(
                     "CREATE UNIQUE INDEX CONCURRENTLY {name} ON {} ({columns})",
                     self.name()
-                )));
+                )))
             }
-            Index::Building => return Ok(Step::Wait),
-            Index::Valid if !self.options.aborted => {}
-            _ => return Ok(Step::TopLevel(format!("DROP INDEX CONCURRENTLY {index}"))),
+            Index::Building => Ok(Step::Wait),
+            Index::Valid if !self.options.aborted => Ok(Step::Swap),
+            _ => Ok(Step::TopLevel(format!("DROP INDEX CONCURRENTLY {index}"))),
         }
-        Ok(match check(self.relation)? {
-            Some((_, false)) => Step::Validate,
-            None if self.needs_check()? => Step::Check,
-            _ => Step::Swap,
-        })
     }
 
     fn is_swapped(&self, table: &Table) -> Result<bool> {
@@ -221,15 +217,7 @@ impl Conversion {
         let name = self.name();
         match step {
             Step::TopLevel(_) | Step::Wait => return Ok(()),
-            Step::Check => {
-                let (time, cutover) = (quoted(&self.options.time_column), self.cutover());
-                let check = format!("CHECK ({time} < {cutover}) NOT VALID");
-                self.alter(&format!("ALTER TABLE {name} ADD CONSTRAINT {CHECK} {check}"))?;
-            }
-            Step::Validate => {
-                locks::lock_all(guc::lock_timeout(), &[(self.relation, pg_sys::ShareUpdateExclusiveLock)])?;
-                self.owner.run(format!("ALTER TABLE {name} VALIDATE CONSTRAINT {CHECK}"))?;
-            }
+            Step::Uncheck => self.drop_check()?,
             Step::Swap => {
                 swap::swap(self)?;
                 log!("litellm_spend: {name} is partitioned");
@@ -242,48 +230,48 @@ impl Conversion {
         Ok(())
     }
 
-    /// Refuses a cutover that no calendar has, or that is too near.
+    /// Refuses a cutover that no calendar has, or that is over.
     pub fn check_cutover(&self) -> Result<()> {
         if self.interval().period(self.cutover()).is_none() {
             return Err(Error::CutoverBeyond);
         }
-        if self.is_near() {
-            return Err(Error::CutoverTooNear { cutover: self.cutover().to_string() });
+        if self.is_over() {
+            return Err(Error::CutoverPast { cutover: self.cutover().to_string() });
         }
         Ok(())
     }
 
-    /// A statement that takes an exclusive lock for a moment.
-    fn alter(&self, sql: &str) -> Result<()> {
-        locks::lock_all(guc::swap_lock_timeout(), &[(self.relation, pg_sys::AccessExclusiveLock)])?;
-        self.owner.run(sql)
-    }
-
-    /// The cutover is so near that a CHECK would soon refuse rows.
-    fn is_near(&self) -> bool {
-        let margin = guc::cutover_margin().as_micros() as i64;
-        layout::now().0.saturating_add(margin) >= self.options.cutover
+    /// From the cutover on rows come that are not before it.
+    fn is_over(&self) -> bool {
+        layout::now() >= self.cutover()
     }
 
     pub fn is_too_late(&self) -> Result<bool> {
-        Ok(self.is_near() && Table::find(self.relation)?.is_some_and(|t| t.name == self.table))
+        Ok(self.is_over() && Table::find(self.relation)?.is_some_and(|t| t.name == self.table))
     }
 
-    /// Removes the CHECK and waits for a new call.
+    /// Waits for a new call.
     pub fn stop(&self) -> Result<()> {
         self.drop_check()?;
         self.halt(&format!(
-            "the cutover {} came near before the swap; its CHECK was removed; convert again with a later one",
+            "the cutover {} came before the swap; convert again with a later one",
             self.cutover()
         ))
     }
 
+    /// Whether an older version's is there.
+    fn has_check(&self) -> Result<bool> {
+        let sql = "SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND conname = $2::name";
+        Ok(!catalog::query(sql, &[self.relation.into(), CHECK.into()], |_| Ok(()))?.is_empty())
+    }
+
     fn drop_check(&self) -> Result<()> {
-        if check(self.relation)?.is_none() {
+        if !self.has_check()? {
             return Ok(());
         }
         let name = catalog::relation_name(self.relation)?;
-        self.alter(&format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}"))
+        locks::lock_all(guc::swap_lock_timeout(), &[(self.relation, pg_sys::AccessExclusiveLock)])?;
+        self.owner.run(format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}"))
     }
 
     /// Takes a conversion back before its swap. The index, which may be half built, only top level can drop without being in
@@ -343,17 +331,6 @@ fn index_state(index: &str, table: pg_sys::Oid) -> Result<Index> {
     })
 }
 
-/// The conversion's CHECK on the table, and whether it is validated.
-pub fn check(relation: pg_sys::Oid) -> Result<Option<(String, bool)>> {
-    let checks = catalog::query(
-        "SELECT pg_catalog.pg_get_constraintdef(oid), convalidated FROM pg_catalog.pg_constraint
-         WHERE conrelid = $1 AND conname = $2::name",
-        &[relation.into(), CHECK.into()],
-        |r| Ok((value(r, 1)?, value(r, 2)?)),
-    )?;
-    Ok(checks.into_iter().next())
-}
-
 impl Conversion {
     /// Does the next step in the caller's transaction, where no worker does it.
     pub fn by_hand(&mut self) -> Result<()> {
@@ -362,27 +339,17 @@ impl Conversion {
             return self.stop();
         }
         let step = self.next_step()?;
-        if step == Step::Check {
-            let (relation, column) = (self.name(), self.options.time_column.clone());
-            return Err(Error::NoTimeIndex { relation, column });
-        }
         locks::insist(|| self.run(&step))
     }
 
     /// How far it is.
     pub fn progress(&self) -> Result<Progress> {
-        let mut steps = vec!["index"];
+        let steps = ["index", "swap"];
         let step = self.next_step()?;
-        let checked = self.needs_check()? || check(self.relation)?.is_some();
-        if checked {
-            steps.extend(["check", "validate"]);
-        }
-        steps.push("swap");
         let (name, mut detail) = match &step {
             Step::TopLevel(sql) => ("index", format!("{sql};")),
             Step::Wait => ("index", "being built".into()),
-            Step::Check => ("check", String::new()),
-            Step::Validate => ("validate", String::new()),
+            Step::Uncheck => ("index", "the CHECK of an older version is to be removed".into()),
             Step::Swap => ("swap", format!("before {}", self.cutover())),
             Step::Nothing => ("", String::new()),
         };
@@ -402,7 +369,7 @@ pub fn tick(run: &mut impl Runner) -> bool {
             continue;
         }
         let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
-        // Not after the rest that a failed attempt at the swap takes: the CHECK must go in time.
+        // Not after the rest that a failed attempt at the swap takes: that the time is over is said at once.
         let look = Subject::Look(conversion.schema.clone(), conversion.table.clone());
         // One step, or a look that succeeds would take back the rest of the one that fails.
         let next = run.step(look, || {

@@ -1,5 +1,6 @@
 //! Every failure that a user can meet, with its SQLSTATE, the facts (DETAIL) and an action (HINT).
 
+use crate::definition::quoted;
 use crate::session::Failure;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -97,8 +98,8 @@ pub enum Error {
     CannotConvert { relation: String, reason: String },
     #[error("cutover is beyond the calendar")]
     CutoverBeyond,
-    #[error("cutover {cutover} is too near")]
-    CutoverTooNear { cutover: String },
+    #[error("cutover {cutover} is over")]
+    CutoverPast { cutover: String },
     #[error("{relation} has rows from the cutover on")]
     RowsBeyondCutover { relation: String, rows: i64, last: String, cutover: String },
     #[error("\"{relation}\" is not partitioned by ranges of one time column")]
@@ -212,7 +213,7 @@ impl Error {
             Error::AlreadyPartitioned(_) | Error::CannotConvert { .. } | Error::RowsBeyondCutover { .. } => {
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
             }
-            Error::CutoverTooNear { .. } | Error::CutoverBeyond => ERRCODE_INVALID_PARAMETER_VALUE,
+            Error::CutoverPast { .. } | Error::CutoverBeyond => ERRCODE_INVALID_PARAMETER_VALUE,
             Error::RawVanished(_) => ERRCODE_T_R_SERIALIZATION_FAILURE,
             Error::OtherOwner { .. } | Error::SequenceOfAnother { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::NoRole(_) => ERRCODE_UNDEFINED_OBJECT,
@@ -292,7 +293,7 @@ impl Error {
             Error::AlreadyPartitioned(_) => "spend_partition_maintain() looks after its partitions.".into(),
             Error::CannotConvert { reason, .. } => reason.clone(),
             Error::CutoverBeyond => "No period begins there.".into(),
-            Error::CutoverTooNear { .. } => "Before it a unique index is built, and gateways' clocks may differ.".into(),
+            Error::CutoverPast { .. } => "All rows there are must be before it when the table is partitioned.".into(),
             Error::RowsBeyondCutover { rows, last, cutover, .. } => {
                 format!("{rows} rows are at {cutover} or later, the last of them at {last}; they could not be in a partition that ends there.")
             }
@@ -327,7 +328,7 @@ impl Error {
         })
     }
 
-    fn hint(&self) -> Option<String> {
+    pub fn hint(&self) -> Option<String> {
         Some(match self {
             Error::NoTable(_) => {
                 "Pass the table, as in spend_attach('myschema.\"LiteLLM_SpendLogs\"'), or set search_path."
@@ -406,7 +407,7 @@ impl Error {
             Error::AlreadyPartitioned(_) => "See spend_partition_status.".into(),
             Error::CannotConvert { .. } => "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.".into(),
             Error::CutoverBeyond => "Pass an earlier cutover, or leave it out.".into(),
-            Error::CutoverTooNear { .. } => "Pass a later cutover, or leave it out.".into(),
+            Error::CutoverPast { .. } => "Pass a later cutover, or leave it out.".into(),
             Error::RowsBeyondCutover { .. } => "Pass a cutover after the last row, or correct the rows.".into(),
             Error::Interval(_) => "Pass 'day', 'week' or 'month'.".into(),
             Error::LockNotAvailable { .. } => {
@@ -424,7 +425,10 @@ impl Error {
             Error::ForeignPartition { table, foreign } => {
                 format!("ALTER TABLE {table} DETACH PARTITION {foreign}, or keep such rows in a table of their own.")
             }
-            Error::NoTimeIndex { relation, column } => format!("CREATE INDEX CONCURRENTLY ON {relation} (\"{column}\"), on each partition if it has any."),
+            Error::NoTimeIndex { relation, column } => {
+                let column = quoted(column);
+                format!("CREATE INDEX CONCURRENTLY ON {relation} ({column}); if it has partitions, on each of them.")
+            }
             Error::CameBetween(_) => "It is tried again at the next maintenance.".into(),
             Error::Referenced { .. } => "Drop the reference, or maintain the table by hand.".into(),
             Error::NotMerged { .. } => "It expires once its rows are merged; SELECT spend_rollup_run() merges what is safe.".into(),

@@ -6,7 +6,6 @@ use std::time::Duration;
 static MERGE_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static SWAP_LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
-static CUTOVER_MARGIN: GucSetting<i32> = GucSetting::<i32>::new(600);
 static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(1_000_000);
 static MAINTAIN_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
@@ -28,12 +27,6 @@ pub fn lock_timeout() -> Duration {
 /// the conversion that gives way, and tries again.
 pub fn swap_lock_timeout() -> Duration {
     millis(&SWAP_LOCK_TIMEOUT)
-}
-
-/// How near the cutover may come before a conversion gives up. Ten minutes are more than the clocks of gateways differ
-/// by, and leave time for some hundred attempts to remove the CHECK.
-pub fn cutover_margin() -> Duration {
-    Duration::from_secs(CUTOVER_MARGIN.get() as u64)
 }
 
 /// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next call.
@@ -93,16 +86,6 @@ pub fn register() {
         60_000,
         GucContext::Userset,
         ms,
-    );
-    GucRegistry::define_int_guc(
-        c"litellm_spend.cutover_margin",
-        c"How near the cutover may come before a conversion gives up.",
-        c"Its CHECK constraint, which would refuse rows from the cutover on, is removed then.",
-        &CUTOVER_MARGIN,
-        1,
-        86_400,
-        GucContext::Userset,
-        s,
     );
     GucRegistry::define_int_guc(
         c"litellm_spend.window_wait",

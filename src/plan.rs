@@ -24,6 +24,15 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     for obstacle in &blueprint.obstacles {
         row("in the way", obstacle, &name, "", "the conversion is refused until it is gone".into());
     }
+    if let Err(missing) = conversion.require_time_index() {
+        row(
+            "in the way",
+            &format!("{missing}; {}", missing.hint().unwrap_or_default()),
+            &name,
+            "",
+            missing.reason(),
+        );
+    }
     if let Some(beyond) = conversion.rows_beyond()? {
         row("in the way", "rows from the cutover on", &name, "", beyond.reason());
     }
@@ -36,12 +45,6 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         "SHARE UPDATE EXCLUSIVE on the table",
         size.index(),
     );
-    if conversion.needs_check()? {
-        let time = quoted(&conversion.options.time_column);
-        let check = format!("add CHECK ({time} < {}) NOT VALID", conversion.cutover());
-        row("check", &check, &name, "ACCESS EXCLUSIVE on the table", "a moment".into());
-        row("validate", "validate the CHECK", &name, "SHARE UPDATE EXCLUSIVE on the table", size.scan());
-    }
     let swap = |what: &str, object: &str| {
         let lock = "ACCESS EXCLUSIVE on the table and its views";
         (
@@ -127,10 +130,6 @@ impl Size {
             |r| Ok(Size { heap: value(r, 1)?, rows: value(r, 2)?, key: value(r, 3)? }),
         )?;
         Ok(sizes.into_iter().next().unwrap_or(Size { heap: 0, key: 0, rows: 0.0 }))
-    }
-
-    fn scan(&self) -> String {
-        format!("reads {}, about {} s", bytes(self.heap), seconds(self.heap as f64 / SCANNED_BYTES_A_SECOND))
     }
 
     fn index(&self) -> String {

@@ -19,7 +19,7 @@
 use crate::blueprint::Blueprint;
 use crate::capture;
 use crate::catalog;
-use crate::convert::{CHECK, Conversion, check};
+use crate::convert::Conversion;
 use crate::definition::{SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
@@ -40,8 +40,8 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     if let Some(obstacle) = blueprint.obstacles.first() {
         return Err(Error::CannotConvert { relation: conversion.name(), reason: obstacle.clone() });
     }
-    let is_checked = check(conversion.relation)?.is_some_and(|(_, validated)| validated);
-    if !is_checked && let Some(beyond) = conversion.rows_beyond()? {
+    conversion.require_time_index()?;
+    if let Some(beyond) = conversion.rows_beyond()? {
         return Err(beyond);
     }
     // 2. the old table moves aside, with the index that was built for it as its primary key.
@@ -70,12 +70,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     let parent = catalog::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
     let layout = Layout::of(parent, &conversion.options.time_column)?;
     let before = Range { from: Instant::MIN, to: conversion.cutover() };
-    if is_checked {
-        attach(&layout, &legacy, before)?;
-        run(format!("ALTER TABLE {legacy} DROP CONSTRAINT {CHECK}"))?;
-    } else {
-        proof::with(owner, &legacy, &inside(&layout, before), || attach(&layout, &legacy, before))?;
-    }
+    proof::with(owner, &legacy, &inside(&layout, before), || attach(&layout, &legacy, before))?;
     // 5. one for whatever fits none. The periods to come are for maintenance, which needs weaker locks: each would have taken
     // ten milliseconds here (debug build, PostgreSQL 15, two shared cores, 2026-11).
     let layout = layout.again()?;

@@ -30,7 +30,7 @@ pub enum Subject {
     Stray(String),
     /// A table on its way to being partitioned, or back: its schema and name.
     Conversion(String, String),
-    /// What comes next for it, and whether its cutover comes too near: looked at also while the conversion rests.
+    /// What comes next for it, and whether its cutover is over: looked at also while the conversion rests.
     Look(String, String),
     /// The maintenance of a table: its Oid, and what it is called.
     Policy(u32, String),

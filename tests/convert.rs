@@ -105,7 +105,7 @@ impl Beside {
     }
 }
 
-/// With them a CHECK is not needed, and nobody's insert could be refused.
+/// They prove that all rows are before the cutover.
 const DROP_TIME_INDEXES: &str =
     r#"DROP INDEX "LiteLLM_SpendLogs_startTime_idx", "LiteLLM_SpendLogs_startTime_request_id_idx""#;
 
@@ -193,21 +193,10 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
 
 #[test]
 fn a_conversion_that_is_killed_at_any_step_goes_on() {
-    kill_at_any_step("swap", "");
-}
-
-#[test]
-fn so_does_one_that_needs_a_check() {
-    kill_at_any_step("check", DROP_TIME_INDEXES);
-}
-
-/// `second` is the step after the index.
-fn kill_at_any_step(second: &str, prepare: &str) {
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
     let db = cluster.database();
     db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
     let db = db.attached();
-    db.connect().batch_execute(prepare).unwrap();
     // Each step is held up by the lock of a prepared transaction, which outlives every crash.
     let hold = |name: &str, sql: &str| {
         eventually(name, || {
@@ -240,9 +229,9 @@ fn kill_at_any_step(second: &str, prepare: &str) {
     wait_for("index");
     hold("reader", read);
     release("writer");
-    wait_for(second);
+    wait_for("swap");
     kill_worker();
-    wait_for(second);
+    wait_for("swap");
     release("reader");
     // Wherever it is by then.
     std::thread::sleep(Duration::from_millis(60));
@@ -257,8 +246,7 @@ fn kill_at_any_step(second: &str, prepare: &str) {
     let mut client = db.connect();
     wait_until_partitioned(&mut client);
     assert_all_there(&mut client, 20_001);
-    let left = "SELECT (SELECT count(*) FROM pg_constraint WHERE conname = 'litellm_spend_cutover')
-                     + (SELECT count(*) FROM pg_index WHERE NOT indisvalid)";
+    let left = "SELECT count(*) FROM pg_index WHERE NOT indisvalid";
     assert_eq!(value::<i64>(&mut client, left), 0);
     client.batch_execute(&insert_rows("new", 50, 3)).unwrap();
     assert_exact(&mut client);
@@ -304,7 +292,19 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
     assert_eq!(step, "index");
     assert_eq!(next(&mut client).unwrap().1, sql, "it waits for the index");
     client.batch_execute(&sql).unwrap();
-    // Nobody would take a CHECK away in time.
+    // As an older version made it: it would refuse rows from the cutover on.
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs"
+               ADD CONSTRAINT litellm_spend_cutover CHECK ("startTime" < '2100-01-01') NOT VALID"#,
+        )
+        .unwrap();
+    assert_eq!(next(&mut client).unwrap().0, "swap");
+    assert!(!holds(
+        &mut client,
+        "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = 'litellm_spend_cutover')"
+    ));
+    // Nothing proves any more where its rows are.
     client.batch_execute(&format!("BEGIN; {DROP_TIME_INDEXES}")).unwrap();
     assert_refused(&mut client, "SELECT spend_partition_convert()", "55000");
     client.batch_execute("ROLLBACK").unwrap();
@@ -347,30 +347,24 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
 }
 
 #[test]
-fn a_cutover_that_comes_near_takes_the_check_away_before_it_refuses_a_row() {
-    let cluster: &'static Cluster =
-        Box::leak(Box::new(Cluster::start(&["litellm_spend.cutover_margin = '3s'"])));
-    let db = cluster.database().attached();
+fn a_cutover_that_passes_before_the_swap_stops_the_conversion_and_refuses_no_row() {
+    let db = shared().database().attached();
     let (mut client, mut holder) = (db.connect(), db.connect());
     client.batch_execute(&insert_rows("old", 100, 40)).unwrap();
-    client.batch_execute(DROP_TIME_INDEXES).unwrap();
-    let has_check = "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = 'litellm_spend_cutover')";
     // As attach() would, for the swap only.
     holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
     client
-        .batch_execute("SELECT spend_partition_convert(cutover => (clock_timestamp() AT TIME ZONE 'UTC' + interval '8 seconds')::timestamp)")
+        .batch_execute("SELECT spend_partition_convert(cutover => (clock_timestamp() AT TIME ZONE 'UTC' + interval '4 seconds')::timestamp)")
         .unwrap();
-    eventually("the CHECK is there", || holds(&mut client, has_check));
     let future = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
                     VALUES ('f' || random(), 'x', 1, clock_timestamp() AT TIME ZONE 'UTC' + interval '1 hour', now())"#;
-    assert_eq!(error(&mut client, future).code().code(), "23514", "what it is for");
+    client.batch_execute(future).unwrap();
     eventually("the conversion stopped", || {
         holds(
             &mut client,
-            "SELECT stopped AND last_error LIKE 'the cutover%came near%' FROM litellm_spend.conversion",
+            "SELECT stopped AND last_error LIKE 'the cutover%came before the swap%' FROM litellm_spend.conversion",
         )
     });
-    assert!(!holds(&mut client, has_check));
     client.batch_execute(future).unwrap();
     assert!(holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE relname = 'LiteLLM_SpendLogs'"));
     // Asked again, with rows in the way of that cutover and then without.
@@ -382,7 +376,26 @@ fn a_cutover_that_comes_near_takes_the_check_away_before_it_refuses_a_row() {
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     holder.batch_execute("COMMIT").unwrap();
     wait_until_partitioned(&mut client);
-    assert_all_there(&mut client, 101);
+    assert_all_there(&mut client, 102);
+}
+
+#[test]
+fn a_table_without_an_index_on_its_time_is_asked_for_one() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 100, 40)).unwrap();
+    client.batch_execute(DROP_TIME_INDEXES).unwrap();
+    assert_refused(&mut client, "SELECT spend_partition_convert()", "55000");
+    let error = error(&mut client, "SELECT spend_partition_convert()");
+    let statement = error.hint().unwrap().split(';').next().unwrap();
+    assert!(statement.starts_with("CREATE INDEX CONCURRENTLY"), "{error:?}");
+    let planned: String =
+        value(&mut client, "SELECT action FROM spend_partition_plan() WHERE step = 'in the way'");
+    assert!(planned.contains(statement), "{planned}");
+    client.batch_execute(statement).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    assert_all_there(&mut client, 100);
 }
 
 /// Everything that can hang on a table.
@@ -627,10 +640,6 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
     assert_refused(&mut client, call, "25006");
     client.batch_execute("ROLLBACK").unwrap();
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.conversion"), 0);
-    assert!(holds(
-        &mut client,
-        "SELECT NOT EXISTS (SELECT FROM pg_constraint WHERE conname = 'litellm_spend_cutover')"
-    ));
 }
 
 #[test]
@@ -669,7 +678,6 @@ fn a_conversion_that_is_aborted_leaves_everything_as_it_was() {
     let mut client = db.connect();
     wait_for_worker(&mut client);
     client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
-    client.batch_execute(DROP_TIME_INDEXES).unwrap();
     let before = inventory_of_table(&mut client);
     let wait_until_gone = |client: &mut Client| {
         eventually("it is forgotten", || {
@@ -690,7 +698,7 @@ fn a_conversion_that_is_aborted_leaves_everything_as_it_was() {
     });
     writer.batch_execute("COMMIT").unwrap();
     wait_until_gone(&mut client);
-    // With the CHECK there, when somebody keeps the swap away.
+    // When somebody keeps the swap away.
     let mut holder = db.connect();
     holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
