@@ -103,6 +103,7 @@ WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker', 'litell
 CREATE VIEW @extschema@.spend_partition_status AS
 WITH parts AS (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
+           coalesce(i.inhdetachpending, false) AS is_pending,
            pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
     FROM litellm_spend.policy p
     JOIN pg_class t ON t.oid = p.relation AND t.relkind IN ('r', 'p')
@@ -127,6 +128,20 @@ WITH parts AS (
                 WHEN time_type = 'timestamp with time zone' THEN b[2]::timestamptz AT TIME ZONE 'UTC'
                 ELSE b[2]::timestamp END AS range_end
     FROM bounds
+), next AS (
+    -- The period after the current one, and what partitions cover.
+    SELECT table_oid, "interval", ('1 ' || "interval")::interval AS step,
+           date_trunc("interval", clock_timestamp() AT TIME ZONE 'UTC') + ('1 ' || "interval")::interval AS first,
+           range_agg(tsrange(range_start, range_end)) FILTER (WHERE NOT is_default AND NOT is_pending) AS covered
+    FROM ranges WHERE is_partition GROUP BY table_oid, "interval"
+), ahead AS (
+    -- How many periods from there on have a partition, without a gap; at most 366.
+    SELECT table_oid, coalesce((SELECT CASE "interval"
+               WHEN 'month' THEN 12 * (extract(year FROM last) - extract(year FROM first)) + extract(month FROM last) - extract(month FROM first)
+               ELSE floor(extract(epoch FROM last - first) / extract(epoch FROM step)) END
+           FROM (SELECT least(upper(part), first + 366 * step) AS last FROM unnest(covered) AS part WHERE part @> first) AS part),
+           0)::bigint AS periods
+    FROM next
 )
 SELECT table_oid::regclass AS "table",
        partition_oid::regclass AS partition,
@@ -136,14 +151,16 @@ SELECT table_oid::regclass AS "table",
        CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
        pg_total_relation_size(partition_oid) AS bytes,
        CASE WHEN isfinite(range_end) AND range_end < '200000-01-01' THEN range_end + retention END AS expires_at,
-       count(*) FILTER (WHERE range_start > clock_timestamp() AT TIME ZONE 'UTC') OVER per_table AS partitions_ahead,
+       (SELECT periods FROM ahead WHERE ahead.table_oid = ranges.table_oid) AS partitions_ahead,
        sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
        "interval",
        precreate,
        retention,
        on_expire,
        maintained_at AS last_maintained_at,
-       last_error,
+       CASE WHEN origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
+           THEN 'it came out of a dump, and the end of its restore was not seen: when all is there, call spend_restored()'
+           ELSE last_error END AS last_error,
        last_error_at
 FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)

@@ -22,7 +22,7 @@ use crate::guc;
 use crate::layout::{Layout, Partition, timestamp};
 use crate::locks::{self, Fence, Mode, Patience};
 use crate::partition::Instant;
-use crate::place::detach;
+use crate::place::{detach, finish_detach};
 use crate::policy::{OnExpire, Policy};
 use crate::source;
 use pgrx::datum::{AnyNumeric, Timestamp};
@@ -101,7 +101,10 @@ pub fn finish(
             "dropped".into()
         }
         OnExpire::Detach => {
-            detach(layout, &partition.qualified())?;
+            match partition.pending {
+                true => finish_detach(layout, partition)?,
+                false => detach(layout, &partition.qualified())?,
+            }
             archive::ensure(layout.owner)?;
             format!("now {}", archive::take(layout.owner, partition.oid)?)
         }

@@ -32,6 +32,8 @@ pub struct Partition {
     pub range: Range,
     /// An ordinary table, neither partitioned itself nor foreign.
     pub leaf: bool,
+    /// A DETACH … CONCURRENTLY of it was interrupted: it has its range still, but the table shows none of its rows.
+    pub pending: bool,
     pub owner: Owner,
 }
 
@@ -78,13 +80,13 @@ impl Layout {
     fn read_partitions(&mut self) -> Result<()> {
         // Bounds are in UTC, whatever the key's type: our TimeZone is.
         let sql = format!(
-            "SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'r', p.bound = 'DEFAULT', {}, {}, c.relowner
+            "SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'r', p.bound = 'DEFAULT', {}, {}, c.relowner, i.inhdetachpending
              FROM pg_catalog.pg_inherits i
              JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              CROSS JOIN LATERAL (SELECT pg_catalog.pg_get_expr(c.relpartbound, c.oid) AS bound) AS p
              LEFT JOIN LATERAL pg_catalog.regexp_match(p.bound, '^FOR VALUES FROM \\((.*)\\) TO \\((.*)\\)$') AS b ON true
-             WHERE i.inhparent = $1 AND NOT i.inhdetachpending",
+             WHERE i.inhparent = $1",
             bound_micros("b[1]"),
             bound_micros("b[2]")
         );
@@ -99,12 +101,13 @@ impl Layout {
                 name: catalog::value(r, 3)?,
                 range,
                 leaf: catalog::value(r, 4)?,
+                pending: catalog::value(r, 9)?,
                 owner: Owner::role(catalog::value(r, 8)?),
             };
             Ok((catalog::value::<bool>(r, 5)?, partition))
         })?;
         for (is_default, partition) in found {
-            if is_default {
+            if is_default && !partition.pending {
                 self.default = Some(partition);
             } else {
                 self.partitions.push(partition);

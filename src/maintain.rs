@@ -9,6 +9,7 @@
 //!  drop or detach             ACCESS EXCLUSIVE
 //!  drain DEFAULT              ACCESS EXCLUSIVE         a batch of rows at most
 //!  create partitions          see `place`
+//!  finish a DETACH            SHARE UPDATE EXCLUSIVE, ACCESS EXCLUSIVE on the partition
 //! ```
 //! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the policy's row: of
 //! two maintainers one works, and the other says that it did not.
@@ -100,6 +101,7 @@ impl<R: Runner> Round<'_, R> {
         if layout.partitioned {
             self.drain(now, cutoff);
             self.create(now);
+            self.finish_detach(cutoff);
             self.next(now);
         }
     }
@@ -319,6 +321,19 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
+    /// Whoever began to detach a partition wants it as a table of its own. Last, because it also waits for old snapshots. One that
+    /// has expired is dropped or detached with the others.
+    fn finish_detach(&mut self, cutoff: Option<Instant>) {
+        let Some(layout) = self.layout().filter(|_| !self.blocked) else { return };
+        let expired = |p: &Partition| cutoff.is_some_and(|cutoff| expire::has_expired(p, cutoff));
+        for partition in layout.partitions.iter().filter(|p| p.pending && !expired(p)) {
+            if self.step(&partition.name, || place::finish_detach(&layout, partition)).is_some() {
+                let detail = format!("{}; its DETACH had been interrupted", partition.range);
+                self.note("detached", &partition.name, 0, detail);
+            }
+        }
+    }
+
     /// `false`: it did not work.
     fn place(&mut self, layout: &Layout, range: Range, now: Instant) -> bool {
         let interval = self.policy.interval;
@@ -346,7 +361,7 @@ impl<R: Runner> Round<'_, R> {
     fn next(&mut self, now: Instant) {
         let Some(layout) = self.layout() else { return };
         let policy = self.policy.clone();
-        let ahead = layout.partitions.iter().filter(|p| p.range.from > now).count();
+        let ahead = layout.partitions.iter().filter(|p| !p.pending && p.range.from > now).count();
         let oldest = layout.partitions.first().filter(|p| p.range.to != Instant::MAX);
         let expires = self.step(&layout.table.name, || match (oldest, &policy.retention) {
             (Some(oldest), Some(retention)) => {

@@ -50,7 +50,7 @@ pub fn place(
     batch: i64,
 ) -> Result<Option<Placed>> {
     let continued = partition::continued(interval, range, &layout.ranges());
-    let continued = layout.partitions.iter().find(|p| Some(p.range) == continued && p.leaf);
+    let continued = layout.partitions.iter().find(|p| Some(p.range) == continued && p.leaf && !p.pending);
     layout.lock()?;
     layout.default.iter().chain(continued).try_for_each(|partition| layout.require_usable(partition))?;
     // 1. the new table, which nobody sees yet.
@@ -326,6 +326,14 @@ fn refuse_references(layout: &Layout) -> Result<()> {
 
 pub fn detach(layout: &Layout, partition: &str) -> Result<()> {
     layout.owner.run(format!("ALTER TABLE {} DETACH PARTITION {partition}", layout.table.qualified()))
+}
+
+/// Finishes a DETACH … CONCURRENTLY that was interrupted. Waits, within lock_timeout, also for who may still see the partition.
+pub fn finish_detach(layout: &Layout, partition: &Partition) -> Result<()> {
+    let (table, partition_name) = (layout.table.qualified(), partition.qualified());
+    let sql = format!("ALTER TABLE {table} DETACH PARTITION {partition_name} FINALIZE");
+    let _owner = layout.owner.act();
+    locks::lock(&sql, &partition_name, partition.oid)
 }
 
 pub fn attach(layout: &Layout, table: &str, range: Range) -> Result<()> {

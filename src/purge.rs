@@ -31,7 +31,7 @@ pub fn targets(layout: &Layout, interval: Interval, cutoff: Instant) -> Vec<Targ
         return vec![Target { oid, name, partition: None }];
     }
     let soon = interval.period(cutoff).map_or(cutoff, |period| period.to);
-    let spans = |p: &&Partition| p.leaf && p.range.from < cutoff && p.range.to > soon;
+    let spans = |p: &&Partition| p.leaf && !p.pending && p.range.from < cutoff && p.range.to > soon;
     let default = layout.default.iter().filter(|p| p.leaf);
     let partitions = default.chain(layout.partitions.iter().filter(spans));
     let target = |p: &Partition| Target { oid: p.oid, name: p.name.clone(), partition: Some(p.clone()) };

@@ -267,6 +267,164 @@ fn what_ends_at_the_cutoff_goes_and_a_row_at_the_cutoff_stays() {
     assert_eq!(proofs.len(), 2);
 }
 
+/// PostgreSQL detaches no partition concurrently beside a DEFAULT.
+const WITHOUT_DEFAULT: &str = "
+    CREATE TABLE events (id bigserial, at timestamp NOT NULL, note text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);";
+
+/// Leaves a DETACH … CONCURRENTLY as a cancel does in its second half.
+fn interrupt_detach(db: &Database, table: &str, partition: &str) {
+    let (mut reader, mut other) = (db.connect(), db.connect());
+    reader.batch_execute(&format!("BEGIN; SELECT FROM {table} LIMIT 1")).unwrap();
+    let pending =
+        format!("SELECT bool_or(inhdetachpending) FROM pg_inherits WHERE inhrelid = '{partition}'::regclass");
+    let cancel = other.cancel_token();
+    std::thread::scope(|scope| {
+        let detach = format!("ALTER TABLE {table} DETACH PARTITION {partition} CONCURRENTLY");
+        let session = scope.spawn(move || other.batch_execute(&detach));
+        let mut client = db.connect();
+        eventually("the first half is committed", || holds(&mut client, &pending));
+        cancel.cancel_query(postgres::NoTls).unwrap();
+        assert!(session.join().unwrap().is_err());
+        assert!(holds(&mut client, &pending));
+    });
+    reader.batch_execute("ROLLBACK").unwrap();
+}
+
+#[test]
+fn an_interrupted_detach_is_finished_and_what_expires_goes() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    for (table, on_expire) in [("a", "drop"), ("b", "detach")] {
+        let events = WITHOUT_DEFAULT.replace("events", table);
+        client
+            .batch_execute(&format!(
+                "{events}
+                 CREATE TABLE {table}_old PARTITION OF {table} FOR VALUES FROM ('2026-10-01') TO ('2026-10-02');
+                 CREATE TABLE {table}_new PARTITION OF {table} FOR VALUES FROM ('2026-11-28') TO ('2026-11-29');
+                 INSERT INTO {table} (at) SELECT '2026-10-01'::timestamp + i * interval '1 hour' FROM generate_series(0, 23) AS i;
+                 INSERT INTO {table} (at) VALUES ('2026-11-28 12:00');
+                 SELECT spend_partition_set('{table}', precreate => 1, retention => '20 days', on_expire => '{on_expire}')"
+            ))
+            .unwrap();
+        let mut round = || {
+            let actions = maintain_at(&mut client, table, "2026-11-28");
+            let done =
+                actions.into_iter().filter(|a| a.0 == "dropped" || a.0 == "detached" || a.0 == "skipped");
+            done.map(|a| (a.0, a.1, a.2)).collect::<Vec<_>>()
+        };
+        interrupt_detach(&db, table, &format!("{table}_old"));
+        let action = if on_expire == "drop" { "dropped" } else { "detached" };
+        assert_eq!(round(), [(action.into(), format!("{table}_old"), 24)]);
+        // What has not expired becomes a table of its own, and the day gets a new partition.
+        interrupt_detach(&db, table, &format!("{table}_new"));
+        assert_eq!(round(), [("detached".into(), format!("{table}_new"), 0)]);
+        assert_eq!(round(), []);
+        let found: Vec<String> = partitions(&mut client, table).into_iter().map(|p| p.0).collect();
+        let days = ["p20261128", "p20261129"].map(|day| format!("{table}_{day}"));
+        assert_eq!(found, days);
+        assert_eq!(value::<i64>(&mut client, &format!("SELECT count(*) FROM {table}_new")), 1);
+    }
+    assert!(holds(
+        &mut client,
+        "SELECT to_regclass('a_old') IS NULL AND (SELECT count(*) = 24 FROM litellm_spend_archive.b_old)
+                AND (SELECT array_agg(rows ORDER BY table_name) = '{24,24}' FROM litellm_spend.expired_partition)
+                AND NOT EXISTS (SELECT FROM pg_inherits WHERE inhdetachpending)"
+    ));
+}
+
+#[test]
+fn a_detach_that_waits_for_an_old_snapshot_is_reported_and_in_nobodys_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            "{WITHOUT_DEFAULT} CREATE TABLE later PARTITION OF events FOR VALUES FROM ('2027-10-01') TO ('2027-10-02');
+             CREATE TABLE old PARTITION OF events FOR VALUES FROM ('2026-10-01') TO ('2026-10-02');
+             SELECT spend_partition_set('events', precreate => 1, retention => '20 days')"
+        ))
+        .unwrap();
+    interrupt_detach(&db, "events", "later");
+    let mut dump = db.connect();
+    dump.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT txid_current()").unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-11-28");
+    let did =
+        |action: &str| actions.iter().filter(|a| a.0 == action).map(|a| a.1.as_str()).collect::<Vec<_>>();
+    assert_eq!(did("dropped"), ["old"], "{actions:?}");
+    assert_eq!(did("created"), ["events_p20261128", "events_p20261129"], "{actions:?}");
+    assert_eq!(did("skipped"), ["later"], "{actions:?}");
+    dump.batch_execute("COMMIT").unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-11-28");
+    assert!(actions.iter().any(|a| a.0 == "detached" && a.1 == "later"), "{actions:?}");
+}
+
+#[test]
+fn partitions_ahead_are_periods_that_are_ready_without_a_gap() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE parted (id int, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE TABLE plain (id int, at timestamp NOT NULL); CREATE INDEX ON plain (at);
+             DO $$ DECLARE today date := (now() AT TIME ZONE 'UTC')::date; BEGIN
+                 EXECUTE format('CREATE TABLE wide PARTITION OF parted FOR VALUES FROM (MINVALUE) TO (%L)', today + 4);
+                 EXECUTE format('CREATE TABLE later PARTITION OF parted FOR VALUES FROM (%L) TO (MAXVALUE)', today + 100);
+             END $$;
+             SELECT spend_partition_set('parted'), spend_partition_set('plain', time_column => 'at')",
+        )
+        .unwrap();
+    let ahead = "SELECT min(partitions_ahead) FROM spend_partition_status WHERE \"table\" =";
+    let mut ahead = |table: &str| value::<Option<i64>>(&mut client, &format!("{ahead} '{table}'::regclass"));
+    assert_eq!(ahead("parted"), Some(3));
+    assert_eq!(ahead("plain"), None);
+    client
+        .batch_execute(
+            "DO $$ DECLARE today date := (now() AT TIME ZONE 'UTC')::date; BEGIN
+                 EXECUTE format('CREATE TABLE gap PARTITION OF parted FOR VALUES FROM (%L) TO (%L)', today + 4, today + 100);
+             END $$",
+        )
+        .unwrap();
+    let ahead =
+        "SELECT min(partitions_ahead) FROM spend_partition_status WHERE \"table\" = 'parted'::regclass";
+    assert_eq!(value::<i64>(&mut client, ahead), 366);
+    client.batch_execute("SELECT spend_partition_set('parted', 'month')").unwrap();
+    assert_eq!(value::<i64>(&mut client, ahead), 366);
+}
+
+/// Go's zero time, written from west of Greenwich, is one of them.
+#[test]
+fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            "{EVENTS} CREATE TABLE far PARTITION OF events FOR VALUES FROM ('9999-12-31') TO ('10000-01-01');
+             CREATE TABLE farthest PARTITION OF events FOR VALUES FROM ('294276-01-01') TO ('294276-12-31 23:59:59');
+             CREATE TABLE first PARTITION OF events FOR VALUES FROM ('4713-01-01 BC') TO ('4712-01-01 BC');
+             INSERT INTO events (at) VALUES ('0001-12-31 16:07:02 BC'), ('0044-03-15 BC'), ('0001-01-01'), ('2026-11-26'),
+                 ('2026-11-27 10:00'), ('20000-01-01'), ('262142-12-31 12:00'), ('294275-12-31'), ('infinity'), ('-infinity');
+             SELECT spend_partition_set('events', precreate => 1)"
+        ))
+        .unwrap();
+    for _ in 0..2 {
+        let actions = maintain_at(&mut client, "events", "2026-11-28");
+        assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+    }
+    let left = "SELECT array_agg(at::text ORDER BY at) FROM events_pdefault";
+    assert_eq!(
+        value::<Vec<String>>(&mut client, left),
+        ["-infinity", "20000-01-01 00:00:00", "262142-12-31 12:00:00", "294275-12-31 00:00:00", "infinity"]
+    );
+    // They all expire, by rows or as a whole, but for those to come.
+    client
+        .batch_execute("SELECT spend_partition_set('events', precreate => 1, retention => '20 days')")
+        .unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-11-28");
+    assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+    let rows = "SELECT count(*) FROM events WHERE at < '2026-01-01' AND isfinite(at)";
+    assert_eq!(value::<i64>(&mut client, rows), 0);
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
+}
+
 #[test]
 fn what_is_not_rolled_up_stays() {
     let db = cluster().database();
