@@ -354,7 +354,10 @@ fn spend_rollup_create(
         require_changeable()?;
         session::require_utf8()?;
         let texts = |list: Option<Vec<Option<String>>>, what| {
-            let list = list.filter(|list| !list.is_empty()).ok_or(Error::Null(what))?;
+            let list = list.ok_or(Error::Null(what))?;
+            if list.is_empty() {
+                return Err(Error::Empty(what));
+            }
             list.into_iter().map(|text| text.ok_or(Error::Null(what))).collect::<error::Result<Vec<_>>>()
         };
         declare::create(&Declaration {

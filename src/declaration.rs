@@ -39,7 +39,13 @@ pub struct Defined {
 }
 
 /// Called as ourselves: what is read of the user's is read as the table's owner.
+/// As many columns as an index may have: together the dimensions are the key of the rollup's table.
+const MOST_DIMENSIONS: usize = pg_sys::INDEX_MAX_KEYS as usize;
+
 pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -> Result<Defined> {
+    if declaration.dimensions.len() > MOST_DIMENSIONS {
+        return Err(Error::TooManyDimensions { given: declaration.dimensions.len(), most: MOST_DIMENSIONS });
+    }
     let path = declaration.search_path.clone();
     let scope = Scope { relation: table.oid, owner: Owner::of(table.oid)?, path };
     let mut definition = Definition {

@@ -40,6 +40,10 @@ pub enum Error {
     Policy(String),
     #[error("{0} must not be NULL")]
     Null(&'static str),
+    #[error("{0} must not be empty")]
+    Empty(&'static str),
+    #[error("a rollup cannot have {given} dimensions")]
+    TooManyDimensions { given: usize, most: usize },
     #[error("rollup \"{0}\" does not exist")]
     NoRollup(String),
     #[error("there are no rollups")]
@@ -202,6 +206,8 @@ impl Error {
             | Error::NotNumbered { .. }
             | Error::NumberedElsewhere { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::Null(_) => ERRCODE_NULL_VALUE_NOT_ALLOWED,
+            Error::Empty(_) => ERRCODE_INVALID_PARAMETER_VALUE,
+            Error::TooManyDimensions { .. } => ERRCODE_TOO_MANY_COLUMNS,
             Error::RollupBusy(_)
             | Error::AttachmentBusy
             | Error::LogNotMerged { .. }
@@ -268,6 +274,10 @@ impl Error {
                 format!("They come into the source too, but their \"{column}\" is {found} there.")
             }
             Error::Null(_) => "NULL names nothing.".into(),
+            Error::Empty(_) => "A rollup groups by one dimension at least, and computes one measure at least.".into(),
+            Error::TooManyDimensions { most, .. } => {
+                format!("They are the key of its table, and an index has at most {most} columns.")
+            }
             Error::RollupBusy(_) => "A merge or a rebuild holds it; one at a time works on a rollup.".into(),
             Error::Restoring => "State that another installation wrote is here, and not what a restore of it makes last.".into(),
             Error::LogNotMerged { .. } => {
@@ -359,6 +369,8 @@ impl Error {
             Error::NotAttached(_) => "Call spend_attach() first.".into(),
             Error::Policy(_) => "Leave it out for keep.".into(),
             Error::Null(what) => format!("Pass a {what}."),
+            Error::Empty(what) => format!("Pass a {what} such as ARRAY['…']."),
+            Error::TooManyDimensions { .. } => "Leave some out, or make one of several, as in \"ROW(a, b)::text AS ab\".".into(),
             Error::NoRollup(_) => "SELECT rollup FROM spend_rollup_status lists them.".into(),
             Error::NoRollups => "Call one of them first.".into(),
             Error::NotRollupOwner(_) => "Call it as that role, as a member of it, or as a superuser.".into(),

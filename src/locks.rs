@@ -306,10 +306,11 @@ fn try_lock(relation: pg_sys::Oid, mode: Mode) -> bool {
 /// The relations, which we have locked, are what their names mean.
 fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
     let strangers = query(
-        "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text)
+        "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text, 'none')
          FROM unnest($1::oid[]) AS o(oid)
          LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-         WHERE pg_catalog.to_regclass(quote_ident(nspname) || '.' || quote_ident(relname))::oid IS DISTINCT FROM o.oid LIMIT 1",
+         WHERE o.oid IS NULL
+            OR pg_catalog.to_regclass(quote_ident(nspname) || '.' || quote_ident(relname))::oid IS DISTINCT FROM o.oid LIMIT 1",
         &[relations.to_vec().into()],
         |r| value::<String>(r, 1),
     )?;

@@ -30,11 +30,9 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     let name = qualified(&source.schema, view.name);
     let action = |text: &str| Ok((format!("view {name}"), text.to_string()));
     let found = Table::named(&name)?;
-    let ours = match &found {
-        Some(found) => is_ours(view, found)?,
-        None => false,
-    };
-    if let Some((installed, found)) = installed(view)?.zip(found.as_ref()).filter(|_| ours) {
+    if let Some((installed, found)) = installed(view)?.zip(found.as_ref())
+        && is_ours(view, found)?
+    {
         // Its owner may have changed.
         if let Some(reason) = unusable(view, found, source)? {
             let_go(view, found)?;
@@ -242,14 +240,11 @@ pub fn empty(schema: &str) -> Result<Vec<Action>> {
 /// The view reads our rollup, or, as another version of it may, the rollup's live view.
 fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
     let rollup = rollup(view.rollup)?;
-    let mut ours = vec![];
-    for name in [rollup.table(), rollup.live_view()] {
-        ours.extend(catalog::find_relation(&name)?);
-    }
     let reads = catalog::query(
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
-                        WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.ev_class = $1 AND d.refobjid = ANY ($2))",
-        &[found.oid.into(), ours.into()],
+                        WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.ev_class = $1
+                          AND d.refobjid IN (pg_catalog.to_regclass($2), pg_catalog.to_regclass($3)))",
+        &[found.oid.into(), rollup.table().into(), rollup.live_view().into()],
         |r| catalog::value::<bool>(r, 1),
     )?;
     Ok(reads == [true])

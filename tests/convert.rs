@@ -919,12 +919,13 @@ fn what_changes_during_a_reversion_is_noted_by_the_statement_and_not_by_the_row(
         value(&mut client, sql)
     };
     assert_eq!(next(), "indexes");
-    // A transaction ID for the statement, and one for each trigger: capture's and ours; none for each row.
+    // A transaction ID for the statement, and one for each trigger: capture's and ours; none for each row. Autovacuum takes some, too.
     let mut other = db.connect();
     let xid = "SELECT pg_current_xact_id()::text::bigint";
     let before: i64 = value(&mut other, xid);
     other.batch_execute(&insert_rows("noted", 100, 40)).unwrap();
-    assert_eq!(value::<i64>(&mut other, xid) - before, 4);
+    let taken = value::<i64>(&mut other, xid) - before;
+    assert!(taken < 20, "{taken}");
     // Through the table, straight into a partition, with a row that moves, by every kind of statement.
     let new = |table: &str, id: &str, day: &str| {
         format!(
