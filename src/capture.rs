@@ -4,7 +4,6 @@
 //! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE on the table and each partition (writers wait, readers
 //!   do not), from the creation of the triggers to the end of the transaction: about a millisecond for each partition (400 of them:
 //!   writers waited 0.5 s, two busy cores, debug build, PostgreSQL 15, 2026-11). Everything else is done before.
-//!   The trigger of moves is cloned to partitions.
 //! - the watch, when a foreign table became a partition: the same, for making the triggers harmless.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
 //!   got before we noticed.
@@ -311,21 +310,13 @@ fn revoke(role: Owner, of_rollups: &str) -> Result<()> {
 pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
     let mut tables: Vec<pg_sys::Oid> = missing.iter().map(|(relation, _)| *relation).collect();
-    if missing.iter().any(|(_, operation)| operation == "move") {
-        // It is cloned to every partition.
-        tables = catalog::relation_tree(state.relation)?;
-    }
     tables.dedup();
     locks::lock_against_writers(&tables)?;
     require_no_foreign_partition(state.relation)?;
     let names = catalog::relation_names(&tables)?;
     for (relation, operation) in &missing {
         let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
-        let sql = match operation.as_str() {
-            "move" => Capture::move_trigger(name, &catalog::partition_keys(state.relation)?),
-            _ => Capture::trigger(operation, name),
-        };
-        catalog::execute(&sql, &[])?;
+        catalog::execute(&Capture::trigger(operation, name), &[])?;
     }
     Ok(missing.len())
 }
@@ -403,24 +394,18 @@ pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
 /// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
-    let tree = catalog::relation_tree(relation)?;
     catalog::query(
         &format!(
             "SELECT r.oid, o.operation
              FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n), unnest($2::text[]) AS o(operation)
-             WHERE (o.operation <> 'move' OR r.n = 1 AND (SELECT relkind = 'p' FROM pg_catalog.pg_class c WHERE c.oid = r.oid))
-               AND NOT EXISTS (
+             WHERE NOT EXISTS (
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
-                   AND t.tgenabled IN ('O', 'A')
-                   AND CASE o.operation
-                       WHEN 'move' THEN $3 = ARRAY(SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a
-                                                   WHERE a.attrelid = r.oid AND a.attnum = ANY (t.tgattr) ORDER BY 1)
-                       ELSE t.tgqual IS NULL END
+                   AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
                    AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation))
              ORDER BY r.n"
         ),
-        &[tree.into(), operations.into(), catalog::partition_keys(relation)?.into()],
+        &[catalog::relation_tree(relation)?.into(), operations.into()],
         |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
     )
 }

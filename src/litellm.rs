@@ -168,39 +168,18 @@ impl Capture<'_> {
         let (delete, delete_repair) = if subtract_deleted {
             let subtract = write_rows("change_log", &self.rows("old_rows", -1, ""));
             (
-                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF;", self.retire("old_rows")),
+                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF", self.retire("old_rows")),
                 format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"),
             )
         } else {
-            (self.retire_deleted(), "'keep'".into())
+            (self.retire("old_rows"), "'keep'".into())
         };
         vec![
             self.function("insert", &insert, "new_rows", "'rebuild'"),
-            self.function(
-                "update",
-                &format!("{}\n    {};", note_moves(), write_sums("change_log", &updated)),
-                "both",
-                "'rebuild'",
-            ),
-            self.function("delete", &delete, "old_rows", &delete_repair),
-            (function_name("move"), move_function()),
+            self.function("update", &format!("{};", write_sums("change_log", &updated)), "both", "'rebuild'"),
+            self.function("delete", &format!("{delete};"), "old_rows", &delete_repair),
             (function_name("truncate"), truncate_function()),
         ]
-    }
-
-    /// A row that a MERGE has moved to another partition is among those that a DELETE takes, but it is still there.
-    fn retire_deleted(&self) -> String {
-        let all = self.retire("old_rows");
-        let condition = format!("WHERE {}", not_in("litellm_spend_table"));
-        let gone = write_sums("retired", &self.rows("old_rows", 1, &condition)).replace('%', "%%");
-        format!(
-            "IF coalesce(current_setting('{MOVED}', true), '') = '' THEN
-        {all};
-    ELSE
-        EXECUTE format({}, TG_RELID::regclass);
-    END IF;",
-            literal(&gone.replace("litellm_spend_table", "%s"))
-        )
     }
 
     fn function(&self, operation: &str, body: &str, rows: &str, repair: &str) -> (String, String) {
@@ -235,18 +214,6 @@ END
         (name, text)
     }
 
-    /// The trigger that notes rows which may move: on the columns by which a table is partitioned, or on all of them if none is
-    /// named.
-    pub fn move_trigger(relation: &str, keys: &[String]) -> String {
-        let of: Vec<String> = keys.iter().map(|key| quoted(key)).collect();
-        let of = if of.is_empty() { String::new() } else { format!("OF {}", of.join(", ")) };
-        format!(
-            "CREATE OR REPLACE TRIGGER {} BEFORE UPDATE {of} ON {relation} FOR EACH ROW EXECUTE FUNCTION {}()",
-            trigger_name("move"),
-            function_name("move")
-        )
-    }
-
     /// As [`Capture::trigger`], but the trigger collects no rows and never fires.
     pub fn silent_trigger(operation: &str, relation: &str) -> String {
         format!(
@@ -279,11 +246,7 @@ pub const EXPIRING: &str = "litellm_spend_internal.expiring";
 /// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
 const LOCK_TIMEOUT: &str = "1s";
 
-/// What triggers capture. `move` comes with partitioned tables only, where its trigger has a clone on each partition.
-pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", "move"];
-
-/// The setting in which a statement remembers a row that moves to another partition, and days that such rows leave and come to.
-const MOVED: &str = "litellm_spend_capture.moved";
+pub const OPERATIONS: [&str; 4] = ["insert", "update", "delete", "truncate"];
 
 pub fn trigger_name(operation: &str) -> String {
     format!("litellm_spend_capture_{operation}")
@@ -328,60 +291,6 @@ EXCEPTION WHEN OTHERS THEN
 END
 ",
         time = literal(TIME)
-    )
-}
-
-/// A MERGE that moves a row to another partition passes it to the triggers of DELETE and INSERT, not to those of UPDATE, and
-/// fires them only if it has such actions itself; that of UPDATE it fires (PostgreSQL 15 to 18). So before a row is updated, it is
-/// remembered if it is to move, and with it the days that rows leave and come to. When the statement ends, the trigger of UPDATE
-/// knows which it was: of an UPDATE the row is among those that it was given.
-fn move_function() -> String {
-    let time = quoted(TIME);
-    format!(
-        "
-DECLARE
-    noted jsonb := nullif(current_setting('{MOVED}', true), '')::jsonb;
-    stays boolean;
-BEGIN
-    IF noted IS NULL THEN
-        EXECUTE format('SELECT %s FROM (SELECT ($1).*) AS r', coalesce(pg_get_partition_constraintdef(TG_RELID), 'true'))
-            INTO stays USING NEW;
-        IF stays THEN
-            RETURN NEW;
-        END IF;
-        noted := jsonb_build_object('id', OLD.request_id, 'time', OLD.{time}, 'days', '{{}}'::jsonb);
-    END IF;
-    noted := jsonb_set(noted, '{{days}}', jsonb_build_object(
-        date_trunc('day', NEW.{time}), 'UPDATE') || (noted -> 'days') || jsonb_build_object(date_trunc('day', OLD.{time}), 'MOVE'));
-    PERFORM set_config('{MOVED}', noted::text, true);
-    RETURN NEW;
-EXCEPTION WHEN OTHERS THEN
-    BEGIN
-        PERFORM nextval('{SCHEMA}.capture_failures');
-    EXCEPTION WHEN OTHERS THEN
-        NULL;
-    END;
-    RAISE WARNING 'litellm_spend could not note a row that moves in %: %', TG_TABLE_NAME, SQLERRM
-        USING HINT = 'The statement itself is not affected; the totals are computed again.';
-    RETURN NEW;
-END
-"
-    )
-}
-
-/// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment ago: it may become less than
-/// the rollups say, also if none are left (`MOVE`).
-fn note_moves() -> String {
-    let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
-    let noted = format!("current_setting('{MOVED}')::jsonb");
-    format!(
-        "IF coalesce(current_setting('{MOVED}', true), '') <> '' THEN
-        INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-        SELECT day::timestamp, {end}, 'rebuild', operation FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
-        WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'
-                          AND r.{time} = ({noted} ->> 'time')::timestamp);
-        PERFORM set_config('{MOVED}', '', true);
-    END IF;"
     )
 }
 
