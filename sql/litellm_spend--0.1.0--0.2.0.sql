@@ -419,7 +419,7 @@ END
 $monthly$;
 
 CREATE FUNCTION @extschema@.spend_restored() RETURNS bool
-VOLATILE PARALLEL UNSAFE
+STRICT VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_restored_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';

@@ -29,7 +29,7 @@ use crate::session::Owner;
 use crate::views::Action;
 use crate::{backfill, guc, rollup, source, views};
 use pgrx::prelude::*;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The table that a NULL source means, on the caller's search_path.
 pub fn default_source() -> Result<pg_sys::Oid> {
@@ -603,10 +603,10 @@ fn merge_most() -> Result<()> {
     }
 }
 
-/// Merges what came since, whose writers are locked out.
+/// Merges what came since, whose writers are locked out. One that has just committed may not have given back all its locks yet.
 fn merge_rest() -> Result<()> {
     if unmerged()? <= MOST {
-        merge_log(Patience::None)?;
+        merge_log(Patience::Until(Instant::now() + guc::lock_timeout()))?;
     }
     match unmerged()? {
         0 => Ok(()),
