@@ -369,6 +369,14 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
 /// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its text is read again, as
 /// the view's owner, which would call that.
 fn uses_anothers_code(found: &Table) -> Result<bool> {
+    // As a rule it uses the server's only, on which nothing is noted to depend.
+    let any = "SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d
+                   ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = w.oid
+               WHERE w.ev_class = $1 AND d.refclassid IN ('pg_catalog.pg_type'::regclass, 'pg_catalog.pg_proc'::regclass,
+                                                          'pg_catalog.pg_operator'::regclass) LIMIT 1";
+    if catalog::query(any, &[found.oid.into()], |_| Ok(()))?.is_empty() {
+        return Ok(false);
+    }
     let rules = "SELECT 'pg_catalog.pg_rewrite'::regclass::oid AS classid, oid AS objid, $2::oid AS owner
                  FROM pg_catalog.pg_rewrite WHERE ev_class = $1";
     let others = catalog::code_of_third_roles(rules, &[found.oid.into(), found.owner_oid.into()])?;
