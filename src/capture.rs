@@ -309,16 +309,28 @@ fn revoke(role: Owner, of_rollups: &str) -> Result<()> {
 /// Creates the triggers that are missing on the table and its partitions. Returns how many.
 pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
-    let mut tables: Vec<pg_sys::Oid> = missing.iter().map(|(relation, _)| *relation).collect();
-    tables.dedup();
-    locks::lock_against_writers(&tables)?;
+    lock_for_triggers(&missing)?;
     require_no_foreign_partition(state.relation)?;
-    let names = catalog::relation_names(&tables)?;
-    for (relation, operation) in &missing {
-        let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
-        catalog::execute(&Capture::trigger(operation, name), &[])?;
-    }
+    put_triggers(&missing, Capture::trigger)?;
     Ok(missing.len())
+}
+
+/// Keeps the writers out of the tables of triggers, which are in a row for each table.
+fn lock_for_triggers(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
+    let mut tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
+    tables.dedup();
+    locks::lock_against_writers(&tables)
+}
+
+/// Makes triggers of operations anew, on tables that are locked.
+fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: fn(&str, &str) -> String) -> Result<()> {
+    let tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
+    let names = catalog::relation_names(&tables)?;
+    for (relation, operation) in triggers {
+        let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
+        catalog::execute(&make(operation, name), &[])?;
+    }
+    Ok(())
 }
 
 /// A transition table takes no rows from a foreign partition: the statement that changes one fails.
@@ -353,13 +365,8 @@ pub fn failing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, Strin
 
 /// Makes such triggers harmless.
 pub fn silence(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
-    let mut tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
-    tables.dedup();
-    locks::lock_against_writers(&tables)?;
-    for (relation, operation) in triggers {
-        catalog::execute(&Capture::silent_trigger(operation, &catalog::relation_name(*relation)?), &[])?;
-    }
-    Ok(())
+    lock_for_triggers(triggers)?;
+    put_triggers(triggers, Capture::silent_trigger)
 }
 
 /// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked: whoever has them must

@@ -419,22 +419,18 @@ fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
 
 /// Takes ACCESS EXCLUSIVE on the table and its partitions.
 pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
+    let mut tables = catalog::relation_tree(reversion.relation)?;
     // Also those of a partition that was detached meanwhile: the function goes, too.
     let triggers = catalog::query(
         "SELECT t.tgrelid, t.tgname::text FROM pg_catalog.pg_trigger t
          WHERE t.tgparentid = 0 AND t.tgname LIKE $1 || '%'
            AND (t.tgrelid = ANY ($2) OR t.tgfoid = pg_catalog.to_regproc($3))",
-        &[
-            TRIGGER.into(),
-            catalog::relation_tree(reversion.relation)?.into(),
-            beside(reversion, FUNCTION).into(),
-        ],
+        &[TRIGGER.into(), tables.clone().into(), beside(reversion, FUNCTION).into()],
         |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?)),
     )?;
     if triggers.is_empty() {
         return Ok(());
     }
-    let mut tables = catalog::relation_tree(reversion.relation)?;
     for (table, _) in &triggers {
         if !tables.contains(table) {
             tables.push(*table);

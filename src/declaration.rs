@@ -38,10 +38,10 @@ pub struct Defined {
     pub notices: Vec<Notice>,
 }
 
-/// Called as ourselves: what is read of the user's is read as the table's owner.
 /// As many columns as an index may have: together the dimensions are the key of the rollup's table.
 const MOST_DIMENSIONS: usize = pg_sys::INDEX_MAX_KEYS as usize;
 
+/// Called as ourselves: what is read of the user's is read as the table's owner.
 pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -> Result<Defined> {
     if declaration.dimensions.len() > MOST_DIMENSIONS {
         return Err(Error::TooManyDimensions { given: declaration.dimensions.len(), most: MOST_DIMENSIONS });

@@ -37,13 +37,14 @@ const MARKER: &str = "litellm_spend_restored";
 const COMMENT: &str =
     "litellm_spend: never fires. A restore makes it last, and is over when it is there. Installation ";
 
-/// What of the state another installation wrote.
-struct Restored {
-    /// The end of each restore was seen.
-    over: bool,
+/// How it stands with state that another installation wrote. `None`: there is none.
+enum Restore {
+    /// The end of each was seen.
+    Over,
+    UnderWay,
 }
 
-fn restored() -> Result<Option<Restored>> {
+fn restored() -> Result<Option<Restore>> {
     let rows = WRITTEN.map(|(table, _)| format!("SELECT origin FROM {SCHEMA}.{table}")).join(" UNION ");
     let sql = format!(
         "SELECT count(*) > 0, coalesce(bool_and(EXISTS (
@@ -52,7 +53,8 @@ fn restored() -> Result<Option<Restored>> {
          FROM ({rows}) AS written WHERE origin IS DISTINCT FROM {HERE}"
     );
     let found = query(&sql, &[], |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)))?;
-    Ok(found.into_iter().find(|(any, _)| *any).map(|(_, over)| Restored { over }))
+    let any = found.into_iter().find(|(any, _)| *any);
+    Ok(any.map(|(_, over)| if over { Restore::Over } else { Restore::UnderWay }))
 }
 
 /// Goes on with what a dump brought, if its restore is over. Says whether what is missing may be made again: not while
@@ -60,8 +62,8 @@ fn restored() -> Result<Option<Restored>> {
 pub fn look() -> Result<bool> {
     match restored()? {
         None => is_whole(),
-        Some(Restored { over: true }) => adopt(),
-        Some(Restored { over: false }) => Ok(false),
+        Some(Restore::Over) => adopt(),
+        Some(Restore::UnderWay) => Ok(false),
     }
 }
 
@@ -81,8 +83,8 @@ fn is_whole() -> Result<bool> {
 pub fn require_over() -> Result<()> {
     match restored()? {
         None => Ok(()),
-        Some(Restored { over: true }) => adopt().map(drop),
-        Some(Restored { over: false }) => Err(Error::Restoring),
+        Some(Restore::Over) => adopt().map(drop),
+        Some(Restore::UnderWay) => Err(Error::Restoring),
     }
 }
 
