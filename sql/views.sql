@@ -18,6 +18,9 @@ SELECT r.name, r.covered_from,
        END AS covered
 FROM litellm_spend.rollup r;
 
+-- Not a thousand rows for each rollup: a plan that looks expensive is compiled, which takes seconds.
+ALTER FUNCTION litellm_spend.tail(text) ROWS 1;
+
 CREATE VIEW @extschema@.spend_rollup_status AS
 SELECT r.name AS rollup,
        CASE WHEN r.definition IS NULL THEN 'by hand' WHEN s.name = 'change_log' THEN 'built-in' ELSE 'declared' END
@@ -73,29 +76,38 @@ CROSS JOIN LATERAL (
 -- State that is not whole: a restore is not over, or has lost some.
 CROSS JOIN LATERAL (
     SELECT CASE
+        WHEN s.name = 'change_log' AND c.source IS NULL AND NOT EXISTS (
+                SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+                WHERE p.proname = 'capture_insert' AND p.pronamespace = 'litellm_spend'::regnamespace)
+            THEN E'nothing is captured: the rollup and its reports stand still\nHINT:  SELECT * FROM spend_attach();'
+                 '  -- or drop them: SELECT * FROM spend_detach(drop_history => true);'
         WHEN s.origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation) AND s.name IS NOT NULL
-            THEN 'it came out of a dump, and the end of its restore was not seen: when all is there, call spend_restored()'
+            THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
         WHEN r.definition IS NOT NULL AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
-            THEN 'the event trigger litellm_spend_restored was dropped, and nothing is mended: spend_restored() makes it again'
-        WHEN s.name IS NULL AND r.source = 'change_log' THEN 'its source is not known any more: spend_attach() puts that right'
+            THEN E'the event trigger litellm_spend_restored was dropped, and nothing is mended\nHINT:  SELECT spend_restored();'
+        WHEN s.name IS NULL AND r.source = 'change_log'
+            THEN E'its source is not known any more\nHINT:  SELECT * FROM spend_attach();'
         WHEN s.name IS NULL AND r.source IS NOT NULL
-            THEN 'its source is not known any more: drop it by spend_rollup_drop() and create it again'
+            THEN format(E'its source is not known any more\nHINT:  SELECT spend_rollup_drop(%L);  -- and create it again',
+                        r.name COLLATE "default")
         WHEN s.name = 'change_log' AND c.source IS NULL AND EXISTS (
                 SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
                 WHERE p.proname = 'capture_insert' AND p.pronamespace = 'litellm_spend'::regnamespace)
-            THEN 'triggers capture a table that is not known as attached any more: spend_attach() puts that right'
+            THEN E'triggers capture a table that is not known as attached any more\nHINT:  SELECT * FROM spend_attach();'
         END AS message
 ) AS lost
 UNION ALL
 SELECT left(t.relname::text COLLATE "default", -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
        NULL, NULL, NULL,
-       'its state is lost: spend_attach() makes that of a built-in rollup again; any other is dropped by spend_rollup_drop()', NULL
+       format(E'its state is lost\nHINT:  SELECT * FROM spend_attach();  -- if it is built in; else: SELECT spend_rollup_drop(%L);',
+              left(t.relname::text COLLATE "default", -length('_rollup'))), NULL
 FROM pg_class t
 WHERE t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
   AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
 
 CREATE VIEW @extschema@.spend_worker_status AS
-SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start
+SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start,
+       CASE WHEN state = 'active' THEN regexp_replace(query, '^litellm_spend: ', '') END AS activity
 FROM pg_stat_activity
 WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker', 'litellm_spend builder');
 
@@ -159,7 +171,7 @@ SELECT table_oid::regclass AS "table",
        on_expire,
        maintained_at AS last_maintained_at,
        CASE WHEN origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
-           THEN 'it came out of a dump, and the end of its restore was not seen: when all is there, call spend_restored()'
+           THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
            ELSE last_error END AS last_error,
        last_error_at
 FROM ranges
@@ -179,7 +191,7 @@ WITH status AS (
            EXISTS (SELECT origin FROM litellm_spend.source WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.policy WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id) AS restored
-    FROM litellm_spend.installation i
+    FROM (SELECT id FROM litellm_spend.installation LIMIT 1) AS i
 ), process AS (
     SELECT pid, format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
                        to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who
@@ -201,6 +213,12 @@ WITH status AS (
     FROM status s
     WHERE kind = 'built-in' AND lag_seconds > 60 OR kind = 'declared' AND tail_rows > 100000
     GROUP BY source
+), at_work AS (
+    -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges it meanwhile.
+    SELECT array_agg(l.pid) AS at_work FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+    WHERE l.locktype = 'relation' AND l.relation = 'litellm_spend.rollup'::regclass AND l.mode = 'RowShareLock' AND l.granted
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - interval '30 seconds'
 ), expired AS (
     SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations
     FROM @extschema@.spend_partition_status
@@ -221,21 +239,21 @@ SELECT 'warning', 'the worker is at one thing for long: ' || worker.query, xact_
        format('SELECT pg_cancel_backend(%s);', pid)
 FROM worker WHERE xact_start < clock_timestamp() - interval '5 minutes'
 UNION ALL
-SELECT 'error', format('%s: %s', subject, message), errors.since, NULL,
-       CASE WHEN message LIKE '%spend\_restored()%' THEN 'SELECT spend_restored();'
-            WHEN message LIKE '%spend\_attach()%' THEN 'SELECT * FROM spend_attach();'
-            WHEN subject LIKE 'conversion%(stopped)' THEN 'SELECT * FROM spend_partition_convert();'
-            ELSE 'it is tried again; the server''s log has the HINT' END
+-- A message of ours has its DETAIL and its HINT in lines of their own.
+SELECT 'error', format('%s: %s', subject, split_part(message, E'\n', 1)), errors.since,
+       substring(message FROM E'\nDETAIL:  ([^\n]*)'),
+       coalesce(substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again; the server''s log has more')
 FROM errors, served WHERE NOT (restored AND message LIKE 'it came out of a dump%')
 UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),
        clock_timestamp() - make_interval(secs => lag_seconds::float8),
-       coalesce((SELECT string_agg(who, '; ') FROM process WHERE pid = ANY (pids)), 'prepared transaction ' || prepared[1]),
-       CASE WHEN pids IS NOT NULL THEN format('SELECT pg_terminate_backend(%s);', pids[1])
+       coalesce((SELECT string_agg(who, '; ') FROM process WHERE pid = ANY (pids)), 'prepared transaction ' || prepared[1],
+                (SELECT string_agg(who, '; ') FROM process WHERE pid = ANY (at_work))),
+       CASE WHEN coalesce(pids, at_work) IS NOT NULL THEN format('SELECT pg_terminate_backend(%s);', (coalesce(pids, at_work))[1])
             WHEN prepared IS NOT NULL THEN format('ROLLBACK PREPARED %L;', prepared[1])
             ELSE 'SELECT * FROM spend_rollup_run();' END
-FROM tails, served WHERE (has_worker OR NOT preloaded) AND NOT restored
+FROM tails, at_work, served WHERE (has_worker OR NOT preloaded) AND NOT restored
 UNION ALL
 SELECT 'warning', 'days whose capture failed are not recomputed yet', min(noticed_at), NULL, 'SELECT * FROM spend_rollup_run();'
 FROM litellm_spend.dirty_range, served
@@ -261,18 +279,14 @@ SELECT 'error', format('%s expired partitions of %s are still there', partitions
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM expired
 UNION ALL
-SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at), NULL,
+SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at),
+       CASE WHEN current_setting('litellm_spend.maintain_interval', true) IN ('0', '0s') THEN 'litellm_spend.maintain_interval is 0' END,
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM @extschema@.spend_partition_status, served
 WHERE partitions_ahead < precreate AND last_error IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
   AND coalesce(last_maintained_at, '-infinity') < clock_timestamp() - interval '1 hour'
   AND NOT EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = "table")
 GROUP BY "table", partitions_ahead, precreate
-UNION ALL
-SELECT 'warning', 'nothing is captured: the built-in rollups and report views stand still', max(last_merge_at), NULL,
-       'SELECT * FROM spend_attach();  -- or drop them: SELECT * FROM spend_detach(drop_history => true);'
-FROM status WHERE kind = 'built-in' AND NOT EXISTS (SELECT FROM litellm_spend.capture)
-HAVING count(*) > 0
 UNION ALL
 SELECT 'warning', format('rollup %s is filled by hand, and nobody has for an hour: %s numbers are waiting', rollup, tail_rows), last_merge_at, NULL,
        format('run the SQL that calls spend_rollup_window(%L)', rollup)

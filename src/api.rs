@@ -84,13 +84,23 @@ fn spend_attach(
             Some(other) => return Err(Error::Policy(other.into())),
         };
         let source = source_or_default(source)?;
-        let elevated = Elevated::enter()?.impatient(guc::lock_timeout());
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_owner(elevated.caller(), source)?;
         // Who attaches says that whatever was restored is all there.
         restore::adopt()?;
-        capture::attach(source, subtract)
+        Ok((capture::attach(source, subtract)?, catalog::relation_name(source)?))
     })
-    .map(TableIterator::new)
+    .map(|(actions, table)| {
+        let locked = actions.iter().any(|(_, action)| action == capture::CAPTURING);
+        // SAFETY: reads state of the transaction.
+        if locked && unsafe { pg_sys::IsTransactionBlock() } {
+            tell(vec![Notice {
+                message: format!("who writes to {table} waits until this transaction ends"),
+                hint: "COMMIT;".into(),
+            }]);
+        }
+        TableIterator::new(actions)
+    })
 }
 
 /// Gives LiteLLM's own views back and removes the triggers.
@@ -102,7 +112,7 @@ fn spend_detach(
     report(|| {
         require_changeable()?;
         let drop_history = drop_history.unwrap_or(false);
-        let elevated = Elevated::enter()?.impatient(guc::lock_timeout());
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         restore::require_over()?;
         if drop_history && source.is_none() && catalog::capture()?.is_none() {
             // Detached before: only the history is left.
@@ -148,7 +158,7 @@ impl Runner for Subtransactions {
             return None;
         }
         let outcome = attempt(|| {
-            let _ourselves = Elevated::enter()?.impatient(guc::lock_timeout());
+            let _ourselves = Elevated::enter()?.impatient(guc::lock_timeout().time);
             let _limit = Limit::begin(STEP_OF_CALL, false);
             work()
         });
@@ -159,7 +169,8 @@ impl Runner for Subtransactions {
                 None
             }
             Err(failure) => {
-                warning!("litellm_spend: {}", failure.message);
+                let message = format!("litellm_spend: {subject} failed: {}", failure.message);
+                failure.explain(message).report(PgLogLevel::WARNING);
                 drop(attempt(|| tick::record(&subject, Some(&failure))));
                 None
             }

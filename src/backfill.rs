@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::frozen::{self, Range};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{Fence, Patience};
+use crate::log;
 use crate::rebuild::{Shrink, attached, rebuild};
 use crate::repair;
 use pgrx::datum::Timestamp;
@@ -57,6 +58,9 @@ pub fn step(patience: Patience) -> Result<bool> {
             next.map(|days| days.last).into(),
         ],
     )?;
+    if covered_from.is_neg_infinity() {
+        log::event("all days are covered: the backfill is complete");
+    }
     Ok(fences.iter().any(|f| f.covered_from < front && !f.covered_from.is_neg_infinity())
         || !covered_from.is_neg_infinity())
 }

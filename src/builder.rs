@@ -8,6 +8,7 @@ use crate::catalog;
 use crate::conversion::Pending;
 use crate::convert::{Conversion, Step};
 use crate::error::Result;
+use crate::log;
 use crate::session::Owner;
 use crate::tick::{self, Subject};
 use crate::worker::{
@@ -41,13 +42,14 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
         (pg_sys::Oid::from((argument >> 32) as u32), pg_sys::Oid::from(argument as u32));
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
     pin_settings();
+    in_transaction(log::learn_database);
     let found = in_transaction(|| attempt_as_owner(|| statement(relation)));
     let Ok(Some((subject, owner, sql))) = found else { return };
-    log!("litellm_spend: {sql}");
+    log::now(&sql);
     report_running(&subject);
     let outcome = utility(owner, &sql);
     if let Err(failure) = &outcome {
-        log!("litellm_spend: {subject} failed: {}", failure.message);
+        log::failure(format_args!("{subject} failed"), failure);
     }
     in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err()))));
 }

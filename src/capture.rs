@@ -21,15 +21,17 @@ use crate::builtin::{self, DAILY_REPORTS};
 use crate::catalog::{self, CaptureState, Table};
 use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
 use crate::error::{Error, Result};
+use crate::guc::LockLimit;
 use crate::litellm::{self, CHANGE_LOG, Capture, LOG_RELATIONS, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Fence, Patience};
+use crate::log;
 use crate::restore::{self, HERE};
 use crate::rollup::Merged;
 use crate::session::Owner;
 use crate::views::Action;
 use crate::{backfill, guc, rollup, source, views};
 use pgrx::prelude::*;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// The table that a NULL source means, on the caller's search_path.
 pub fn default_source() -> Result<pg_sys::Oid> {
@@ -89,6 +91,9 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
+/// What attach says of the table when it has made triggers, for which it keeps writers out.
+pub const CAPTURING: &str = "capturing";
+
 /// As attach(), for who holds the attachment's lock.
 pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
@@ -124,7 +129,10 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
-    let text = if create_triggers(&state)? > 0 { "capturing" } else { "already capturing" };
+    let text = if create_triggers(&state)? > 0 { CAPTURING } else { "already capturing" };
+    if text == CAPTURING {
+        log::event(format_args!("{} is captured from now on", table.qualified()));
+    }
     actions.push((format!("table {}", table.qualified()), text.into()));
     Ok(actions)
 }
@@ -251,12 +259,24 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let predecessor = state.predecessor.map(name).transpose()?;
     let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
     let owner = quoted(&state.owner()?.name()?);
+    let before = functions()?;
     for (name, body) in (Capture { columns: &state.columns }).functions(state.subtract, predecessor) {
         catalog::execute(&litellm::create_function(&name, &body), &[])?;
         catalog::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;
         catalog::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
     }
-    Ok((format!("functions {SCHEMA}.capture_*"), "made for the table's columns and owner".into()))
+    let text =
+        if functions()? == before { "already there" } else { "made for the table's columns and owner" };
+    Ok((format!("functions {SCHEMA}.capture_*"), text.into()))
+}
+
+/// What the trigger functions do, and whose they are.
+fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
+    let sql = format!(
+        "SELECT proname::text, prosrc, proowner FROM pg_catalog.pg_proc
+         WHERE pronamespace = '{SCHEMA}'::pg_catalog.regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1"
+    );
+    catalog::query(&sql, &[], |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, catalog::value(r, 3)?)))
 }
 
 /// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner before.
@@ -371,7 +391,7 @@ pub fn silence(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
 
 /// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked: whoever has them must
 /// not keep that locked, too.
-fn lock_rows(limit: Duration, table: &str, condition: &str) -> Result<()> {
+fn lock_rows(limit: LockLimit, table: &str, condition: &str) -> Result<()> {
     let name = qualified(SCHEMA, table);
     let oid = catalog::find_relation(&name)?.unwrap_or(pg_sys::InvalidOid);
     locks::lock_within(limit, &format!("SELECT FROM {name} {condition} FOR UPDATE"), &name, oid)
@@ -381,7 +401,7 @@ fn lock_rows(limit: Duration, table: &str, condition: &str) -> Result<()> {
 const FOLLOWING: [&str; 3] = ["capture", "source", "policy"];
 
 /// The right to [`follow`], before the table is locked.
-pub fn prepare_to_follow(limit: Duration, old: pg_sys::Oid) -> Result<()> {
+pub fn prepare_to_follow(limit: LockLimit, old: pg_sys::Oid) -> Result<()> {
     let condition = format!("WHERE relation = {}::oid", old.to_u32());
     FOLLOWING.into_iter().try_for_each(|table| lock_rows(limit, table, &condition))
 }
@@ -462,6 +482,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     }
     let name = qualified(&state.schema, &state.table);
     let text = if table.is_some() { "no longer captured" } else { "was dropped before" };
+    log::event(format_args!("{name}: {text}"));
     actions.push((format!("table {name}"), text.into()));
     // The owner may go on to read what is kept.
     let owner = table.as_ref().map(|table| Owner::role(table.owner_oid));
@@ -558,6 +579,10 @@ fn captured_tables(state: &CaptureState) -> Result<Vec<pg_sys::Oid>> {
 
 /// Locked before.
 fn drop_rollups() -> Result<Vec<Action>> {
+    catalog::unless_needed(drop_relations)
+}
+
+fn drop_relations() -> Result<Vec<Action>> {
     let mut actions = vec![];
     views::drop_reports()?;
     for definition in builtin::rollups() {
@@ -613,7 +638,7 @@ fn merge_most() -> Result<()> {
 /// Merges what came since, whose writers are locked out. One that has just committed may not have given back all its locks yet.
 fn merge_rest() -> Result<()> {
     if unmerged()? <= MOST {
-        merge_log(Patience::Until(Instant::now() + guc::lock_timeout()))?;
+        merge_log(Patience::Until(Instant::now() + guc::lock_timeout().time))?;
     }
     match unmerged()? {
         0 => Ok(()),

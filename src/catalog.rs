@@ -9,7 +9,7 @@ use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
 use crate::partition::suffixed;
 use crate::restore::HERE;
-use crate::session::Owner;
+use crate::session::{Failure, Owner};
 use crate::window::{Holder, Window};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -333,6 +333,15 @@ pub fn backfill_progress() -> Result<Option<String>> {
          FROM {SCHEMA}.backfill WHERE covered_from > '-infinity'"
     );
     Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+}
+
+/// Drops what is ours, unless something of anybody else's needs it: that is named.
+pub fn unless_needed<T>(drop: impl FnOnce() -> Result<T>) -> Result<T> {
+    PgTryBuilder::new(std::panic::AssertUnwindSafe(drop))
+        .catch_when(PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST, |caught| {
+            Err(Error::Needed(Failure::from(caught)))
+        })
+        .execute()
 }
 
 /// Notes the failure of a rollup, or with `None` that it is over.

@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout;
 use crate::locks;
+use crate::log;
 use crate::partition::{Instant, Interval, suffixed};
 use crate::spread::{self, Spread};
 use crate::swap;
@@ -220,7 +221,7 @@ impl Conversion {
             Step::Uncheck => self.drop_check()?,
             Step::Swap => {
                 swap::swap(self)?;
-                log!("litellm_spend: {name} is partitioned");
+                log::event(format_args!("{name} is partitioned"));
             }
             Step::Nothing => {}
         }
@@ -254,8 +255,9 @@ impl Conversion {
     pub fn stop(&self) -> Result<()> {
         self.drop_check()?;
         self.halt(&format!(
-            "the cutover {} came before the swap; convert again with a later one",
-            self.cutover()
+            "the cutover {} came before the swap\nHINT:  SELECT * FROM spend_partition_convert('{}');",
+            self.cutover(),
+            self.name().replace('\'', "''")
         ))
     }
 

@@ -264,17 +264,22 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
     }
     locks::lock_name(name, fence.relation)?;
     if let Some(definition) = &fence.definition {
-        let view = definition.live_view();
-        locks::lock_named(&format!("DROP VIEW IF EXISTS {view}"), &view)?;
-        catalog::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
-        for (aggregate, state) in definition.own_aggregates() {
-            catalog::execute(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
-            catalog::execute(&format!("DROP FUNCTION IF EXISTS {aggregate} ({state}, {state})"), &[])?;
-        }
+        catalog::unless_needed(|| drop_relations(definition))?;
     }
     catalog::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
     source::forget_unused_sources()?;
     restore::mark()
+}
+
+fn drop_relations(definition: &Definition) -> Result<()> {
+    let view = definition.live_view();
+    locks::lock_named(&format!("DROP VIEW IF EXISTS {view}"), &view)?;
+    catalog::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
+    for (aggregate, state) in definition.own_aggregates() {
+        catalog::execute(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
+        catalog::execute(&format!("DROP FUNCTION IF EXISTS {aggregate} ({state}, {state})"), &[])?;
+    }
+    Ok(())
 }
 
 /// Drops the view, the table and the aggregates of a rollup whose state is lost, as their owners.
@@ -390,7 +395,7 @@ fn release(fence: &Fence) -> Result<()> {
     catalog::execute(
         &format!(
             "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
-                 last_error = 'its source was dropped; it keeps what had been merged'
+                 last_error = format(E'its source was dropped; it keeps what had been merged\\nHINT:  SELECT spend_rollup_drop(%L);', name)
              WHERE name = $1"
         ),
         &[fence.name.as_str().into()],

@@ -1,6 +1,8 @@
 //! Every failure that a user can meet, with its SQLSTATE, the facts (DETAIL) and an action (HINT).
 
 use crate::definition::quoted;
+use crate::expression::COMPUTED;
+use crate::guc::LockLimit;
 use crate::session::Failure;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -140,8 +142,8 @@ pub enum Error {
     NotCovered { partition: String, rollup: String },
     #[error("partition \"{0}\" is not rolled up: capture has something to repair")]
     NotRepaired(String),
-    #[error("could not get a lock on {relation} within {waited_ms} ms")]
-    LockNotAvailable { relation: String, waited_ms: u128, holders: String },
+    #[error("could not get a lock on {relation} within {} ms", .limit.time.as_millis())]
+    LockNotAvailable { relation: String, limit: LockLimit, holders: String },
     #[error("{relation} belongs to role \"{owner}\"")]
     OtherOwner { relation: String, owner: String, expected: String },
     #[error("role \"{owner}\" may not read sequence {sequence}")]
@@ -150,6 +152,8 @@ pub enum Error {
     NoRole(u32),
     #[error("relation {0} would be read with the rights of litellm_spend's owner")]
     NotOurs(u32),
+    #[error("{}", .0.message)]
+    Needed(Failure),
     #[error("{}", .0.message)]
     Failed(Failure),
     #[error("not a single statement")]
@@ -223,7 +227,7 @@ impl Error {
             Error::RawVanished(_) => ERRCODE_T_R_SERIALIZATION_FAILURE,
             Error::OtherOwner { .. } | Error::SequenceOfAnother { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::NoRole(_) => ERRCODE_UNDEFINED_OBJECT,
-            Error::Failed(failure) => failure.sqlstate,
+            Error::Needed(failure) | Error::Failed(failure) => failure.sqlstate,
             Error::SeveralStatements => ERRCODE_SYNTAX_ERROR,
             Error::NotOurs(_) | Error::Spi(_) | Error::State(_) => ERRCODE_INTERNAL_ERROR,
         }
@@ -234,7 +238,7 @@ impl Error {
         self.detail().unwrap_or_else(|| self.to_string())
     }
 
-    fn detail(&self) -> Option<String> {
+    pub fn detail(&self) -> Option<String> {
         Some(match self {
             Error::NoTable(_) => "The search_path holds no table of that name.".into(),
             Error::NotATable { .. } => {
@@ -334,7 +338,8 @@ impl Error {
             Error::NoRole(_) => "It was dropped, or never was.".into(),
             Error::SeveralStatements => "A text that was to be one statement holds more, or none. Nothing was run.".into(),
             Error::NotOurs(_) => "Planning a query can call its owner's functions, so it must run as its owner. Nothing was read.".into(),
-            Error::Failed(_) | Error::Spi(_) | Error::State(_) => return None,
+            Error::Needed(failure) | Error::Failed(failure) => return failure.detail(),
+            Error::Spi(_) | Error::State(_) => return None,
         })
     }
 
@@ -383,6 +388,9 @@ impl Error {
             Error::Expression { what: "dimension", .. } => {
                 "A dimension is an expression over the source's columns, as in \"date_trunc('hour', created_at) AS hour\".".into()
             }
+            Error::Expression { reason, .. } if reason == COMPUTED => {
+                "Keep each aggregate as a measure of its own, as in \"sum(a) AS a\" and \"count(*) AS n\", and compute with them when you read: a / n.".into()
+            }
             Error::Expression { .. } => {
                 "A measure is one aggregate, as in \"count(*) AS views\", \"sum(bytes) AS bytes\" or \"hll_add_agg(hll_hash_bigint(id)) AS users MERGE WITH hll_union_agg\".".into()
             }
@@ -422,8 +430,8 @@ impl Error {
             Error::CutoverPast { .. } => "Pass a later cutover, or leave it out.".into(),
             Error::RowsBeyondCutover { .. } => "Pass a cutover after the last row, or correct the rows.".into(),
             Error::Interval(_) => "Pass 'day', 'week' or 'month'.".into(),
-            Error::LockNotAvailable { .. } => {
-                "Try again when those transactions have ended, or raise litellm_spend.lock_timeout.".into()
+            Error::LockNotAvailable { limit, .. } => {
+                format!("Try again when those transactions have ended, or raise litellm_spend.{}.", limit.setting)
             }
             Error::NotByTime { .. } => "Pass a table that is not partitioned yet, or one that is PARTITION BY RANGE of a time column.".into(),
             Error::NoPartitionColumn { .. } => "Pass time_column := '<name>'.".into(),
@@ -441,7 +449,7 @@ impl Error {
                 let column = quoted(column);
                 format!("CREATE INDEX CONCURRENTLY ON {relation} ({column}); if it has partitions, on each of them.")
             }
-            Error::CameBetween(_) => "It is tried again at the next maintenance.".into(),
+            Error::CameBetween(_) => "Try again; a worker does so by itself.".into(),
             Error::Referenced { .. } => "Drop the reference, or maintain the table by hand.".into(),
             Error::NotMerged { .. } => "It expires once its rows are merged; SELECT spend_rollup_run() merges what is safe.".into(),
             Error::NotCovered { .. } => "It expires once the backfill is complete; spend_rollup_status shows how far it is.".into(),
@@ -454,7 +462,8 @@ impl Error {
             }
             Error::NoRole(_) => "Pass the name of a role.".into(),
             Error::SeveralStatements => "Look for unusual characters in the names involved.".into(),
-            Error::Failed(_) => return None,
+            Error::Needed(_) => "Drop what depends on it first; nothing of anybody else's is dropped with it.".into(),
+            Error::Failed(failure) => return failure.hint(),
             Error::NotOurs(_) | Error::Spi(_) | Error::State(_) => "Please report this as a bug.".into(),
         })
     }

@@ -82,7 +82,7 @@ pub fn parse(scope: &Scope, text: &str, what: &'static str) -> Result<Parsed> {
     // A subtransaction, because the server's errors are thrown.
     match attempt(|| {
         let _owner = scope.owner.act_on_path(&scope.path);
-        Ok(unsafe { analyze(scope.relation, &sql) }.and_then(Analyzed::describe))
+        Ok(unsafe { analyze(scope.relation, &sql, what) }.and_then(Analyzed::describe))
     }) {
         Ok(parsed) => parsed.map_err(refuse),
         Err(failure) => Err(refuse(sentence(&failure.unless_cancel().message))),
@@ -103,11 +103,14 @@ struct Analyzed {
     relation: pg_sys::Oid,
 }
 
+/// Why a measure such as `sum(a) / count(*)` is refused.
+pub const COMPUTED: &str = "It computes with aggregates; a measure is one aggregate.";
+
 /// Parses and analyzes one target of a SELECT.
 ///
 /// # Safety
 /// Called in a transaction. What it returns lives until the end of the caller's memory context.
-unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr) -> std::result::Result<Analyzed, Reason> {
+unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr, what: &str) -> std::result::Result<Analyzed, Reason> {
     // SAFETY: the server's functions on the trees that they make; each node is read as what its tag says.
     unsafe {
         let target = only_target(pg_sys::raw_parser(sql.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT))
@@ -131,11 +134,12 @@ unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr) -> std::result::Result<Anal
                 pg_sys::coerce_type(state, node, from, to, -1, COERCION_IMPLICIT, COERCE_IMPLICIT_CAST, -1);
         }
         pg_sys::assign_expr_collations(state, node);
+        let aggregates = if what == "measure" { COMPUTED } else { "It holds an aggregate function." };
         let unusable = [
             ((*state).p_hasSubLinks, "It holds a subquery."),
             ((*state).p_hasWindowFuncs, "It holds a window function."),
             ((*state).p_hasTargetSRFs, "It returns a set."),
-            ((*state).p_hasAggs && !is(node, pg_sys::NodeTag::T_Aggref), "It holds an aggregate function."),
+            ((*state).p_hasAggs && !is(node, pg_sys::NodeTag::T_Aggref), aggregates),
         ];
         let context = pg_sys::deparse_context_for((*(*open).rd_rel).relname.data.as_ptr(), relation);
         pg_sys::relation_close(open, pg_sys::NoLock as i32);

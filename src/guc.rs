@@ -17,16 +17,23 @@ pub fn merge_interval() -> Duration {
     millis(&MERGE_INTERVAL)
 }
 
+/// How long a lock is waited for, and which setting says so.
+#[derive(Clone, Copy, Debug)]
+pub struct LockLimit {
+    pub setting: &'static str,
+    pub time: Duration,
+}
+
 /// How long a statement of ours waits for a lock on a user's table or view before it gives up. Writers queue
 /// behind a waiting lock, so this is also the longest stall that we can cause.
-pub fn lock_timeout() -> Duration {
-    millis(&LOCK_TIMEOUT)
+pub fn lock_timeout() -> LockLimit {
+    LockLimit { setting: "lock_timeout", time: millis(&LOCK_TIMEOUT) }
 }
 
 /// The same for the exclusive locks of a conversion, for which readers queue as well. Less than deadlock_timeout: it is
 /// the conversion that gives way, and tries again.
-pub fn swap_lock_timeout() -> Duration {
-    millis(&SWAP_LOCK_TIMEOUT)
+pub fn swap_lock_timeout() -> LockLimit {
+    LockLimit { setting: "swap_lock_timeout", time: millis(&SWAP_LOCK_TIMEOUT) }
 }
 
 /// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next call.

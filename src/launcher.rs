@@ -5,6 +5,7 @@
 //! `litellm_spend.discovery_interval`. It does not run on a standby; promotion starts it.
 
 use crate::guc;
+use crate::log;
 use crate::worker::{attach_signals, in_transaction, reload_settings};
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
@@ -146,7 +147,7 @@ fn serve(database: u32, name: &str) -> Tenant {
         .set_restart_time(None)
         .load_dynamic();
     let Ok(worker) = worker else {
-        log!("litellm_spend: no slot for the worker of database \"{name}\"; raise max_worker_processes");
+        log::now(format_args!("no slot for the worker of database \"{name}\"; raise max_worker_processes"));
         return Tenant::Unserved(Instant::now());
     };
     let started = Instant::now();

@@ -40,6 +40,7 @@ mod layout;
 mod limit;
 mod litellm;
 mod locks;
+mod log;
 mod maintain;
 mod partition;
 mod place;

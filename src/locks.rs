@@ -14,7 +14,7 @@
 use crate::catalog::{execute, exists, find_relation, fresh, query, relation_name, rollup_names, value};
 use crate::definition::{Definition, SCHEMA};
 use crate::error::{Error, Result};
-use crate::guc;
+use crate::guc::{self, LockLimit};
 use crate::litellm::CHANGE_LOG;
 use crate::session::{self, Elevated, Owner, require_read_committed};
 use pgrx::datum::Timestamp;
@@ -331,8 +331,8 @@ pub fn lock_named(sql: &str, name: &str) -> Result<()> {
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with a limit of its own.
-pub fn lock_within(limit: Duration, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
-    within(limit, relation, oid, || execute(sql, &[]).map(drop))
+pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+    within(limit, limit.time, relation, oid, || execute(sql, &[]).map(drop))
 }
 
 /// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer, and whoever looks
@@ -346,13 +346,13 @@ pub type Mode = u32;
 /// Locks relations until the transaction ends, in the order given, all within one limit: while we wait for the second, others
 /// wait for the first. A partitioned table comes before its partitions, as for its users. (LOCK TABLE would lock what a view
 /// reads as well.)
-pub fn lock_all(limit: Duration, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
-    let deadline = Instant::now() + limit;
+pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
+    let deadline = Instant::now() + limit.time;
     for (oid, mode) in relations {
         if !try_lock(*oid, *mode) {
             let name = relation_name(*oid)?;
             let left = deadline.saturating_duration_since(Instant::now());
-            within(left.max(Duration::from_millis(1)), &name, *oid, || {
+            within(limit, left.max(Duration::from_millis(1)), &name, *oid, || {
                 // SAFETY: waits for a lock, or fails at lock_timeout.
                 unsafe { pg_sys::LockRelationOid(*oid, *mode as i32) };
                 Ok(())
@@ -364,30 +364,34 @@ pub fn lock_all(limit: Duration, relations: &[(pg_sys::Oid, Mode)]) -> Result<()
     execute("SELECT 1", &[]).map(drop)
 }
 
-/// Runs `work`, which needs a lock on `relation`, with a limit.
-pub fn within(
-    limit: Duration,
+/// Runs `work`, which needs a lock on `relation`, within what is `left` of a limit.
+fn within(
+    limit: LockLimit,
+    left: Duration,
     relation: &str,
     oid: pg_sys::Oid,
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.
     let holders = query(
-        "SELECT coalesce(string_agg(DISTINCT coalesce('process ' || pid, 'prepared transaction'), ', '), '')
-         FROM pg_catalog.pg_locks
-         WHERE locktype = 'relation' AND relation = $1 AND granted AND pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+        "SELECT coalesce(string_agg(DISTINCT CASE
+                    WHEN l.pid IS NULL THEN 'a prepared transaction'
+                    ELSE format('process %s (%s)', l.pid, concat_ws(', ', a.usename, nullif(a.application_name, ''))) END, ', '), '')
+         FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+         WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+           AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())",
         &[oid.into()],
         |r| value::<String>(r, 1),
     )?
     .pop()
     .unwrap_or_default();
-    let before = set_lock_timeout(&format!("{}ms", limit.as_millis()))?;
+    let before = set_lock_timeout(&format!("{}ms", left.as_millis()))?;
     let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
         .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
             Err(Error::LockNotAvailable {
                 relation: relation.into(),
-                waited_ms: limit.as_millis(),
+                limit,
                 holders: if holders.is_empty() {
                     "A transaction came in between.".into()
                 } else {

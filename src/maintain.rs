@@ -20,12 +20,12 @@ use crate::error::{Error, Result};
 use crate::expire::{self, Proof};
 use crate::layout::{Layout, Partition};
 use crate::locks::Patience;
+use crate::log;
 use crate::partition::{Drain, Instant, Range, missing};
 use crate::policy::{Again, OnExpire, Policy};
 use crate::session::{Failure, attempt};
 use crate::tick::{Runner, Subject};
 use crate::{drain, place, purge};
-use pgrx::prelude::*;
 use std::time::Duration;
 
 /// What was done, or not.
@@ -155,7 +155,7 @@ impl<R: Runner> Round<'_, R> {
             self.blocked = true;
             self.soon();
         } else {
-            self.failure.get_or_insert_with(|| format!("{about}: {}", failure.message));
+            self.failure.get_or_insert_with(|| format!("{about}: {}", failure.text()));
         }
         self.note("skipped", about, 0, failure.message);
     }
@@ -163,7 +163,7 @@ impl<R: Runner> Round<'_, R> {
     fn note(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
         let detail = detail.into();
         if !self.is_one_transaction() && !["next", "analyzed"].contains(&action) {
-            log!("litellm_spend: {action} {partition} ({rows} rows): {detail}");
+            log::now(format_args!("{action} {partition} ({rows} rows): {detail}"));
         }
         self.actions.push(Action { action, partition: partition.into(), rows, detail });
     }

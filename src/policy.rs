@@ -163,7 +163,7 @@ pub fn look_after() -> Result<()> {
         }
         let heir = heir.unwrap_or_default();
         let message = format!(
-            "it was {owner}'s policy, and the table is {heir}'s now: call spend_partition_set() again"
+            "it was {owner}'s policy, and the table is {heir}'s now\nHINT:  Call spend_partition_set() again."
         );
         if noted.as_ref() != Some(&message) {
             record_error(relation, Some(&message))?;

@@ -27,12 +27,12 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::litellm::Capture;
 use crate::locks::{self, Patience};
+use crate::log;
 use crate::partition::suffixed;
 use crate::place::{rename, rename_index};
 use crate::spread;
 use crate::swap;
 use crate::tick::{Runner, Subject};
-use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -131,7 +131,7 @@ pub fn tick(run: &mut impl Runner) -> bool {
         let subject = Subject::Conversion(reversion.schema.clone(), reversion.table.clone());
         let done = run.step(subject, || reversion.step());
         if let Some(Some(done)) = &done {
-            log!("litellm_spend: {} is a plain table again: {done}", reversion.name());
+            log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
         }
         more |= done.is_some();
     }

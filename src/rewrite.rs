@@ -9,11 +9,11 @@
 
 use crate::catalog::relation_name;
 use crate::error::{Error, Result};
+use crate::guc::LockLimit;
 use crate::locks;
 use crate::session::Owner;
 use pgrx::prelude::*;
 use std::ffi::CString;
-use std::time::Duration;
 
 // Not among pgrx's bindings.
 unsafe extern "C-unwind" {
@@ -21,7 +21,7 @@ unsafe extern "C-unwind" {
 }
 
 /// Replaces the query of `view`, which has the same columns. Fails if it is no view any more.
-pub fn replace(limit: Duration, view: pg_sys::Oid, sql: &str) -> Result<()> {
+pub fn replace(limit: LockLimit, view: pg_sys::Oid, sql: &str) -> Result<()> {
     locks::lock_all(limit, &[(view, pg_sys::AccessExclusiveLock)])?;
     let name = relation_name(view)?;
     let owner = owner(view, &name)?;

@@ -374,6 +374,10 @@ const INTERRUPT: &str = "ProcessInterrupts";
 pub struct Failure {
     pub sqlstate: PgSqlErrorCode,
     pub message: String,
+    detail: Option<String>,
+    hint: Option<String>,
+    /// Whether it is an error of ours. What others raise may say anything, also what a DBA should type.
+    ours: bool,
     cancel: bool,
     timed_out: bool,
 }
@@ -393,8 +397,47 @@ impl Failure {
 
     /// Of a step that went on after it was cancelled.
     pub fn endless() -> Failure {
-        let message = Failure::ENDLESS.into();
-        Failure { sqlstate: PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN, message, cancel: false, timed_out: true }
+        Failure {
+            sqlstate: PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
+            message: Failure::ENDLESS.into(),
+            detail: None,
+            hint: None,
+            ours: true,
+            cancel: false,
+            timed_out: true,
+        }
+    }
+
+    /// As the status views show it: the message, and if it is ours its DETAIL and its HINT, each in a line of its own.
+    pub fn text(&self) -> String {
+        let line = |text: &str| text.replace(['\n', '\r'], " ");
+        let mut text = line(&self.message);
+        for (label, more) in [("DETAIL", &self.detail), ("HINT", &self.hint)] {
+            if let Some(more) = more.as_ref().filter(|_| self.ours) {
+                text.push_str(&format!("\n{label}:  {}", line(more)));
+            }
+        }
+        text
+    }
+
+    pub fn detail(&self) -> Option<String> {
+        self.detail.clone()
+    }
+
+    pub fn hint(&self) -> Option<String> {
+        self.hint.clone()
+    }
+
+    /// With its DETAIL and HINT, under another message.
+    pub fn explain(&self, message: String) -> pg_sys::panic::ErrorReport {
+        let mut report = pg_sys::panic::ErrorReport::new(self.sqlstate, message, "litellm_spend");
+        if let Some(detail) = &self.detail {
+            report = report.set_detail(detail);
+        }
+        if let Some(hint) = &self.hint {
+            report = report.set_hint(hint);
+        }
+        report
     }
 
     /// Throws a cancel again, which is no answer to whatever was attempted.
@@ -419,13 +462,25 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Failure { sqlstate: error.sqlstate(), message: error.to_string(), cancel: false, timed_out: false }
+        match error {
+            Error::Failed(failure) => failure,
+            error => Failure {
+                sqlstate: error.sqlstate(),
+                message: error.to_string(),
+                detail: error.detail(),
+                hint: error.hint(),
+                ours: true,
+                cancel: false,
+                timed_out: false,
+            },
+        }
     }
 }
 
 impl From<pg_sys::panic::CaughtError> for Failure {
     fn from(caught: pg_sys::panic::CaughtError) -> Self {
         use pg_sys::panic::CaughtError::*;
+        let of_server = matches!(caught, PostgresError(_));
         let (PostgresError(report) | ErrorReport(report) | RustPanic { ereport: report, .. }) = caught;
         let sqlstate = report.sql_error_code();
         let interrupt = report.function_name() == Some(INTERRUPT);
@@ -435,6 +490,15 @@ impl From<pg_sys::panic::CaughtError> for Failure {
             true => "it took longer than a step may take, and was cancelled".into(),
             false => report.message().to_string(),
         };
-        Failure { sqlstate, message, cancel: interrupted && !timed_out, timed_out }
+        Failure {
+            sqlstate,
+            message,
+            // Of a panic it would be a backtrace.
+            detail: report.detail().filter(|_| of_server && !timed_out).map(str::to_string),
+            hint: report.hint().filter(|_| !timed_out).map(str::to_string),
+            ours: false,
+            cancel: interrupted && !timed_out,
+            timed_out,
+        }
     }
 }

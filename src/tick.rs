@@ -231,8 +231,8 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
 /// Keeps a failure for the status view, or with `None` takes it back: what failed has succeeded.
 pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
     let message = failure.map(|failure| match subject {
-        Subject::Task(task) => format!("{task}: {}", failure.message),
-        _ => failure.message.clone(),
+        Subject::Task(task) => format!("{task}: {}", failure.text()),
+        _ => failure.text(),
     });
     let message = message.as_deref();
     match subject {

@@ -14,6 +14,7 @@ use crate::catalog::{self, Table};
 use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::locks::{self, Patience};
+use crate::log;
 use crate::session::{Owner, attempt};
 use crate::{guc, rewrite};
 use pgrx::prelude::*;
@@ -94,6 +95,7 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
         if unusable(view, &found, source)?.is_none() {
             grant(view, &found, source)?;
             install(view, &name, &capture.schema)?;
+            log::event(format_args!("{name} reads the rollups from now on"));
         }
     }
     Ok(())
@@ -204,7 +206,10 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
         },
         _ => {
             forget(view)?;
-            Ok(Some(format!("view \"{}\" was replaced; spend_attach() puts ours back", view.name)))
+            Ok(Some(format!(
+                "view \"{}\" was replaced\nHINT:  SELECT * FROM spend_attach();  -- puts ours back",
+                view.name
+            )))
         }
     }
 }

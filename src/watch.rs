@@ -16,8 +16,9 @@ use crate::error::{Error, Result};
 use crate::frozen;
 use crate::litellm::{CHANGE_LOG, Capture};
 use crate::locks::{self, Patience};
+use crate::log;
 use crate::restore;
-use crate::session::Owner;
+use crate::session::{Failure, Owner};
 use crate::views::{self, PublicView, Stray};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
@@ -105,7 +106,10 @@ fn require_same_owner(state: &CaptureState, replacement: pg_sys::Oid) -> Result<
 fn mend() -> Result<bool> {
     let (Some(state), Some(damage)) = (catalog::capture()?, damage()?) else { return Ok(false) };
     match damage {
-        Damage::Replaced(replacement) => follow(&state, replacement)?,
+        Damage::Replaced(replacement) => {
+            follow(&state, replacement)?;
+            log::event(format_args!("{}.{} is another table now, and captured", state.schema, state.table));
+        }
         Damage::Dropped => return Err(Error::NoTable(qualified(&state.schema, &state.table))),
         Damage::PredecessorDropped => {
             forget_predecessor()?;
@@ -115,7 +119,13 @@ fn mend() -> Result<bool> {
         }
         Damage::LogAboveSequence(source, top) => raise_sequence(&source, top)?,
         Damage::Foreign => suspend(&state)?,
-        Damage::Partitions(missing) => adopt_partitions(&state, &missing)?,
+        Damage::Partitions(missing) => {
+            adopt_partitions(&state, &missing)?;
+            log::event(format_args!(
+                "{} partitions without triggers are captured from now on",
+                missing.len()
+            ));
+        }
         Damage::Views(strays) => {
             let Some(table) = Table::find(state.relation)? else { return Ok(false) };
             for (view, stray) in strays {
@@ -143,7 +153,7 @@ fn suspend(state: &CaptureState) -> Result<()> {
         }
     }
     if let Some(error) = foreign_partition(state.relation)? {
-        catalog::record_capture_error(Some(&error.to_string()))?;
+        catalog::record_capture_error(Some(&Failure::from(error).text()))?;
     }
     Ok(())
 }

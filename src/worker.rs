@@ -7,6 +7,7 @@ use crate::guc;
 use crate::launcher;
 use crate::limit::{self, Limit};
 use crate::locks::{Patience, jittered};
+use crate::log;
 use crate::session::{Elevated, Failure, Owner, attempt};
 use crate::tick::{self, Runner, Subject};
 use pgrx::bgworkers::*;
@@ -26,6 +27,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     let launch = launcher::launch();
     BackgroundWorker::connect_worker_to_spi_by_oid(database, None);
     pin_settings();
+    in_transaction(log::learn_database);
     if in_transaction(extension_exists) {
         launcher::found_extension();
     }
@@ -153,7 +155,7 @@ impl Steps {
                     rest = rest.max(self.limit(&subject) * 4);
                     self.make_easier(&subject);
                 }
-                log!("litellm_spend: {subject} failed, next try in {rest:?}: {}", failure.message);
+                log::failure(format_args!("{subject} failed, next try in {rest:?}"), &failure);
                 self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
                 None
             }
@@ -217,7 +219,7 @@ impl Runner for Steps {
             if let Err(failure) = &outcome
                 && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure)))
             {
-                log!("litellm_spend: could not record a failure: {}", second.message);
+                log::failure("could not record a failure", &second);
             }
             outcome
         });
@@ -240,7 +242,7 @@ impl Runner for Steps {
         self.resting.insert(subject.clone(), (Instant::now() + jittered(rest), rest));
         match builder::start(table) {
             Some(builder) => drop(self.builders.insert(subject, builder)),
-            None => log!("litellm_spend: no slot to build an index; raise max_worker_processes"),
+            None => log::now("no slot to build an index; raise max_worker_processes"),
         }
     }
 

@@ -201,8 +201,12 @@ impl Cluster {
         standby
     }
 
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("server.log")).unwrap_or_default()
+    }
+
     pub fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.dir.join("server.log")).unwrap_or_default();
+        let log = self.log();
         log.lines().rev().take(40).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
     }
 
@@ -273,7 +277,7 @@ impl Database {
     /// Whether autovacuum of `table` ("schema.name") of this database was ever cancelled. Other tests' may be: attaching
     /// a table does that.
     pub fn autovacuum_was_cancelled(&self, table: &str) -> bool {
-        let log = fs::read_to_string(self.cluster.dir.join("server.log")).unwrap();
+        let log = self.cluster.log();
         let context = format!("of table \"{}.{table}\"", self.name);
         log.split("canceling autovacuum task")
             .skip(1)

@@ -1,0 +1,225 @@
+//! What is said when something goes wrong, and where: to the caller, in the status, in spend_health, in the server's log.
+
+mod common;
+
+use common::*;
+use postgres::Client;
+
+/// SQLSTATE, message, DETAIL and HINT, each as it begins; `…` stands for anything.
+#[track_caller]
+fn assert_says(client: &mut Client, sql: &str, expected: [&str; 4]) {
+    let error = error(client, sql);
+    let said =
+        [error.code().code(), error.message(), error.detail().unwrap_or(""), error.hint().unwrap_or("")];
+    for (said, expected) in said.into_iter().zip(expected) {
+        assert!(like(said, expected), "{sql}: {said:?}, not {expected:?}");
+    }
+}
+
+fn like(said: &str, expected: &str) -> bool {
+    let mut rest = said;
+    expected.split('…').enumerate().all(|(i, part)| match rest.find(part) {
+        Some(at) if i > 0 || at == 0 => {
+            rest = &rest[at + part.len()..];
+            true
+        }
+        _ => false,
+    })
+}
+
+fn wait_for_log(db: &Database, text: &str) {
+    eventually(text, || db.cluster.log().contains(text));
+}
+
+const PAGE_VIEWS: &str = "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int, bytes int);
+     SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+     INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 100) AS i";
+
+#[test]
+fn a_failure_is_in_the_status_in_health_and_in_the_log_with_what_to_do() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    eventually("it is merged", || holds(&mut client, "SELECT watermark = 100 FROM spend_rollup_status"));
+    client.batch_execute("SELECT setval('ev_id_seq', 10)").unwrap();
+    eventually("the status says so", || {
+        holds(
+            &mut client,
+            "SELECT last_error = E'sequence public.ev_id_seq was set back'
+                 '\nDETAIL:  Its last value is 10, but values up to 100 have been merged. The rollup is stopped; nothing is lost.'
+                 '\nHINT:  SELECT setval(''public.ev_id_seq'', 100) lets it go on; spend_rollup_rebuild() then counts the rows that were numbered meanwhile.'
+             FROM spend_rollup_status",
+        )
+    });
+    let health = client.query_one("SELECT problem, caused_by, remedy FROM spend_health", &[]).unwrap();
+    let said = [health.get::<_, String>(0), health.get(1), health.get(2)];
+    assert_eq!(said[0], "rollup by_kind: sequence public.ev_id_seq was set back");
+    assert!(said[1].starts_with("Its last value is 10"), "{said:?}");
+    assert!(said[2].starts_with("SELECT setval('public.ev_id_seq', 100)"), "{said:?}");
+    let name = &db.name;
+    wait_for_log(&db, &format!("litellm_spend in database \"{name}\": merge of rollup by_kind failed"));
+    let log = db.cluster.log();
+    let line = log.lines().skip_while(|l| !l.contains(&format!("\"{name}\": merge of rollup"))).take(3);
+    let lines = line.collect::<Vec<_>>().join("\n");
+    assert!(
+        like(
+            &lines,
+            "…failed, next try in …: sequence public.ev_id_seq was set back…DETAIL:…HINT:  SELECT setval"
+        ),
+        "{lines}"
+    );
+}
+
+#[test]
+fn what_a_stranger_s_code_raises_is_no_advice() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r"CREATE FUNCTION evil(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS
+                  $$ BEGIN IF $1 > 0 THEN RAISE E'no\nHINT:  DROP TABLE x' USING HINT = 'DROP TABLE y'; END IF; RETURN $1; END $$;
+              CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+              SELECT spend_rollup_create('by_kind', 'ev', '{evil(kind) AS kind}', '{count(*) AS n}');
+              INSERT INTO ev (kind) VALUES (1)",
+        )
+        .unwrap();
+    let sql = "SELECT coalesce((SELECT remedy LIKE 'it is tried again;%' AND problem LIKE '%no HINT:  DROP TABLE x%' FROM spend_health), false)";
+    eventually("health says so", || holds(&mut client, sql));
+}
+
+#[test]
+fn what_matters_once_is_in_the_log_once() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("it is converted", || {
+        holds(
+            &mut client,
+            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    eventually("its partitions are there", || {
+        holds(&mut client, "SELECT bool_and(partitions_ahead = precreate) FROM spend_partition_status")
+    });
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    let begin = format!("litellm_spend in database \"{}\": ", db.name);
+    let log = db.cluster.log();
+    let said: Vec<&str> =
+        log.lines().filter_map(|line| line.split_once(&begin)).map(|(_, text)| text).collect();
+    for text in [
+        r#""public"."LiteLLM_SpendLogs" is captured from now on"#,
+        "all days are covered: the backfill is complete",
+        r#""public"."MonthlyGlobalSpend" reads the rollups from now on"#,
+        r#""public"."LiteLLM_SpendLogs" is partitioned"#,
+        r#""public"."LiteLLM_SpendLogs": no longer captured"#,
+    ] {
+        assert_eq!(said.iter().filter(|line| **line == text).count(), 1, "{text}: {said:#?}");
+    }
+    // What was taken back has not happened.
+    client.batch_execute("BEGIN; SELECT spend_attach(); ROLLBACK").unwrap();
+    let text = r#""public"."LiteLLM_SpendLogs" is captured from now on"#;
+    assert_eq!(db.cluster.log().matches(&format!("{begin}{text}")).count(), 1);
+}
+
+#[test]
+fn a_measure_that_computes_with_aggregates_is_two() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    assert_says(
+        &mut client,
+        "SELECT spend_rollup_create('r', 'ev', '{kind}', '{sum(bytes)/count(*) AS c}')",
+        [
+            "42611",
+            "measure \"sum(bytes)/count(*) AS c\" cannot be used",
+            "It computes with aggregates; a measure is one aggregate.",
+            "Keep each aggregate as a measure of its own, as in …",
+        ],
+    );
+}
+
+#[test]
+fn what_reads_a_rollup_is_named_and_stays_when_that_is_to_be_dropped() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client
+        .batch_execute(
+            "CREATE VIEW of_kind AS SELECT * FROM litellm_spend.by_kind;
+             CREATE VIEW of_days AS SELECT * FROM litellm_spend.daily_spend",
+        )
+        .unwrap();
+    for (call, view) in
+        [("spend_rollup_drop('by_kind')", "of_kind"), ("spend_detach(drop_history => true)", "of_days")]
+    {
+        assert_says(
+            &mut client,
+            &format!("SELECT {call}"),
+            [
+                "2BP01",
+                "cannot drop view litellm_spend.…",
+                &format!("view public.{view} depends on view litellm_spend.…"),
+                "Drop what depends on it first; nothing of anybody else's is dropped with it.",
+            ],
+        );
+        client.batch_execute(&format!("SELECT * FROM {view}")).unwrap();
+    }
+    client.batch_execute("DROP VIEW of_kind, of_days; SELECT spend_rollup_drop('by_kind')").unwrap();
+}
+
+#[test]
+fn who_attaches_in_a_transaction_is_told_that_writers_wait() {
+    let db = shared().database();
+    let told = "NOTICE:  who writes to \"public\".\"LiteLLM_SpendLogs\" waits until this transaction ends\nHINT:  COMMIT;";
+    let in_transaction = |sql: &str| db.notices(&format!("BEGIN; SELECT spend_attach(); {sql}"));
+    assert!(!db.notices("SELECT spend_attach()").contains("waits until"), "alone");
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert!(in_transaction("COMMIT").contains(told), "in a transaction");
+    assert!(!in_transaction("COMMIT").contains("waits until"), "when nothing is to be done");
+    let action = "SELECT action FROM spend_attach() WHERE object LIKE 'functions%'";
+    assert_eq!(value::<String>(&mut client, action), "already there");
+}
+
+#[test]
+fn a_lock_that_is_not_to_be_had_names_who_has_it_and_the_right_setting() {
+    let db = shared().database();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    writer
+        .batch_execute(&format!("SET application_name = 'a writer'; BEGIN; {}", insert_rows("b", 1, 1)))
+        .unwrap();
+    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    assert_says(
+        &mut client,
+        "SET litellm_spend.lock_timeout = '150ms'; SELECT spend_attach()",
+        [
+            "55P03",
+            "could not get a lock on \"public\".\"LiteLLM_SpendLogs\" within 150 ms",
+            &format!("It is held by process {pid} (postgres, a writer)."),
+            "Try again when those transactions have ended, or raise litellm_spend.lock_timeout.",
+        ],
+    );
+    // A swap has a setting of its own.
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    let error = "SELECT last_error FROM litellm_spend.conversion";
+    let expected = format!(
+        "could not get a lock on …\"LiteLLM_SpendLogs\" within 200 ms\nDETAIL:  It is held by process {pid} (postgres, a writer).\
+         \nHINT:  Try again when those transactions have ended, or raise litellm_spend.swap_lock_timeout."
+    );
+    writer.batch_execute("COMMIT; BEGIN").unwrap();
+    writer.batch_execute(r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
+    eventually("the swap waits", || {
+        like(&value::<Option<String>>(&mut client, error).unwrap_or_default(), &expected)
+    });
+    writer.batch_execute("COMMIT").unwrap();
+    eventually("it is converted", || {
+        holds(
+            &mut client,
+            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+}
