@@ -22,7 +22,7 @@ use crate::catalog::{self, CaptureState, Table};
 use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc::LockLimit;
-use crate::litellm::{self, CHANGE_LOG, Capture, LOG_RELATIONS, OPERATIONS, SPEND_LOGS};
+use crate::litellm::{self, CHANGE_LOG, Capture, LOG_RELATIONS, MOVE, OPERATIONS, SPEND_LOGS};
 use crate::locks::{self, Fence, Patience};
 use crate::log;
 use crate::restore::{self, HERE};
@@ -119,8 +119,8 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     grant(Owner::of(oid)?)?;
     // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows meanwhile
     // keep what the rollups say.
-    complete &=
-        current.is_some_and(|current| current.columns == columns) && missing_triggers(oid)?.is_empty();
+    complete &= current.is_some_and(|current| current.columns == columns)
+        && missing_triggers(oid)?.iter().all(|(_, operation)| operation == MOVE);
     if !complete {
         backfill::uncover_all(CHANGE_LOG)?;
     }
@@ -331,7 +331,8 @@ pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
     lock_for_triggers(&missing)?;
     require_no_foreign_partition(state.relation)?;
-    put_triggers(&missing, Capture::trigger)?;
+    let keys = catalog::partition_keys(state.relation)?;
+    put_triggers(&missing, |operation, table| Capture::trigger(operation, table, &keys))?;
     Ok(missing.len())
 }
 
@@ -343,7 +344,7 @@ fn lock_for_triggers(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
 }
 
 /// Makes triggers of operations anew, on tables that are locked.
-fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: fn(&str, &str) -> String) -> Result<()> {
+fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) -> String) -> Result<()> {
     let tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
     let names = catalog::relation_names(&tables)?;
     for (relation, operation) in triggers {
@@ -420,19 +421,37 @@ pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
 
 /// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
+    missing_triggers_within(relation, relation)
+}
+
+/// Those that `relation`, which is a partition of the table or is to become one, and what inherits from it lack.
+pub fn missing_triggers_within(
+    table: pg_sys::Oid,
+    relation: pg_sys::Oid,
+) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
     catalog::query(
         &format!(
             "SELECT r.oid, o.operation
-             FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n), unnest($2::text[]) AS o(operation)
-             WHERE NOT EXISTS (
+             FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n) JOIN pg_catalog.pg_class c ON c.oid = r.oid
+             CROSS JOIN unnest($2::text[]) AS o(operation)
+             WHERE (o.operation <> '{MOVE}' OR c.relkind = 'r' AND (SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = $3))
+               AND NOT EXISTS (
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
                    AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
-                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation))
+                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation)
+                   AND (o.operation <> '{MOVE}' OR $4 = ARRAY(
+                       SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a
+                       WHERE a.attrelid = r.oid AND a.attnum = ANY (t.tgattr) ORDER BY 1)))
              ORDER BY r.n"
         ),
-        &[catalog::relation_tree(relation)?.into(), operations.into()],
+        &[
+            catalog::relation_tree(relation)?.into(),
+            operations.into(),
+            table.into(),
+            catalog::partition_keys(table)?.into(),
+        ],
         |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
     )
 }

@@ -168,18 +168,41 @@ impl Capture<'_> {
         let (delete, delete_repair) = if subtract_deleted {
             let subtract = write_rows("change_log", &self.rows("old_rows", -1, ""));
             (
-                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF", self.retire("old_rows")),
+                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF;", self.retire("old_rows")),
                 format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"),
             )
         } else {
-            (self.retire("old_rows"), "'keep'".into())
+            (self.retire_deleted(), "'keep'".into())
         };
         vec![
             self.function("insert", &insert, "new_rows", "'rebuild'"),
-            self.function("update", &format!("{};", write_sums("change_log", &updated)), "both", "'rebuild'"),
-            self.function("delete", &format!("{delete};"), "old_rows", &delete_repair),
+            self.function(
+                "update",
+                &format!("{}\n    {};", note_moves(), write_sums("change_log", &updated)),
+                "both",
+                "'rebuild'",
+            ),
+            self.function("delete", &delete, "old_rows", &delete_repair),
+            (function_name("move"), move_function()),
             (function_name("truncate"), truncate_function()),
         ]
+    }
+
+    /// A row that a MERGE has moved to another partition is among those that a DELETE takes, but it is still there. Only the owner's
+    /// own table is read as the owner.
+    fn retire_deleted(&self) -> String {
+        let all = self.retire("old_rows");
+        let condition = format!("WHERE {}", not_in("litellm_spend_table"));
+        let gone = write_sums("retired", &self.rows("old_rows", 1, &condition)).replace('%', "%%");
+        format!(
+            "IF coalesce(current_setting('{MOVED}', true), '') = ''
+       OR NOT EXISTS (SELECT FROM pg_class WHERE oid = TG_RELID AND pg_get_userbyid(relowner) = current_user) THEN
+        {all};
+    ELSE
+        EXECUTE format({}, TG_RELID::regclass);
+    END IF;",
+            literal(&gone.replace("litellm_spend_table", "%s"))
+        )
     }
 
     fn function(&self, operation: &str, body: &str, rows: &str, repair: &str) -> (String, String) {
@@ -223,16 +246,22 @@ END
         )
     }
 
-    /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks no reader out.
-    pub fn trigger(operation: &str, relation: &str) -> String {
-        let transition = match operation {
-            "insert" => "REFERENCING NEW TABLE AS new_rows",
-            "update" => "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
-            "delete" => "REFERENCING OLD TABLE AS old_rows",
-            _ => "",
+    /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks no reader out. `keys`
+    /// are the columns by which the table is partitioned, none if that cannot be said.
+    pub fn trigger(operation: &str, relation: &str, keys: &[String]) -> String {
+        let (when, rows) = match operation {
+            "insert" => ("AFTER INSERT", "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT"),
+            "update" => {
+                ("AFTER UPDATE", "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT")
+            }
+            "delete" => ("AFTER DELETE", "REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT"),
+            MOVE => ("BEFORE UPDATE", "FOR EACH ROW"),
+            _ => ("AFTER TRUNCATE", "FOR EACH STATEMENT"),
         };
+        let columns = keys.iter().map(|key| quoted(key)).collect::<Vec<_>>().join(", ");
+        let of = if operation == MOVE && !keys.is_empty() { format!("OF {columns}") } else { String::new() };
         format!(
-            "CREATE OR REPLACE TRIGGER {} AFTER {operation} ON {relation} {transition} FOR EACH STATEMENT EXECUTE FUNCTION {}()",
+            "CREATE OR REPLACE TRIGGER {} {when} {of} ON {relation} {rows} EXECUTE FUNCTION {}()",
             trigger_name(operation),
             function_name(operation)
         )
@@ -246,7 +275,15 @@ pub const EXPIRING: &str = "litellm_spend_internal.expiring";
 /// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
 const LOCK_TIMEOUT: &str = "1s";
 
-pub const OPERATIONS: [&str; 4] = ["insert", "update", "delete", "truncate"];
+/// What triggers capture.
+pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOVE];
+
+/// Of a row, to another partition. Its trigger is on each partition that holds rows, made there by ourselves: from the partitioned
+/// table it would be cloned to new ones by whoever makes those, who then would have to be allowed to execute its function.
+pub const MOVE: &str = "move";
+
+/// The setting in which a statement remembers a row that moves to another partition, and days that such rows leave and come to.
+const MOVED: &str = "litellm_spend_capture.moved";
 
 pub fn trigger_name(operation: &str) -> String {
     format!("litellm_spend_capture_{operation}")
@@ -294,10 +331,72 @@ END
     )
 }
 
+/// A MERGE that moves a row to another partition passes it to the triggers of DELETE and INSERT, not to those of UPDATE, and
+/// fires them only if it has such actions itself; that of UPDATE it fires (PostgreSQL 15 to 18). So before a row is updated, it is
+/// remembered if it is to move, and with it the days that rows leave and come to. When the statement ends, the trigger of UPDATE
+/// knows which it was: of an UPDATE the row is among those that it was given.
+///
+/// It runs as the writer, as whom the server itself computes which partition a row belongs to.
+fn move_function() -> String {
+    let time = quoted(TIME);
+    format!(
+        "
+DECLARE
+    noted jsonb;
+    stays boolean;
+BEGIN
+    IF current_setting('{MOVED}', true) = 'lost' THEN
+        RETURN NEW;
+    END IF;
+    noted := nullif(current_setting('{MOVED}', true), '')::jsonb;
+    IF noted IS NULL THEN
+        EXECUTE format('SELECT %s FROM (SELECT ($1).*) AS r', coalesce(pg_get_partition_constraintdef(TG_RELID), 'true'))
+            INTO stays USING NEW;
+        IF stays THEN
+            RETURN NEW;
+        END IF;
+        noted := jsonb_build_object('id', OLD.request_id, 'time', OLD.{time}, 'days', '{{}}'::jsonb);
+    END IF;
+    noted := jsonb_set(noted, '{{days}}', jsonb_build_object(
+        date_trunc('day', NEW.{time}), 'UPDATE') || (noted -> 'days') || jsonb_build_object(date_trunc('day', OLD.{time}), 'MOVE'));
+    PERFORM set_config('{MOVED}', noted::text, true);
+    RETURN NEW;
+EXCEPTION WHEN OTHERS THEN
+    PERFORM set_config('{MOVED}', 'lost', true);
+    RAISE WARNING 'litellm_spend could not note a row that moves in %: %', TG_TABLE_NAME, SQLERRM
+        USING HINT = 'The statement itself is not affected; the totals are computed again.';
+    RETURN NEW;
+END
+"
+    )
+}
+
+/// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment ago: it may become less than
+/// the rollups say, also if none are left (`MOVE`). If rows could not be noted, a failure is counted that says no days: everything is
+/// computed again.
+fn note_moves() -> String {
+    let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
+    let noted = format!("nullif(current_setting('{MOVED}'), '')::jsonb");
+    format!(
+        "IF coalesce(current_setting('{MOVED}', true), '') <> '' THEN
+        IF current_setting('{MOVED}') = 'lost' THEN
+            PERFORM nextval('{SCHEMA}.capture_failures');
+            PERFORM set_config('{MOVED}', '', true);
+        END IF;
+        INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+        SELECT day::timestamp, {end}, 'rebuild', operation FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
+        WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'
+                          AND r.{time} = ({noted} ->> 'time')::timestamp);
+        PERFORM set_config('{MOVED}', '', true);
+    END IF;"
+    )
+}
+
 /// Makes a trigger function of a table, for its owner.
 pub fn create_function(name: &str, body: &str) -> String {
+    let whose = if name == function_name(MOVE) { "INVOKER" } else { "DEFINER" };
     format!(
-        "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+        "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY {whose}
          SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
         literal(body)
     )

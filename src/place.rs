@@ -17,7 +17,7 @@
 //! Whose rights: CREATE TABLE LIKE copies expressions, ATTACH evaluates CHECKs, rows that move are seen by generated columns:
 //! all of it runs as the table's owner, who must own DEFAULT as well. Only capture's triggers are made by us.
 
-use crate::capture::missing_triggers;
+use crate::capture::missing_triggers_within;
 use crate::catalog::{self, Table, free_name};
 use crate::definition::{qualified, quoted};
 use crate::error::{Error, Result};
@@ -218,8 +218,9 @@ fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
 pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
     let captured = catalog::capture()?.is_some_and(|state| state.relation == layout.table.oid);
     if captured && let Some(table) = Table::named(table)? {
-        for (_, operation) in missing_triggers(table.oid)? {
-            catalog::execute(&Capture::trigger(&operation, &table.qualified()), &[])?;
+        let keys = catalog::partition_keys(layout.table.oid)?;
+        for (_, operation) in missing_triggers_within(layout.table.oid, table.oid)? {
+            catalog::execute(&Capture::trigger(&operation, &table.qualified(), &keys), &[])?;
         }
     }
     Ok(())

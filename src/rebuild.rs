@@ -69,7 +69,7 @@ pub enum Shrink {
     Refuse,
     /// An UPDATE or DELETE was not captured, so fewer may be right, unless all raw rows of the time are gone.
     IfRawReachesBack,
-    /// The caller has said so.
+    /// The caller has said so, or a row was moved out of it.
     Allow,
 }
 

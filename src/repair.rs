@@ -36,14 +36,20 @@ pub fn step(patience: Patience) -> Result<bool> {
                    WHERE repair = 'rebuild' AND repaired_at IS NULL ORDER BY noticed_at LIMIT 1) AS oldest
              WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end
                AND d.repair = 'rebuild' AND d.repaired_at IS NULL
-             RETURNING d.range_start, d.range_end, d.operation IN ('UPDATE', 'DELETE')"
+             RETURNING d.range_start, d.range_end, d.operation"
         ),
         &[],
         |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?, catalog::value(r, 3)?)),
     )?;
     // All of them are the same range.
-    let fewer = ranges.iter().any(|(_, _, fewer): &(Timestamp, Timestamp, bool)| *fewer);
-    let shrink = if fewer { Shrink::IfRawReachesBack } else { Shrink::Refuse };
+    let by = |operations: &[&str]| {
+        ranges.iter().any(|(_, _, by): &(Timestamp, Timestamp, String)| operations.contains(&by.as_str()))
+    };
+    let shrink = match () {
+        () if by(&["MOVE"]) => Shrink::Allow,
+        () if by(&["UPDATE", "DELETE"]) => Shrink::IfRawReachesBack,
+        () => Shrink::Refuse,
+    };
     if let Some((start, end, _)) = ranges.into_iter().next() {
         let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
         let fences: Vec<&Fence> = fences.iter().collect();
@@ -64,6 +70,14 @@ pub fn step(patience: Patience) -> Result<bool> {
             )?;
         }
     }
+    // Of failures the numbers are counted, see below.
+    catalog::execute(
+        &format!(
+            "DELETE FROM {SCHEMA}.dirty_range
+             WHERE failure IS NULL AND repair = 'rebuild' AND repaired_at IS NOT NULL AND NOT unrepairable"
+        ),
+        &[],
+    )?;
     Ok(true)
 }
 

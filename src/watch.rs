@@ -14,7 +14,7 @@ use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, next_midnight, qualified};
 use crate::error::{Error, Result};
 use crate::frozen;
-use crate::litellm::{CHANGE_LOG, Capture};
+use crate::litellm::{CHANGE_LOG, Capture, MOVE};
 use crate::locks::{self, Patience};
 use crate::log;
 use crate::restore;
@@ -172,7 +172,8 @@ pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
 
 /// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
 fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
-    let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
+    let missed = missing.iter().filter(|(_, operation)| operation != MOVE);
+    let mut partitions: Vec<pg_sys::Oid> = missed.map(|(oid, _)| *oid).collect();
     partitions.dedup();
     // The table before its partitions, as for everybody who uses them: no deadlock.
     locks::lock_against_dropping(state.relation)?;

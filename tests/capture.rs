@@ -755,3 +755,174 @@ fn statements_go_on_when_a_foreign_partition_comes_and_capture_when_it_goes() {
     client.batch_execute("SELECT spend_detach()").unwrap();
     client.batch_execute(REACH[0]).unwrap();
 }
+
+/// LiteLLM's table, partitioned, with what a MERGE can do to it.
+fn merge_beside(on_delete: &str, partition: &str) {
+    let db = shared().database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    client
+        .batch_execute(&format!(
+            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {partition};
+               RESET ROLE; SELECT spend_attach(on_delete => '{on_delete}')"#
+        ))
+        .unwrap();
+    wait_until_live(&mut client);
+    let insert = |ids: &str, day: &str| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               SELECT id, 'c', '{day}', '{day}', 10 ^ substr(id, 2)::int FROM unnest('{{{ids}}}'::text[]) AS id"#
+        )
+    };
+    let merge = |ids: &str, actions: &str| {
+        format!(
+            r#"MERGE INTO "LiteLLM_SpendLogs" AS t USING unnest('{{{ids}}}'::text[]) AS s(id) ON t.request_id = s.id {actions}"#
+        )
+    };
+    let not_matched = r#"WHEN NOT MATCHED THEN INSERT (request_id, call_type, "startTime", "endTime", spend)
+                         VALUES (s.id, 'c', '2026-11-04', '2026-11-04', 10 ^ substr(s.id, 2)::int)"#;
+    client.batch_execute(&insert("m0,m1,m2,m3,m4,m5", "2026-11-20")).unwrap();
+    for statement in [
+        // An UPDATE only; all three actions, of which one deletes; two of them; and what is no MERGE.
+        merge("m0", "WHEN MATCHED THEN UPDATE SET \"startTime\" = '2026-11-02'"),
+        merge(
+            "m1,m5,m6",
+            &format!(
+                "WHEN MATCHED AND s.id = 'm5' THEN DELETE WHEN MATCHED THEN UPDATE SET \"startTime\" = '2026-11-03' {not_matched}"
+            ),
+        ),
+        merge(
+            "m2,m7",
+            &format!("WHEN MATCHED THEN UPDATE SET \"startTime\" = '2026-11-05', spend = 7 {not_matched}"),
+        ),
+        r#"UPDATE "LiteLLM_SpendLogs" SET "startTime" = '2026-11-06' WHERE request_id = 'm3'"#.into(),
+        // Within a partition, and back and forth in one transaction, and then deleted.
+        merge("m4", "WHEN MATCHED THEN UPDATE SET \"startTime\" = '2026-11-21'"),
+        format!(
+            "BEGIN; {}; SAVEPOINT s; {}; ROLLBACK TO s; DELETE FROM \"LiteLLM_SpendLogs\" WHERE request_id = 'm7'; COMMIT",
+            merge("m6", "WHEN MATCHED THEN UPDATE SET \"startTime\" = '2026-11-22'"),
+            merge("m4", "WHEN MATCHED THEN UPDATE SET \"startTime\" = '2026-11-01'"),
+        ),
+    ] {
+        client.batch_execute(&statement).unwrap();
+    }
+    wait_until_merged(&mut client);
+    eventually("nothing is dirty", || {
+        holds(&mut client, "SELECT bool_and(dirty_ranges = 0) FROM spend_rollup_status")
+    });
+    // Under keep, what was deleted stays: m5 on the 20th, m7 on the 4th.
+    let kept = "SELECT coalesce(sum(spend), 0)::float8 FROM litellm_spend.daily_spend WHERE date = ";
+    let expected = if on_delete == "keep" { (1e5, 1e7) } else { (0.0, 0.0) };
+    assert_eq!(value::<f64>(&mut client, &format!("{kept}'2026-11-20'")), expected.0);
+    assert_eq!(value::<f64>(&mut client, &format!("{kept}'2026-11-04'")), expected.1);
+    let days = r#"SELECT date::text, sum(spend)::text FROM litellm_spend.daily_spend WHERE date NOT IN ('2026-11-20', '2026-11-04')
+                  GROUP BY 1 HAVING sum(requests) <> 0
+                  EXCEPT SELECT date("startTime")::text, sum(spend::numeric)::text FROM "LiteLLM_SpendLogs" GROUP BY 1"#;
+    assert_no_rows(client.query(days, &[]).unwrap(), "days differ");
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"),
+        if on_delete == "keep" { 8 } else { 6 }
+    );
+    assert_verified(&mut client);
+    assert_eq!(capture_errors(&mut client), 0);
+    // An UPDATE alone has nothing computed again.
+    client
+        .batch_execute(
+            r#"BEGIN;
+               UPDATE "LiteLLM_SpendLogs" SET "startTime" = '2026-11-07', spend = 1 WHERE request_id = 'm4'"#,
+        )
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
+    client.batch_execute("ROLLBACK; SELECT spend_detach(drop_history => true)").unwrap();
+    let left = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend%'";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+}
+
+const BY_TIME: &str = r#"PARTITION BY RANGE ("startTime");
+    CREATE TABLE p1 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-01') TO ('2026-11-15');
+    CREATE TABLE p2 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-15') TO ('2026-12-01')"#;
+
+#[test]
+fn a_merge_that_moves_a_row_is_captured_as_a_move() {
+    merge_beside("keep", BY_TIME);
+}
+
+#[test]
+fn a_merge_that_moves_a_row_is_captured_as_a_move_where_deletions_subtract() {
+    merge_beside("subtract", BY_TIME);
+}
+
+#[test]
+fn a_merge_that_moves_a_row_is_captured_whatever_the_table_is_partitioned_by() {
+    merge_beside(
+        "keep",
+        r#"PARTITION BY HASH ((date("startTime")));
+           CREATE TABLE h0 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES WITH (MODULUS 3, REMAINDER 0);
+           CREATE TABLE h1 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES WITH (MODULUS 3, REMAINDER 1);
+           CREATE TABLE h2 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES WITH (MODULUS 3, REMAINDER 2) PARTITION BY RANGE (spend);
+           CREATE TABLE h2_rest PARTITION OF h2 DEFAULT"#,
+    );
+}
+
+#[test]
+fn a_row_that_a_merge_moves_out_of_a_partition_that_came_later_is_captured_whoever_made_that() {
+    let db = shared().database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    client
+        .batch_execute(&format!(
+            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {BY_TIME}; RESET ROLE; SELECT spend_attach()"#
+        ))
+        .unwrap();
+    wait_until_live(&mut client);
+    // Nobody needs a right to do with our functions to make a partition, the next owner of the table no more than this one.
+    client
+        .batch_execute(
+            r#"BEGIN; CREATE ROLE heir; GRANT CREATE, USAGE ON SCHEMA public TO heir;
+               ALTER TABLE "LiteLLM_SpendLogs" OWNER TO heir; SET LOCAL ROLE heir;
+               CREATE TABLE inherited PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2027-01-01') TO ('2027-02-01'); ROLLBACK"#,
+        )
+        .unwrap();
+    client
+        .batch_execute(
+            r#"SET ROLE litellm;
+               CREATE TABLE made PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-12-01') TO ('2027-01-01');
+               CREATE TABLE attached (LIKE plain INCLUDING DEFAULTS);
+               INSERT INTO attached (request_id, call_type, "startTime", "endTime", spend) VALUES ('a1', 'c', '2026-10-05', now(), 1);
+               ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION attached FOR VALUES FROM ('2026-10-01') TO ('2026-11-01');
+               RESET ROLE"#,
+        )
+        .unwrap();
+    let noted =
+        "SELECT count(*) FROM pg_trigger WHERE tgname = 'litellm_spend_capture_move' AND tgparentid = 0";
+    eventually("what came later is captured", || value::<i64>(&mut client, noted) == 4);
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               VALUES ('m1', 'c', '2026-12-05', now(), 10), ('a2', 'c', '2026-10-05', now(), 100);
+               MERGE INTO "LiteLLM_SpendLogs" AS t USING (VALUES ('m1'), ('a2')) AS s(id) ON t.request_id = s.id
+                   WHEN MATCHED THEN UPDATE SET "startTime" = '2026-11-02'"#,
+        )
+        .unwrap();
+    wait_until_merged(&mut client);
+    eventually("nothing is dirty", || {
+        holds(&mut client, "SELECT bool_and(dirty_ranges = 0) FROM spend_rollup_status")
+    });
+    let days = "SELECT string_agg(date || ' ' || spend, ', ' ORDER BY date) FROM litellm_spend.daily_spend WHERE requests <> 0";
+    assert_eq!(value::<String>(&mut client, days), "2026-10-05 1, 2026-11-02 110");
+    assert_verified(&mut client);
+    // A table that is no partition any more moves nothing.
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION attached;
+               UPDATE attached SET "startTime" = '2026-12-24'; DROP TABLE attached"#,
+        )
+        .unwrap();
+    assert_eq!(capture_errors(&mut client), 0);
+}

@@ -513,7 +513,7 @@ fn dropped_days_of_litellms_table_stay_in_the_rollups() {
     // With their triggers from the first moment on.
     assert!(holds(
         &mut client,
-        r#"SELECT count(*) > 3 AND bool_and(4 = (SELECT count(*) FROM pg_trigger WHERE tgrelid = inhrelid AND tgname LIKE 'litellm_spend%'))
+        r#"SELECT count(*) > 3 AND bool_and(5 = (SELECT count(*) FROM pg_trigger WHERE tgrelid = inhrelid AND tgname LIKE 'litellm_spend%'))
            FROM pg_inherits WHERE inhparent = '"LiteLLM_SpendLogs"'::regclass"#
     ));
     client.batch_execute("COMMIT").unwrap();

@@ -207,6 +207,43 @@ fn a_restore_over_what_is_there_replaces_it() {
 }
 
 #[test]
+fn a_restored_partitioned_table_is_captured_when_a_merge_moves_a_row() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    client
+        .batch_execute(
+            r#"CREATE EXTENSION litellm_spend; SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
+               CREATE TABLE p1 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-01') TO ('2026-11-15');
+               CREATE TABLE p2 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-15') TO ('2026-12-01');
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               VALUES ('m1', 'c', '2026-11-20', now(), 1), ('m2', 'c', '2026-11-20', now(), 10);
+               RESET ROLE; SELECT spend_attach()"#,
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+    let (database, custom) = (target("moves"), dump(&db, "c"));
+    run("pg_restore", &["-d", &database, &custom]);
+    let mut client = shared().connect(&database);
+    client
+        .batch_execute(
+            r#"MERGE INTO "LiteLLM_SpendLogs" AS t USING (VALUES ('m1')) AS s(id) ON t.request_id = s.id
+                   WHEN MATCHED THEN UPDATE SET "startTime" = '2026-11-02'"#,
+        )
+        .unwrap();
+    let days = "SELECT string_agg(date || ' ' || spend, ', ' ORDER BY date) FROM litellm_spend.daily_spend WHERE requests <> 0";
+    eventually("the row is where it is now", || {
+        value::<String>(&mut client, days) == "2026-11-02 1, 2026-11-20 10"
+    });
+    assert_verified(&mut client);
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+#[test]
 fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
     let (db, _open) = original();
     let totals: String = value(&mut db.connect(), TOTALS);

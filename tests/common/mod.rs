@@ -443,6 +443,11 @@ pub fn wait_until_merged(client: &mut Client) {
     });
 }
 
+/// Whether the server has MERGE: from PostgreSQL 15 on.
+pub fn knows_merge(client: &mut Client) -> bool {
+    holds(client, "SELECT current_setting('server_version_num')::int >= 150000")
+}
+
 /// How often capture has failed.
 pub fn capture_errors(client: &mut Client) -> i64 {
     value(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
