@@ -52,16 +52,38 @@ pub fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid>
 
 /// `caller` may act for the owner of the captured table, which is `source` unless that is NULL.
 fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Result<()> {
-    let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
-    if let Some(Regclass(oid)) = source.filter(|Regclass(oid)| *oid != state.relation) {
-        return Err(Error::NotAttached(catalog::relation_name(oid)?));
+    let state = catalog::capture()?;
+    if let Some(Regclass(oid)) = source
+        && state.as_ref().is_none_or(|state| state.relation != oid)
+    {
+        return Err(capture::not_attached_to(oid)?);
     }
+    let state = state.map_or_else(|| Err(capture::not_attached()?), Ok)?;
     session::require_owner(caller, state.relation)
 }
 
 pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
-    work().map_err(ErrorReport::from)
+    work().map_err(|error| match &error {
+        Error::NoRollup(_) => {
+            let hint = own_rollups();
+            let report = ErrorReport::from(error);
+            if let Ok(Some(hint)) = hint { report.set_hint(hint) } else { report }
+        }
+        _ => error.into(),
+    })
 }
+
+/// The rollups that the caller may name, who need not be allowed to read the status.
+fn own_rollups() -> error::Result<Option<String>> {
+    let elevated = Elevated::enter()?;
+    let names = catalog::rollups_of(elevated.caller(), MOST_NAMES + 1)?;
+    let more = if names.len() > MOST_NAMES { " and others" } else { "" };
+    let names: Vec<String> = names.iter().take(MOST_NAMES).map(|name| format!("\"{name}\"")).collect();
+    Ok((!names.is_empty()).then(|| format!("There are {}{more}.", names.join(", "))))
+}
+
+/// As many as the built-in ones, and some.
+const MOST_NAMES: usize = 12;
 
 pub fn require_changeable() -> error::Result<()> {
     session::require_writable()?;
@@ -282,10 +304,14 @@ mod litellm_spend {
             let elevated = Elevated::enter()?;
             restore::require_over()?;
             if let Some(Regclass(oid)) = source {
-                let declared = catalog::sources_on(oid)?;
-                if !declared.is_empty() {
+                let (declared, by_hand) = (catalog::sources_on(oid)?, catalog::filled_by_hand(oid)?);
+                if !declared.is_empty() || by_hand.is_some() {
                     session::require_owner(elevated.caller(), oid)?;
-                    return crate::rollup::backfill_step(declared, patience);
+                }
+                match by_hand {
+                    _ if !declared.is_empty() => return crate::rollup::backfill_step(declared, patience),
+                    Some(rollup) => return Err(Error::ByHand(rollup)),
+                    None => {}
                 }
             }
             require_attached(elevated.caller(), source)?;

@@ -1,6 +1,6 @@
 //! Computes the built-in rollups of the rows that were there before, newest day first, a day a transaction.
 
-use crate::capture::require_no_foreign_partition;
+use crate::capture::{attached, require_no_foreign_partition};
 use crate::catalog;
 use crate::definition::SCHEMA;
 use crate::error::{Error, Result};
@@ -8,7 +8,7 @@ use crate::frozen::{self, Range};
 use crate::litellm::CHANGE_LOG;
 use crate::locks::{Fence, Patience};
 use crate::log;
-use crate::rebuild::{Shrink, attached, rebuild};
+use crate::rebuild::{Shrink, rebuild};
 use crate::repair;
 use pgrx::datum::Timestamp;
 

@@ -27,16 +27,80 @@ use crate::locks::{self, Fence, Patience};
 use crate::log;
 use crate::restore::{self, HERE};
 use crate::rollup::Merged;
-use crate::session::Owner;
+use crate::session::{Elevated, Owner};
 use crate::views::Action;
 use crate::{backfill, guc, rollup, source, views};
 use pgrx::prelude::*;
 use std::time::Instant;
 
-/// The table that a NULL source means, on the caller's search_path.
+/// The table that a NULL source means: the attached one, or the one of LiteLLM's name that the caller's search_path finds, or the
+/// only one of that name.
 pub fn default_source() -> Result<pg_sys::Oid> {
     let name = quoted(SPEND_LOGS);
-    catalog::find_relation(&name)?.ok_or(Error::NoTable(name))
+    let visible = catalog::find_relation(&name)?;
+    let _ourselves = Elevated::enter()?;
+    if let Some(state) = catalog::capture()?
+        && Table::find(state.relation)?.is_some()
+    {
+        return Ok(state.relation);
+    }
+    match (visible, candidates()?.as_slice()) {
+        (Some(oid), _) => Ok(oid),
+        (None, [(only, _)]) => Ok(*only),
+        (None, []) => Err(Error::NoTable(name)),
+        (None, several) => Err(Error::Ambiguous(several.iter().map(|(_, name)| name.clone()).collect())),
+    }
+}
+
+/// The tables of LiteLLM's name in all schemas, by their qualified names.
+fn candidates() -> Result<Vec<(pg_sys::Oid, String)>> {
+    catalog::current(
+        "SELECT c.oid, n.nspname::text, c.relname::text
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relname = $1::name AND c.relkind IN ('r', 'p') AND c.relpersistence <> 't' ORDER BY n.nspname",
+        &[SPEND_LOGS.into()],
+        |r| {
+            let (schema, name) = (catalog::value::<String>(r, 2)?, catalog::value::<String>(r, 3)?);
+            Ok((catalog::value(r, 1)?, qualified(&schema, &name)))
+        },
+    )
+}
+
+/// The captured table.
+pub fn attached() -> Result<CaptureState> {
+    catalog::capture()?.map_or_else(|| Err(not_attached()?), Ok)
+}
+
+/// That nothing is captured, and what to type.
+pub fn not_attached() -> Result<Error> {
+    let remedy = match candidates()?.as_slice() {
+        [] => "Call spend_attach() when LiteLLM has made its tables.".into(),
+        several => attach_one(several.iter().map(|(_, name)| name.as_str())),
+    };
+    Ok(Error::NotAttached { to: "any table".into(), remedy })
+}
+
+/// That a table is not the captured one, and what to type.
+pub fn not_attached_to(relation: pg_sys::Oid) -> Result<Error> {
+    let to = catalog::relation_name(relation)?;
+    let remedy = match catalog::capture()? {
+        Some(state) => format!(
+            "Leave the table out for {}, which is attached; spend_rollup_create() declares a rollup over another.",
+            qualified(&state.schema, &state.table)
+        ),
+        None if candidates()?.iter().any(|(oid, _)| *oid == relation) => attach_one([to.as_str()]),
+        None => {
+            "Call spend_rollup_create() to declare a rollup over it; spend_attach() is for LiteLLM's table."
+                .into()
+        }
+    };
+    Ok(Error::NotAttached { to, remedy })
+}
+
+/// The statement that attaches one of several tables.
+fn attach_one<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let calls = names.into_iter().map(|name| format!("SELECT * FROM spend_attach({});", literal(name)));
+    calls.collect::<Vec<_>>().join(" Or: ")
 }
 
 /// The table to attach or detach: it exists, can have triggers, and is the caller's.
@@ -125,7 +189,7 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
         backfill::uncover_all(CHANGE_LOG)?;
     }
     actions.extend(views::adopt(&table)?);
-    let state = attached_to(&table)?;
+    let state = attached()?;
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
@@ -135,10 +199,6 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     }
     actions.push((format!("table {}", table.qualified()), text.into()));
     Ok(actions)
-}
-
-pub fn attached_to(table: &Table) -> Result<CaptureState> {
-    catalog::capture()?.ok_or_else(|| Error::NotAttached(table.qualified()))
 }
 
 /// Makes the change log and the ledger where they are missing.
@@ -465,7 +525,7 @@ const MOST: i64 = 5_000;
 
 pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     hold()?;
-    let state = catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))?;
+    let state = attached()?;
     let table = Table::find(state.relation)?;
     // 1. what is in the log, as far as that goes while it is written to.
     if !drop_history {

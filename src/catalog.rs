@@ -126,6 +126,15 @@ pub fn sources_on(relation: pg_sys::Oid) -> Result<Vec<Source>> {
     sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])
 }
 
+/// A rollup over the table that its owner fills.
+pub fn filled_by_hand(relation: pg_sys::Oid) -> Result<Option<String>> {
+    let sql = format!(
+        "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+         WHERE r.definition IS NULL AND s.relation = $1 AND s.origin = {HERE} ORDER BY r.name LIMIT 1"
+    );
+    Ok(query(&sql, &[relation.into()], |r| value(r, 1))?.pop())
+}
+
 /// The relation of a source as it is now: another session may have put a partitioned table in its place. `None`: it was dropped, or
 /// another sequence numbers it now.
 pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
@@ -318,6 +327,21 @@ pub fn rollup_names(source: Option<&str>) -> Result<Vec<String>> {
              WHERE ($1 IS NULL OR source = $1) AND source IS NOT NULL AND definition IS NOT NULL ORDER BY name"
         ),
         &[source.map(str::to_string).into()],
+        |r| value(r, 1),
+    )
+}
+
+/// Rollups that belong to `role`, or to one that it may act for; the first `most`.
+pub fn rollups_of(role: pg_sys::Oid, most: usize) -> Result<Vec<String>> {
+    query(
+        &format!(
+            "SELECT r.name FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
+             LEFT JOIN {SCHEMA}.capture c ON c.source = r.source
+             LEFT JOIN pg_catalog.pg_class t ON t.oid = coalesce(c.relation, s.relation)
+             WHERE pg_catalog.pg_has_role($1, coalesce(r.owner, t.relowner), 'USAGE')
+             ORDER BY r.name LIMIT $2"
+        ),
+        &[role.into(), (most as i64).into()],
         |r| value(r, 1),
     )
 }

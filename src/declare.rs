@@ -27,6 +27,7 @@ use pgrx::prelude::*;
 pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
     restore::require_over()?;
+    source::require_sequence(declaration.sequence, false)?;
     let (table, numbering) = open_source(elevated.caller(), declaration.source, declaration.sequence)?;
     check_name(&declaration.name)?;
     let Defined { definition, merge_functions, mut notices } = define(declaration, &table, &numbering)?;
@@ -124,13 +125,14 @@ pub fn register(
 ) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
     restore::require_over()?;
+    source::require_sequence(sequence, true)?;
     let (table, numbering) = open_source(elevated.caller(), source, sequence)?;
     if name.is_empty() {
         return Err(Error::Name { name: name.into(), longest: LONGEST_NAME });
     }
     locks::lock_name(name, table.oid)?;
     if catalog::rollup_exists(name)? {
-        return Err(Error::Exists(name.into()));
+        return Err(Error::RollupExists(name.into()));
     }
     let source = ensure_source(&table, &numbering)?;
     insert_rollup(name, &source, &table, &numbering, None)?;
@@ -258,10 +260,11 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
         Err(Error::NoRollup(_)) => return drop_leftovers(caller, name),
         fence => fence?.ok_or_else(|| Error::RollupBusy(name.into()))?,
     };
-    session::require_role(caller, fence.owner, name)?;
+    // Whoever asks: the owner of the captured table is not that of its rollups.
     if fence.is_built_in() {
         return Err(Error::BuiltIn(name.into()));
     }
+    session::require_role(caller, fence.owner, name)?;
     locks::lock_name(name, fence.relation)?;
     if let Some(definition) = &fence.definition {
         catalog::unless_needed(|| drop_relations(definition))?;

@@ -1,8 +1,8 @@
 //! Every failure that a user can meet, with its SQLSTATE, the facts (DETAIL) and an action (HINT).
 
-use crate::definition::quoted;
 use crate::expression::COMPUTED;
 use crate::guc::LockLimit;
+use crate::definition::{SCHEMA, literal, qualified, quoted};
 use crate::session::Failure;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -36,8 +36,12 @@ pub enum Error {
     Encoding(String),
     #[error("litellm_spend is attached to another table, {0}")]
     AttachedElsewhere(String),
-    #[error("litellm_spend is not attached to {0}")]
-    NotAttached(String),
+    #[error("litellm_spend is not attached to {to}")]
+    NotAttached { to: String, remedy: String },
+    #[error("several tables are called \"LiteLLM_SpendLogs\"")]
+    Ambiguous(Vec<String>),
+    #[error("{given} is not a sequence")]
+    NotASequence { given: String, value: Option<u32> },
     #[error("on_delete must be \"keep\" or \"subtract\", not \"{0}\"")]
     Policy(String),
     #[error("{0} must not be NULL")]
@@ -62,6 +66,8 @@ pub enum Error {
     SourceDropped(String),
     #[error("\"{0}\" already exists")]
     Exists(String),
+    #[error("rollup \"{0}\" already exists")]
+    RollupExists(String),
     #[error("\"{0}\" is a name of litellm_spend's own")]
     Reserved(String),
     #[error("\"{name}\" cannot be the name of a rollup")]
@@ -168,8 +174,8 @@ impl Error {
     pub fn sqlstate(&self) -> PgSqlErrorCode {
         use PgSqlErrorCode::*;
         match self {
-            Error::NoTable(_) => ERRCODE_UNDEFINED_TABLE,
-            Error::NotATable { .. } => ERRCODE_WRONG_OBJECT_TYPE,
+            Error::NoTable(_) | Error::Ambiguous(_) => ERRCODE_UNDEFINED_TABLE,
+            Error::NotATable { .. } | Error::NotASequence { .. } => ERRCODE_WRONG_OBJECT_TYPE,
             Error::NoColumn { .. } | Error::NoTimeColumn { .. } | Error::NoPartitionColumn { .. } => {
                 ERRCODE_UNDEFINED_COLUMN
             }
@@ -191,14 +197,16 @@ impl Error {
             Error::Encoding(_) | Error::ForeignPartition { .. } | Error::Distributed(_) => {
                 ERRCODE_FEATURE_NOT_SUPPORTED
             }
-            Error::AttachedElsewhere(_) | Error::NotAttached(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Error::AttachedElsewhere(_) | Error::NotAttached { .. } => {
+                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
+            }
             Error::NotMergedYet { .. } | Error::Policy(_) | Error::Range { .. } | Error::NoBucket(_) => {
                 ERRCODE_INVALID_PARAMETER_VALUE
             }
             Error::Name { .. } => ERRCODE_INVALID_NAME,
             Error::NoRollup(_) => ERRCODE_UNDEFINED_OBJECT,
             Error::NotRollupOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
-            Error::Exists(_) | Error::Reserved(_) => ERRCODE_DUPLICATE_OBJECT,
+            Error::Exists(_) | Error::RollupExists(_) | Error::Reserved(_) => ERRCODE_DUPLICATE_OBJECT,
             Error::DuplicateColumn(_) => ERRCODE_DUPLICATE_COLUMN,
             Error::Expression { .. } => ERRCODE_INVALID_COLUMN_DEFINITION,
             Error::Restoring
@@ -240,7 +248,9 @@ impl Error {
 
     pub fn detail(&self) -> Option<String> {
         Some(match self {
-            Error::NoTable(_) => "The search_path holds no table of that name.".into(),
+            Error::NoTable(_) => "No schema of this database holds a table of that name.".into(),
+            Error::Ambiguous(_) => "None of them is attached, and search_path shows none.".into(),
+            Error::NotASequence { .. } => "sequence is the sequence whose values number the rows of the source.".into(),
             Error::NotATable { .. } => {
                 "Only ordinary and partitioned, permanent tables can be captured or rolled up.".into()
             }
@@ -256,7 +266,7 @@ impl Error {
             Error::Isolation(_) => "Its snapshot may be older than the rollup's lock, so that rows could be missed or counted twice.".into(),
             Error::Encoding(_) => "Rust strings are UTF-8.".into(),
             Error::AttachedElsewhere(_) => "A database has one change log, fed by one table.".into(),
-            Error::NotAttached(_) => "Nothing is captured there.".into(),
+            Error::NotAttached { .. } => "Nothing is captured there.".into(),
             Error::Policy(_) => "keep: rows that retention deletes stay in the totals. subtract: they leave them.".into(),
             Error::NoRollup(_) | Error::NoRollups => {
                 "Rollups are made by spend_attach(), spend_rollup_create() and spend_rollup_register().".into()
@@ -266,7 +276,12 @@ impl Error {
             Error::NotByHand(_) => "Its windows are merged by litellm_spend itself.".into(),
             Error::BuiltIn(_) => "It belongs to the captured table.".into(),
             Error::SourceDropped(_) => "It keeps what had been merged.".into(),
-            Error::Exists(_) => "A rollup \"x\" takes the names litellm_spend.x and litellm_spend.x_rollup.".into(),
+            Error::Exists(name) => format!(
+                "The live view of rollup \"{name}\" would be {}, its table {}.",
+                qualified(SCHEMA, name),
+                qualified(SCHEMA, &format!("{name}_rollup"))
+            ),
+            Error::RollupExists(_) => "Rollups have different names, also those that are filled by hand.".into(),
             Error::Reserved(_) => "Its tables, views and indexes for LiteLLM take it.".into(),
             Error::Name { longest, .. } => format!("A name has 1 to {longest} bytes, so that a table name can be made of it."),
             Error::Expression { reason, .. } => reason.clone(),
@@ -346,8 +361,18 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Error::NoTable(_) => {
-                "Pass the table, as in spend_attach('myschema.\"LiteLLM_SpendLogs\"'), or set search_path."
-                    .into()
+                "Pass the table, as in 'myschema.\"LiteLLM_SpendLogs\"', when LiteLLM has made it.".into()
+            }
+            Error::Ambiguous(names) => {
+                let names: Vec<String> = names.iter().map(|name| literal(name)).collect();
+                format!("Pass the one that LiteLLM writes to: {}.", names.join(" or "))
+            }
+            Error::NotASequence { value, .. } => {
+                let merged = value.map(|value| format!("; what is merged already is merged_to => {value}"));
+                format!(
+                    "Leave it out where one sequence numbers the rows, or pass its name{}.",
+                    merged.unwrap_or_default()
+                )
             }
             Error::NotATable { .. } => "Pass the table that the rows are written to, for LiteLLM \"LiteLLM_SpendLogs\".".into(),
             Error::NoTimeColumn { .. } => "Pass one of its columns, or leave time_column out.".into(),
@@ -371,19 +396,20 @@ impl Error {
             Error::AttachedElsewhere(table) => {
                 format!("Call spend_detach('{}') first.", table.replace('\'', "''"))
             }
-            Error::NotAttached(_) => "Call spend_attach() first.".into(),
+            Error::NotAttached { remedy, .. } => remedy.clone(),
             Error::Policy(_) => "Leave it out for keep.".into(),
             Error::Null(what) => format!("Pass a {what}."),
             Error::Empty(what) => format!("Pass a {what} such as ARRAY['…']."),
             Error::TooManyDimensions { .. } => "Leave some out, or make one of several, as in \"ROW(a, b)::text AS ab\".".into(),
-            Error::NoRollup(_) => "SELECT rollup FROM spend_rollup_status lists them.".into(),
+            Error::NoRollup(_) => "Make it first.".into(),
             Error::NoRollups => "Call one of them first.".into(),
             Error::NotRollupOwner(_) => "Call it as that role, as a member of it, or as a superuser.".into(),
             Error::ByHand(_) => "Run its own SQL, which calls spend_rollup_window().".into(),
             Error::NotByHand(_) => "Read its live view; spend_rollup_run() merges it at once.".into(),
-            Error::BuiltIn(_) => "spend_detach(drop_history := true) drops the built-in rollups.".into(),
+            Error::BuiltIn(_) => "SELECT * FROM spend_detach(drop_history => true); drops all built-in rollups.".into(),
             Error::SourceDropped(_) => "Read it while you need it; spend_rollup_drop() drops it.".into(),
             Error::Exists(_) => "Choose another name, or drop the old one first: spend_rollup_drop() if it is a rollup.".into(),
+            Error::RollupExists(_) => "Choose another name, or drop that rollup first, with spend_rollup_drop().".into(),
             Error::Name { .. } | Error::Reserved(_) => "Choose another name.".into(),
             Error::Expression { what: "dimension", .. } => {
                 "A dimension is an expression over the source's columns, as in \"date_trunc('hour', created_at) AS hour\".".into()
@@ -424,7 +450,7 @@ impl Error {
             Error::SequenceShape { sequence, .. } => {
                 format!("ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 NO CYCLE.")
             }
-            Error::AlreadyPartitioned(_) => "See spend_partition_status.".into(),
+            Error::AlreadyPartitioned(_) => "spend_partition_maintain() keeps it going; spend_partition_revert() makes it a plain table again.".into(),
             Error::CannotConvert { .. } => "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.".into(),
             Error::CutoverBeyond => "Pass an earlier cutover, or leave it out.".into(),
             Error::CutoverPast { .. } => "Pass a later cutover, or leave it out.".into(),
@@ -452,8 +478,8 @@ impl Error {
             Error::CameBetween(_) => "Try again; a worker does so by itself.".into(),
             Error::Referenced { .. } => "Drop the reference, or maintain the table by hand.".into(),
             Error::NotMerged { .. } => "It expires once its rows are merged; SELECT spend_rollup_run() merges what is safe.".into(),
-            Error::NotCovered { .. } => "It expires once the backfill is complete; spend_rollup_status shows how far it is.".into(),
-            Error::NotRepaired(_) => "It expires once that is done; see dirty_ranges in spend_rollup_status.".into(),
+            Error::NotCovered { .. } => "It expires once the backfill is complete; CALL spend_backfill(); completes it.".into(),
+            Error::NotRepaired(_) => "It expires once that is done; SELECT spend_rollup_run(); does it.".into(),
             Error::OtherOwner { relation, expected, .. } => {
                 format!("ALTER TABLE {relation} OWNER TO \"{}\", or call it anew for the new owner.", expected.replace('"', "\"\""))
             }

@@ -11,6 +11,7 @@
 //! captured table, and add to it. Of a declared rollup everything is the owner's; of the built-in ones we remove the rows of
 //! a range ourselves, which the owner may not.
 
+use crate::capture::attached;
 use crate::catalog::{self, CaptureState};
 use crate::definition::{Definition, SCHEMA, next_midnight};
 use crate::error::{Error, Result};
@@ -55,10 +56,6 @@ impl Truth {
     fn relation(&self) -> Option<String> {
         self.query.as_ref().map(|query| format!("({query})"))
     }
-}
-
-pub fn attached() -> Result<CaptureState> {
-    catalog::capture()?.ok_or_else(|| Error::NotAttached("any table".into()))
 }
 
 /// What to do with a bucket of which the rollup knows more source rows than there are. Capture saw every deletion by

@@ -1,12 +1,13 @@
 //! Repairs what capture could not write, and freezes the days whose raw rows are gone.
 
 use crate::backfill::uncover_all;
+use crate::capture::attached;
 use crate::catalog::{self, CaptureState};
 use crate::definition::{Definition, SCHEMA, next_midnight, quoted};
 use crate::error::{Error, Result};
 use crate::frozen::{self, Range};
 use crate::locks::{Fence, Patience};
-use crate::rebuild::{Shrink, attached, has_lost_rows, rebuild, smallest, start_of_raw};
+use crate::rebuild::{Shrink, has_lost_rows, rebuild, smallest, start_of_raw};
 use pgrx::datum::Timestamp;
 use std::time::{Duration, Instant};
 

@@ -127,7 +127,10 @@ impl Elevated {
             |r| value::<pg_sys::Oid>(r, 1),
         )?
         .pop()
-        .ok_or_else(|| Error::NotAttached("this database".into()))?;
+        .ok_or_else(|| Error::NotAttached {
+            to: "this database".into(),
+            remedy: "CREATE EXTENSION litellm_spend;".into(),
+        })?;
         guard.become_user(owner, OURSELVES);
         Ok(guard)
     }

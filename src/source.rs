@@ -234,6 +234,20 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
     Ok(names.into_iter().next().unwrap_or_default())
 }
 
+/// What was given as a sequence is one. A number in its place is an OID, as a rule of nothing: where there is `merged_to`, it was
+/// meant for that.
+pub fn require_sequence(sequence: Option<pg_sys::Oid>, has_merged_to: bool) -> Result<()> {
+    let Some(oid) = sequence else { return Ok(()) };
+    match Table::find(oid)? {
+        Some(found) if found.kind == "S" => Ok(()),
+        Some(found) => Err(Error::NotASequence { given: found.qualified(), value: None }),
+        None => {
+            let value = oid.to_u32();
+            Err(Error::NotASequence { given: value.to_string(), value: has_merged_to.then_some(value) })
+        }
+    }
+}
+
 /// The table and its numbering, if it can be a source for the caller.
 pub fn open_source(
     caller: pg_sys::Oid,

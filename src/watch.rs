@@ -7,7 +7,7 @@
 use crate::backfill::uncover_all;
 use crate::builtin;
 use crate::capture::{
-    attach_locked, attached_to, captured_columns, create_functions, create_triggers, failing_triggers,
+    attach_locked, attached, captured_columns, create_functions, create_triggers, failing_triggers,
     foreign_partition, missing_triggers, open, silence,
 };
 use crate::catalog::{self, CaptureState, Source, Table};
@@ -241,7 +241,7 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     if old.is_none() {
         forget_predecessor()?;
     }
-    let state = attached_to(&table)?;
+    let state = attached()?;
     create_functions(&state)?;
     // 2. no writer from here on, so that each row is either in the gap or captured.
     create_triggers(&state)?;

@@ -846,3 +846,52 @@ fn one_statement_lets_a_dashboard_read_the_reports() {
     drop(grafana);
     client.batch_execute("DROP OWNED BY grafana_j; DROP ROLE grafana_j").unwrap();
 }
+
+#[test]
+fn table_and_extension_may_be_in_any_schema() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE SCHEMA llm AUTHORIZATION litellm; ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA llm;
+               CREATE INDEX ON llm."LiteLLM_SpendLogs" ("startTime");
+               CREATE SCHEMA ext; CREATE EXTENSION litellm_spend SCHEMA ext;
+               SET search_path = ext"#,
+        )
+        .unwrap();
+    let plan = "SELECT spend_partition_plan()";
+    client.batch_execute(plan).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    // Another table of that name is in nobody's way now.
+    client
+        .batch_execute(
+            r#"CREATE SCHEMA old; CREATE TABLE old."LiteLLM_SpendLogs" (LIKE llm."LiteLLM_SpendLogs")"#,
+        )
+        .unwrap();
+    for call in [
+        plan,
+        "SELECT spend_attach()",
+        "CALL spend_backfill()",
+        "SELECT spend_rollup_run()",
+        "SELECT spend_rollup_rebuild(NULL)",
+        "SELECT spend_partition_set(retention => '90 days')",
+        "SELECT spend_partition_maintain()",
+        "SELECT litellm_spend.maintain_at(NULL, now()::timestamp)",
+        "SELECT spend_partition_revert()",
+    ] {
+        client.batch_execute(call).unwrap_or_else(|e| panic!("{call}: {e:?}"));
+    }
+    assert!(holds(
+        &mut client,
+        "SELECT relation = 'llm.\"LiteLLM_SpendLogs\"'::regclass FROM litellm_spend.policy"
+    ));
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("the attached table is partitioned", || {
+        holds(
+            &mut client,
+            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = 'llm."LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    client.batch_execute("SELECT spend_attach(); SELECT spend_detach()").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.capture"), 0);
+}

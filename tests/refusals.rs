@@ -29,8 +29,9 @@ fn a_relation_that_is_not_litellms_table_is_refused() {
         )
         .unwrap();
     assert_refused(&mut client, "SELECT spend_attach('12345'::oid::regclass)", "42P01");
-    assert_refused(&mut client, "SET search_path = pg_catalog; SELECT public.spend_attach()", "42P01");
-    client.batch_execute("SET search_path = public").unwrap();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" RENAME TO renamed"#).unwrap();
+    assert_refused(&mut client, "SELECT spend_attach()", "42P01");
+    client.batch_execute(r#"ALTER TABLE renamed RENAME TO "LiteLLM_SpendLogs""#).unwrap();
     assert_refused(&mut client, "SELECT spend_attach('other')", "42703");
     assert_refused(&mut client, "SELECT spend_attach('wrong_type')", "42804");
     for relation in ["\"DailyTagSpend\"", "temporary", "unlogged", "distant", "stale", "numbers"] {
@@ -107,6 +108,129 @@ fn calls_before_attach_are_refused() {
     let detached: String = value(&mut client, "SELECT action FROM spend_detach()");
     assert_eq!(detached, "is not captured");
     nothing_changed(&mut client);
+}
+
+#[test]
+fn of_two_tables_that_nobody_sees_neither_is_taken() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE SCHEMA one; CREATE SCHEMA two; CREATE TABLE two."LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs");
+               ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA one"#,
+        )
+        .unwrap();
+    for call in
+        ["spend_attach()", "spend_partition_plan()", "spend_partition_set()", "spend_partition_maintain()"]
+    {
+        let refused = error(&mut client, &format!("SELECT * FROM {call}"));
+        assert_eq!(refused.code().code(), "42P01", "{call}: {refused:?}");
+        assert_eq!(
+            refused.hint(),
+            Some(
+                r#"Pass the one that LiteLLM writes to: '"one"."LiteLLM_SpendLogs"' or '"two"."LiteLLM_SpendLogs"'."#
+            )
+        );
+    }
+    let refused = error(&mut client, "CALL spend_backfill()");
+    assert_eq!(
+        refused.hint(),
+        Some(
+            r#"SELECT * FROM spend_attach('"one"."LiteLLM_SpendLogs"'); Or: SELECT * FROM spend_attach('"two"."LiteLLM_SpendLogs"');"#
+        )
+    );
+    nothing_changed(&mut client);
+    // The one that search_path finds; then the attached one, whatever it finds.
+    client.batch_execute("SET search_path = two, public; SELECT spend_attach()").unwrap();
+    client.batch_execute("SET search_path = one, public; SELECT spend_attach()").unwrap();
+    assert!(holds(&mut client, "SELECT table_schema = 'two' FROM litellm_spend.capture"));
+}
+
+#[test]
+fn the_hint_names_what_fills_the_table_that_was_passed() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE other (a int); CREATE TABLE page_views (id bigserial, a int);
+             SELECT spend_rollup_register('views', 'page_views')",
+        )
+        .unwrap();
+    let mut hint = |call: &str| {
+        assert_refused(&mut client, call, "55000");
+        error(&mut client, call).hint().unwrap().to_string()
+    };
+    let attach = r#"SELECT * FROM spend_attach('"public"."LiteLLM_SpendLogs"');"#;
+    assert_eq!(hint("CALL spend_backfill()"), attach);
+    assert_eq!(hint(r#"CALL spend_backfill('"LiteLLM_SpendLogs"')"#), attach);
+    assert_eq!(hint("SELECT spend_grant_reports('litellm')"), attach);
+    assert!(hint("CALL spend_backfill('other')").starts_with("Call spend_rollup_create() to declare"));
+    assert!(hint("CALL spend_backfill('page_views')").contains("spend_rollup_window()"));
+    client.batch_execute(attach).unwrap();
+    let mut hint = |call: &str| {
+        assert_refused(&mut client, call, "55000");
+        error(&mut client, call).hint().unwrap().to_string()
+    };
+    for call in ["CALL spend_backfill('other')", "SELECT spend_detach('other')"] {
+        assert!(
+            hint(call).starts_with(r#"Leave the table out for "public"."LiteLLM_SpendLogs", which is"#),
+            "{call}"
+        );
+    }
+    assert!(hint("CALL spend_backfill('page_views')").contains("spend_rollup_window()"));
+}
+
+#[test]
+fn a_rollup_that_is_not_as_the_caller_thought() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "SELECT spend_attach(); GRANT EXECUTE ON FUNCTION spend_rollup_drop, spend_rollup_verify TO litellm;
+             SET ROLE litellm; CREATE TABLE page_views (id bigserial, a int); RESET ROLE;
+             SELECT spend_rollup_register('views', 'page_views')",
+        )
+        .unwrap();
+    for (role, call, sqlstate, texts) in [
+        (
+            "postgres",
+            "SELECT spend_rollup_register('views', 'page_views')",
+            "42710",
+            ["Rollups have different names, also those that are filled by hand.", "spend_rollup_drop()"],
+        ),
+        (
+            "postgres",
+            "SELECT spend_rollup_register('more', 'page_views', 3001001)",
+            "42809",
+            ["3001001 is not a sequence", "merged_to => 3001001"],
+        ),
+        (
+            "postgres",
+            "SELECT spend_rollup_create('more', 'page_views', '{a}', '{count(*) AS n}', 'page_views')",
+            "42809",
+            [r#""public"."page_views" is not a sequence"#, "or pass its name."],
+        ),
+        (
+            "litellm",
+            "SELECT spend_rollup_drop('daily_spend')",
+            "55000",
+            [r#"rollup "daily_spend" is built in"#, "SELECT * FROM spend_detach(drop_history => true);"],
+        ),
+        (
+            "litellm",
+            "SELECT * FROM spend_rollup_verify('view')",
+            "42704",
+            [r#"rollup "view" does not exist"#, r#"There are "daily_spend", "daily_spend_by_end_user","#],
+        ),
+    ] {
+        client.batch_execute(&format!("SET ROLE {role}")).unwrap();
+        assert_refused(&mut client, call, sqlstate);
+        let refused = error(&mut client, call);
+        let said =
+            format!("{}\n{}\n{}", refused.message(), refused.detail().unwrap(), refused.hint().unwrap());
+        assert!(texts.iter().all(|text| said.contains(text)), "{call}: {said}");
+    }
+    assert!(error(&mut client, "SELECT spend_rollup_drop('view')").hint().unwrap().contains("\"views\""));
 }
 
 #[test]
