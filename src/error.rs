@@ -38,6 +38,8 @@ pub enum Error {
     AttachedElsewhere(String),
     #[error("litellm_spend is not attached to {to}")]
     NotAttached { to: String, remedy: String },
+    #[error("litellm_spend cannot be dropped with CASCADE while it is attached to {0}")]
+    StillAttached(String),
     #[error("several tables are called \"LiteLLM_SpendLogs\"")]
     Ambiguous(Vec<String>),
     #[error("{given} is not a sequence")]
@@ -175,6 +177,7 @@ impl Error {
         use PgSqlErrorCode::*;
         match self {
             Error::NoTable(_) | Error::Ambiguous(_) => ERRCODE_UNDEFINED_TABLE,
+            Error::StillAttached(_) => ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
             Error::NotATable { .. } | Error::NotASequence { .. } => ERRCODE_WRONG_OBJECT_TYPE,
             Error::NoColumn { .. } | Error::NoTimeColumn { .. } | Error::NoPartitionColumn { .. } => {
                 ERRCODE_UNDEFINED_COLUMN
@@ -249,6 +252,7 @@ impl Error {
     pub fn detail(&self) -> Option<String> {
         Some(match self {
             Error::NoTable(_) => "No schema of this database holds a table of that name.".into(),
+            Error::StillAttached(_) => "LiteLLM's own views would be dropped with it, and the only record of deleted rows.".into(),
             Error::Ambiguous(_) => "None of them is attached, and search_path shows none.".into(),
             Error::NotASequence { .. } => "sequence is the sequence whose values number the rows of the source.".into(),
             Error::NotATable { .. } => {
@@ -362,6 +366,11 @@ impl Error {
         Some(match self {
             Error::NoTable(_) => {
                 "Pass the table, as in 'myschema.\"LiteLLM_SpendLogs\"', when LiteLLM has made it.".into()
+            }
+            Error::StillAttached(_) => {
+                "SELECT * FROM spend_detach(drop_history => true); gives the views back. If that fails, DELETE FROM litellm_spend.capture; \
+                 lets CASCADE take them along."
+                    .into()
             }
             Error::Ambiguous(names) => {
                 let names: Vec<String> = names.iter().map(|name| literal(name)).collect();

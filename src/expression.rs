@@ -158,7 +158,7 @@ unsafe fn is(node: *const pg_sys::Node, tag: pg_sys::NodeTag) -> bool {
     !node.is_null() && unsafe { (*node).type_ } == tag
 }
 
-fn nodes(list: *mut pg_sys::List) -> Vec<*mut pg_sys::Node> {
+pub fn nodes(list: *mut pg_sys::List) -> Vec<*mut pg_sys::Node> {
     // SAFETY: a list of nodes, or null for an empty one.
     let Some(list) = (unsafe { list.as_ref() }) else { return vec![] };
     let cells = unsafe { std::slice::from_raw_parts(list.elements, list.length as usize) };
@@ -212,12 +212,21 @@ unsafe fn column_name(raw: *mut pg_sys::Node) -> Option<String> {
         if !is(raw, pg_sys::NodeTag::T_ColumnRef) {
             return None;
         }
-        let last = nodes((*raw.cast::<pg_sys::ColumnRef>()).fields).pop()?;
+        text(nodes((*raw.cast::<pg_sys::ColumnRef>()).fields).pop()?)
+    }
+}
+
+/// What a node of a name says.
+pub unsafe fn text(node: *mut pg_sys::Node) -> Option<String> {
+    unsafe {
+        if !is(node, pg_sys::NodeTag::T_String) {
+            return None;
+        }
         #[cfg(feature = "pg14")]
-        let (tag, text) = (pg_sys::NodeTag::T_String, (*last.cast::<pg_sys::Value>()).val.str_);
+        let text = (*node.cast::<pg_sys::Value>()).val.str_;
         #[cfg(not(feature = "pg14"))]
-        let (tag, text) = (pg_sys::NodeTag::T_String, (*last.cast::<pg_sys::String>()).sval);
-        is(last, tag).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+        let text = (*node.cast::<pg_sys::String>()).sval;
+        Some(CStr::from_ptr(text).to_string_lossy().into_owned())
     }
 }
 

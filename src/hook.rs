@@ -1,10 +1,13 @@
-//! The utility hook: CREATE EXTENSION is announced to the launcher, and a worker leaves a database that is to be dropped,
-//! renamed, moved or copied, which its connection would prevent.
+//! The utility hook: CREATE EXTENSION is announced to the launcher, a worker leaves a database that is to be dropped,
+//! renamed, moved or copied, which its connection would prevent, and CASCADE is kept from taking LiteLLM's views along.
 
 use crate::catalog;
-use crate::error::Result;
+use crate::definition::{SCHEMA, qualified};
+use crate::error::{Error, Result};
+use crate::expression::{nodes, text};
 use crate::launcher::announce;
-use crate::session::Elevated;
+use crate::session::{Elevated, attempt};
+use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use std::ffi::{CStr, c_char};
 
@@ -76,6 +79,22 @@ unsafe fn look(node: *mut pg_sys::Node) {
                 }
             }
             T_AlterDatabaseStmt => end_worker((*(node as *mut pg_sys::AlterDatabaseStmt)).dbname),
+            T_DropStmt => {
+                let statement = &*(node as *mut pg_sys::DropStmt);
+                let names = || nodes(statement.objects).into_iter().filter_map(|name| text(name)).collect();
+                match statement.removeType {
+                    _ if statement.behavior != pg_sys::DropBehavior::DROP_CASCADE => {}
+                    pg_sys::ObjectType::OBJECT_EXTENSION => keep_views(Dropped::Extensions(names())),
+                    pg_sys::ObjectType::OBJECT_SCHEMA => keep_views(Dropped::Schemas(names())),
+                    _ => {}
+                }
+            }
+            T_DropOwnedStmt => {
+                let statement = &*(node as *mut pg_sys::DropOwnedStmt);
+                if statement.behavior == pg_sys::DropBehavior::DROP_CASCADE {
+                    keep_views(Dropped::OwnedBy(statement.roles));
+                }
+            }
             T_CreatedbStmt => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
             _ => {}
         }
@@ -98,6 +117,66 @@ unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
         if !named {
             end_worker(c"template1".as_ptr());
         }
+    }
+}
+
+/// What a statement drops with all that depends on it.
+enum Dropped {
+    Extensions(Vec<String>),
+    Schemas(Vec<String>),
+    OwnedBy(*mut pg_sys::List),
+}
+
+/// Refuses to drop the extension from under LiteLLM's views. What is to be asked may be broken, as the installation that somebody
+/// wants to get rid of: then nothing is refused.
+fn keep_views(dropped: Dropped) {
+    // SAFETY: the statement runs in a transaction, but without a snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let table = attempt(|| attached_to_what_stays(&dropped));
+    unsafe { pg_sys::PopActiveSnapshot() };
+    match table {
+        Ok(Some(table)) => ErrorReport::from(Error::StillAttached(table)).report(PgLogLevel::ERROR),
+        Ok(None) => {}
+        Err(failure) => drop(failure.unless_cancel()),
+    }
+}
+
+/// The attached table, if the extension is dropped and its schema, or owner, is not. An error: there is no extension here.
+fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
+    match dropped {
+        Dropped::Extensions(names) if names.iter().all(|name| name != "litellm_spend") => return Ok(None),
+        _ => {}
+    }
+    let _ourselves = Elevated::enter()?;
+    let sql = format!(
+        "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
+                (SELECT relowner FROM pg_catalog.pg_class WHERE oid = c.relation)
+         FROM {SCHEMA}.capture c, pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+         WHERE e.extname = 'litellm_spend'"
+    );
+    let found = catalog::query(&sql, &[], |r| {
+        let (schema, table) = (catalog::value::<String>(r, 1)?, catalog::value::<String>(r, 2)?);
+        let goes = match dropped {
+            Dropped::Extensions(_) => true,
+            Dropped::Schemas(names) => names.contains(&catalog::value(r, 3)?) && !names.contains(&schema),
+            Dropped::OwnedBy(roles) => {
+                let roles = oids(*roles);
+                let stays = r.get::<pg_sys::Oid>(5)?.is_none_or(|owner| !roles.contains(&owner));
+                roles.contains(&catalog::value(r, 4)?) && stays
+            }
+        };
+        Ok(goes.then(|| qualified(&schema, &table)))
+    })?;
+    Ok(found.into_iter().flatten().next())
+}
+
+/// The roles that a statement names.
+fn oids(roles: *mut pg_sys::List) -> Vec<pg_sys::Oid> {
+    // SAFETY: a list of RoleSpec, of which the server makes one of OIDs, or fails.
+    unsafe {
+        let list = pg_sys::roleSpecsToIds(roles);
+        let count = list.as_ref().map_or(0, |list| list.length as usize);
+        (0..count).map(|i| (*(*list).elements.add(i)).oid_value).collect()
     }
 }
 

@@ -34,6 +34,7 @@ mod expression;
 mod frozen;
 mod guard;
 mod guc;
+mod hint;
 mod hook;
 mod launcher;
 mod layout;
@@ -77,6 +78,7 @@ extension_sql_file!("../sql/api.sql", name = "api", finalize);
 pub extern "C-unwind" fn _PG_init() {
     guc::register();
     guard::install();
+    hint::install();
     // SAFETY: a flag of the postmaster.
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
         launcher::register();

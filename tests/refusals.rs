@@ -398,14 +398,95 @@ fn attach_gives_up_on_its_lock_and_changes_nothing() {
 fn dropping_the_extension_with_history_is_refused() {
     let db = shared().database().attached();
     let mut client = db.connect();
-    assert_eq!(error(&mut client, "DROP EXTENSION litellm_spend").code().code(), "2BP01");
-    client.batch_execute("SELECT spend_detach()").unwrap();
-    assert_eq!(error(&mut client, "DROP EXTENSION litellm_spend").code().code(), "2BP01");
+    for detach in ["SELECT 1", "SELECT spend_detach()"] {
+        client.batch_execute(detach).unwrap();
+        assert_refused(&mut client, "DROP EXTENSION litellm_spend", "2BP01");
+        let hint = error(&mut client, "DROP EXTENSION litellm_spend").hint().unwrap().to_string();
+        assert!(hint.starts_with("SELECT * FROM spend_detach(drop_history => true);"), "{hint}");
+    }
     client
         .batch_execute(
             "SELECT spend_attach(); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend",
         )
         .unwrap();
+}
+
+const LITELLMS_VIEWS: &str =
+    "SELECT count(*) FROM pg_views WHERE schemaname = 'public' AND viewowner = 'litellm'";
+
+#[test]
+fn cascade_does_not_take_litellms_views_along() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS dba_d; CREATE ROLE dba_d SUPERUSER; CREATE SCHEMA ext; GRANT ALL ON SCHEMA ext TO dba_d;
+             CREATE EXTENSION pg_trgm; CREATE SCHEMA other; SET ROLE dba_d; CREATE EXTENSION litellm_spend SCHEMA ext;
+             RESET ROLE; SELECT ext.spend_attach()",
+        )
+        .unwrap();
+    client.batch_execute("CALL ext.spend_backfill()").unwrap();
+    let before: i64 = value(&mut client, LITELLMS_VIEWS);
+    let drops = [
+        "DROP EXTENSION litellm_spend CASCADE",
+        "DROP EXTENSION IF EXISTS pg_trgm, litellm_spend CASCADE",
+        "DO $$ BEGIN EXECUTE 'DROP EXTENSION litellm_spend CASCADE'; END $$",
+        "DROP SCHEMA other, ext CASCADE",
+        "DROP OWNED BY dba_d CASCADE",
+    ];
+    for drop in drops {
+        assert_refused(&mut client, drop, "2BP01");
+        let refused = error(&mut client, drop);
+        assert!(refused.message().contains(r#"attached to "public"."LiteLLM_SpendLogs""#), "{refused:?}");
+        assert!(refused.hint().unwrap().contains("SELECT * FROM spend_detach(drop_history => true);"));
+    }
+    client.batch_execute("DROP SCHEMA other CASCADE; DROP EXTENSION pg_trgm CASCADE").unwrap();
+    assert!(before >= 7, "{before}");
+    assert_eq!(value::<i64>(&mut client, LITELLMS_VIEWS), before);
+    // With the table's schema everything goes, and a dropped database is asked nothing.
+    client.batch_execute("BEGIN; DROP SCHEMA public, ext CASCADE; ROLLBACK").unwrap();
+    // Half of it is gone, so that no detach can work.
+    client.batch_execute("DROP TABLE litellm_spend.daily_spend_rollup CASCADE").unwrap();
+    assert!(client.batch_execute("SELECT ext.spend_detach(drop_history => true)").is_ok());
+    client.batch_execute("SELECT ext.spend_attach()").unwrap();
+    let hint = error(&mut client, drops[0]).hint().unwrap().to_string();
+    let way_out = hint.split("If that fails, ").nth(1).unwrap().split(';').next().unwrap();
+    client.batch_execute(&format!("{way_out}; {}", drops[0])).unwrap();
+    client.batch_execute("DROP OWNED BY dba_d; DROP ROLE dba_d").unwrap();
+}
+
+#[test]
+fn a_broken_installation_can_be_dropped_without_a_word() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "ALTER TABLE litellm_spend.capture RENAME table_schema TO schema; DROP EXTENSION litellm_spend CASCADE",
+        )
+        .unwrap();
+}
+
+#[test]
+fn a_backfill_in_a_transaction_block_says_why_it_fails() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    for call in [
+        "BEGIN; CALL spend_backfill()",
+        "DO $$ BEGIN CALL spend_backfill(); EXCEPTION WHEN division_by_zero THEN NULL; END $$",
+    ] {
+        let refused = error(&mut client, call);
+        assert_eq!(refused.code().code(), "2D000");
+        assert!(
+            refused.hint().is_some_and(|hint| hint.starts_with("Use CALL spend_backfill();")),
+            "{refused:?}"
+        );
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+    // Somebody else's procedure is left with the server's own words.
+    client.batch_execute("CREATE PROCEDURE p() LANGUAGE plpgsql AS 'BEGIN COMMIT; END'").unwrap();
+    assert_eq!(error(&mut client, "BEGIN; CALL p()").hint(), None);
 }
 
 #[test]
