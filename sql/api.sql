@@ -102,6 +102,8 @@ COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, timestamp, 
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
+COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
+COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
 COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views';
 COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
 COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
@@ -113,6 +115,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_rollup_verify(text, timestamp, timestamp),
     @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text),
     @extschema@.spend_rollup_register(text, regclass, regclass, bigint), @extschema@.spend_rollup_window(text), @extschema@.spend_rollup_drop(text),
+    @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole),
     @extschema@.spend_grant_reports(regrole), @extschema@.spend_restored(), litellm_spend.restored(),
     @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer), @extschema@.spend_partition_revert(regclass, boolean),
     @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer),
@@ -122,6 +125,12 @@ FROM PUBLIC;
 REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
 
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
+-- Its schema may be closed to others.
+DO $$ BEGIN
+    IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
+        GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
+    END IF;
+END $$;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text) TO pg_monitor;
 GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_health TO pg_monitor;
 

@@ -439,6 +439,21 @@ AS 'MODULE_PATHNAME', 'spend_restored_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 REVOKE ALL ON FUNCTION @extschema@.spend_restored() FROM PUBLIC;
 
+CREATE FUNCTION @extschema@.spend_grant_admin("role" regrole) RETURNS TABLE ("object" text, "action" text)
+VOLATILE PARALLEL UNSAFE LANGUAGE c AS 'MODULE_PATHNAME', 'spend_grant_admin_wrapper';
+CREATE FUNCTION @extschema@.spend_revoke_admin("role" regrole) RETURNS TABLE ("object" text, "action" text)
+VOLATILE PARALLEL UNSAFE LANGUAGE c AS 'MODULE_PATHNAME', 'spend_revoke_admin_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
+COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
+REVOKE ALL ON FUNCTION @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole) FROM PUBLIC;
+
+-- pg_monitor reads the status, also where the extension's schema is closed to others.
+DO $$ BEGIN
+    IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
+        GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
+    END IF;
+END $$;
+
 -- Materialized views are not made anew any more. Whoever may call the function may go on to.
 CREATE FUNCTION @extschema@.spend_partition_convert(
     "source" regclass DEFAULT NULL,

@@ -10,7 +10,7 @@ use crate::locks::{Fence, Patience};
 use crate::session::{self, Elevated, Failure, attempt};
 use crate::source::Notice;
 use crate::tick::{self, Runner, Subject};
-use crate::{backfill, capture, error, rebuild, restore, views};
+use crate::{admin, backfill, capture, error, rebuild, restore, views};
 use pgrx::JsonB;
 use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -470,6 +470,36 @@ fn spend_restored() -> Result<bool, ErrorReport> {
         session::require_extension_owner(elevated.caller())?;
         restore::adopt()
     })
+}
+
+/// Lets a role call what needs no superuser, and says what does.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_grant_admin(
+    role: Option<Regrole>,
+) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
+    administer(role, admin::grant)
+}
+
+/// Takes that back.
+#[pg_extern(volatile, parallel_unsafe)]
+fn spend_revoke_admin(
+    role: Option<Regrole>,
+) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
+    administer(role, admin::revoke)
+}
+
+fn administer(
+    role: Option<Regrole>,
+    work: fn(pg_sys::Oid) -> error::Result<Vec<views::Action>>,
+) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
+    report(|| {
+        require_changeable()?;
+        let Regrole(role) = role.ok_or(Error::Null("role"))?;
+        let elevated = Elevated::enter()?;
+        session::require_extension_owner(elevated.caller())?;
+        work(role)
+    })
+    .map(TableIterator::new)
 }
 
 /// Lets a role read the report views.

@@ -27,7 +27,7 @@ use crate::locks::{self, Fence, Patience};
 use crate::log;
 use crate::restore::{self, HERE};
 use crate::rollup::Merged;
-use crate::session::{Elevated, Owner};
+use crate::session::{self, Elevated, Owner};
 use crate::views::Action;
 use crate::{backfill, guc, rollup, source, views};
 use pgrx::prelude::*;
@@ -64,6 +64,22 @@ fn candidates() -> Result<Vec<(pg_sys::Oid, String)>> {
             Ok((catalog::value(r, 1)?, qualified(&schema, &name)))
         },
     )
+}
+
+/// The tables that may be attached, or are, and for whose owners a role may not act: their names and owners.
+pub fn tables_of_others(role: pg_sys::Oid) -> Result<Vec<(String, String)>> {
+    let tables = match catalog::capture()? {
+        Some(state) => vec![state.relation],
+        None => candidates()?.into_iter().map(|(oid, _)| oid).collect(),
+    };
+    let mut others = vec![];
+    for oid in tables {
+        let Some(table) = Table::find(oid)? else { continue };
+        if session::require_owner(role, oid).is_err() {
+            others.push((table.qualified(), table.owner));
+        }
+    }
+    Ok(others)
 }
 
 /// The captured table.

@@ -12,6 +12,7 @@
 //! ```
 //! Calls go downward only. Words: see docs/reference.md.
 
+mod admin;
 mod api;
 mod api_partition;
 mod archive;

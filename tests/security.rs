@@ -5,6 +5,7 @@
 mod common;
 
 use common::*;
+use postgres::Client;
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -164,6 +165,195 @@ fn what_has_more_rights_than_its_user_is_on_a_short_list() {
         // Of a declared rollup nothing is ours.
         assert!(!name.contains(".views"), "{name}");
     }
+}
+
+/// As the owner of LiteLLM's tables, who is no superuser.
+fn denied(client: &mut Client, call: &str) -> Option<String> {
+    let refused = error(client, call);
+    assert_eq!(refused.code().code(), "42501", "{call}: {refused:?}");
+    refused.hint().map(str::to_string)
+}
+
+#[test]
+fn an_admin_does_everything_that_takes_no_superuser() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE SCHEMA "Ext"; REVOKE ALL ON SCHEMA "Ext" FROM PUBLIC; CREATE EXTENSION litellm_spend SCHEMA "Ext";
+               CREATE INDEX ON "LiteLLM_SpendLogs" ("startTime")"#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 60, 5)).unwrap();
+    client.batch_execute("SET search_path = \"Ext\", public").unwrap();
+    let mut litellm = db.cluster.connect_as(&db.name, LITELLM);
+    litellm.batch_execute("SET search_path = public, \"Ext\"").unwrap();
+    for _ in 0..2 {
+        let said: Vec<(String, String)> = client
+            .query("SELECT * FROM spend_grant_admin('litellm')", &[])
+            .unwrap()
+            .iter()
+            .map(|row| (row.get(0), row.get(1)))
+            .collect();
+        let superusers = said.iter().filter(|(_, action)| action == "still takes a superuser").count();
+        assert_eq!(superusers, 4, "{said:?}");
+        assert!(said.iter().all(|(_, action)| !action.contains("takes its owner")), "{said:?}");
+    }
+    for call in [
+        "SELECT spend_attach()",
+        "CALL spend_backfill()",
+        "SELECT spend_rollup_run()",
+        "SELECT spend_rollup_rebuild(NULL, CURRENT_DATE)",
+        "SELECT spend_rollup_verify('daily_spend')",
+        "SELECT spend_grant_reports('litellm')",
+        "SELECT monthly_global_spend()",
+        "SELECT * FROM spend_rollup_status, litellm_spend.coverage",
+        "SELECT * FROM spend_partition_status",
+        "SELECT spend_partition_plan()",
+        "SELECT spend_partition_set(retention => '90 days')",
+        "SELECT litellm_spend.maintain_at(NULL, now()::timestamp)",
+        "CREATE TABLE page_views (id bigserial, a int); INSERT INTO page_views (a) VALUES (1)",
+        "SELECT spend_rollup_create('views', 'page_views', '{a}', '{count(*) AS n}')",
+        "CALL spend_backfill('page_views')",
+        "SELECT spend_rollup_register('hand', 'page_views'); SELECT spend_rollup_window('hand')",
+        "SELECT spend_rollup_drop('views'); SELECT spend_rollup_drop('hand')",
+        "SELECT spend_partition_convert()",
+    ] {
+        litellm.batch_execute(call).unwrap_or_else(|e| panic!("{call}: {e:?}"));
+    }
+    let partitioned = r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#;
+    eventually("it is partitioned", || holds(&mut client, partitioned));
+    for call in [
+        "SELECT spend_partition_maintain()",
+        "SELECT spend_partition_revert()",
+        "SELECT spend_partition_revert(abort => true)",
+        "SELECT spend_detach(drop_history => true)",
+    ] {
+        litellm.batch_execute(call).unwrap_or_else(|e| panic!("{call}: {e:?}"));
+    }
+    client.batch_execute("SET ROLE pg_monitor; SELECT * FROM \"Ext\".spend_health; RESET ROLE").unwrap();
+    // What it may not.
+    for call in [
+        "SELECT spend_restored()",
+        "SELECT spend_grant_admin('litellm')",
+        "SELECT spend_revoke_admin('litellm')",
+    ] {
+        denied(&mut litellm, call);
+    }
+    client.batch_execute("SELECT spend_revoke_admin('litellm')").unwrap();
+    for call in ["SELECT spend_attach()", "CALL spend_backfill()", "SELECT * FROM spend_rollup_status"] {
+        denied(&mut litellm, call);
+    }
+    assert_eq!(error(&mut client, "SELECT spend_grant_admin(0::oid::regrole)").code().code(), "42704");
+    assert_refused(&mut client, "SELECT spend_grant_admin(NULL)", "22004");
+}
+
+#[test]
+fn who_may_not_call_is_told_what_lets_it() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute("DROP ROLE IF EXISTS \"Ops h\"; CREATE ROLE \"Ops h\" LOGIN").unwrap();
+    let mut ops = db.cluster.connect_as(&db.name, "Ops h");
+    let admin = r#"SELECT * FROM spend_grant_admin('"Ops h"');"#;
+    let lets = format!("A superuser lets it: {admin}");
+    for call in [
+        "SELECT spend_attach()",
+        "SELECT * FROM spend_partition_plan()",
+        "CALL spend_backfill()",
+        "SELECT spend_rollup_run()",
+    ] {
+        assert_eq!(denied(&mut ops, call).as_deref(), Some(&*lets), "{call}");
+    }
+    let hint = denied(&mut ops, "SELECT * FROM monthly_global_spend()");
+    assert_eq!(
+        hint.unwrap(),
+        r#"A superuser lets it: GRANT EXECUTE ON FUNCTION monthly_global_spend TO "Ops h";"#
+    );
+    let hint = denied(&mut ops, "SELECT * FROM spend_rollup_status").unwrap();
+    assert!(
+        hint.starts_with(r#"A superuser lets it: GRANT pg_monitor TO "Ops h"; or"#) && hint.contains(admin),
+        "{hint}"
+    );
+    let hint = denied(&mut ops, "SELECT * FROM litellm_spend.coverage").unwrap();
+    assert!(hint.contains(r#"SELECT * FROM spend_grant_reports('"Ops h"');"#), "{hint}");
+    // By another name.
+    ops.batch_execute("RESET ROLE").unwrap();
+    client.batch_execute("SET ROLE litellm").unwrap();
+    assert_eq!(
+        denied(&mut client, "SELECT spend_attach()").unwrap(),
+        "A superuser lets it: SELECT * FROM spend_grant_admin('litellm');"
+    );
+    client.batch_execute("CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'; REVOKE ALL ON FUNCTION mine() FROM PUBLIC; RESET ROLE").unwrap();
+    assert_eq!(denied(&mut ops, "SELECT mine()"), None, "not ours");
+    drop(ops);
+    client.batch_execute("DROP ROLE \"Ops h\"").unwrap();
+}
+
+#[test]
+fn an_admin_who_owns_no_table_changes_none() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "SET ROLE litellm; CREATE TABLE page_views (id bigserial, at timestamp NOT NULL, x int); RESET ROLE;
+             SELECT spend_rollup_create('views', 'page_views', '{x}', '{count(*) AS n}');
+             SELECT spend_rollup_register('hand', 'page_views');
+             DROP ROLE IF EXISTS ops_a; CREATE ROLE ops_a LOGIN",
+        )
+        .unwrap();
+    let table: String = value(
+        &mut client,
+        "SELECT string_agg(action, '') FROM spend_grant_admin('ops_a') WHERE object LIKE 'TABLE%SpendLogs%'",
+    );
+    assert_eq!(table, r#"still takes its owner: GRANT "litellm" TO "ops_a";"#);
+    let mut ops = db.cluster.connect_as(&db.name, "ops_a");
+    let table = r#"'"LiteLLM_SpendLogs"'"#;
+    for call in [
+        "spend_attach()".into(),
+        format!("spend_attach({table}, 'subtract')"),
+        "spend_detach()".into(),
+        "spend_detach(drop_history => true)".into(),
+        "spend_rollup_run()".into(),
+        "spend_rollup_run('daily_spend')".into(),
+        "spend_rollup_run('views')".into(),
+        "spend_rollup_rebuild(NULL, force => true)".into(),
+        "spend_rollup_rebuild('views')".into(),
+        "spend_rollup_verify('daily_spend')".into(),
+        "spend_rollup_verify('views')".into(),
+        "spend_rollup_create('mine', 'page_views', '{x}', '{count(*) AS n}')".into(),
+        "spend_rollup_register('mine', 'page_views')".into(),
+        "spend_rollup_window('hand')".into(),
+        "spend_rollup_drop('views')".into(),
+        "spend_rollup_drop('hand')".into(),
+        "spend_grant_reports('ops_a')".into(),
+        "spend_partition_plan()".into(),
+        format!("spend_partition_plan({table})"),
+        "spend_partition_convert()".into(),
+        "spend_partition_revert()".into(),
+        "spend_partition_set(retention => '1 day')".into(),
+        "spend_partition_set('page_views', retention => '1 day', time_column => 'at')".into(),
+        "spend_partition_maintain()".into(),
+        "litellm_spend.maintain_at(NULL, '2999-01-01')".into(),
+        "litellm_spend.backfill_step(NULL)".into(),
+        "litellm_spend.backfill_step('page_views')".into(),
+        "monthly_global_spend()".into(),
+    ] {
+        denied(&mut ops, &format!("SELECT * FROM {call}"));
+    }
+    denied(&mut ops, "CALL spend_backfill()");
+    denied(&mut ops, "CALL spend_backfill('page_views')");
+    for relation in [
+        "\"LiteLLM_SpendLogs\"",
+        "litellm_spend.daily_spend",
+        "litellm_spend.change_log",
+        "litellm_spend.rollup",
+    ] {
+        denied(&mut ops, &format!("SELECT * FROM {relation}"));
+    }
+    client.batch_execute(r#"GRANT "litellm" TO "ops_a""#).unwrap();
+    ops.batch_execute("SELECT spend_attach(); SELECT spend_rollup_run()").unwrap();
+    drop(ops);
+    client.batch_execute("DROP OWNED BY ops_a; DROP ROLE ops_a").unwrap();
 }
 
 macro_rules! attacks {

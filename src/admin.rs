@@ -1,0 +1,106 @@
+//! Lets a role that is no superuser call everything that needs none, and read the status.
+//!
+//! That gives it no right on anybody's table: each function asks in addition whether its caller may act for the owner of what it
+//! is to change or compare, and works as that owner. So what is granted here is EXECUTE on our functions, USAGE on their schemas and
+//! SELECT on the views that show our state, never a table and never spend: that is `views::grant_reports`.
+//!
+//! Whose rights: functions and views are ours, and granted as ourselves. The extension's schema may be anybody's: USAGE on it is
+//! granted as its owner.
+
+use crate::capture;
+use crate::catalog;
+use crate::definition::{SCHEMA, quoted};
+use crate::error::Result;
+use crate::session::Owner;
+use crate::views::Action;
+use pgrx::prelude::*;
+
+/// What speaks for every owner, or gives rights away.
+const OF_SUPERUSERS: [&str; 4] = ["spend_restored", "restored", "spend_grant_admin", "spend_revoke_admin"];
+
+/// What is granted, as GRANT and REVOKE write it: what the extension has in this version, whatever it was when it was granted.
+/// A view of other sessions' activity shows less to who may not see that, and would say that no worker is there.
+fn rights(role: pg_sys::Oid) -> Result<Vec<(String, String)>> {
+    catalog::query(
+        "WITH member AS (
+             SELECT d.classid, d.objid FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+             WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e' AND e.extname = 'litellm_spend')
+         SELECT 'EXECUTE', pg_catalog.format('%s %s', CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END,
+                                             p.oid::regprocedure)
+         FROM pg_catalog.pg_proc p JOIN member m ON m.classid = 'pg_catalog.pg_proc'::regclass AND m.objid = p.oid
+         WHERE p.proname <> ALL ($1::text[])
+         UNION ALL
+         SELECT 'SELECT', pg_catalog.format('TABLE %s', c.oid::regclass)
+         FROM pg_catalog.pg_class c JOIN member m ON m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid
+         WHERE c.relkind = 'v'
+           AND (pg_catalog.pg_get_viewdef(c.oid) NOT LIKE '%pg_stat_%' OR pg_catalog.pg_has_role($2, 'pg_read_all_stats', 'USAGE'))
+         ORDER BY 1, 2",
+        &[OF_SUPERUSERS.map(str::to_string).to_vec().into(), role.into()],
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
+    )
+}
+
+/// `spend_grant_admin()`: says what was granted, and what still takes a superuser.
+pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
+    let name = catalog::role_name(role)?;
+    let grantee = quoted(&name);
+    let mut actions = vec![];
+    catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"), &[])?;
+    actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
+    for (schema, owner) in closed_schema(role)? {
+        let schema = quoted(&schema);
+        Owner::role(owner).run(format!("GRANT USAGE ON SCHEMA {schema} TO {grantee}"))?;
+        actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
+    }
+    for (privilege, object) in rights(role)? {
+        catalog::execute(&format!("GRANT {privilege} ON {object} TO {grantee}"), &[])?;
+        actions.push((object, format!("{privilege} granted to {name}")));
+    }
+    actions.extend(beyond(role, &grantee)?);
+    Ok(actions)
+}
+
+/// `spend_revoke_admin()`: USAGE on the schemas stays, which the owner of a captured table needs.
+pub fn revoke(role: pg_sys::Oid) -> Result<Vec<Action>> {
+    let name = catalog::role_name(role)?;
+    let mut actions = vec![];
+    for (privilege, object) in rights(role)? {
+        catalog::execute(&format!("REVOKE {privilege} ON {object} FROM {}", quoted(&name)), &[])?;
+        actions.push((object, format!("{privilege} revoked from {name}")));
+    }
+    Ok(actions)
+}
+
+/// The extension's schema with its owner, if the role may not use it.
+fn closed_schema(role: pg_sys::Oid) -> Result<Vec<(String, pg_sys::Oid)>> {
+    catalog::query(
+        "SELECT n.nspname::text, n.nspowner
+         FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+         WHERE e.extname = 'litellm_spend' AND NOT pg_catalog.has_schema_privilege($1, n.oid, 'USAGE')",
+        &[role.into()],
+        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
+    )
+}
+
+/// What the role cannot do by that, and what would let it.
+fn beyond(role: pg_sys::Oid, grantee: &str) -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for (name, owner) in capture::tables_of_others(role)? {
+        let remedy = format!("still takes its owner: GRANT {} TO {grantee};", quoted(&owner));
+        actions.push((format!("TABLE {name}"), remedy));
+    }
+    let sees = "SELECT pg_catalog.pg_has_role($1, 'pg_read_all_stats', 'USAGE')";
+    if catalog::query(sees, &[role.into()], |r| catalog::value::<bool>(r, 1))? != [true] {
+        let remedy =
+            format!("still take pg_monitor, which sees all sessions: GRANT pg_monitor TO {grantee};");
+        actions.push(("spend_health, spend_worker_status".into(), remedy));
+    }
+    let superusers = [
+        "CREATE EXTENSION, ALTER EXTENSION … UPDATE",
+        "shared_preload_libraries",
+        "spend_restored(), spend_grant_admin(), spend_revoke_admin()",
+        "spend_detach() of a table that was dropped, or of kept history",
+    ];
+    actions.extend(superusers.map(|what| (what.into(), "still takes a superuser".into())));
+    Ok(actions)
+}
