@@ -104,7 +104,7 @@ COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Tu
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
 COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
-COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views';
+COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views, and the names of keys, teams and users';
 COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
 COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
 

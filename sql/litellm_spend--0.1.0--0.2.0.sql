@@ -444,6 +444,7 @@ VOLATILE PARALLEL UNSAFE LANGUAGE c AS 'MODULE_PATHNAME', 'spend_grant_admin_wra
 CREATE FUNCTION @extschema@.spend_revoke_admin("role" regrole) RETURNS TABLE ("object" text, "action" text)
 VOLATILE PARALLEL UNSAFE LANGUAGE c AS 'MODULE_PATHNAME', 'spend_revoke_admin_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
+COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views, and the names of keys, teams and users';
 COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
 REVOKE ALL ON FUNCTION @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole) FROM PUBLIC;
 

@@ -11,7 +11,7 @@ use crate::capture;
 use crate::catalog;
 use crate::definition::{SCHEMA, quoted};
 use crate::error::Result;
-use crate::session::Owner;
+use crate::session::{self, Owner};
 use crate::views::Action;
 use pgrx::prelude::*;
 
@@ -47,10 +47,12 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let mut actions = vec![];
     catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"), &[])?;
     actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
-    for (schema, owner) in closed_schema(role)? {
-        let schema = quoted(&schema);
-        Owner::role(owner).run(format!("GRANT USAGE ON SCHEMA {schema} TO {grantee}"))?;
-        actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
+    for schema in extension_schema()? {
+        if let Some(owner) = catalog::owner_of_closed_schema(role, &schema)? {
+            let schema = quoted(&schema);
+            Owner::role(owner).run(format!("GRANT USAGE ON SCHEMA {schema} TO {grantee}"))?;
+            actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
+        }
     }
     for (privilege, object) in rights(role)? {
         catalog::execute(&format!("GRANT {privilege} ON {object} TO {grantee}"), &[])?;
@@ -71,14 +73,12 @@ pub fn revoke(role: pg_sys::Oid) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// The extension's schema with its owner, if the role may not use it.
-fn closed_schema(role: pg_sys::Oid) -> Result<Vec<(String, pg_sys::Oid)>> {
+fn extension_schema() -> Result<Vec<String>> {
     catalog::query(
-        "SELECT n.nspname::text, n.nspowner
-         FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
-         WHERE e.extname = 'litellm_spend' AND NOT pg_catalog.has_schema_privilege($1, n.oid, 'USAGE')",
-        &[role.into()],
-        |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
+        "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+         WHERE e.extname = 'litellm_spend'",
+        &[],
+        |r| catalog::value(r, 1),
     )
 }
 
@@ -89,8 +89,7 @@ fn beyond(role: pg_sys::Oid, grantee: &str) -> Result<Vec<Action>> {
         let remedy = format!("still takes its owner: GRANT {} TO {grantee};", quoted(&owner));
         actions.push((format!("TABLE {name}"), remedy));
     }
-    let sees = "SELECT pg_catalog.pg_has_role($1, 'pg_read_all_stats', 'USAGE')";
-    if catalog::query(sees, &[role.into()], |r| catalog::value::<bool>(r, 1))? != [true] {
+    if !session::may_act_for(role, pg_sys::Oid::from(pg_sys::ROLE_PG_READ_ALL_STATS))? {
         let remedy =
             format!("still take pg_monitor, which sees all sessions: GRANT pg_monitor TO {grantee};");
         actions.push(("spend_health, spend_worker_status".into(), remedy));

@@ -1,6 +1,6 @@
 //! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
 
-use crate::catalog;
+use crate::catalog::{self, CaptureState};
 use crate::declaration::Declaration;
 use crate::declare;
 use crate::error::Error;
@@ -51,7 +51,7 @@ pub fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid>
 }
 
 /// `caller` may act for the owner of the captured table, which is `source` unless that is NULL.
-fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Result<()> {
+fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Result<CaptureState> {
     let state = catalog::capture()?;
     if let Some(Regclass(oid)) = source
         && state.as_ref().is_none_or(|state| state.relation != oid)
@@ -59,7 +59,8 @@ fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Res
         return Err(capture::not_attached_to(oid)?);
     }
     let state = state.map_or_else(|| Err(capture::not_attached()?), Ok)?;
-    session::require_owner(caller, state.relation)
+    session::require_owner(caller, state.relation)?;
+    Ok(state)
 }
 
 pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
@@ -511,8 +512,8 @@ fn spend_grant_reports(
         require_changeable()?;
         let Regrole(role) = role.ok_or(Error::Null("role"))?;
         let elevated = Elevated::enter()?;
-        require_attached(elevated.caller(), None)?;
-        views::grant_reports(&catalog::role_name(role)?)
+        let schema = require_attached(elevated.caller(), None)?.schema;
+        views::grant_reports(elevated.caller(), role, &schema)
     })
     .map(TableIterator::new)
 }

@@ -576,6 +576,13 @@ pub fn role_name(role: pg_sys::Oid) -> Result<String> {
     names.into_iter().next().ok_or(Error::NoRole(role.to_u32()))
 }
 
+/// Whose the schema is, if the role may not use it.
+pub fn owner_of_closed_schema(role: pg_sys::Oid, schema: &str) -> Result<Option<pg_sys::Oid>> {
+    let sql = "SELECT nspowner FROM pg_catalog.pg_namespace
+               WHERE nspname = $2::name AND NOT pg_catalog.has_schema_privilege($1, oid, 'USAGE')";
+    Ok(query(sql, &[role.into(), schema.into()], |r| value(r, 1))?.pop())
+}
+
 /// Whether values of the type can be sorted: then they can be a key.
 pub fn is_sortable(r#type: pg_sys::Oid) -> bool {
     // SAFETY: reads the catalog and the type cache. TypeCacheEntry outlives this call.

@@ -484,7 +484,7 @@ impl Error {
                 let column = quoted(column);
                 format!("CREATE INDEX CONCURRENTLY ON {relation} ({column}); if it has partitions, on each of them.")
             }
-            Error::CameBetween(_) => "Try again; a worker does so by itself.".into(),
+            Error::CameBetween(_) => "Try again; the worker does so by itself.".into(),
             Error::Referenced { .. } => "Drop the reference, or maintain the table by hand.".into(),
             Error::NotMerged { .. } => "It expires once its rows are merged; SELECT spend_rollup_run() merges what is safe.".into(),
             Error::NotCovered { .. } => "It expires once the backfill is complete; CALL spend_backfill(); completes it.".into(),

@@ -57,15 +57,19 @@ pub fn require_extension_owner(caller: pg_sys::Oid) -> Result<()> {
     if owns == [true] { Ok(()) } else { Err(Error::NotOwner("litellm_spend".into())) }
 }
 
+/// Whether `caller` has the rights of `owner`.
+pub fn may_act_for(caller: pg_sys::Oid, owner: pg_sys::Oid) -> Result<bool> {
+    let sql = "SELECT pg_catalog.pg_has_role($1, $2, 'USAGE')";
+    Ok(query(sql, &[caller.into(), owner.into()], |r| value::<bool>(r, 1))? == [true])
+}
+
 /// `caller` may act for `owner`, to whom rollup `name` belongs.
 pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Result<()> {
     if owner == pg_sys::InvalidOid {
         // Its source was dropped, and it has no table of its own.
         return require_extension_owner(caller);
     }
-    let sql = "SELECT pg_catalog.pg_has_role($1, $2, 'USAGE')";
-    let may = query(sql, &[caller.into(), owner.into()], |r| value::<bool>(r, 1))?;
-    if may == [true] { Ok(()) } else { Err(Error::NotRollupOwner(name.into())) }
+    if may_act_for(caller, owner)? { Ok(()) } else { Err(Error::NotRollupOwner(name.into())) }
 }
 
 /// While it lives, the session acts as somebody, with pinned settings. An error ends it with the transaction.

@@ -15,7 +15,7 @@ use crate::definition::{Definition, SCHEMA, literal, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::locks::{self, Patience};
 use crate::log;
-use crate::session::{Owner, attempt};
+use crate::session::{self, Owner, attempt};
 use crate::{guc, rewrite};
 use pgrx::prelude::*;
 
@@ -315,8 +315,48 @@ pub fn drop_reports() -> Result<()> {
     Ok(())
 }
 
-/// Lets `role` read all live views of the built-in rollups.
-pub fn grant_reports(role: &str) -> Result<Vec<Action>> {
+/// What the reports of docs/reports.md call keys, teams and users: LiteLLM's tables, and the columns. Never a whole table: one holds
+/// passwords.
+const NAMES: [(&str, &[&str]); 3] = [
+    ("LiteLLM_VerificationToken", &["token", "key_alias", "key_name"]),
+    ("LiteLLM_TeamTable", &["team_id", "team_alias"]),
+    ("LiteLLM_UserTable", &["user_id", "user_alias", "user_email"]),
+];
+
+/// Lets `role` read all live views of the built-in rollups, and the names of what they are about. These are tables of other
+/// owners, granted as whom and only if the caller may act for them.
+pub fn grant_reports(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec<Action>> {
+    let grantee = catalog::role_name(role)?;
+    let mut actions = grant_views(&grantee)?;
+    let mut found = vec![];
+    for (table, columns) in NAMES {
+        let Some(table) = Table::named(&qualified(schema, table))? else { continue };
+        let has = |column: &&str| table.columns.iter().any(|(name, _)| name == column);
+        let columns: Vec<String> = columns.iter().copied().filter(has).map(quoted).collect();
+        if !columns.is_empty() && ["r", "p"].contains(&table.kind.as_str()) {
+            let privilege = format!("SELECT ({})", columns.join(", "));
+            found.push((table.owner_oid, privilege, format!("TABLE {}", table.qualified())));
+        }
+    }
+    if let (false, Some(owner)) = (found.is_empty(), catalog::owner_of_closed_schema(role, schema)?) {
+        found.push((owner, "USAGE".into(), format!("SCHEMA {}", quoted(schema))));
+    }
+    for (owner, privilege, object) in found {
+        let grant = format!("GRANT {privilege} ON {object} TO {}", quoted(&grantee));
+        let action = if !session::may_act_for(caller, owner)? {
+            format!("left alone, for its owner to type: {grant};")
+        } else if let Err(failure) = attempt(|| Owner::role(owner).run(&grant)) {
+            // An owner who may not use the schema of the table, say.
+            format!("left alone: {}", failure.unless_cancel().message)
+        } else {
+            format!("{privilege} granted to {grantee}")
+        };
+        actions.push((object, action));
+    }
+    Ok(actions)
+}
+
+fn grant_views(role: &str) -> Result<Vec<Action>> {
     let names = builtin::rollups().into_iter().map(|r| r.name);
     let mut actions = vec![];
     catalog::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)), &[])?;

@@ -832,6 +832,18 @@ fn one_statement_lets_a_dashboard_read_the_reports() {
     for name in &reports {
         grafana.query_one(&read(name), &[]).unwrap();
     }
+    // Names, but no passwords.
+    grafana
+        .batch_execute(
+            r#"SELECT token, key_alias, key_name FROM "LiteLLM_VerificationToken";
+               SELECT team_id, team_alias FROM "LiteLLM_TeamTable";
+               SELECT user_id, user_alias, user_email FROM "LiteLLM_UserTable""#,
+        )
+        .unwrap();
+    for column in ["password", "*"] {
+        let secret = format!(r#"SELECT {column} FROM "LiteLLM_UserTable""#);
+        assert_eq!(error(&mut grafana, &secret).code().code(), "42501", "{column}");
+    }
     // The raw rows, the state and the tables stay out of reach.
     for table in [
         "litellm_spend.change_log",
@@ -892,6 +904,50 @@ fn table_and_extension_may_be_in_any_schema() {
             r#"SELECT relkind = 'p' FROM pg_class WHERE oid = 'llm."LiteLLM_SpendLogs"'::regclass"#,
         )
     });
-    client.batch_execute("SELECT spend_attach(); SELECT spend_detach()").unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    // The worker may be making partitions.
+    eventually("it is detached", || client.batch_execute("SELECT spend_detach()").is_ok());
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.capture"), 0);
+}
+
+#[test]
+fn names_are_granted_only_where_the_caller_may_and_only_the_columns_there_are() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"DROP ROLE IF EXISTS other_r, reader_r; CREATE ROLE other_r; CREATE ROLE reader_r LOGIN;
+               CREATE SCHEMA llm AUTHORIZATION litellm; ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA llm;
+               ALTER TABLE "LiteLLM_TeamTable" SET SCHEMA llm; ALTER TABLE "LiteLLM_UserTable" SET SCHEMA llm;
+               ALTER TABLE llm."LiteLLM_TeamTable" OWNER TO other_r;
+               ALTER TABLE llm."LiteLLM_UserTable" RENAME user_alias TO nickname;
+               CREATE EXTENSION litellm_spend; SELECT spend_attach(); SELECT spend_grant_admin('litellm')"#,
+        )
+        .unwrap();
+    let mut litellm = db.cluster.connect_as(&db.name, LITELLM);
+    let said: Vec<(String, String)> = litellm
+        .query("SELECT * FROM spend_grant_reports('reader_r') WHERE object NOT LIKE 'view%'", &[])
+        .unwrap()
+        .iter()
+        .map(|row| (row.get(0), row.get(1)))
+        .collect();
+    let typed = r#"GRANT SELECT ("team_id", "team_alias") ON TABLE "llm"."LiteLLM_TeamTable" TO "reader_r";"#;
+    let expected = [
+        (r#"TABLE "llm"."LiteLLM_TeamTable""#, &*format!("left alone, for its owner to type: {typed}")),
+        (r#"TABLE "llm"."LiteLLM_UserTable""#, r#"SELECT ("user_id", "user_email") granted to reader_r"#),
+        (r#"SCHEMA "llm""#, "USAGE granted to reader_r"),
+    ];
+    assert_eq!(said.iter().map(|(object, action)| (&**object, &**action)).collect::<Vec<_>>(), expected);
+    let mut reader = db.cluster.connect_as(&db.name, "reader_r");
+    let teams = r#"SELECT team_id, team_alias FROM llm."LiteLLM_TeamTable""#;
+    reader.batch_execute(r#"SELECT user_id, user_email FROM llm."LiteLLM_UserTable""#).unwrap();
+    assert_eq!(error(&mut reader, teams).code().code(), "42501");
+    // A superuser may act for anybody, who still needs the schema.
+    let grant = "SELECT action FROM spend_grant_reports('reader_r') WHERE object LIKE '%TeamTable%'";
+    assert_eq!(value::<String>(&mut client, grant), "left alone: permission denied for schema llm");
+    client.batch_execute("GRANT USAGE ON SCHEMA llm TO other_r").unwrap();
+    client.batch_execute(grant).unwrap();
+    reader.batch_execute(teams).unwrap();
+    drop((reader, litellm));
+    client.batch_execute("DROP OWNED BY other_r, reader_r CASCADE; DROP ROLE other_r, reader_r").unwrap();
 }

@@ -179,6 +179,29 @@ fn every_report_equals_litellms_own_sql() {
     );
 }
 
+/// Whoever was granted the reports needs nothing else for any query of the docs.
+#[test]
+fn every_report_runs_as_a_role_that_was_granted_them() {
+    let docs = read("docs/reports.md");
+    let documented: BTreeMap<_, _> = marked(&docs, "report").map(|(key, text)| (key, sql_in(text))).collect();
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(NAMES).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_attach(); DROP ROLE IF EXISTS reports_q; CREATE ROLE reports_q; SELECT spend_grant_reports('reports_q')",
+        )
+        .unwrap();
+    let mut tx = client.transaction().unwrap();
+    tx.batch_execute("SET LOCAL ROLE reports_q").unwrap();
+    let days = days(&mut tx);
+    for (name, _, ours) in CASES.trim().lines().map(case) {
+        Answer::of(&mut tx, OURS, documented[report_of(name)], &with_times(ours, &days));
+    }
+    tx.rollback().unwrap();
+    client.batch_execute("DROP OWNED BY reports_q; DROP ROLE reports_q").unwrap();
+}
+
 #[test]
 fn every_view_equals_litellms_own_definition() {
     at_three_moments(|tx| {
