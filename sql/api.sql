@@ -85,7 +85,7 @@ COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers
 COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a fault; no row: all is well';
 COMMENT ON VIEW @extschema@.spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
 COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, timestamp) IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
-COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text) IS 'Sets how a table is partitioned and how long its rows stay; interval NULL forgets it';
+COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean) IS 'Sets how a table is partitioned and how long its rows stay; what is not passed stays as it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
@@ -120,7 +120,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer), @extschema@.spend_partition_revert(regclass, boolean),
     @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer),
     litellm_spend.maintain_at(regclass, timestamp),
-    @extschema@.spend_partition_set(regclass, text, integer, interval, text, text), @extschema@.spend_partition_maintain(regclass)
+    @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean), @extschema@.spend_partition_maintain(regclass)
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
 

@@ -455,7 +455,9 @@ DO $$ BEGIN
     END IF;
 END $$;
 
--- Materialized views are not made anew any more. Whoever may call the function may go on to.
+COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
+
+-- Functions whose arguments have changed.
 CREATE FUNCTION @extschema@.spend_partition_convert(
     "source" regclass DEFAULT NULL,
     "interval" TEXT DEFAULT NULL,
@@ -470,19 +472,38 @@ CREATE FUNCTION @extschema@.spend_partition_convert(
 VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_partition_convert_wrapper';
-
-COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
-REVOKE ALL ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) FROM PUBLIC;
-DO $$ DECLARE grantee text; BEGIN
-    FOR grantee IN
-        SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
-        FROM pg_proc p, aclexplode(p.proacl) AS x
-        WHERE p.oid = '@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)'::regprocedure
-          AND x.grantee <> p.proowner
+
+CREATE FUNCTION @extschema@.spend_partition_set(
+    "source" regclass DEFAULT NULL,
+    "interval" TEXT DEFAULT NULL,
+    "precreate" INT DEFAULT NULL,
+    "retention" interval DEFAULT NULL,
+    "on_expire" TEXT DEFAULT NULL,
+    "time_column" TEXT DEFAULT NULL,
+    "dry_run" bool DEFAULT false
+) RETURNS VOID
+VOLATILE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_partition_set_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean) IS 'Sets how a table is partitioned and how long its rows stay; what is not passed stays as it is';
+
+-- Whoever may call the old one may call the new one.
+DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
+    FOR old, new IN VALUES
+        ('@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)'::regprocedure,
+         '@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer)'::regprocedure),
+        ('@extschema@.spend_partition_set(regclass, text, integer, interval, text, text)',
+         '@extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean)')
     LOOP
-        EXECUTE format('GRANT EXECUTE ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) TO %s',
-                       grantee);
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', new);
+        FOR grantee IN
+            SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
+            FROM pg_proc p, aclexplode(p.proacl) AS x WHERE p.oid = old AND x.grantee <> p.proowner
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', new, grantee);
+        END LOOP;
+        EXECUTE format('ALTER EXTENSION litellm_spend DROP FUNCTION %s', old);
+        EXECUTE format('DROP FUNCTION %s', old);
     END LOOP;
 END $$;
-DROP FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean);

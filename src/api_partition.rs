@@ -11,7 +11,7 @@ use crate::layout::{self, Layout};
 use crate::maintain;
 use crate::partition::Instant;
 use crate::plan;
-use crate::policy::{self, Policy, Wanted};
+use crate::policy::{self, Change, Policy, Wanted};
 use crate::revert::{self, Reversion};
 use crate::session::{self, Elevated};
 use crate::{capture, litellm, restore};
@@ -195,24 +195,29 @@ fn spend_partition_revert(
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_partition_set(
     source: default!(Option<Regclass>, "NULL"),
-    interval: default!(Option<&str>, "'day'"),
-    precreate: default!(Option<i32>, "7"),
+    interval: default!(Option<&str>, "NULL"),
+    precreate: default!(Option<i32>, "NULL"),
     retention: default!(Option<Interval>, "NULL"),
-    on_expire: default!(Option<&str>, "'drop'"),
+    on_expire: default!(Option<&str>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
+    dry_run: default!(Option<bool>, "false"),
 ) -> Result<(), ErrorReport> {
     report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
-        let wanted = Wanted {
-            interval,
-            precreate: precreate.ok_or(Error::Null("precreate"))?,
-            retention,
-            on_expire: on_expire.ok_or(Error::Null("on_expire"))?,
-            time_column,
-        };
-        policy::set(&table, wanted)
+        let dry_run = dry_run.unwrap_or(false);
+        let wanted = Wanted { interval, precreate, retention, on_expire, time_column };
+        let Change { policy, mut said } = policy::set(&table, wanted, dry_run)?;
+        if let Some(policy) = policy {
+            said.extend(maintain::forecast(&policy)?);
+        }
+        if dry_run {
+            said.push("dry run: nothing was changed".into());
+        }
+        Ok(said)
     })
+    // After the call, under the caller's own client_min_messages.
+    .map(|said| said.iter().for_each(|sentence| notice!("{sentence}")))
 }
 
 /// Creates the partitions that are due, drains DEFAULT, lets what has expired go.

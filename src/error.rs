@@ -127,7 +127,7 @@ pub enum Error {
     #[error("on_expire must be \"drop\" or \"detach\", not \"{0}\"")]
     OnExpire(String),
     #[error("retention \"{given}\" is shorter than one {interval}, or longer than 1000 years")]
-    Retention { given: String, interval: String },
+    Retention { given: String, interval: String, seconds: Option<i64> },
     #[error("{0} has no partition policy")]
     NoPolicy(String),
     #[error("\"{0}\" is being converted")]
@@ -470,9 +470,12 @@ impl Error {
             }
             Error::NotByTime { .. } => "Pass a table that is not partitioned yet, or one that is PARTITION BY RANGE of a time column.".into(),
             Error::NoPartitionColumn { .. } => "Pass time_column := '<name>'.".into(),
-            Error::Precreate { .. } => "Leave it out for 7.".into(),
-            Error::OnExpire(_) => "Leave it out for drop.".into(),
-            Error::Retention { interval, .. } => format!("Pass at least '1 {interval}', or NULL to keep all rows."),
+            Error::Precreate { .. } => "Pass 7, say.".into(),
+            Error::OnExpire(_) => "Pass 'drop' or 'detach'.".into(),
+            Error::Retention { seconds: Some(days), .. } => {
+                format!("A number alone is seconds: write '{days} days'.")
+            }
+            Error::Retention { interval, .. } => format!("Pass at least '1 {interval}', or '0' to keep all rows."),
             Error::NoPolicy(_) => "Call spend_partition_set() first.".into(),
             Error::Converting(_) => "Wait for it, or call spend_partition_convert() again.".into(),
             Error::ConversionBusy(_) => "Try again.".into(),

@@ -137,8 +137,8 @@ fn write_proof(
             to.into(),
             proof.rows.into(),
             proof.spend.into(),
-            (if policy.on_expire == OnExpire::Drop { "drop" } else { "detach" }).into(),
-            policy.text.as_str().into(),
+            policy.on_expire.name().into(),
+            policy.to_string().into(),
         ],
     )
     .map(drop)

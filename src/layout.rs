@@ -91,9 +91,9 @@ impl Layout {
             bound_micros("b[2]")
         );
         let found = catalog::fresh(&sql, &[self.table.oid.into()], |r| {
-            let range = match (r.get::<i64>(6)?, r.get::<i64>(7)?) {
-                (Some(from), Some(to)) => Range { from: Instant(from), to: Instant(to) },
-                _ => Range::EVERYTHING,
+            let range = match catalog::value::<bool>(r, 5)? {
+                true => Range::EVERYTHING,
+                false => Range { from: Instant(catalog::value(r, 6)?), to: Instant(catalog::value(r, 7)?) },
             };
             let partition = Partition {
                 oid: catalog::value(r, 1)?,

@@ -16,6 +16,7 @@
 
 use crate::catalog;
 use crate::conversion;
+use crate::definition::quoted;
 use crate::error::{Error, Result};
 use crate::expire::{self, Proof};
 use crate::layout::{Layout, Partition};
@@ -24,8 +25,10 @@ use crate::log;
 use crate::partition::{Drain, Instant, Range, missing};
 use crate::policy::{Again, OnExpire, Policy};
 use crate::session::{Failure, attempt};
+use crate::spread::{self, Spread};
 use crate::tick::{Runner, Subject};
-use crate::{drain, place, purge};
+use crate::{drain, guc, place, purge};
+use pgrx::prelude::*;
 use std::time::Duration;
 
 /// What was done, or not.
@@ -363,18 +366,83 @@ impl<R: Runner> Round<'_, R> {
         let policy = self.policy.clone();
         let ahead = layout.partitions.iter().filter(|p| !p.pending && p.range.from > now).count();
         let oldest = layout.partitions.first().filter(|p| p.range.to != Instant::MAX);
-        let expires = self.step(&layout.table.name, || match (oldest, &policy.retention) {
-            (Some(oldest), Some(retention)) => {
-                let sql = format!("SELECT ({}::timestamp + $1::interval)::text", oldest.range.to);
-                catalog::query(&sql, &[retention.as_str().into()], |r| catalog::value::<String>(r, 1))
-            }
-            _ => Ok(vec![]),
-        });
-        let detail = match expires.and_then(|e| e.into_iter().next()) {
+        let expires = self
+            .step(&layout.table.name, || oldest.map_or(Ok(None), |oldest| policy.expiry(oldest.range.to)));
+        let detail = match expires.flatten() {
             Some(at) => format!("expires at {at} UTC; {ahead} partitions ahead"),
             None => format!("nothing expires; {ahead} partitions ahead"),
         };
         let name = oldest.map_or(layout.table.name.clone(), |p| p.name.clone());
         self.note("next", &name, 0, detail);
     }
+}
+
+// ---- what will go ----------------------------------------------------------------------------------------
+
+/// Up to here rows that will go are counted; of more, the planner is asked how many they are.
+const MOST_COUNTED: i64 = 100_000;
+
+/// What the next round lets go by a policy that is new: how many partitions and rows, when, and how. Changes nothing.
+pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
+    let Some(cutoff) = policy.cutoff(crate::layout::now())? else { return Ok(vec![]) };
+    let layout = Layout::of(policy.relation, &policy.time_column)?;
+    layout.lock()?;
+    let worker = conversion::has_worker()? && !guc::maintain_interval().is_zero();
+    let next = if worker { "the worker's next round" } else { "the next call of spend_partition_maintain()" };
+    let mut said = vec![];
+    let before = Range { from: Instant::MIN, to: cutoff };
+    let rows = |oid| {
+        let spread = Spread::of_any(layout.owner, oid, &policy.time_column)?;
+        let condition = spread.condition(before);
+        let counted = match spread::is_indexed(oid, &policy.time_column)? {
+            true => spread.count(&condition, MOST_COUNTED)?,
+            false => MOST_COUNTED,
+        };
+        Ok::<_, Error>(if counted < MOST_COUNTED {
+            (counted, "")
+        } else {
+            (spread.estimate(&condition)?, "about ")
+        })
+    };
+    // 1. whole partitions.
+    let usable = |p: &&Partition| layout.require_usable(p).is_ok();
+    let expired: Vec<_> =
+        layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff)).filter(usable).collect();
+    if !expired.is_empty() {
+        let counts = expired.iter().map(|p| rows(p.oid)).collect::<Result<Vec<_>>>()?;
+        let about = counts.iter().map(|(_, about)| *about).max().unwrap_or_default();
+        let (count, sum) = (expired.len(), counts.iter().map(|(rows, _)| rows).sum::<i64>());
+        let how = match policy.on_expire {
+            OnExpire::Drop => "drops them",
+            OnExpire::Detach => "moves them to schema litellm_spend_archive",
+        };
+        said.push(format!("expired partitions: {count}, with {about}{sum} rows; {next} {how}"));
+    }
+    // 2. rows that no partition takes along.
+    for target in purge::targets(&layout, policy.interval, cutoff) {
+        let (count, about) = rows(target.oid)?;
+        if count == 0 {
+            continue;
+        }
+        let space = match target.partition.as_ref().map(|p| policy.expiry(p.range.to)).transpose()?.flatten()
+        {
+            Some(at) => format!("its disk space comes back when all of it has expired, at {at} UTC"),
+            None => "new rows use their space again".into(),
+        };
+        let name = quoted(&target.name);
+        said.push(format!(
+            "expired rows of {name}: {about}{count}; from {next} on they are deleted one by one, and {space}"
+        ));
+    }
+    if said.is_empty() {
+        let first = layout.partitions.iter().find(|p| p.range.to > cutoff && p.range.to != Instant::MAX);
+        let then = match first.map(|p| Ok::<_, Error>((p, policy.expiry(p.range.to)?))).transpose()? {
+            Some((partition, Some(at))) => {
+                format!("; {} is the first to expire, at {at} UTC", quoted(&partition.name))
+            }
+            _ => String::new(),
+        };
+        said.push(format!("nothing has expired yet{then}"));
+    }
+    Ok(said)
 }

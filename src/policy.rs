@@ -4,7 +4,7 @@
 //! table, and delete the rows of whoever's table gets the name.
 
 use crate::catalog::{self, Table};
-use crate::definition::SCHEMA;
+use crate::definition::{SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout::{self, Layout};
@@ -14,6 +14,7 @@ use crate::partition::{Instant, Interval};
 use crate::restore::HERE;
 use pgrx::datum;
 use pgrx::prelude::*;
+use std::fmt;
 
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -27,8 +28,6 @@ pub struct Policy {
     /// As SQL writes it.
     pub retention: Option<String>,
     pub on_expire: OnExpire,
-    /// For the proof of what expired.
-    pub text: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +44,15 @@ impl Policy {
         let sql = format!("SELECT {}", layout::micros(&format!("({cutoff})")));
         let cutoffs = catalog::query(&sql, &[retention.as_str().into()], |r| catalog::value::<i64>(r, 1))?;
         Ok(cutoffs.first().copied().map(Instant))
+    }
+
+    /// When what ends at `end` expires, as text; `None`: it does not.
+    pub fn expiry(&self, end: Instant) -> Result<Option<String>> {
+        let (Some(retention), Some(end)) = (&self.retention, layout::timestamp(end)) else { return Ok(None) };
+        // Beyond, the sum need not be a timestamp.
+        let sql = "SELECT ($1 + $2::interval)::text WHERE $1 < '200000-01-01'";
+        let args = [end.into(), retention.as_str().into()];
+        Ok(catalog::query(sql, &args, |r| catalog::value::<String>(r, 1))?.into_iter().next())
     }
 
     /// The right to maintain the table, until the transaction ends. `None`: somebody else is at it, be it a step of this session that
@@ -99,9 +107,9 @@ pub enum Again {
 const RETRY: f64 = 30.0;
 
 /// The policies that hold, with the names of their tables.
-const POLICIES: &str = "SELECT n.nspname::text, c.relname::text, time_column::text, \"interval\", precreate, retention::text,
-            on_expire, format('%s, %s ahead, retention %s, %s', \"interval\", precreate, coalesce(retention::text, 'none'), on_expire),
-            c.oid
+const POLICIES: &str =
+    "SELECT n.nspname::text, c.relname::text, time_column::text, \"interval\", precreate, retention::text,
+            on_expire, c.oid
      FROM litellm_spend.policy JOIN litellm_spend.installation i ON i.id = policy.origin
      JOIN pg_catalog.pg_class c ON c.oid = policy.relation AND c.relowner = policy.owner
      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
@@ -116,8 +124,7 @@ fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
         precreate: catalog::value::<i32>(r, 5)?.unsigned_abs(),
         retention: r.get(6)?,
         on_expire: if catalog::value::<String>(r, 7)? == "drop" { OnExpire::Drop } else { OnExpire::Detach },
-        text: catalog::value(r, 8)?,
-        relation: catalog::value(r, 9)?,
+        relation: catalog::value(r, 8)?,
     })
 }
 
@@ -172,51 +179,143 @@ pub fn look_after() -> Result<()> {
     Ok(())
 }
 
-/// What `spend_partition_set()` was given.
+/// What `spend_partition_set()` was given: `None` leaves it as it is.
 pub struct Wanted<'a> {
     pub interval: Option<&'a str>,
-    pub precreate: i32,
+    pub precreate: Option<i32>,
     pub retention: Option<datum::Interval>,
-    pub on_expire: &'a str,
+    pub on_expire: Option<&'a str>,
     pub time_column: Option<&'a str>,
 }
 
-/// Stores a policy; without an interval, removes it.
-pub fn set(table: &Table, wanted: Wanted) -> Result<()> {
-    let Some(interval) = wanted.interval else { return remove(table) };
-    layout::require_root(table)?;
-    let time_column = match wanted.time_column {
-        Some(column) => column.to_string(),
-        None if table.kind == "p" => layout::partition_key(table)?,
-        None => litellm::TIME.into(),
-    };
-    Layout::of(table.oid, &time_column)?;
-    parse(interval, wanted.precreate)?;
-    if !["drop", "detach"].contains(&wanted.on_expire) {
-        return Err(Error::OnExpire(wanted.on_expire.into()));
+/// What came of it.
+pub struct Change {
+    /// As it is from now on; `None`: the table has no policy.
+    pub policy: Option<Policy>,
+    /// What is different, a sentence each.
+    pub said: Vec<String>,
+}
+
+/// The interval that forgets a policy.
+const FORGET: &str = "none";
+
+/// Stores a policy, or forgets it. With `dry_run` it only says what that would change.
+pub fn set(table: &Table, wanted: Wanted, dry_run: bool) -> Result<Change> {
+    let before = find(table.oid)?;
+    if wanted.interval == Some(FORGET) {
+        return forget(table, before, dry_run);
     }
-    check_retention(interval, wanted.retention)?;
-    catalog::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, retention, on_expire,
-                                          origin)
-             VALUES ($1, $2, $3::name, $4, $5, $6, $7, {HERE})
-             ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
-                 \"interval\" = excluded.\"interval\", precreate = excluded.precreate, retention = excluded.retention,
-                 on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,
-                 last_error = NULL, last_error_at = NULL"
-        ),
-        &[
-            table.oid.into(),
-            table.owner_oid.into(),
-            time_column.into(),
-            interval.into(),
-            wanted.precreate.into(),
-            wanted.retention.into(),
-            wanted.on_expire.into(),
-        ],
-    )
-    .map(drop)
+    layout::require_root(table)?;
+    let policy = wanted.policy(table, before.as_ref())?;
+    let said = match &before {
+        None => vec![format!("new policy of {}: {policy}", table.qualified())],
+        Some(before) => policy.differences(before),
+    };
+    if !dry_run {
+        policy.store(table)?;
+    }
+    Ok(Change { policy: Some(policy), said })
+}
+
+impl Wanted<'_> {
+    /// What was not passed is as it was, or as it is if nobody says.
+    fn policy(&self, table: &Table, before: Option<&Policy>) -> Result<Policy> {
+        let time_column = match (self.time_column, before) {
+            (Some(column), _) => column.to_string(),
+            (None, _) if table.kind == "p" => layout::partition_key(table)?,
+            (None, Some(before)) => before.time_column.clone(),
+            (None, None) => litellm::TIME.into(),
+        };
+        Layout::of(table.oid, &time_column)?;
+        let interval = self.interval.or(before.map(|before| before.interval.name())).unwrap_or("day");
+        let precreate = self.precreate.or(before.map(|before| before.precreate as i32));
+        let (interval, precreate) = parse(interval, precreate.unwrap_or(PRECREATE))?;
+        let on_expire = match (self.on_expire, before) {
+            (None, None) | (Some("drop"), _) => OnExpire::Drop,
+            (Some("detach"), _) => OnExpire::Detach,
+            (Some(other), _) => return Err(Error::OnExpire(other.into())),
+            (None, Some(before)) => before.on_expire,
+        };
+        let retention = match self.retention {
+            Some(given) => text_of(given)?,
+            None => before.and_then(|before| before.retention.clone()),
+        };
+        if let Some(retention) = &retention {
+            check_retention(interval.name(), retention)?;
+        }
+        let (schema, name) = (table.schema.clone(), table.name.clone());
+        let relation = table.oid;
+        Ok(Policy { relation, schema, table: name, time_column, interval, precreate, retention, on_expire })
+    }
+}
+
+impl OnExpire {
+    pub fn name(self) -> &'static str {
+        match self {
+            OnExpire::Drop => "drop",
+            OnExpire::Detach => "detach",
+        }
+    }
+}
+
+/// In the words of the proof of what expired.
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (interval, ahead, on_expire) = (self.interval.name(), self.precreate, self.on_expire.name());
+        write!(f, "{interval}, {ahead} ahead, retention {}, {on_expire}", self.retention_in_words())
+    }
+}
+
+impl Policy {
+    fn retention_in_words(&self) -> &str {
+        self.retention.as_deref().unwrap_or("none")
+    }
+
+    fn differences(&self, before: &Policy) -> Vec<String> {
+        let settings = |policy: &Policy| {
+            [
+                ("interval", policy.interval.name().to_string()),
+                ("precreate", policy.precreate.to_string()),
+                ("retention", policy.retention_in_words().to_string()),
+                ("on_expire", policy.on_expire.name().to_string()),
+                ("time_column", quoted(&policy.time_column)),
+            ]
+        };
+        let table = qualified(&self.schema, &self.table);
+        let pairs = settings(before).into_iter().zip(settings(self));
+        let said: Vec<String> = pairs
+            .filter(|(old, new)| old != new)
+            .map(|((setting, old), (_, new))| format!("{setting} of {table}: {old} before, {new} now"))
+            .collect();
+        match said.is_empty() {
+            true => vec![format!("the policy of {table} stays as it is: {self}")],
+            false => said,
+        }
+    }
+
+    fn store(&self, table: &Table) -> Result<()> {
+        catalog::execute(
+            &format!(
+                "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, retention, on_expire,
+                                              origin)
+                 VALUES ($1, $2, $3::name, $4, $5, $6::interval, $7, {HERE})
+                 ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
+                     \"interval\" = excluded.\"interval\", precreate = excluded.precreate, retention = excluded.retention,
+                     on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,
+                     last_error = NULL, last_error_at = NULL"
+            ),
+            &[
+                table.oid.into(),
+                table.owner_oid.into(),
+                self.time_column.as_str().into(),
+                self.interval.name().into(),
+                (self.precreate as i32).into(),
+                self.retention.clone().into(),
+                self.on_expire.name().into(),
+            ],
+        )
+        .map(drop)
+    }
 }
 
 /// How many periods are kept ready beyond the current one, if nobody says.
@@ -234,25 +333,41 @@ pub fn parse(interval: &str, precreate: i32) -> Result<(Interval, u32)> {
     Ok((interval, precreate.unsigned_abs()))
 }
 
+/// A retention as SQL writes it; `None`: rows stay.
+fn text_of(retention: datum::Interval) -> Result<Option<String>> {
+    let sql = "SELECT CASE WHEN $1 <> interval '0' THEN $1::text END";
+    Ok(catalog::query(sql, &[retention.into()], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+}
+
 /// A partition goes as a whole, so rows must be allowed to stay for one period at least.
-fn check_retention(interval: &str, retention: Option<datum::Interval>) -> Result<()> {
-    let Some(retention) = retention else { return Ok(()) };
-    let sql =
-        "SELECT isfinite($1) AND $1 >= ('1 ' || $2)::interval AND $1 <= interval '1000 years', $1::text";
+fn check_retention(interval: &str, retention: &str) -> Result<()> {
+    // What a number alone would have become: '90' is 90 seconds.
+    let sql = "SELECT isfinite(r) AND r >= ('1 ' || $2)::interval AND r <= interval '1000 years',
+                   CASE WHEN s BETWEEN 1 AND 3650 AND s % 3600 <> 0 THEN s::bigint END
+               FROM (SELECT $1::interval) AS given(r), extract(epoch FROM r) AS s";
     let answers = catalog::query(sql, &[retention.into(), interval.into()], |r| {
-        Ok((catalog::value::<bool>(r, 1)?, catalog::value::<String>(r, 2)?))
+        Ok((catalog::value::<bool>(r, 1)?, r.get::<i64>(2)?))
     })?;
     match answers.into_iter().next() {
-        Some((true, _)) => Ok(()),
-        Some((false, given)) => Err(Error::Retention { given, interval: interval.into() }),
-        None => Ok(()),
+        Some((false, seconds)) => {
+            let (given, interval) = (retention.into(), interval.into());
+            Err(Error::Retention { given, interval, seconds })
+        }
+        _ => Ok(()),
     }
 }
 
-/// Removing what is not there is no error.
-fn remove(table: &Table) -> Result<()> {
-    catalog::execute(&format!("DELETE FROM {SCHEMA}.policy WHERE relation = $1"), &[table.oid.into()])
-        .map(drop)
+/// Forgetting what is not there is no error.
+fn forget(table: &Table, before: Option<Policy>, dry_run: bool) -> Result<Change> {
+    let said = match before {
+        Some(before) => format!("the policy of {} is forgotten: {before}", table.qualified()),
+        None => format!("{} has no policy", table.qualified()),
+    };
+    if !dry_run {
+        let sql = format!("DELETE FROM {SCHEMA}.policy WHERE relation = $1");
+        catalog::execute(&sql, &[table.oid.into()])?;
+    }
+    Ok(Change { policy: None, said: vec![said] })
 }
 
 /// Keeps what stopped a round.

@@ -21,7 +21,7 @@ pub struct Target {
     pub oid: pg_sys::Oid,
     pub name: String,
     /// If it is one of several.
-    partition: Option<Partition>,
+    pub partition: Option<Partition>,
 }
 
 /// The tables to delete from. A partition that ends with the period of the cutoff is left: it goes as a whole, soon.

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::layout::micros;
 use crate::partition::{Instant, Range};
 use crate::session::Owner;
+use pgrx::Json;
 use pgrx::prelude::*;
 
 /// 29 MB were read in 3 to 5 ms when cached (PostgreSQL 15, two shared cores, one run, 2026-11); from disk it takes longer.
@@ -55,6 +56,15 @@ impl Spread {
             self.relation
         );
         Ok(self.ask(&sql, |r| catalog::value::<i64>(r, 1))?.first().copied().unwrap_or(0))
+    }
+
+    /// How many rows meet a condition, as the planner estimates it.
+    pub fn estimate(&self, condition: &str) -> Result<i64> {
+        let sql = format!("EXPLAIN (FORMAT JSON) SELECT FROM ONLY {} WHERE {condition}", self.relation);
+        let _owner = self.owner.act();
+        let plans = catalog::fresh(&sql, &[], |r| catalog::value::<Json>(r, 1))?;
+        let rows = plans.first().and_then(|Json(plan)| plan.pointer("/0/Plan/Plan Rows")?.as_f64());
+        Ok(rows.unwrap_or(0.0) as i64)
     }
 
     /// The time that follows those of the first `rows` rows of a range; `None` when there are no more.
