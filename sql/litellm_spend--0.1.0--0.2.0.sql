@@ -82,11 +82,14 @@ CREATE TABLE litellm_spend.policy (
     retry_at       timestamptz,
     last_error     text,
     last_error_at  timestamptz,
+    -- What the last round left undone because of a lock, who had it, and since when each round has left something undone.
+    blocked        text,
+    blocked_since  timestamptz,
     origin         uuid
 );
 INSERT INTO litellm_spend.policy
 SELECT c.oid, c.relowner, p.time_column, p."interval", p.precreate, p.retention, p.on_expire, p.maintained_at, p.retry_at,
-       p.last_error, p.last_error_at, (SELECT id FROM litellm_spend.installation)
+       p.last_error, p.last_error_at, NULL, NULL, (SELECT id FROM litellm_spend.installation)
 FROM litellm_spend.policy_by_name p
 JOIN pg_namespace n ON n.nspname = p.table_schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.table_name AND c.relkind IN ('r', 'p');
@@ -262,7 +265,10 @@ SELECT table_oid::regclass AS "table",
        CASE WHEN origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
            THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
            ELSE last_error END AS last_error,
-       last_error_at
+       last_error_at,
+       blocked,
+       blocked_since,
+       CASE WHEN blocked IS NOT NULL THEN retry_at END AS retry_at
 FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)
 ORDER BY table_oid::regclass::text, is_default, range_start;
@@ -309,7 +315,8 @@ WITH status AS (
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - interval '30 seconds'
 ), expired AS (
-    SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations
+    SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations,
+           min(blocked) AS blocked
     FROM @extschema@.spend_partition_status
     WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour' GROUP BY "table"
 )
@@ -362,17 +369,24 @@ WHERE a.backend_type = 'litellm_spend builder' AND p.datname = current_database(
   AND a.query_start < clock_timestamp() - interval '20 seconds'
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
-       (SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN process USING (pid)
-        WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN process USING (pid)
+                 WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
+                   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+                blocked),
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM expired
+UNION ALL
+SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
+       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+FROM @extschema@.spend_partition_status
+WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
+GROUP BY "table", blocked
 UNION ALL
 SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at),
        CASE WHEN current_setting('litellm_spend.maintain_interval', true) IN ('0', '0s') THEN 'litellm_spend.maintain_interval is 0' END,
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM @extschema@.spend_partition_status, served
-WHERE partitions_ahead < precreate AND last_error IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
+WHERE partitions_ahead < precreate AND last_error IS NULL AND blocked IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
   AND coalesce(last_maintained_at, '-infinity') < clock_timestamp() - interval '1 hour'
   AND NOT EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = "table")
 GROUP BY "table", partitions_ahead, precreate

@@ -131,6 +131,9 @@ CREATE TABLE litellm_spend.policy (
     retry_at       timestamptz,
     last_error     text,
     last_error_at  timestamptz,
+    -- What the last round left undone because of a lock, who had it, and since when each round has left something undone.
+    blocked        text,
+    blocked_since  timestamptz,
     origin         uuid
 );
 

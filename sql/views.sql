@@ -173,7 +173,10 @@ SELECT table_oid::regclass AS "table",
        CASE WHEN origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
            THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
            ELSE last_error END AS last_error,
-       last_error_at
+       last_error_at,
+       blocked,
+       blocked_since,
+       CASE WHEN blocked IS NOT NULL THEN retry_at END AS retry_at
 FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)
 ORDER BY table_oid::regclass::text, is_default, range_start;
@@ -220,7 +223,8 @@ WITH status AS (
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - interval '30 seconds'
 ), expired AS (
-    SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations
+    SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations,
+           min(blocked) AS blocked
     FROM @extschema@.spend_partition_status
     WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour' GROUP BY "table"
 )
@@ -273,17 +277,24 @@ WHERE a.backend_type = 'litellm_spend builder' AND p.datname = current_database(
   AND a.query_start < clock_timestamp() - interval '20 seconds'
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
-       (SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN process USING (pid)
-        WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN process USING (pid)
+                 WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
+                   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+                blocked),
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM expired
+UNION ALL
+SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
+       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+FROM @extschema@.spend_partition_status
+WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
+GROUP BY "table", blocked
 UNION ALL
 SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at),
        CASE WHEN current_setting('litellm_spend.maintain_interval', true) IN ('0', '0s') THEN 'litellm_spend.maintain_interval is 0' END,
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM @extschema@.spend_partition_status, served
-WHERE partitions_ahead < precreate AND last_error IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
+WHERE partitions_ahead < precreate AND last_error IS NULL AND blocked IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
   AND coalesce(last_maintained_at, '-infinity') < clock_timestamp() - interval '1 hour'
   AND NOT EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = "table")
 GROUP BY "table", partitions_ahead, precreate

@@ -1,8 +1,8 @@
 //! Every failure that a user can meet, with its SQLSTATE, the facts (DETAIL) and an action (HINT).
 
+use crate::definition::{SCHEMA, literal, qualified, quoted};
 use crate::expression::COMPUTED;
 use crate::guc::LockLimit;
-use crate::definition::{SCHEMA, literal, qualified, quoted};
 use crate::session::Failure;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -330,7 +330,8 @@ impl Error {
             Error::RowsBeyondCutover { rows, last, cutover, .. } => {
                 format!("{rows} rows are at {cutover} or later, the last of them at {last}; they could not be in a partition that ends there.")
             }
-            Error::LockNotAvailable { holders, .. } => holders.clone(),
+            Error::LockNotAvailable { holders, .. } if holders.is_empty() => "A transaction came in between.".into(),
+            Error::LockNotAvailable { holders, .. } => format!("It is held by {holders}."),
             Error::NotByTime { reason, .. } => reason.clone(),
             Error::NoPartitionColumn { .. } => "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.".into(),
             Error::Interval(_) => "A partition holds a day, a week from Monday, or a month, in UTC.".into(),

@@ -332,7 +332,8 @@ pub fn lock_named(sql: &str, name: &str) -> Result<()> {
 
 /// Runs `sql`, which needs a lock on `relation`, with a limit of its own.
 pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
-    within(limit, limit.time, relation, oid, || execute(sql, &[]).map(drop))
+    let mode = pg_sys::AccessExclusiveLock;
+    within((limit, limit.time), relation, (oid, mode), || execute(sql, &[]).map(drop))
 }
 
 /// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer, and whoever looks
@@ -351,8 +352,8 @@ pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<(
     for (oid, mode) in relations {
         if !try_lock(*oid, *mode) {
             let name = relation_name(*oid)?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            within(limit, left.max(Duration::from_millis(1)), &name, *oid, || {
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            within((limit, left), &name, (*oid, *mode), || {
                 // SAFETY: waits for a lock, or fails at lock_timeout.
                 unsafe { pg_sys::LockRelationOid(*oid, *mode as i32) };
                 Ok(())
@@ -364,23 +365,23 @@ pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<(
     execute("SELECT 1", &[]).map(drop)
 }
 
-/// Runs `work`, which needs a lock on `relation`, within what is `left` of a limit.
+/// Runs `work`, which needs a lock of that mode on `relation`, within what is left of a limit.
 fn within(
-    limit: LockLimit,
-    left: Duration,
+    (limit, left): (LockLimit, Duration),
     relation: &str,
-    oid: pg_sys::Oid,
+    (oid, mode): (pg_sys::Oid, Mode),
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.
     let holders = query(
-        "SELECT coalesce(string_agg(DISTINCT CASE
-                    WHEN l.pid IS NULL THEN 'a prepared transaction'
-                    ELSE format('process %s (%s)', l.pid, concat_ws(', ', a.usename, nullif(a.application_name, ''))) END, ', '), '')
+        "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL THEN 'a prepared transaction'
+                    ELSE format('process %s (%s)', l.pid,
+                                concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-         WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
-           AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())",
-        &[oid.into()],
+         WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted AND l.mode = ANY ($2)
+           AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+           AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+        &[oid.into(), conflicting(mode).into()],
         |r| value::<String>(r, 1),
     )?
     .pop()
@@ -389,15 +390,7 @@ fn within(
     let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
         .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
-            Err(Error::LockNotAvailable {
-                relation: relation.into(),
-                limit,
-                holders: if holders.is_empty() {
-                    "A transaction came in between.".into()
-                } else {
-                    format!("It is held by {holders}.")
-                },
-            })
+            Err(Error::LockNotAvailable { relation: relation.into(), limit, holders: holders.clone() })
         })
         .execute();
     if result.is_ok() {
@@ -405,6 +398,23 @@ fn within(
         session::give_way_after(deadlock_timeout);
     }
     result
+}
+
+/// The modes that keep others from `mode`, as pg_locks calls them.
+fn conflicting(mode: Mode) -> Vec<&'static str> {
+    let modes = [
+        "AccessShareLock",
+        "RowShareLock",
+        "RowExclusiveLock",
+        "ShareUpdateExclusiveLock",
+        "ShareLock",
+        "ShareRowExclusiveLock",
+        "ExclusiveLock",
+        "AccessExclusiveLock",
+    ];
+    // SAFETY: looks into a table of the server's.
+    let conflicts = |held: i32| unsafe { pg_sys::DoLockModesConflict(held, mode as i32) };
+    (1..).zip(modes).filter(|(held, _)| conflicts(*held)).map(|(_, name)| name).collect()
 }
 
 /// Between three quarters and all of `rest`, so that those who try again do not do it in step.

@@ -23,12 +23,11 @@ use crate::layout::{Layout, Partition};
 use crate::locks::Patience;
 use crate::log;
 use crate::partition::{Drain, Instant, Range, missing};
-use crate::policy::{Again, OnExpire, Policy};
+use crate::policy::{self, Again, OnExpire, Policy};
 use crate::session::{Failure, attempt};
 use crate::spread::{self, Spread};
 use crate::tick::{Runner, Subject};
 use crate::{drain, guc, place, purge};
-use pgrx::prelude::*;
 use std::time::Duration;
 
 /// What was done, or not.
@@ -55,14 +54,15 @@ pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Instant>) -> Ve
         actions: vec![],
         again: Again::Later,
         stop: false,
-        blocked: false,
+        blocked: None,
         failure: None,
     };
     round.go(now);
-    let (policy, again, failure) = (round.policy.clone(), round.again, round.failure.take());
+    let (policy, again) = (round.policy.clone(), round.again);
+    let (blocked, failure) = (round.blocked.take(), round.failure.take());
     if !round.stop {
         let subject = round.subject();
-        round.run.step(subject, || policy.record(again, failure.as_deref()));
+        round.run.step(subject, || policy.record(again, failure.as_deref(), blocked.as_deref()));
     }
     round.actions
 }
@@ -74,8 +74,8 @@ struct Round<'a, R: Runner> {
     again: Again,
     /// Somebody else maintains the table, or it cannot be maintained.
     stop: bool,
-    /// A lock was not to be had: others waited for us meanwhile, so no more of that in this round.
-    blocked: bool,
+    /// A lock was not to be had, and who has it: others waited for us meanwhile, so no more of that in this round.
+    blocked: Option<String>,
     failure: Option<String>,
 }
 
@@ -154,13 +154,19 @@ impl<R: Runner> Round<'_, R> {
     }
 
     fn skip(&mut self, about: &str, failure: Failure) {
+        let mut detail = failure.message.clone();
         if failure.is_lock_timeout() {
-            self.blocked = true;
+            detail = failure.in_a_line();
+            self.blocked.get_or_insert_with(|| format!("{about}: {detail}"));
             self.soon();
+            let again = policy::retry().as_secs();
+            if again > 0 {
+                detail += &format!("; the worker, where one runs, tries again in {again} s");
+            }
         } else {
             self.failure.get_or_insert_with(|| format!("{about}: {}", failure.text()));
         }
-        self.note("skipped", about, 0, failure.message);
+        self.note("skipped", about, 0, detail);
     }
 
     fn note(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
@@ -187,7 +193,7 @@ impl<R: Runner> Round<'_, R> {
             if self.is_one_transaction() {
                 let proof = self.step(&partition.name, || expire::count(layout, &partition));
                 counted.extend(proof.map(|proof| (partition, proof)));
-            } else if !self.blocked {
+            } else if self.blocked.is_none() {
                 let (policy, patience) = (self.policy.clone(), self.run.patience());
                 let rows = self.step(&partition.name, || {
                     let proof = expire::count(layout, &partition)?;
@@ -200,7 +206,7 @@ impl<R: Runner> Round<'_, R> {
     }
 
     fn finish(&mut self, layout: &Layout, partition: &Partition, proof: Proof) {
-        if self.blocked {
+        if self.blocked.is_some() {
             return;
         }
         let (policy, patience) = (self.policy.clone(), self.run.patience());
@@ -281,7 +287,7 @@ impl<R: Runner> Round<'_, R> {
         let cutoff = cutoff.unwrap_or(Instant::MIN);
         let slice = if self.is_one_transaction() { SLICE_OF_CALL } else { SLICE };
         let began = std::time::Instant::now();
-        while !self.blocked {
+        while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };
             let about = layout.default.as_ref().map_or(String::new(), |d| d.name.clone());
             let next = self.step(&about, || drain::look(&layout, interval, horizon, cutoff));
@@ -310,7 +316,7 @@ impl<R: Runner> Round<'_, R> {
 
     fn create(&mut self, now: Instant) {
         let began = std::time::Instant::now();
-        while !self.blocked {
+        while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };
             let wanted = self.policy.interval.periods(now, self.policy.precreate);
             let Some(range) = missing(&wanted, &layout.ranges()).into_iter().next() else { return };
@@ -327,7 +333,7 @@ impl<R: Runner> Round<'_, R> {
     /// Whoever began to detach a partition wants it as a table of its own. Last, because it also waits for old snapshots. One that
     /// has expired is dropped or detached with the others.
     fn finish_detach(&mut self, cutoff: Option<Instant>) {
-        let Some(layout) = self.layout().filter(|_| !self.blocked) else { return };
+        let Some(layout) = self.layout().filter(|_| self.blocked.is_none()) else { return };
         let expired = |p: &Partition| cutoff.is_some_and(|cutoff| expire::has_expired(p, cutoff));
         for partition in layout.partitions.iter().filter(|p| p.pending && !expired(p)) {
             if self.step(&partition.name, || place::finish_detach(&layout, partition)).is_some() {

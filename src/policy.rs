@@ -15,6 +15,7 @@ use crate::restore::HERE;
 use pgrx::datum;
 use pgrx::prelude::*;
 use std::fmt;
+use std::time::Duration;
 
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -73,11 +74,12 @@ impl Policy {
         }
     }
 
-    /// Notes the end of a round. `again`: the next one does not wait for the whole interval.
-    pub fn record(&self, again: Again, error: Option<&str>) -> Result<()> {
+    /// Notes the end of a round. `again`: the next one does not wait for the whole interval. `blocked`: what it left undone because
+    /// somebody was in the way.
+    pub fn record(&self, again: Again, error: Option<&str>, blocked: Option<&str>) -> Result<()> {
         let wait = match again {
             Again::AtOnce => Some(0.0),
-            Again::Soon => Some(RETRY.min(guc::maintain_interval().as_secs_f64())),
+            Again::Soon => Some(retry().as_secs_f64()),
             Again::Later => None,
         };
         catalog::execute(
@@ -85,10 +87,17 @@ impl Policy {
                 "UPDATE {SCHEMA}.policy SET maintained_at = clock_timestamp(),
                      retry_at = clock_timestamp() + make_interval(secs => $2), last_error = $3,
                      last_error_at = CASE WHEN $3 IS NULL THEN NULL WHEN last_error = $3 THEN last_error_at
-                                          ELSE clock_timestamp() END
+                                          ELSE clock_timestamp() END,
+                     blocked = $4,
+                     blocked_since = CASE WHEN $4 IS NOT NULL THEN coalesce(blocked_since, clock_timestamp()) END
                  WHERE relation = $1"
             ),
-            &[self.relation.into(), wait.into(), error.map(str::to_string).into()],
+            &[
+                self.relation.into(),
+                wait.into(),
+                error.map(str::to_string).into(),
+                blocked.map(str::to_string).into(),
+            ],
         )
         .map(drop)
     }
@@ -103,8 +112,11 @@ pub enum Again {
     Later,
 }
 
-/// Seconds until a step whose lock was not to be had is tried again: its wait stalls others for up to lock_timeout.
-const RETRY: f64 = 30.0;
+/// How soon a worker tries a step again whose lock was not to be had: its wait stalls others for up to lock_timeout. Zero: no
+/// worker does.
+pub fn retry() -> Duration {
+    Duration::from_secs(30).min(guc::maintain_interval())
+}
 
 /// The policies that hold, with the names of their tables.
 const POLICIES: &str =
@@ -302,7 +314,7 @@ impl Policy {
                  ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
                      \"interval\" = excluded.\"interval\", precreate = excluded.precreate, retention = excluded.retention,
                      on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,
-                     last_error = NULL, last_error_at = NULL"
+                     last_error = NULL, last_error_at = NULL, blocked = NULL, blocked_since = NULL"
             ),
             &[
                 table.oid.into(),

@@ -427,6 +427,15 @@ impl Failure {
         text
     }
 
+    /// The message, and what its DETAIL says.
+    pub fn in_a_line(&self) -> String {
+        let mut letters = self.detail.as_deref().unwrap_or_default().trim_end_matches('.').chars();
+        match letters.next() {
+            None => self.message.clone(),
+            Some(first) => format!("{}: {}{}", self.message, first.to_lowercase(), letters.as_str()),
+        }
+    }
+
     pub fn detail(&self) -> Option<String> {
         self.detail.clone()
     }

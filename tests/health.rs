@@ -150,9 +150,38 @@ fn retention_behind_a_dashboard_names_it() {
     });
     let (severity, _, who, remedy) = only(&mut client, "1 expired partitions of logs are still there");
     assert!(severity == "error" && who.unwrap().contains("grafana"));
+    // The status says so too, and who maintains by hand is told.
+    let pid: i32 = value(&mut dashboard, "SELECT pg_backend_pid()");
+    let blocked = format!(
+        r#"could not get a lock on "public"."logs" within 1000 ms: it is held by process {pid} (postgres, grafana)"#
+    );
+    assert!(holds(
+        &mut client,
+        &format!(
+            "SELECT bool_and(blocked = 'logs_old: {blocked}' AND blocked_since < now() AND retry_at > maintained
+                             AND retry_at <= maintained + interval '30 s')
+             FROM (SELECT *, last_maintained_at AS maintained FROM spend_partition_status) AS s"
+        )
+    ));
+    let told = format!("{blocked}; the worker, where one runs, tries again in 30 s");
+    let skipped = format!(
+        "SELECT count(*) = 1 FROM spend_partition_maintain('logs') WHERE action = 'skipped' AND detail = '{told}'"
+    );
+    eventually("no other maintainer is at it", || holds(&mut client, &skipped));
     dashboard.batch_execute("COMMIT").unwrap();
     client.batch_execute(&remedy).unwrap();
     none(&mut client);
+    // Also where nothing has expired, and only if it lasts.
+    let held_up = |since: &str| {
+        format!(
+            "UPDATE litellm_spend.policy SET blocked = 'logs: held by process 1', blocked_since = now() - interval '{since}'"
+        )
+    };
+    client.batch_execute(&held_up("50 minutes")).unwrap();
+    none(&mut client);
+    client.batch_execute(&held_up("2 hours")).unwrap();
+    let (severity, _, who, _) = only(&mut client, "maintenance of logs is held up");
+    assert!(severity == "warning" && who.as_deref() == Some("logs: held by process 1"));
 }
 
 #[test]
