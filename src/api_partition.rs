@@ -1,15 +1,16 @@
 //! The SQL functions about partitions, as in `api`.
 
 use crate::api::{Regclass, Subtransactions, report, require_changeable, source_or_default};
+use crate::archive::ARCHIVE;
 use crate::catalog::Table;
 use crate::conversion::has_worker;
 use crate::convert::{self, Conversion, Options};
-use crate::definition::quoted;
+use crate::definition::{qualified, quoted};
 use crate::error::{self, Error};
 use crate::guc;
 use crate::layout::{self, Layout};
 use crate::maintain;
-use crate::partition::Instant;
+use crate::partition::{self, Instant};
 use crate::plan;
 use crate::policy::{self, Change, Policy, Wanted};
 use crate::revert::{self, Reversion};
@@ -109,6 +110,17 @@ fn spend_partition_plan(
     .map(TableIterator::new)
 }
 
+/// The policy of a table that is partitioned and has one, which each conversion leaves. Also of its first partition: who has asked
+/// for the conversion of a table knew it by that Oid.
+fn converted(table: &Table) -> error::Result<Option<Policy>> {
+    if table.kind == "p" {
+        return policy::find(table.oid);
+    }
+    let Some(parent) = layout::parent(table.oid)?.map(capture::open).transpose()? else { return Ok(None) };
+    let is_first = table.name == partition::suffixed(&parent.name, convert::LEGACY);
+    if is_first { policy::find(parent.oid) } else { Ok(None) }
+}
+
 /// Partitions a table without copying it, step by step: the worker goes on by itself; without one each call does a step.
 #[pg_extern(volatile, parallel_unsafe)]
 #[allow(clippy::type_complexity)]
@@ -127,8 +139,9 @@ fn spend_partition_convert(
         let (_elevated, table) = enter(source)?;
         let wish = Wish { interval, cutover, time_column, precreate };
         let under_way = Conversion::of(&table)?;
-        if table.kind == "p" && under_way.is_none() {
-            let by = format!("it is partitioned by {}", quoted(&layout::partition_key(&table)?));
+        if let Some(policy) = converted(&table)?.filter(|_| under_way.is_none()) {
+            let name = qualified(&policy.schema, &policy.table);
+            let by = format!("{name} is partitioned by {}", quoted(&policy.time_column));
             return Ok(vec![row("index", "done", String::new()), row("swap", "done", by)]);
         }
         let pending =
@@ -172,7 +185,8 @@ fn spend_partition_revert(
             };
             return Ok(vec![row("reversion", "aborted", detail)]);
         }
-        if table.kind != "p" {
+        // Also who has named it before the swap knew what is in the archive now.
+        if table.kind != "p" || table.schema == ARCHIVE {
             return Ok(vec![row("swap", "done", "it is a plain table".into())]);
         }
         if pending.is_none() {

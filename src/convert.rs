@@ -65,13 +65,16 @@ pub enum Step {
     Nothing,
 }
 
+/// What the old table's name ends in.
+pub const LEGACY: &str = "_legacy";
+
 /// What older versions called it.
 const CHECK: &str = "litellm_spend_cutover";
 
 impl Conversion {
     /// The table's name once it is a partition.
     pub fn legacy(&self) -> String {
-        suffixed(&self.table, "_legacy")
+        suffixed(&self.table, LEGACY)
     }
 
     /// The unique index that becomes the old table's primary key.

@@ -323,7 +323,7 @@ impl Error {
                 "Its last value is {last_value}, but values up to {watermark} have been merged. The rollup is stopped; nothing is lost."
             ),
             Error::SequenceShape { reason, .. } => reason.clone(),
-            Error::AlreadyPartitioned(_) => "spend_partition_maintain() looks after its partitions.".into(),
+            Error::AlreadyPartitioned(_) => "Not by a conversion, or its policy was forgotten.".into(),
             Error::CannotConvert { reason, .. } => reason.clone(),
             Error::CutoverBeyond => "No period begins there.".into(),
             Error::CutoverPast { .. } => "All rows there are must be before it when the table is partitioned.".into(),
@@ -460,7 +460,9 @@ impl Error {
             Error::SequenceShape { sequence, .. } => {
                 format!("ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 NO CYCLE.")
             }
-            Error::AlreadyPartitioned(_) => "spend_partition_maintain() keeps it going; spend_partition_revert() makes it a plain table again.".into(),
+            Error::AlreadyPartitioned(table) => {
+                format!("SELECT spend_partition_set('{}'); has its partitions looked after.", table.replace('\'', "''"))
+            }
             Error::CannotConvert { .. } => "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.".into(),
             Error::CutoverBeyond => "Pass an earlier cutover, or leave it out.".into(),
             Error::CutoverPast { .. } => "Pass a later cutover, or leave it out.".into(),

@@ -228,18 +228,19 @@ pub fn partition_key(table: &Table) -> Result<String> {
     }
 }
 
+/// The table that it is a partition of.
+pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
+    let sql = "SELECT inhparent FROM pg_catalog.pg_inherits WHERE inhrelid = $1";
+    Ok(catalog::query(sql, &[relation.into()], |r| catalog::value(r, 1))?.into_iter().next())
+}
+
 /// Refuses a table that is a partition itself.
 pub fn require_root(table: &Table) -> Result<()> {
-    let parents = catalog::query(
-        "SELECT inhparent FROM pg_catalog.pg_inherits WHERE inhrelid = $1",
-        &[table.oid.into()],
-        |r| catalog::value::<pg_sys::Oid>(r, 1),
-    )?;
-    match parents.first() {
+    match parent(table.oid)? {
         None => Ok(()),
         Some(parent) => Err(Error::NotByTime {
             relation: table.name.clone(),
-            reason: format!("It is a part of {}.", catalog::relation_name(*parent)?),
+            reason: format!("It is a part of {}.", catalog::relation_name(parent)?),
         }),
     }
 }

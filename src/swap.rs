@@ -19,7 +19,7 @@
 use crate::blueprint::Blueprint;
 use crate::capture;
 use crate::catalog;
-use crate::convert::Conversion;
+use crate::convert::{Conversion, LEGACY};
 use crate::definition::{SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
@@ -52,7 +52,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     run(format!("ALTER TABLE {name} DROP CONSTRAINT {key}"))?;
     let key_index = quoted(&conversion.key_index());
     run(format!("ALTER TABLE {name} ADD CONSTRAINT {key} PRIMARY KEY USING INDEX {key_index}"))?;
-    rename(owner, schema, table, &conversion.legacy(), Some("_legacy"))?;
+    rename(owner, schema, table, &conversion.legacy(), Some(LEGACY))?;
     let legacy = qualified(schema, &conversion.legacy());
     blueprint.drop_triggers(&legacy)?;
     // 3. the new one, empty, with all that the old one had.

@@ -335,6 +335,9 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
     assert_all_there(&mut client, 1010);
     let states = "SELECT string_agg(step || ' ' || state, ', ') FROM spend_partition_convert()";
     assert_eq!(value::<String>(&mut client, states), "index done, swap done", "it says so when it is done");
+    // Also to who has named the table before, and knows what it is now by that name.
+    let legacy = states.replace("()", r#"('"LiteLLM_SpendLogs_legacy"')"#);
+    assert_eq!(value::<String>(&mut client, &legacy), "index done, swap done");
     // And back, as far as a second takes it with each call.
     for next in ["indexes", "swap", "done"] {
         let sql = "SELECT CASE state WHEN 'next' THEN step ELSE state END FROM spend_partition_revert()
@@ -343,6 +346,10 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
         client.batch_execute(&insert_rows(next, 1, 3)).unwrap();
     }
     assert!(!holds(&mut client, IS_PARTITIONED));
+    for table in [r#""LiteLLM_SpendLogs""#, r#"litellm_spend_archive."LiteLLM_SpendLogs_partitioned""#] {
+        let state = format!("SELECT step || ' ' || state FROM spend_partition_revert('{table}')");
+        assert_eq!(value::<String>(&mut client, &state), "swap done");
+    }
     assert_exact(&mut client);
 }
 
@@ -640,6 +647,11 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
     assert_refused(&mut client, call, "25006");
     client.batch_execute("ROLLBACK").unwrap();
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.conversion"), 0);
+    // One that somebody else has partitioned, until it is ours to look after.
+    client.batch_execute("CREATE TABLE theirs (at timestamp) PARTITION BY RANGE (at)").unwrap();
+    assert_refused(&mut client, "SELECT spend_partition_convert('theirs', time_column => 'at')", "55000");
+    client.batch_execute("SELECT spend_partition_set('theirs')").unwrap();
+    assert!(holds(&mut client, "SELECT bool_and(state = 'done') FROM spend_partition_convert('theirs')"));
 }
 
 #[test]
