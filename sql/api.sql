@@ -82,6 +82,9 @@ COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup i
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
 COMMENT ON VIEW @extschema@.spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
 COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
+COMMENT ON VIEW litellm_spend.process IS 'Processes, as they are named where one is in the way';
+COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
+COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair; looking changes nothing';
 COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a fault; no row: all is well';
 COMMENT ON VIEW @extschema@.spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
 COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, timestamp) IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
@@ -132,6 +135,6 @@ DO $$ BEGIN
     END IF;
 END $$;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text) TO pg_monitor;
-GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_health TO pg_monitor;
+GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_progress, @extschema@.spend_health TO pg_monitor;
 
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -44,6 +44,7 @@ DO $$ BEGIN
 END $$;
 
 ALTER TABLE litellm_spend.rollup ADD COLUMN owner regrole;
+ALTER TABLE litellm_spend.rollup ADD COLUMN backfill_began timestamptz;
 UPDATE litellm_spend.rollup r SET owner = t.relowner
 FROM pg_class t
 WHERE t.relname = r.name || '_rollup' AND t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r'
@@ -60,6 +61,7 @@ ALTER TABLE litellm_spend.conversion ADD COLUMN owner regrole;
 UPDATE litellm_spend.conversion v SET owner = c.relowner FROM pg_class c WHERE c.oid = v.relation;
 DELETE FROM litellm_spend.conversion WHERE owner IS NULL;
 ALTER TABLE litellm_spend.conversion ALTER COLUMN owner SET NOT NULL;
+ALTER TABLE litellm_spend.conversion ADD COLUMN retry_at timestamptz;
 
 -- A policy holds for the table that has its name now, and for no other later.
 ALTER TABLE litellm_spend.policy RENAME TO policy_by_name;
@@ -105,11 +107,20 @@ SELECT r.name, r.covered_from,
                     / (r.last_value::numeric - r.first_value), 1)
            WHEN r.covered_from = '-infinity' THEN 100
            WHEN r.covered_from = 'infinity' OR r.backfill_last IS NULL THEN 0
-           -- Not by intervals, which do not reach from one end of time to the other.
-           ELSE round(100 * (extract(epoch FROM r.backfill_last) + 86400 - extract(epoch FROM r.covered_from))
-                / (extract(epoch FROM r.backfill_last) + 86400 - extract(epoch FROM r.backfill_first)), 1)
-       END AS covered
-FROM litellm_spend.rollup r;
+           ELSE round(100 * d.covered / d.days, 1)
+       END AS covered,
+       d.covered::integer AS days_covered,
+       d.days::integer,
+       CASE WHEN isfinite(r.covered_from) AND d.covered > 0
+           THEN (clock_timestamp() - r.backfill_began) * ((d.days - d.covered) / d.covered)::float8 END AS time_left
+FROM litellm_spend.rollup r
+-- Not by intervals, which do not reach from one end of time to the other.
+CROSS JOIN LATERAL (
+    SELECT (extract(epoch FROM r.backfill_last) - extract(epoch FROM r.backfill_first)) / 86400 + 1 AS days,
+           CASE WHEN r.covered_from = 'infinity' THEN 0
+                WHEN isfinite(r.covered_from)
+                    THEN (extract(epoch FROM r.backfill_last) - extract(epoch FROM r.covered_from)) / 86400 + 1 END AS covered
+) AS d;
 
 -- Not a thousand rows for each rollup: a plan that looks expensive is compiled, which takes seconds.
 ALTER FUNCTION litellm_spend.tail(text) ROWS 1;
@@ -273,6 +284,92 @@ FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)
 ORDER BY table_oid::regclass::text, is_default, range_start;
 
+-- Who is named as being in the way, or at work.
+CREATE VIEW litellm_spend.process AS
+SELECT pid, format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
+                   to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who
+FROM pg_stat_activity;
+
+-- Who builds an index on a table or, for a conversion, drops one; and for whom that waits.
+CREATE VIEW litellm_spend.index_work AS
+SELECT l.relation, p.phase,
+       CASE WHEN p.tuples_total > 0 THEN round(100.0 * p.tuples_done / p.tuples_total, 1)
+            WHEN p.blocks_total > 0 THEN round(100.0 * p.blocks_done / p.blocks_total, 1)
+            WHEN p.lockers_total > 0 THEN round(100.0 * p.lockers_done / p.lockers_total, 1) END AS percent,
+       (SELECT string_agg(who, '; ') FROM litellm_spend.process b WHERE b.pid = ANY (pg_blocking_pids(l.pid))) AS waits_for
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+LEFT JOIN pg_stat_progress_create_index p ON p.pid = l.pid AND p.relid = l.relation
+WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datname = current_database()
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (a.backend_type = 'litellm_spend builder' OR p.pid IS NOT NULL);
+
+-- How far each long work is. Reads state and catalogs only.
+CREATE VIEW @extschema@.spend_progress AS
+SELECT 'backfill' AS operation,
+       c.relation::text AS subject,
+       CASE WHEN isfinite(b.covered_from) THEN format('%s: %s of %s days', b.covered_from::date, b.days_covered, b.days) END AS step,
+       b.covered AS percent,
+       b.backfill_began AS started_at,
+       NULL AS waits_for,
+       CASE WHEN c.last_error LIKE 'backfill: %' THEN substr(c.last_error, length('backfill: ') + 1) END AS last_error,
+       NULL::timestamptz AS retry_at,
+       justify_hours(date_trunc('second', b.time_left)) AS time_left
+FROM litellm_spend.capture c
+-- As a rule they are all at the same day.
+CROSS JOIN LATERAL (
+    SELECT b.*, r.backfill_began FROM litellm_spend.backfill b JOIN litellm_spend.rollup r USING (name)
+    WHERE r.source = c.source AND b.covered_from > '-infinity' ORDER BY b.covered_from DESC LIMIT 1
+) AS b
+UNION ALL
+SELECT 'backfill', 'rollup ' || r.name, format('number %s of %s', least(r.watermark, r.last_value), r.last_value), b.covered,
+       NULL, NULL, r.last_error, NULL, NULL
+FROM litellm_spend.rollup r JOIN litellm_spend.backfill b USING (name)
+WHERE r.last_value > r.first_value AND r.watermark < r.last_value AND r.definition IS NOT NULL AND r.source <> 'change_log'
+UNION ALL
+SELECT CASE v.direction WHEN 'convert' THEN 'conversion' ELSE 'reversion' END, v.relation::text,
+       CASE WHEN s.step = 'index' AND w.phase IS NOT NULL THEN 'index: ' || w.phase ELSE s.step END,
+       CASE s.step WHEN 'index' THEN w.percent WHEN 'copy' THEN copied.percent END,
+       v.started_at,
+       coalesce(w.waits_for, CASE WHEN v.last_error IS NOT NULL AND s.step IN ('swap', 'prepare') THEN holders.who END),
+       v.last_error,
+       v.retry_at,
+       CASE WHEN s.step = 'copy' AND copied.percent > 0
+           THEN justify_hours(date_trunc('second', (clock_timestamp() - v.started_at) * (100 / copied.percent - 1)::float8)) END
+FROM litellm_spend.conversion v
+LEFT JOIN LATERAL (
+    SELECT max(phase) AS phase, max(percent) AS percent, string_agg(waits_for, '; ') AS waits_for
+    FROM litellm_spend.index_work w WHERE w.relation = v.relation
+) AS w ON true
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN v.stopped THEN 'stopped'
+        WHEN (v.options ->> 'aborted')::boolean THEN 'take back'
+        WHEN v.direction = 'revert' THEN
+            CASE WHEN v.options ->> 'shape' IS NULL THEN 'prepare' WHEN NOT (v.options ->> 'copied_all')::boolean THEN 'copy'
+                 WHEN v.options ->> 'indexes' IS NULL THEN 'indexes' ELSE 'swap' END
+        WHEN EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+                     WHERE i.indrelid = v.relation AND i.indisvalid AND c.relname LIKE '%\_legacy\_pkey') THEN 'swap'
+        ELSE 'index' END AS step
+) AS s
+-- The copy's bytes, of those that there are to copy.
+LEFT JOIN LATERAL (
+    SELECT least(100, round(100 * pg_relation_size((v.options -> 'made' ->> 0)::oid) / nullif(sum(pg_relation_size(t.oid::oid)), 0), 1))
+               AS percent
+    FROM jsonb_array_elements_text(v.options -> 'tree') AS t(oid)
+) AS copied ON s.step = 'copy'
+LEFT JOIN LATERAL (
+    SELECT string_agg(DISTINCT who, '; ') AS who FROM pg_locks l JOIN litellm_spend.process USING (pid)
+    WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid()
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (l.relation = v.relation OR l.relation IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = v.relation))
+) AS holders ON true
+UNION ALL
+SELECT 'repair', c.relation::text, format('%s ranges are to be recomputed', count(*)), NULL, min(d.noticed_at), NULL,
+       min(CASE WHEN c.last_error LIKE 'repair: %' THEN substr(c.last_error, length('repair: ') + 1) END), NULL, NULL
+FROM litellm_spend.dirty_range d, litellm_spend.capture c
+WHERE d.repaired_at IS NULL AND d.repair <> 'keep'
+GROUP BY c.relation;
+
 -- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from another is left out.
 CREATE VIEW @extschema@.spend_health AS
 WITH status AS (
@@ -287,10 +384,6 @@ WITH status AS (
                    UNION ALL SELECT origin FROM litellm_spend.policy WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id) AS restored
     FROM (SELECT id FROM litellm_spend.installation LIMIT 1) AS i
-), process AS (
-    SELECT pid, format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
-                       to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who
-    FROM pg_stat_activity
 ), errors AS (
     -- The eight built-in rollups share most of theirs.
     SELECT last_error AS message, min(last_error_at) AS since, 'rollup ' || string_agg(rollup, ', ' ORDER BY rollup) AS subject
@@ -344,8 +437,8 @@ UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),
        clock_timestamp() - make_interval(secs => lag_seconds::float8),
-       coalesce((SELECT string_agg(who, '; ') FROM process WHERE pid = ANY (pids)), 'prepared transaction ' || prepared[1],
-                (SELECT string_agg(who, '; ') FROM process WHERE pid = ANY (at_work))),
+       coalesce((SELECT string_agg(who, '; ') FROM litellm_spend.process WHERE pid = ANY (pids)), 'prepared transaction ' || prepared[1],
+                (SELECT string_agg(who, '; ') FROM litellm_spend.process WHERE pid = ANY (at_work))),
        CASE WHEN coalesce(pids, at_work) IS NOT NULL THEN format('SELECT pg_terminate_backend(%s);', (coalesce(pids, at_work))[1])
             WHEN prepared IS NOT NULL THEN format('ROLLBACK PREPARED %L;', prepared[1])
             ELSE 'SELECT * FROM spend_rollup_run();' END
@@ -362,14 +455,14 @@ WHERE NOT preloaded AND NOT restored AND EXISTS (SELECT FROM status WHERE kind =
   AND EXISTS (SELECT FROM litellm_spend.capture)
 UNION ALL
 SELECT 'warning', format('the index of a conversion waits: %s', relid::regclass), a.query_start,
-       (SELECT who FROM process WHERE process.pid = p.current_locker_pid),
+       (SELECT who FROM litellm_spend.process WHERE process.pid = p.current_locker_pid),
        format('SELECT pg_terminate_backend(%s);', p.current_locker_pid)
 FROM pg_stat_progress_create_index p JOIN pg_stat_activity a ON a.pid = p.pid
 WHERE a.backend_type = 'litellm_spend builder' AND p.datname = current_database() AND p.current_locker_pid <> 0
   AND a.query_start < clock_timestamp() - interval '20 seconds'
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
-       coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN process USING (pid)
+       coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN litellm_spend.process USING (pid)
                  WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
                 blocked),
@@ -394,6 +487,10 @@ UNION ALL
 SELECT 'warning', format('rollup %s is filled by hand, and nobody has for an hour: %s numbers are waiting', rollup, tail_rows), last_merge_at, NULL,
        format('run the SQL that calls spend_rollup_window(%L)', rollup)
 FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND last_merge_at < clock_timestamp() - interval '1 hour';
+COMMENT ON VIEW litellm_spend.process IS 'Processes, as they are named where one is in the way';
+COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
+COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair; looking changes nothing';
+GRANT SELECT ON @extschema@.spend_progress TO pg_monitor;
 COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a fault; no row: all is well';
 GRANT SELECT ON @extschema@.spend_health TO pg_monitor;
 

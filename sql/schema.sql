@@ -48,6 +48,7 @@ CREATE TABLE litellm_spend.rollup (
     -- Oldest and newest bucket when backfill began: its progress is measured against them.
     backfill_first  timestamp,
     backfill_last   timestamp,
+    backfill_began  timestamptz,
     merged_at       timestamptz,
     merged_rows     bigint,
     merged_groups   bigint,
@@ -150,6 +151,8 @@ CREATE TABLE litellm_spend.conversion (
     -- Since when the step at hand could not be done, and why.
     last_error     text,
     last_error_at  timestamptz,
+    -- When the worker tries again, at the latest.
+    retry_at       timestamptz,
     -- As whom it is done.
     owner          regrole NOT NULL,
     origin         uuid,

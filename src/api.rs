@@ -194,7 +194,7 @@ impl Runner for Subtransactions {
             Err(failure) => {
                 let message = format!("litellm_spend: {subject} failed: {}", failure.message);
                 failure.explain(message).report(PgLogLevel::WARNING);
-                drop(attempt(|| tick::record(&subject, Some(&failure))));
+                drop(attempt(|| tick::record(&subject, Some(&failure), None)));
                 None
             }
         }

@@ -48,7 +48,7 @@ pub fn step(patience: Patience) -> Result<bool> {
     catalog::execute(
         &format!(
             "UPDATE {SCHEMA}.rollup SET covered_from = $2, backfill_first = coalesce(backfill_first, $3),
-                 backfill_last = coalesce(backfill_last, $4)
+                 backfill_last = coalesce(backfill_last, $4), backfill_began = coalesce(backfill_began, now())
              WHERE name = ANY ($1)"
         ),
         &[
@@ -110,7 +110,8 @@ fn days_with_rows(fences: &[&Fence], covered_from: Timestamp) -> Result<Option<D
 pub fn uncover_all(source: &str) -> Result<()> {
     catalog::execute(
         &format!(
-            "UPDATE {SCHEMA}.rollup SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL
+            "UPDATE {SCHEMA}.rollup SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL,
+                 backfill_began = NULL
              WHERE source = $1"
         ),
         &[source.into()],

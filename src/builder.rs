@@ -51,7 +51,7 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     if let Err(failure) = &outcome {
         log::failure(format_args!("{subject} failed"), failure);
     }
-    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err()))));
+    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err(), None))));
 }
 
 /// What is to be run for the conversion of a table, if that is still what comes next and nobody is at it: a builder goes on when

@@ -7,6 +7,7 @@
 
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
+use crate::litellm::CHANGE_LOG;
 use crate::partition::suffixed;
 use crate::restore::HERE;
 use crate::session::{Failure, Owner};
@@ -364,13 +365,30 @@ pub fn is_uncovered(source: &str) -> Result<bool> {
     Ok(!query(&sql, &[source.into()], |_| Ok(()))?.is_empty())
 }
 
-/// How far the backfill is, or `None` when it is complete.
+/// How far the backfill of the built-in rollups is: the day, and how many are left. `None`: all is covered.
 pub fn backfill_progress() -> Result<Option<String>> {
     let sql = format!(
-        "SELECT string_agg(format('rollup %s: %s %% of the days', name, covered), '; ' ORDER BY name)
-         FROM {SCHEMA}.backfill WHERE covered_from > '-infinity'"
+        "SELECT coalesce(covered_from::date || ': ', '') || days_covered || ' of ' || days || ' days',
+                extract(epoch FROM time_left)::float8
+         FROM {SCHEMA}.backfill JOIN {SCHEMA}.rollup USING (name, covered_from)
+         WHERE source = $1 AND covered_from > '-infinity' ORDER BY covered_from DESC LIMIT 1"
     );
-    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+    let found = query(&sql, &[CHANGE_LOG.into()], |r| Ok((r.get::<String>(1)?, r.get::<f64>(2)?)))?.pop();
+    Ok(found.map(|(days, left)| {
+        let days = days.unwrap_or_else(|| "no day is covered yet".into());
+        match left {
+            Some(seconds) if seconds >= 0.5 => format!("{days}, about {} left", roughly(seconds)),
+            _ => days,
+        }
+    }))
+}
+
+fn roughly(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.0} h", s / 3600.0),
+    }
 }
 
 /// Drops what is ours, unless something of anybody else's needs it: that is named.

@@ -14,6 +14,7 @@ use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::time::Duration;
 
 /// What was asked for, of one direction.
 pub trait Options: Serialize + DeserializeOwned {
@@ -94,7 +95,8 @@ impl<T: Options> Pending<T> {
                  VALUES ($1::name, $2::name, $3, $4, $6, $5::jsonb, {HERE})
                  ON CONFLICT (table_schema, table_name) DO UPDATE SET direction = excluded.direction,
                      relation = excluded.relation, owner = excluded.owner, options = excluded.options,
-                     origin = excluded.origin, stopped = false, last_error = NULL, last_error_at = NULL"
+                     origin = excluded.origin, stopped = false, last_error = NULL, last_error_at = NULL,
+                     retry_at = NULL"
             ),
             &[
                 schema,
@@ -145,7 +147,7 @@ impl<T: Options> Pending<T> {
     pub fn halt(&self, reason: &str) -> Result<()> {
         let [schema, table] = self.key();
         let sql = format!(
-            "UPDATE {SCHEMA}.conversion SET stopped = true, last_error = $3, last_error_at = clock_timestamp()
+            "UPDATE {SCHEMA}.conversion SET stopped = true, last_error = $3, last_error_at = clock_timestamp(), retry_at = NULL
              WHERE table_schema = $1::name AND table_name = $2::name"
         );
         catalog::execute(&sql, &[schema, table, reason.into()]).map(drop)
@@ -172,15 +174,23 @@ pub fn is_under_way(schema: &str, table: &str) -> Result<bool> {
     Ok(!catalog::query(&sql, &[schema.into(), table.into()], |_| Ok(()))?.is_empty())
 }
 
-/// Notes why the step at hand was not done, or that it was.
-pub fn record_error(schema: &str, table: &str, message: Option<&str>) -> Result<()> {
+/// Notes why the step at hand was not done, and how soon it is tried again; or that it was done.
+pub fn record_error(schema: &str, table: &str, message: Option<&str>, again: Option<Duration>) -> Result<()> {
     catalog::execute(
         &format!(
             "UPDATE {SCHEMA}.conversion
-             SET last_error = $3, last_error_at = CASE WHEN $3 IS NOT NULL THEN clock_timestamp() END
-             WHERE table_schema = $1::name AND table_name = $2::name AND NOT stopped AND last_error IS DISTINCT FROM $3"
+             SET last_error = $3, retry_at = clock_timestamp() + make_interval(secs => $4),
+                 last_error_at = CASE WHEN $3 IS NULL THEN NULL WHEN last_error = $3 THEN last_error_at
+                                      ELSE clock_timestamp() END
+             WHERE table_schema = $1::name AND table_name = $2::name AND NOT stopped
+               AND (last_error IS DISTINCT FROM $3 OR $4 IS NOT NULL)"
         ),
-        &[schema.into(), table.into(), message.map(str::to_string).into()],
+        &[
+            schema.into(),
+            table.into(),
+            message.map(str::to_string).into(),
+            again.map(|again| again.as_secs_f64()).into(),
+        ],
     )
     .map(drop)
 }

@@ -19,7 +19,7 @@
 use crate::blueprint::Blueprint;
 use crate::catalog::{self, Table, value};
 use crate::conversion::{self, Pending, Progress, has_worker, progress};
-use crate::definition::{qualified, quoted};
+use crate::definition::{SCHEMA, qualified, quoted};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::layout;
@@ -300,7 +300,9 @@ impl Conversion {
                 &[self.relation.into()],
                 |_| Ok(()),
             )?;
-            return Ok(None);
+            let drops =
+                "the worker drops its index, and waits for whoever uses the table: see spend_progress";
+            return Ok(Some(drops.into()));
         }
         self.forget()?;
         Ok(match step {
@@ -320,14 +322,21 @@ enum Index {
 
 /// Of the index of that name on the table; one of another table's is none.
 fn index_state(index: &str, table: pg_sys::Oid) -> Result<Index> {
-    let states = catalog::query(
-        "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = i.indrelid
-             AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
-             AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid AND p.relid = i.indrelid))
-         FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
-        &[index.into(), table.into()],
-        |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),
-    )?;
+    let look = || {
+        catalog::current(
+            "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = i.indrelid
+                 AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+                 AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid AND p.relid = i.indrelid))
+             FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
+            &[index.into(), table.into()],
+            |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),
+        )
+    };
+    let mut states = look()?;
+    if states == [(false, false)] {
+        // Its build may have ended between the snapshot and the look at the locks.
+        states = look()?;
+    }
     Ok(match states.first() {
         None => Index::Missing,
         Some((true, _)) => Index::Valid,
@@ -347,6 +356,12 @@ impl Conversion {
         locks::insist(|| self.run(&step))
     }
 
+    /// Who keeps its index from being built or dropped.
+    fn waits_for(&self) -> Result<Option<String>> {
+        let sql = format!("SELECT string_agg(waits_for, '; ') FROM {SCHEMA}.index_work WHERE relation = $1");
+        Ok(catalog::query(&sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+    }
+
     /// How far it is.
     pub fn progress(&self) -> Result<Progress> {
         let steps = ["index", "swap"];
@@ -360,6 +375,9 @@ impl Conversion {
         };
         if let Some(error) = &self.last_error {
             detail = error.clone();
+        }
+        if let Some(holders) = self.waits_for()? {
+            detail += &format!(" (waits for {holders})");
         }
         let next = steps.iter().position(|s| *s == name).unwrap_or(steps.len());
         Ok(progress(&steps, next, self.stopped, detail))

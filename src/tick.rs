@@ -228,8 +228,9 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
     }
 }
 
-/// Keeps a failure for the status view, or with `None` takes it back: what failed has succeeded.
-pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
+/// Keeps a failure for the status views, with how soon it is tried again at the latest if somebody does; or with `None` takes it
+/// back: what failed has succeeded.
+pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Duration>) -> Result<()> {
     let message = failure.map(|failure| match subject {
         Subject::Task(task) => format!("{task}: {}", failure.text()),
         _ => failure.text(),
@@ -239,7 +240,7 @@ pub fn record(subject: &Subject, failure: Option<&Failure>) -> Result<()> {
         Subject::Task(_) => catalog::record_capture_error(message),
         Subject::Rollup(name) | Subject::Stray(name) => catalog::record_error(name, message),
         Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
-            conversion::record_error(schema, table, message)
+            conversion::record_error(schema, table, message, again)
         }
         Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
         Subject::Source(name) => catalog::rollup_names(Some(name))?

@@ -109,7 +109,7 @@ struct Steps {
 
 impl Steps {
     fn take_back(&self, subject: &Subject) {
-        in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None))));
+        in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None, None))));
     }
 
     fn rests(&self, subject: &Subject) -> bool {
@@ -131,6 +131,12 @@ impl Steps {
         }
     }
 
+    /// How long a subject is left alone that fails now.
+    fn rest(&self, subject: &Subject, timed_out: bool) -> Duration {
+        let rest = self.resting.get(subject).map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+        if timed_out { rest.max(self.limit(subject) * 4) } else { rest }
+    }
+
     /// Leaves a subject that failed alone for a while, and takes its failure back when it succeeds.
     fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
         match outcome {
@@ -147,12 +153,8 @@ impl Steps {
                 Some(value)
             }
             Err(failure) => {
-                let mut rest = self
-                    .resting
-                    .get(&subject)
-                    .map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+                let rest = self.rest(&subject, failure.is_timeout());
                 if failure.is_timeout() {
-                    rest = rest.max(self.limit(&subject) * 4);
                     self.make_easier(&subject);
                 }
                 log::failure(format_args!("{subject} failed, next try in {rest:?}"), &failure);
@@ -199,7 +201,7 @@ unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
     // SAFETY: as the server does to drop temporary tables at this point.
     unsafe { pg_sys::AbortOutOfAnyTransaction() };
     let failure = Failure::endless();
-    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, Some(&failure)))));
+    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, Some(&failure), None))));
 }
 
 impl Runner for Steps {
@@ -217,7 +219,8 @@ impl Runner for Steps {
             };
             AT.set(None);
             if let Err(failure) = &outcome
-                && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure)))
+                && let rest = self.rest(&subject, failure.is_timeout())
+                && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure), Some(rest)))
             {
                 log::failure("could not record a failure", &second);
             }
@@ -237,8 +240,7 @@ impl Runner for Steps {
             return;
         }
         // If it is to be started again, it has failed: it rests longer each time.
-        let rest =
-            self.resting.get(&subject).map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+        let rest = self.rest(&subject, false);
         self.resting.insert(subject.clone(), (Instant::now() + jittered(rest), rest));
         match builder::start(table) {
             Some(builder) => drop(self.builders.insert(subject, builder)),
