@@ -425,7 +425,8 @@ pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
         said.push(format!("expired partitions: {count}, with {about}{sum} rows; {next} {how}"));
     }
     // 2. rows that no partition takes along.
-    for target in purge::targets(&layout, policy.interval, cutoff) {
+    let targets = purge::targets(&layout, policy.interval, cutoff).into_iter();
+    for target in targets.filter(|target| target.partition.iter().all(|p| usable(&p))) {
         let (count, about) = rows(target.oid)?;
         if count == 0 {
             continue;
