@@ -331,7 +331,7 @@ fn pieces(table: &Table, renamed: &str, queries: &[(Actor, &str)]) -> Result<Vec
 
 /// What a partitioned table cannot have, or what would go on to mean the old table.
 const OBSTACLES: &str = "
-    SELECT format('Constraint %s is a foreign key.', quote_ident(conname)) FROM pg_constraint
+    SELECT format('Constraint %s of %s is a foreign key.', quote_ident(conname), conrelid::regclass) FROM pg_constraint
     WHERE contype = 'f' AND (conrelid = $1 OR confrelid = $1)
     UNION ALL SELECT format('Constraint %s is an exclusion.', quote_ident(conname)) FROM pg_constraint
     WHERE contype = 'x' AND conrelid = $1

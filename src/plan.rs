@@ -36,15 +36,27 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     if let Some(beyond) = conversion.rows_beyond()? {
         row("in the way", "rows from the cutover on", &name, "", beyond.reason());
     }
-    let index = conversion.key_index();
+    if rows.is_empty() {
+        rows.push(("in the way".into(), "nothing".into(), name.clone(), String::new(), String::new()));
+    }
+    let interval = conversion.options.interval.as_str();
+    rows.push((
+        "cutover".into(),
+        format!(
+            "rows before it stay in the old table, one partition; from it on a partition holds a {interval}"
+        ),
+        conversion.cutover().to_string(),
+        String::new(),
+        "in UTC".into(),
+    ));
     let columns = conversion.key_columns(&blueprint);
-    row(
-        "index",
-        &format!("create unique index concurrently on ({columns})"),
-        &index,
-        "SHARE UPDATE EXCLUSIVE on the table",
+    rows.push((
+        "index".into(),
+        format!("create unique index concurrently on ({columns})"),
+        conversion.key_index(),
+        "SHARE UPDATE EXCLUSIVE on the table".into(),
         size.index(),
-    );
+    ));
     let swap = |what: &str, object: &str| {
         let lock = "ACCESS EXCLUSIVE on the table and its views";
         (
@@ -93,7 +105,19 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
             "a moment".into(),
         ));
     }
-    Ok(rows)
+    Ok(in_one(rows))
+}
+
+/// Rows that differ in their object only become one, with how many they are.
+fn in_one(rows: Vec<Row>) -> Vec<Row> {
+    let alike = |a: &Row, b: &Row| (&a.0, &a.1, &a.3, &a.4) == (&b.0, &b.1, &b.3, &b.4);
+    let one = |rows: &[Row]| {
+        let (step, action, _, lock, estimate) = rows[0].clone();
+        let objects: Vec<&str> = rows.iter().map(|row| row.2.as_str()).collect();
+        let count = if rows.len() > 1 { format!("{}: ", rows.len()) } else { String::new() };
+        (step, action, format!("{count}{}", objects.join(", ")), lock, estimate)
+    };
+    rows.chunk_by(alike).map(one).collect()
 }
 
 /// Views over a view.

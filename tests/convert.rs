@@ -496,6 +496,18 @@ fn all_that_hangs_on_the_table_hangs_on_the_partitioned_one() {
     ] {
         assert!(plan.iter().any(|row| row.contains(object)), "{object} is not in the plan: {plan:#?}");
     }
+    // What is alike is one row; that nothing is in the way, and the cutover, have theirs.
+    for like in [
+        "in the way|nothing|\"public\".\"LiteLLM_SpendLogs\"",
+        "cutover|rows before it stay in the old table, one partition; from it on a partition holds a day|%",
+        "swap|trigger: made on the new table|%: %each_row, each_statement%",
+        "after|maintenance creates a partition|_: LiteLLM_SpendLogs_p%, LiteLLM_SpendLogs_p%",
+    ] {
+        let rows = format!(
+            "SELECT count(*) FROM spend_partition_plan() WHERE concat_ws('|', step, action, object) LIKE '{like}'"
+        );
+        assert_eq!(value::<i64>(&mut client, &rows), 1, "{like}: {plan:#?}");
+    }
     assert_eq!(inventory(&mut client), before);
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     wait_until_partitioned(&mut client);
@@ -587,7 +599,11 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
     for (sql, undo, reason) in [
         (r#"CREATE UNIQUE INDEX u ON "LiteLLM_SpendLogs" (api_key, request_id)"#, "DROP INDEX u", "unique"),
         (r#"CREATE TABLE child () INHERITS ("LiteLLM_SpendLogs")"#, "DROP TABLE child", "inherits"),
-        (r#"CREATE TABLE f (r text REFERENCES "LiteLLM_SpendLogs")"#, "DROP TABLE f", "foreign key"),
+        (
+            r#"CREATE TABLE f (r text REFERENCES "LiteLLM_SpendLogs")"#,
+            "DROP TABLE f",
+            "of public.f is a foreign key",
+        ),
         (
             r#"CREATE RULE r AS ON DELETE TO "LiteLLM_SpendLogs" DO ALSO SELECT 1"#,
             r#"DROP RULE r ON "LiteLLM_SpendLogs""#,
