@@ -453,13 +453,14 @@ pub fn capture_errors(client: &mut Client) -> i64 {
     value(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
 }
 
-/// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as numeric.
+/// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as numeric. Only LiteLLM's own view
+/// adds up as double precision: 6e-10 of a dollar were missing of 571 in tens of thousands of rows; no row has less than 1e-5.
 pub const VIEW_AGAINST_RAW: &str = r#"
     SELECT coalesce(v.date, r.date)::text, v.spend, r.spend
     FROM "MonthlyGlobalSpend" v
     FULL JOIN (SELECT date("startTime") AS date, sum(spend::numeric)::float8 AS spend, sum(spend) AS float_spend
                FROM "LiteLLM_SpendLogs" WHERE "startTime" >= CURRENT_DATE - interval '30 days' GROUP BY 1) r USING (date)
-    WHERE round(v.spend::numeric, 9) IS DISTINCT FROM round(r.spend::numeric, 9)"#;
+    WHERE round(v.spend::numeric, 7) IS DISTINCT FROM round(r.spend::numeric, 7)"#;
 
 pub fn assert_no_rows(rows: Vec<Row>, what: &str) {
     let text: Vec<String> =
