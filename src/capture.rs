@@ -4,7 +4,8 @@
 //! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE on the table and each partition (writers wait, readers
 //!   do not), from the creation of the triggers to the end of the transaction: about a millisecond for each partition (400 of them:
 //!   writers waited 0.5 s, two busy cores, debug build, PostgreSQL 15, 2026-11). Everything else is done before.
-//! - the watch, when a foreign table became a partition: the same, for making the triggers harmless.
+//! - when a foreign table becomes a partition, by the statement that brings it, or by the watch: the same, for making the triggers
+//!   harmless.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
 //!   got before we noticed.
 //! - detach: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition; last of all, after our own rows and
@@ -464,6 +465,13 @@ pub fn failing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, Strin
 pub fn silence(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
     lock_for_triggers(triggers)?;
     put_triggers(triggers, Capture::silent_trigger)
+}
+
+/// The same, if the captured table has any. What is not captured from here on is for the watch.
+pub fn silence_failing() -> Result<()> {
+    let Some(state) = catalog::capture()? else { return Ok(()) };
+    let failing = failing_triggers(state.relation)?;
+    if failing.is_empty() { Ok(()) } else { silence(&failing) }
 }
 
 /// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked: whoever has them must

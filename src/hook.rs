@@ -1,6 +1,8 @@
-//! The utility hook: CREATE EXTENSION is announced to the launcher, a worker leaves a database that is to be dropped,
-//! renamed, moved or copied, which its connection would prevent, and CASCADE is kept from taking LiteLLM's views along.
+//! The utility hook: CREATE EXTENSION is announced to the launcher; a worker leaves a database that is to be dropped, renamed,
+//! moved or copied, which its connection would prevent; CASCADE is kept from taking LiteLLM's views along; and capture makes way
+//! for a foreign partition in the statement that brings it.
 
+use crate::capture;
 use crate::catalog;
 use crate::definition::{SCHEMA, qualified};
 use crate::error::{Error, Result};
@@ -50,8 +52,12 @@ unsafe extern "C-unwind" fn on_utility(
     // SAFETY: the server's own arguments, passed on unchanged.
     unsafe {
         on_statement((*statement).utilityStmt);
+        let may_bring_foreign_partition = may_bring_foreign_partition((*statement).utilityStmt);
         let next = PREVIOUS.unwrap_or(standard_ProcessUtility);
         next(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
+        if may_bring_foreign_partition {
+            make_way();
+        }
     }
 }
 
@@ -98,6 +104,58 @@ unsafe fn look(node: *mut pg_sys::Node) {
             T_CreatedbStmt => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
             _ => {}
         }
+    }
+}
+
+/// CREATE FOREIGN TABLE … PARTITION OF or INHERITS, ALTER TABLE … ATTACH PARTITION or INHERIT.
+///
+/// SAFETY: `node` is a utility statement; its tag says which.
+unsafe fn may_bring_foreign_partition(node: *mut pg_sys::Node) -> bool {
+    use pg_sys::AlterTableType::{AT_AddInherit, AT_AttachPartition};
+    use pg_sys::NodeTag::{T_AlterTableStmt, T_CreateForeignTableStmt};
+    unsafe {
+        match (*node).type_ {
+            T_CreateForeignTableStmt => {
+                !(*(node as *mut pg_sys::CreateForeignTableStmt)).base.inhRelations.is_null()
+            }
+            T_AlterTableStmt => {
+                let commands = (*(node as *mut pg_sys::AlterTableStmt)).cmds;
+                let count = if commands.is_null() { 0 } else { (*commands).length as usize };
+                (0..count).any(|i| {
+                    let command = (*(*commands).elements.add(i)).ptr_value as *mut pg_sys::AlterTableCmd;
+                    [AT_AddInherit, AT_AttachPartition].contains(&(*command).subtype)
+                })
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whatever goes wrong here, the statement succeeds; the watch comes later.
+#[pg_guard]
+unsafe extern "C-unwind" fn make_way() {
+    // SAFETY: the statement has ended, in its transaction; what it did is to be seen.
+    let outcome = unsafe {
+        if pg_sys::get_extension_oid(c"litellm_spend".as_ptr(), true) == pg_sys::InvalidOid {
+            return;
+        }
+        pg_sys::CommandCounterIncrement();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let outcome = attempt(|| {
+            let _ours = Elevated::enter()?;
+            capture::silence_failing()
+        });
+        pg_sys::PopActiveSnapshot();
+        outcome
+    };
+    if let Err(failure) = outcome {
+        let message = format!(
+            "litellm_spend could not look for foreign partitions: {}",
+            failure.unless_cancel().message
+        );
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message, "make_way")
+            .set_hint("Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it.")
+            .report(PgLogLevel::WARNING);
     }
 }
 

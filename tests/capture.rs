@@ -729,10 +729,10 @@ fn statements_go_on_when_a_foreign_partition_comes_and_capture_when_it_goes() {
                        FROM spend_rollup_status"#;
     for round in ["b", "c"] {
         client.batch_execute(COLD).unwrap();
-        eventually("the status says that nothing is captured", || holds(&mut client, suspended));
         for statement in REACH {
             client.batch_execute(statement).unwrap();
         }
+        eventually("the status says that nothing is captured", || holds(&mut client, suspended));
         // What is asked meanwhile is answered from the table.
         client.batch_execute(&insert_rows(round, 50, 5)).unwrap();
         assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
@@ -754,6 +754,62 @@ fn statements_go_on_when_a_foreign_partition_comes_and_capture_when_it_goes() {
     eventually("the status says that nothing is captured", || holds(&mut client, suspended));
     client.batch_execute("SELECT spend_detach()").unwrap();
     client.batch_execute(REACH[0]).unwrap();
+}
+
+#[test]
+fn the_statement_that_brings_a_foreign_partition_makes_way_for_it_or_warns() {
+    let db = shared().database();
+    let mut client = partitioned_by_hand(&db);
+    client.batch_execute(COLD).unwrap();
+    client
+        .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION frozen; SELECT spend_attach()"#)
+        .unwrap();
+    wait_until_live(&mut client);
+    let attach = |table: &str| {
+        format!(
+            r#"ALTER TABLE {table} ATTACH PARTITION frozen FOR VALUES FROM ('2026-01-01') TO ('2026-02-01')"#
+        )
+    };
+    let silent =
+        "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend_capture_%' AND tgqual IS NOT NULL";
+    // In the same transaction, by the owner, under any isolation. With it goes what was done for it.
+    client.batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SET LOCAL ROLE litellm; SELECT 1").unwrap();
+    client.batch_execute(&attach(r#""LiteLLM_SpendLogs""#)).unwrap();
+    for statement in REACH {
+        client.batch_execute(statement).unwrap();
+    }
+    assert_eq!(value::<i64>(&mut client, silent), 3);
+    client.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(value::<i64>(&mut client, silent), 0);
+    // Below a partition of its own, too.
+    client
+        .batch_execute(
+            r#"BEGIN; SET LOCAL ROLE litellm;
+               CREATE TABLE winter (LIKE "LiteLLM_SpendLogs") PARTITION BY RANGE ("startTime");"#,
+        )
+        .unwrap();
+    client.batch_execute(&attach("winter")).unwrap();
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION winter FOR VALUES FROM ('2025-11-01') TO ('2026-03-01')"#,
+        )
+        .unwrap();
+    client.batch_execute(REACH[0]).unwrap();
+    client.batch_execute("ROLLBACK").unwrap();
+    // A writer is in the way: the statement succeeds without us, and the watch comes later.
+    let mut writer = db.connect();
+    writer.batch_execute(r#"BEGIN; LOCK TABLE ONLY "LiteLLM_SpendLogs" IN ROW EXCLUSIVE MODE"#).unwrap();
+    let notices = db.notices(&format!(
+        r#"SET litellm_spend.lock_timeout = '50ms'; {}; SHOW lock_timeout"#,
+        attach(r#""LiteLLM_SpendLogs""#)
+    ));
+    assert!(
+        notices.contains("WARNING") && notices.contains("could not look for foreign partitions"),
+        "{notices}"
+    );
+    assert!(holds(&mut client, "SELECT relispartition FROM pg_class WHERE relname = 'frozen'"));
+    writer.batch_execute("COMMIT").unwrap();
+    eventually("the watch has made way", || client.batch_execute(REACH[0]).is_ok());
 }
 
 /// LiteLLM's table, partitioned, with what a MERGE can do to it.
