@@ -87,7 +87,7 @@ COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or 
 COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair; looking changes nothing';
 COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a fault; no row: all is well';
 COMMENT ON VIEW @extschema@.spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
-COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, timestamp) IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
+COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, "any") IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
 COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean) IS 'Sets how a table is partitioned and how long its rows stay; what is not passed stays as it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
@@ -101,8 +101,8 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text
 COMMENT ON FUNCTION @extschema@.spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
 COMMENT ON FUNCTION @extschema@.spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
 COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup with its history, or the watermark of a registered one';
-COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
-COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
+COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, "any", text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
+COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, "any", text, integer) IS 'Partitions a table by time without copying it; says how far it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
@@ -120,9 +120,9 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_rollup_register(text, regclass, regclass, bigint), @extschema@.spend_rollup_window(text), @extschema@.spend_rollup_drop(text),
     @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole),
     @extschema@.spend_grant_reports(regrole), @extschema@.spend_restored(), litellm_spend.restored(),
-    @extschema@.spend_partition_plan(regclass, text, timestamp, text, integer), @extschema@.spend_partition_revert(regclass, boolean),
-    @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer),
-    litellm_spend.maintain_at(regclass, timestamp),
+    @extschema@.spend_partition_plan(regclass, text, "any", text, integer), @extschema@.spend_partition_revert(regclass, boolean),
+    @extschema@.spend_partition_convert(regclass, text, "any", text, integer),
+    litellm_spend.maintain_at(regclass, "any"),
     @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean), @extschema@.spend_partition_maintain(regclass)
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;

@@ -572,7 +572,7 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp,
 CREATE FUNCTION @extschema@.spend_partition_convert(
     "source" regclass DEFAULT NULL,
     "interval" TEXT DEFAULT NULL,
-    "cutover" timestamp DEFAULT NULL,
+    "cutover" "any" DEFAULT NULL,
     "time_column" TEXT DEFAULT NULL,
     "precreate" INT DEFAULT NULL
 ) RETURNS TABLE (
@@ -583,7 +583,39 @@ CREATE FUNCTION @extschema@.spend_partition_convert(
 VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_partition_convert_wrapper';
-COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, timestamp, text, integer) IS 'Partitions a table by time without copying it; says how far it is';
+COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, "any", text, integer) IS 'Partitions a table by time without copying it; says how far it is';
+
+CREATE FUNCTION @extschema@.spend_partition_plan(
+    "source" regclass DEFAULT NULL,
+    "interval" TEXT DEFAULT NULL,
+    "cutover" "any" DEFAULT NULL,
+    "time_column" TEXT DEFAULT NULL,
+    "precreate" INT DEFAULT NULL
+) RETURNS TABLE (
+    "step" TEXT, 
+    "action" TEXT, 
+    "object" TEXT, 
+    "lock" TEXT, 
+    "estimate" TEXT 
+)
+STABLE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_partition_plan_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, "any", text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
+
+CREATE FUNCTION litellm_spend.maintain_at(
+    "source" regclass,
+    "now" "any"
+) RETURNS TABLE (
+    "action" TEXT, 
+    "partition" TEXT, 
+    "rows" bigint, 
+    "detail" TEXT 
+)
+VOLATILE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'maintain_at_wrapper';
+COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, "any") IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';
 
 CREATE FUNCTION @extschema@.spend_partition_set(
     "source" regclass DEFAULT NULL,
@@ -603,7 +635,10 @@ COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, int
 DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
     FOR old, new IN VALUES
         ('@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)'::regprocedure,
-         '@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer)'::regprocedure),
+         '@extschema@.spend_partition_convert(regclass, text, "any", text, integer)'::regprocedure),
+        ('@extschema@.spend_partition_plan(regclass, text, timestamp, text, integer)',
+         '@extschema@.spend_partition_plan(regclass, text, "any", text, integer)'),
+        ('litellm_spend.maintain_at(regclass, timestamp)', 'litellm_spend.maintain_at(regclass, "any")'),
         ('@extschema@.spend_partition_set(regclass, text, integer, interval, text, text)',
          '@extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean)')
     LOOP

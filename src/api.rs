@@ -11,13 +11,14 @@ use crate::session::{self, Elevated, Failure, attempt};
 use crate::source::Notice;
 use crate::tick::{self, Runner, Subject};
 use crate::{admin, backfill, capture, error, rebuild, restore, views};
-use pgrx::JsonB;
 use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use pgrx::prelude::*;
+use pgrx::{AnyElement, JsonB};
+use std::ffi::CStr;
 use std::time::Duration;
 
 /// An argument of one of the `reg…` types: an Oid with a name. pgrx's own PgRelation opens the relation, which fails
@@ -45,6 +46,46 @@ macro_rules! reg_type {
 }
 reg_type!(Regclass, "regclass");
 reg_type!(Regrole, "regrole");
+
+/// A time, in whatever type people have one: without a time zone it is in UTC. By overloads a literal would be read in the
+/// session's.
+pub struct Moment(AnyElement);
+
+// SAFETY: it comes with its type.
+unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for Moment {
+    unsafe fn unbox_arg_unchecked(arg: pgrx::callconv::Arg<'_, 'fcx>) -> Self {
+        // Of NULL an Option is made without this.
+        Moment(unsafe { arg.unbox_arg_using_from_datum() }.expect("a time"))
+    }
+}
+
+unsafe impl SqlTranslatable for Moment {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(Moment);
+    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+    const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("\"any\""));
+    const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
+        Ok(ReturnsRef::One(SqlMappingRef::literal("\"any\"")));
+}
+
+impl Moment {
+    /// In UTC. The session's time zone must be pinned.
+    pub fn timestamp(self) -> error::Result<Timestamp> {
+        use pg_sys::{DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID};
+        let known = [DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID];
+        if !known.contains(&self.0.oid()) {
+            return Err(Error::NotATime(catalog::type_name(self.0.oid())?));
+        }
+        // SAFETY: calls the output function of a type of the server's own, with a value of it.
+        let text = unsafe {
+            let (mut output, mut is_varlena) = (pg_sys::InvalidOid, false);
+            pg_sys::getTypeOutputInfo(self.0.oid(), &mut output, &mut is_varlena);
+            CStr::from_ptr(pg_sys::OidOutputFunctionCall(output, self.0.datum())).to_string_lossy()
+        };
+        let sql = "SELECT $1::timestamptz AT TIME ZONE 'UTC'";
+        let times = catalog::query(sql, &[text.as_ref().into()], |r| catalog::value::<Timestamp>(r, 1))?;
+        times.into_iter().next().ok_or(Error::Null("time"))
+    }
+}
 
 pub fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
     source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))

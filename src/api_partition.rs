@@ -1,6 +1,6 @@
 //! The SQL functions about partitions, as in `api`.
 
-use crate::api::{Regclass, Subtransactions, report, require_changeable, source_or_default};
+use crate::api::{Moment, Regclass, Subtransactions, report, require_changeable, source_or_default};
 use crate::archive::ARCHIVE;
 use crate::catalog::Table;
 use crate::conversion::has_worker;
@@ -16,7 +16,7 @@ use crate::policy::{self, Change, Policy, Wanted};
 use crate::revert::{self, Reversion};
 use crate::session::{self, Elevated};
 use crate::{capture, litellm, restore};
-use pgrx::datum::{Interval, Timestamp};
+use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use std::time::Duration;
@@ -40,7 +40,7 @@ const LEAD_BY_HAND: Duration = Duration::from_secs(7 * 86_400);
 /// How a table is to be partitioned. What is left out is as its policy says, if it has one.
 struct Wish<'a> {
     interval: Option<&'a str>,
-    cutover: Option<Timestamp>,
+    cutover: Option<Moment>,
     time_column: Option<&'a str>,
     precreate: Option<i32>,
 }
@@ -67,7 +67,7 @@ impl Wish<'_> {
         let (parsed, precreate) = policy::parse(&interval, precreate.unwrap_or(policy::PRECREATE))?;
         Layout::of(table.oid, &time_column)?;
         let Instant(cutover) = match self.cutover {
-            Some(cutover) => layout::instant(cutover),
+            Some(cutover) => layout::instant(cutover.timestamp()?),
             None => convert::default_cutover(parsed, if has_worker()? { LEAD } else { LEAD_BY_HAND }),
         };
         Ok(Options { interval, precreate, cutover, time_column, aborted: false })
@@ -85,7 +85,7 @@ fn row(step: &str, state: &str, detail: String) -> (String, String, String) {
 fn spend_partition_plan(
     source: default!(Option<Regclass>, "NULL"),
     interval: default!(Option<&str>, "NULL"),
-    cutover: default!(Option<Timestamp>, "NULL"),
+    cutover: default!(Option<Moment>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
     precreate: default!(Option<i32>, "NULL"),
 ) -> Result<
@@ -127,7 +127,7 @@ fn converted(table: &Table) -> error::Result<Option<Policy>> {
 fn spend_partition_convert(
     source: default!(Option<Regclass>, "NULL"),
     interval: default!(Option<&str>, "NULL"),
-    cutover: default!(Option<Timestamp>, "NULL"),
+    cutover: default!(Option<Moment>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
     precreate: default!(Option<i32>, "NULL"),
 ) -> Result<
@@ -258,7 +258,7 @@ mod litellm_spend {
     #[allow(clippy::type_complexity)]
     fn maintain_at(
         source: Option<Regclass>,
-        now: Option<Timestamp>,
+        now: Option<Moment>,
     ) -> Result<
         TableIterator<
             'static,
@@ -274,7 +274,7 @@ mod litellm_spend {
 #[allow(clippy::type_complexity)]
 fn round(
     source: Option<Regclass>,
-    now: Option<Timestamp>,
+    now: Option<Moment>,
 ) -> Result<
     TableIterator<
         'static,
@@ -287,6 +287,7 @@ fn round(
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
         let policy = policy::find(table.oid)?.ok_or_else(|| Error::NoPolicy(table.qualified()))?;
+        let now = now.map(Moment::timestamp).transpose()?;
         Ok(maintain::round(&mut run, policy, now.map(layout::instant)))
     })?;
     run.end()?;

@@ -602,6 +602,12 @@ pub fn owner_of_closed_schema(role: pg_sys::Oid, schema: &str) -> Result<Option<
 }
 
 /// Whether values of the type can be sorted: then they can be a key.
+pub fn type_name(r#type: pg_sys::Oid) -> Result<String> {
+    let names =
+        query("SELECT pg_catalog.format_type($1, NULL)", &[r#type.into()], |r| value::<String>(r, 1))?;
+    Ok(names.into_iter().next().unwrap_or_default())
+}
+
 pub fn is_sortable(r#type: pg_sys::Oid) -> bool {
     // SAFETY: reads the catalog and the type cache. TypeCacheEntry outlives this call.
     unsafe {

@@ -110,6 +110,8 @@ pub enum Error {
     AlreadyPartitioned(String),
     #[error("{relation} cannot be partitioned as it is")]
     CannotConvert { relation: String, reason: String },
+    #[error("a value of type {0} is no time")]
+    NotATime(String),
     #[error("cutover is beyond the calendar")]
     CutoverBeyond,
     #[error("cutover {cutover} is over")]
@@ -193,7 +195,7 @@ impl Error {
             | Error::NotMerged { .. }
             | Error::NotCovered { .. }
             | Error::NotRepaired(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            Error::ColumnType { .. } => ERRCODE_DATATYPE_MISMATCH,
+            Error::ColumnType { .. } | Error::NotATime(_) => ERRCODE_DATATYPE_MISMATCH,
             Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Error::Isolation(_) => ERRCODE_INVALID_TRANSACTION_STATE,
@@ -325,6 +327,7 @@ impl Error {
             Error::SequenceShape { reason, .. } => reason.clone(),
             Error::AlreadyPartitioned(_) => "Not by a conversion, or its policy was forgotten.".into(),
             Error::CannotConvert { reason, .. } => reason.clone(),
+            Error::NotATime(_) => "Times are of type timestamp (in UTC), timestamp with time zone or date, or text.".into(),
             Error::CutoverBeyond => "No period begins there.".into(),
             Error::CutoverPast { .. } => "All rows there are must be before it when the table is partitioned.".into(),
             Error::RowsBeyondCutover { rows, last, cutover, .. } => {
@@ -464,6 +467,7 @@ impl Error {
                 format!("SELECT spend_partition_set('{}'); has its partitions looked after.", table.replace('\'', "''"))
             }
             Error::CannotConvert { .. } => "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.".into(),
+            Error::NotATime(_) => "Pass one such as '2026-12-31', or now().".into(),
             Error::CutoverBeyond => "Pass an earlier cutover, or leave it out.".into(),
             Error::CutoverPast { .. } => "Pass a later cutover, or leave it out.".into(),
             Error::RowsBeyondCutover { .. } => "Pass a cutover after the last row, or correct the rows.".into(),

@@ -1048,6 +1048,58 @@ fn what_a_retention_lets_go_is_said_before() {
 }
 
 #[test]
+fn a_time_is_taken_in_the_type_that_it_has_and_without_a_zone_in_utc() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "SET TimeZone = 'Pacific/Chatham'; SELECT spend_partition_set('events', precreate => 0)",
+        )
+        .unwrap();
+    for (i, now) in [
+        "'2026-12-31'",
+        "'2026-12-31 23:59:59.999999'::timestamp",
+        "'2026-12-31'::date",
+        "'2026-12-31 12:00'::text",
+        "'2026-12-31 12:00'::varchar",
+        "'2026-12-31 12:00+14'",
+        "'2027-01-01 01:00+02'::timestamptz",
+    ]
+    .iter()
+    .enumerate()
+    {
+        client.batch_execute("BEGIN").unwrap();
+        client.batch_execute(&format!("SELECT litellm_spend.maintain_at('events', {now})")).unwrap();
+        let found = partitions(&mut client, "events");
+        let day = if i == 5 { "2026-12-30" } else { "2026-12-31" };
+        assert!(found[1].1.starts_with(&format!("FOR VALUES FROM ('{day}")), "{now}: {found:?}");
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+    client.batch_execute("SELECT litellm_spend.maintain_at('events', now())").unwrap();
+    assert_refused(&mut client, "SELECT litellm_spend.maintain_at('events', 20261231)", "42804");
+    assert_refused(&mut client, "SELECT litellm_spend.maintain_at('events', NULL)", "22004");
+    assert_eq!(
+        error(&mut client, "SELECT litellm_spend.maintain_at('events', 'soon')").code().code(),
+        "22007"
+    );
+    // A conversion's cutover likewise.
+    for (cutover, expected) in [
+        ("current_date + 30", "current_date + 30"),
+        ("'2200-01-01'", "'2200-01-01'"),
+        ("'2200-01-01 01:00+01'::timestamptz", "'2200-01-01'"),
+    ] {
+        let sql = format!(
+            "SELECT object = quote_literal(({expected})::timestamp) FROM spend_partition_plan(cutover => {cutover}) WHERE step = 'cutover'"
+        );
+        assert!(holds(&mut client, &sql), "{cutover}");
+    }
+    client.batch_execute("SELECT spend_partition_plan(cutover => now() + interval '30 days')").unwrap();
+    assert_refused(&mut client, "SELECT spend_partition_convert(cutover => now())", "22023");
+    assert_refused(&mut client, "SELECT spend_partition_convert(cutover => 7)", "42804");
+}
+
+#[test]
 fn bad_input_is_refused_with_a_reason() {
     let db = cluster().database();
     let mut client = db.connect();
