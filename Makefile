@@ -21,7 +21,7 @@ demo: install fixtures ## LiteLLM's spend views before and after, on a throwaway
 demo-clean:  ## stop and remove the demo's PostgreSQL
 	@scripts/demo clean
 
-test: setup fixtures ## all tests
+test: setup fixtures ## all tests; NAME=convert … those of one file
 	@scripts/test
 
 bench: install fixtures ## measure; results in bench/

@@ -8,9 +8,9 @@
 //!           maintain   drain   place   expire   purge   proof   archive   (its partitions)
 //!  decide   window   definition   statements   litellm   builtin   partition   pure Rust, no pgrx
 //!  base     catalog   conversion   policy   frozen   restore   (state)   layout   spread   expression   rewrite
-//!           locks   session   limit   guard   guc   error
+//!           locks   session   limit   guard   guc   log   error   hint
 //! ```
-//! Calls go downward only. Words: see docs/reference.md.
+//! Calls go downward, but for a few that name LiteLLM's table. Words: docs/reference.md. How to build and test: CONTRIBUTING.md.
 
 mod admin;
 mod api;
