@@ -1259,7 +1259,7 @@ fn a_source_that_cannot_be_exact_is_refused() {
         ("computed", "NULL", "55000", "No column"),
         ("twice", "NULL", "55000", "2 columns"),
         ("fed", "'own'", "55000", "No column"),
-        ("fed", "'fed'", "55000", "No column"),
+        ("fed", "'fed'", "42809", "sequence is the sequence"),
         ("unlogged", "NULL", "42809", "permanent"),
         ("temporary", "NULL", "42809", "permanent"),
         ("a_view", "NULL", "42809", "permanent"),
