@@ -19,8 +19,8 @@ use pgrx::prelude::*;
 const OF_SUPERUSERS: [&str; 4] = ["spend_restored", "restored", "spend_grant_admin", "spend_revoke_admin"];
 
 /// What is granted, as GRANT and REVOKE write it: what the extension has in this version, whatever it was when it was granted.
-/// A view of other sessions' activity shows less to who may not see that, and would say that no worker is there.
-fn rights(role: pg_sys::Oid) -> Result<Vec<(String, String)>> {
+/// A view of other sessions' activity is for who may see that: to others it would say that no worker is there.
+fn rights(sees_sessions: bool) -> Result<Vec<(String, String)>> {
     catalog::query(
         "WITH member AS (
              SELECT d.classid, d.objid FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
@@ -33,9 +33,9 @@ fn rights(role: pg_sys::Oid) -> Result<Vec<(String, String)>> {
          SELECT 'SELECT', pg_catalog.format('TABLE %s', c.oid::regclass)
          FROM pg_catalog.pg_class c JOIN member m ON m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid
          WHERE c.relkind = 'v'
-           AND (pg_catalog.pg_get_viewdef(c.oid) NOT LIKE '%pg_stat_%' OR pg_catalog.pg_has_role($2, 'pg_read_all_stats', 'USAGE'))
+           AND ($2 OR pg_catalog.pg_get_viewdef(c.oid) NOT LIKE '%pg_stat_%')
          ORDER BY 1, 2",
-        &[OF_SUPERUSERS.map(str::to_string).to_vec().into(), role.into()],
+        &[OF_SUPERUSERS.map(str::to_string).to_vec().into(), sees_sessions.into()],
         |r| Ok((catalog::value(r, 1)?, catalog::value(r, 2)?)),
     )
 }
@@ -54,7 +54,7 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
             actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
         }
     }
-    for (privilege, object) in rights(role)? {
+    for (privilege, object) in rights(sees_sessions(role)?)? {
         catalog::execute(&format!("GRANT {privilege} ON {object} TO {grantee}"), &[])?;
         actions.push((object, format!("{privilege} granted to {name}")));
     }
@@ -66,11 +66,15 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
 pub fn revoke(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let name = catalog::role_name(role)?;
     let mut actions = vec![];
-    for (privilege, object) in rights(role)? {
+    for (privilege, object) in rights(true)? {
         catalog::execute(&format!("REVOKE {privilege} ON {object} FROM {}", quoted(&name)), &[])?;
         actions.push((object, format!("{privilege} revoked from {name}")));
     }
     Ok(actions)
+}
+
+fn sees_sessions(role: pg_sys::Oid) -> Result<bool> {
+    session::may_act_for(role, pg_sys::Oid::from(pg_sys::ROLE_PG_MONITOR))
 }
 
 fn extension_schema() -> Result<Vec<String>> {
@@ -89,10 +93,13 @@ fn beyond(role: pg_sys::Oid, grantee: &str) -> Result<Vec<Action>> {
         let remedy = format!("still takes its owner: GRANT {} TO {grantee};", quoted(&owner));
         actions.push((format!("TABLE {name}"), remedy));
     }
-    if !session::may_act_for(role, pg_sys::Oid::from(pg_sys::ROLE_PG_READ_ALL_STATS))? {
-        let remedy =
-            format!("still take pg_monitor, which sees all sessions: GRANT pg_monitor TO {grantee};");
-        actions.push(("spend_health, spend_worker_status".into(), remedy));
+    if !sees_sessions(role)? {
+        let granted = rights(false)?;
+        for (_, view) in rights(true)?.into_iter().filter(|right| !granted.contains(right)) {
+            let remedy =
+                format!("still takes pg_monitor, which sees all sessions: GRANT pg_monitor TO {grantee};");
+            actions.push((view, remedy));
+        }
     }
     let superusers = [
         "CREATE EXTENSION, ALTER EXTENSION … UPDATE",

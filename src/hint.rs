@@ -77,7 +77,7 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
 }
 
 /// How the names of what [`crate::admin`] grants begin.
-const FUNCTIONS: [&str; 7] = [
+const FUNCTIONS: [&str; 9] = [
     "spend_attach",
     "spend_detach",
     "spend_backfill",
@@ -85,6 +85,8 @@ const FUNCTIONS: [&str; 7] = [
     "spend_rollup_",
     "spend_partition_",
     "monthly_global_spend",
+    "backfill_step",
+    "maintain_at",
 ];
 
 const VIEWS: [&str; 4] =

@@ -197,6 +197,14 @@ fn an_admin_does_everything_that_takes_no_superuser() {
             .collect();
         let superusers = said.iter().filter(|(_, action)| action == "still takes a superuser").count();
         assert_eq!(superusers, 4, "{said:?}");
+        for view in ["spend_health", "spend_worker_status"] {
+            let row = (
+                format!("TABLE \"Ext\".{view}"),
+                "still takes pg_monitor, which sees all sessions: GRANT pg_monitor TO \"litellm\";"
+                    .to_string(),
+            );
+            assert!(said.contains(&row), "{said:?}");
+        }
         assert!(said.iter().all(|(_, action)| !action.contains("takes its owner")), "{said:?}");
     }
     for call in [
@@ -242,7 +250,24 @@ fn an_admin_does_everything_that_takes_no_superuser() {
     ] {
         denied(&mut litellm, call);
     }
-    client.batch_execute("SELECT spend_revoke_admin('litellm')").unwrap();
+    // What a member of pg_monitor gets, nobody else keeps.
+    let reads = "SELECT has_table_privilege('watcher_s', 'spend_health', 'SELECT')";
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS watcher_s; CREATE ROLE watcher_s NOINHERIT; SELECT spend_grant_admin('watcher_s')",
+        )
+        .unwrap();
+    assert!(!holds(&mut client, reads));
+    client
+        .batch_execute(
+            "ALTER ROLE watcher_s INHERIT; GRANT pg_monitor TO watcher_s; SELECT spend_grant_admin('watcher_s');
+             SET ROLE watcher_s; SELECT * FROM spend_health; RESET ROLE; REVOKE pg_monitor FROM watcher_s",
+        )
+        .unwrap();
+    assert!(holds(&mut client, reads));
+    client.batch_execute("SELECT spend_revoke_admin('watcher_s'), spend_revoke_admin('litellm')").unwrap();
+    assert!(!holds(&mut client, reads));
+    client.batch_execute("DROP OWNED BY watcher_s; DROP ROLE watcher_s").unwrap();
     for call in ["SELECT spend_attach()", "CALL spend_backfill()", "SELECT * FROM spend_rollup_status"] {
         denied(&mut litellm, call);
     }
@@ -278,17 +303,28 @@ fn who_may_not_call_is_told_what_lets_it() {
     );
     let hint = denied(&mut ops, "SELECT * FROM litellm_spend.coverage").unwrap();
     assert!(hint.contains(r#"SELECT * FROM spend_grant_reports('"Ops h"');"#), "{hint}");
+    // What a procedure calls.
+    client
+        .batch_execute(
+            r#"GRANT EXECUTE ON PROCEDURE spend_backfill TO "Ops h"; GRANT USAGE ON SCHEMA litellm_spend TO "Ops h""#,
+        )
+        .unwrap();
+    assert_eq!(denied(&mut ops, "CALL spend_backfill()").as_deref(), Some(&*lets));
     // By another name.
-    ops.batch_execute("RESET ROLE").unwrap();
     client.batch_execute("SET ROLE litellm").unwrap();
     assert_eq!(
         denied(&mut client, "SELECT spend_attach()").unwrap(),
         "A superuser lets it: SELECT * FROM spend_grant_admin('litellm');"
     );
-    client.batch_execute("CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'; REVOKE ALL ON FUNCTION mine() FROM PUBLIC; RESET ROLE").unwrap();
+    client
+        .batch_execute(
+            "CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'; REVOKE ALL ON FUNCTION mine() FROM PUBLIC;
+             RESET ROLE",
+        )
+        .unwrap();
     assert_eq!(denied(&mut ops, "SELECT mine()"), None, "not ours");
     drop(ops);
-    client.batch_execute("DROP ROLE \"Ops h\"").unwrap();
+    client.batch_execute("DROP OWNED BY \"Ops h\"; DROP ROLE \"Ops h\"").unwrap();
 }
 
 #[test]
