@@ -178,7 +178,7 @@ pub const CAPTURING: &str = "capturing";
 /// As attach(), for who holds the attachment's lock.
 pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     let table = open(oid)?;
-    source::require_not_distributed(oid)?;
+    require_all_rows_seen(&table)?;
     let columns = captured_columns(&table)?;
     require_no_foreign_partition(oid)?;
     let current = catalog::capture()?;
@@ -429,6 +429,13 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
         catalog::execute(&make(operation, name), &[])?;
     }
     Ok(())
+}
+
+/// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of a shard's on another node.
+pub fn require_all_rows_seen(table: &Table) -> Result<()> {
+    source::require_not_distributed(table.oid)?;
+    let Some(parent) = catalog::parent(table.oid)? else { return Ok(()) };
+    Err(Error::HasParent { table: table.qualified(), parent: catalog::relation_name(parent)? })
 }
 
 /// A transition table takes no rows from a foreign partition: the statement that changes one fails.

@@ -233,6 +233,12 @@ pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
     )
 }
 
+/// A relation that another is a partition of, or inherits from.
+pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
+    let sql = "SELECT inhparent FROM pg_catalog.pg_inherits WHERE inhrelid = $1 ORDER BY inhseqno LIMIT 1";
+    Ok(current(sql, &[relation.into()], |r| value(r, 1))?.pop())
+}
+
 /// The columns by which a table and its partitions are partitioned, in order of their names. Empty if one of them is partitioned
 /// by an expression.
 pub fn partition_keys(relation: pg_sys::Oid) -> Result<Vec<String>> {

@@ -140,6 +140,8 @@ pub enum Error {
     NotOrdinary(String),
     #[error("{table} cannot be captured while {foreign}, which is a foreign table, belongs to it")]
     ForeignPartition { table: String, foreign: String },
+    #[error("{table} cannot be captured while it is a partition of, or inherits from, {parent}")]
+    HasParent { table: String, parent: String },
     #[error("{relation} has no index on column \"{column}\"")]
     NoTimeIndex { relation: String, column: String },
     #[error("somebody changed \"{0}\" at the same time")]
@@ -199,9 +201,10 @@ impl Error {
             Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Error::Isolation(_) => ERRCODE_INVALID_TRANSACTION_STATE,
-            Error::Encoding(_) | Error::ForeignPartition { .. } | Error::Distributed(_) => {
-                ERRCODE_FEATURE_NOT_SUPPORTED
-            }
+            Error::Encoding(_)
+            | Error::ForeignPartition { .. }
+            | Error::HasParent { .. }
+            | Error::Distributed(_) => ERRCODE_FEATURE_NOT_SUPPORTED,
             Error::AttachedElsewhere(_) | Error::NotAttached { .. } => {
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
             }
@@ -347,6 +350,9 @@ impl Error {
             Error::ForeignPartition { .. } => {
                 "PostgreSQL collects no changed rows from foreign tables: statements that reach its rows would fail.".into()
             }
+            Error::HasParent { .. } => {
+                "A statement that names the parent fires the parent's triggers only: rows that it changes would be missed.".into()
+            }
             Error::ConversionBusy(_) => "A step of it is being done; only one can be at a time.".into(),
             Error::NoTimeIndex { .. } => "Without one its rows could only be found by reading the whole table, again and again or under an exclusive lock.".into(),
             Error::CameBetween(_) => "What had been decided was no longer true once the lock was there. Nothing was changed.".into(),
@@ -489,6 +495,9 @@ impl Error {
             Error::NotOrdinary(_) => "Maintain it by hand.".into(),
             Error::ForeignPartition { table, foreign } => {
                 format!("ALTER TABLE {table} DETACH PARTITION {foreign}, or keep such rows in a table of their own.")
+            }
+            Error::HasParent { parent, .. } => {
+                format!("Attach {parent}, if LiteLLM writes there, or take the table out: DETACH PARTITION, NO INHERIT.")
             }
             Error::NoTimeIndex { relation, column } => {
                 let column = quoted(column);

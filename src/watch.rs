@@ -8,7 +8,7 @@ use crate::backfill::uncover_all;
 use crate::builtin;
 use crate::capture::{
     attach_locked, attached, captured_columns, create_functions, create_triggers, failing_triggers,
-    foreign_partition, missing_triggers, open, silence,
+    foreign_partition, missing_triggers, open, require_all_rows_seen, silence,
 };
 use crate::catalog::{self, CaptureState, Source, Table};
 use crate::definition::{SCHEMA, next_midnight, qualified};
@@ -54,6 +54,7 @@ fn damage() -> Result<Option<Damage>> {
         return Ok(Some(Damage::Replaced(replacement)));
     }
     let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
+    require_all_rows_seen(&table)?;
     if let Some(error) = foreign_partition(state.relation)? {
         let settled = failing_triggers(state.relation)?.is_empty()
             && !views::any_adopted()?
@@ -207,6 +208,7 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
 /// there; the rows that it got meanwhile, except copies from the old table, go to the change log as one batch.
 fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     let table = open(replacement)?;
+    require_all_rows_seen(&table)?;
     let columns = captured_columns(&table)?;
     if state.predecessor.is_some() {
         forget_predecessor()?;

@@ -82,6 +82,25 @@ fn a_table_that_citus_distributes_is_refused_also_later() {
             "SELECT last_error LIKE E'public.events is distributed by Citus\\nDETAIL:%HINT:%' FROM spend_rollup_status",
         )
     });
+    // The captured table, distributed after it was attached.
+    client
+        .batch_execute(r#"DELETE FROM pg_dist_partition WHERE partmethod = 'n'; SELECT spend_attach()"#)
+        .unwrap();
+    wait_until_live(&mut client);
+    let said = "SELECT last_error FROM spend_rollup_status WHERE rollup = 'daily_spend'";
+    let mut says = |text: &str| {
+        let condition = format!("SELECT coalesce(last_error, '') = '{text}' FROM ({said}) AS s");
+        eventually("the status says so, or says nothing again", || holds(&mut client, &condition));
+    };
+    let mut other = db.connect();
+    other.batch_execute(r#"INSERT INTO pg_dist_partition VALUES ('"LiteLLM_SpendLogs"', 'h')"#).unwrap();
+    says(r#"watch: public."LiteLLM_SpendLogs" is distributed by Citus"#);
+    other
+        .batch_execute(
+            "DELETE FROM pg_dist_partition WHERE partmethod = 'h' AND logicalrelid::text LIKE '%Spend%'",
+        )
+        .unwrap();
+    says("");
     client.batch_execute("SELECT spend_rollup_create('y', 'local', '{x}', '{count(*) AS n}')").unwrap();
     assert!(holds(&mut client, "SELECT watermark = 1 FROM spend_rollup_status WHERE rollup = 'r'"), "merged");
     client.batch_execute("DELETE FROM pg_dist_partition; SELECT spend_rollup_run('r')").unwrap();
@@ -584,4 +603,51 @@ fn every_member_of_the_extension_has_a_comment_and_none_is_public() {
         )
         .unwrap();
     assert_no_rows(public, "functions that PUBLIC may execute");
+}
+
+#[test]
+fn a_table_that_is_a_partition_or_inherits_cannot_be_captured_also_later() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"SET ROLE litellm;
+               CREATE TABLE parent (LIKE "LiteLLM_SpendLogs");
+               CREATE TABLE partitioned (LIKE "LiteLLM_SpendLogs") PARTITION BY RANGE ("startTime"); RESET ROLE"#,
+        )
+        .unwrap();
+    let ways = [
+        (
+            r#"ALTER TABLE "LiteLLM_SpendLogs" INHERIT parent"#,
+            r#"ALTER TABLE "LiteLLM_SpendLogs" NO INHERIT parent"#,
+        ),
+        (
+            r#"ALTER TABLE partitioned ATTACH PARTITION "LiteLLM_SpendLogs" DEFAULT"#,
+            r#"ALTER TABLE partitioned DETACH PARTITION "LiteLLM_SpendLogs""#,
+        ),
+    ];
+    for (enter, leave) in ways {
+        client.batch_execute(enter).unwrap();
+        assert_refused(&mut client, "SELECT spend_attach()", "0A000");
+        client.batch_execute(leave).unwrap();
+    }
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    for (enter, leave) in ways {
+        client.batch_execute(enter).unwrap();
+        eventually("the status says so", || {
+            holds(
+                &mut client,
+                "SELECT bool_and(last_error LIKE 'watch: %\"LiteLLM_SpendLogs\" cannot be captured while it is a partition%')
+                 FROM spend_rollup_status",
+            )
+        });
+        client.batch_execute(leave).unwrap();
+        eventually("nothing is wrong any more", || {
+            holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status")
+        });
+    }
+    client.batch_execute(&insert_rows("b", 50, 5)).unwrap();
+    assert_exact(&mut client);
 }
