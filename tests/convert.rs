@@ -689,7 +689,7 @@ fn a_row_from_the_cutover_on_keeps_the_swap_away() {
     eventually("it says so", || {
         holds(
             &mut client,
-            "SELECT last_error LIKE '%has rows from the cutover on' FROM litellm_spend.conversion",
+            "SELECT last_error LIKE '%has rows from the cutover on%' FROM litellm_spend.conversion",
         )
     });
     assert!(!holds(&mut client, IS_PARTITIONED));
