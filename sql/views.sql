@@ -14,10 +14,11 @@ SELECT r.name, r.covered_from,
            WHEN r.covered_from = 'infinity' OR r.backfill_last IS NULL THEN 0
            ELSE round(100 * d.covered / d.days, 1)
        END AS covered,
-       d.covered::integer AS days_covered,
-       d.days::integer,
-       CASE WHEN isfinite(r.covered_from) AND d.covered > 0
-           THEN (clock_timestamp() - r.backfill_began) * ((d.days - d.covered) / d.covered)::float8 END AS time_left
+       -- Rows may be at the ends of time.
+       CASE WHEN d.covered < 1e9 THEN d.covered::integer END AS days_covered,
+       CASE WHEN d.days < 1e9 THEN d.days::integer END AS days,
+       CASE WHEN isfinite(r.covered_from) AND d.covered > 0 AND d.days < 1e9
+           THEN (clock_timestamp() - r.backfill_began) * least((d.days - d.covered) / d.covered, 1e6)::float8 END AS time_left
 FROM litellm_spend.rollup r
 -- Not by intervals, which do not reach from one end of time to the other.
 CROSS JOIN LATERAL (
@@ -198,13 +199,15 @@ FROM pg_stat_activity;
 
 -- Who builds an index on a table or, for a conversion, drops one; and for whom that waits.
 CREATE VIEW litellm_spend.index_work AS
-SELECT l.relation, p.phase,
+SELECT l.relation, a.query_start AS started_at, p.phase,
        CASE WHEN p.tuples_total > 0 THEN round(100.0 * p.tuples_done / p.tuples_total, 1)
             WHEN p.blocks_total > 0 THEN round(100.0 * p.blocks_done / p.blocks_total, 1)
             WHEN p.lockers_total > 0 THEN round(100.0 * p.lockers_done / p.lockers_total, 1) END AS percent,
-       (SELECT string_agg(who, '; ') FROM litellm_spend.process b WHERE b.pid = ANY (pg_blocking_pids(l.pid))) AS waits_for
+       blockers.pids AS blocked_by_pids,
+       (SELECT string_agg(who, '; ') FROM litellm_spend.process b WHERE b.pid = ANY (blockers.pids)) AS waits_for
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 LEFT JOIN pg_stat_progress_create_index p ON p.pid = l.pid AND p.relid = l.relation
+CROSS JOIN LATERAL (SELECT nullif(pg_blocking_pids(l.pid), '{}') AS pids) AS blockers
 WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datname = current_database()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (a.backend_type = 'litellm_spend builder' OR p.pid IS NOT NULL);
@@ -213,7 +216,8 @@ WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datn
 CREATE VIEW @extschema@.spend_progress AS
 SELECT 'backfill' AS operation,
        c.relation::text AS subject,
-       CASE WHEN isfinite(b.covered_from) THEN format('%s: %s of %s days', b.covered_from::date, b.days_covered, b.days) END AS step,
+       CASE WHEN isfinite(b.covered_from)
+           THEN b.covered_from::date || coalesce(': ' || b.days_covered || ' of ' || b.days || ' days', '') END AS step,
        b.covered AS percent,
        b.backfill_began AS started_at,
        NULL AS waits_for,
@@ -360,12 +364,13 @@ FROM served
 WHERE NOT preloaded AND NOT restored AND EXISTS (SELECT FROM status WHERE kind = 'built-in' AND backfill_progress < 100)
   AND EXISTS (SELECT FROM litellm_spend.capture)
 UNION ALL
-SELECT 'warning', format('the index of a conversion waits: %s', relid::regclass), a.query_start,
-       (SELECT who FROM litellm_spend.process WHERE process.pid = p.current_locker_pid),
-       format('SELECT pg_terminate_backend(%s);', p.current_locker_pid)
-FROM pg_stat_progress_create_index p JOIN pg_stat_activity a ON a.pid = p.pid
-WHERE a.backend_type = 'litellm_spend builder' AND p.datname = current_database() AND p.current_locker_pid <> 0
-  AND a.query_start < clock_timestamp() - interval '20 seconds'
+SELECT 'warning', format('the index of a conversion waits: %s', w.relation::regclass), w.started_at, w.waits_for,
+       format('SELECT pg_terminate_backend(%s);', w.blocked_by_pids[1])
+FROM litellm_spend.index_work w
+WHERE w.relation IN (SELECT v.relation FROM litellm_spend.conversion v) AND w.started_at < clock_timestamp() - interval '20 seconds'
+  -- Not who is there for a moment.
+  AND EXISTS (SELECT FROM pg_stat_activity b
+              WHERE b.pid = ANY (w.blocked_by_pids) AND b.xact_start < clock_timestamp() - interval '20 seconds')
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
        coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN litellm_spend.process USING (pid)

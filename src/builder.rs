@@ -9,7 +9,7 @@ use crate::conversion::Pending;
 use crate::convert::{Conversion, Step};
 use crate::error::Result;
 use crate::log;
-use crate::session::Owner;
+use crate::session::{Failure, Owner};
 use crate::tick::{self, Subject};
 use crate::worker::{
     attach_signals, attempt_as_owner, in_transaction, pin_settings, report_running, utility,
@@ -47,11 +47,22 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     let Ok(Some((subject, owner, sql))) = found else { return };
     log::now(&sql);
     report_running(&subject);
-    let outcome = utility(owner, &sql);
+    let mut outcome = utility(owner, &sql);
+    // Who takes the conversion back has cancelled it: that is no failure.
+    if outcome.as_ref().is_err_and(Failure::is_cancel)
+        && in_transaction(|| attempt_as_owner(|| is_aborted(relation))).is_ok_and(|aborted| aborted)
+    {
+        outcome = Ok(());
+    }
     if let Err(failure) = &outcome {
         log::failure(format_args!("{subject} failed"), failure);
     }
     in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err(), None))));
+}
+
+fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
+    let all: Vec<Conversion> = Pending::all()?;
+    Ok(all.iter().any(|conversion| conversion.relation == relation && conversion.options.aborted))
 }
 
 /// What is to be run for the conversion of a table, if that is still what comes next and nobody is at it: a builder goes on when

@@ -374,7 +374,8 @@ pub fn is_uncovered(source: &str) -> Result<bool> {
 /// How far the backfill of the built-in rollups is: the day, and how many are left. `None`: all is covered.
 pub fn backfill_progress() -> Result<Option<String>> {
     let sql = format!(
-        "SELECT coalesce(covered_from::date || ': ', '') || days_covered || ' of ' || days || ' days',
+        "SELECT CASE WHEN isfinite(covered_from)
+                    THEN covered_from::date || coalesce(': ' || days_covered || ' of ' || days || ' days', '') END,
                 extract(epoch FROM time_left)::float8
          FROM {SCHEMA}.backfill JOIN {SCHEMA}.rollup USING (name, covered_from)
          WHERE source = $1 AND covered_from > '-infinity' ORDER BY covered_from DESC LIMIT 1"

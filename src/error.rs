@@ -490,7 +490,7 @@ impl Error {
             }
             Error::Retention { interval, .. } => format!("Pass at least '1 {interval}', or '0' to keep all rows."),
             Error::NoPolicy(_) => "Call spend_partition_set() first.".into(),
-            Error::Converting(_) => "Wait for it, or call spend_partition_convert() again.".into(),
+            Error::Converting(_) => "Wait for it: spend_progress shows how far it is.".into(),
             Error::ConversionBusy(_) => "Try again.".into(),
             Error::NotOrdinary(_) => "Maintain it by hand.".into(),
             Error::ForeignPartition { table, foreign } => {

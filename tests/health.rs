@@ -202,7 +202,25 @@ fn an_index_that_waits_for_a_snapshot_names_who_has_it() {
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(found[0].1.starts_with("the index of a conversion waits"), "{found:?}");
     assert!(found[0].2.as_ref().unwrap().contains("a dump"), "{found:?}");
+    // Its drop likewise, when the conversion is taken back: of the reader, when the dump has ended.
+    let mut reader = db.connect();
+    reader
+        .batch_execute(
+            r#"SET application_name = 'a reader'; BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#,
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
     dump.batch_execute("COMMIT").unwrap();
+    eventually("the index is being dropped", || {
+        found = faults(&mut client);
+        found.len() == 1 && found[0].2.as_ref().is_some_and(|who| who.contains("a reader"))
+    });
+    assert!(found[0].1.starts_with("the index of a conversion waits"), "{found:?}");
+    assert!(
+        holds(&mut client, "SELECT last_error IS NULL FROM litellm_spend.conversion"),
+        "it was cancelled for us"
+    );
+    reader.batch_execute("COMMIT").unwrap();
     none(&mut client);
 }
 

@@ -135,6 +135,26 @@ fn a_backfill_says_its_day_and_a_call_of_it_one_short_line_a_step() {
 }
 
 #[test]
+fn rows_at_the_ends_of_time_break_no_progress() {
+    let db = without_worker().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 3)).unwrap();
+    for (row, time) in [(1, "-infinity"), (2, "infinity"), (3, "4713-01-01 BC"), (4, "294276-01-01")] {
+        let sql =
+            format!(r#"UPDATE "LiteLLM_SpendLogs" SET "startTime" = '{time}' WHERE request_id = 'a{row}'"#);
+        client.batch_execute(&sql).unwrap();
+    }
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    let step = "SELECT litellm_spend.backfill_step(NULL)";
+    while let Some(line) = value::<Option<String>>(&mut client, step) {
+        assert!(!line.is_empty());
+        assert_eq!(progress(&mut client).len(), 1);
+        client.batch_execute("SELECT * FROM spend_rollup_status").unwrap();
+    }
+    assert_eq!(progress(&mut client), []);
+}
+
+#[test]
 fn a_declared_rollup_says_how_far_its_source_is_merged() {
     let db = without_worker().database();
     let mut client = db.connect();
