@@ -127,16 +127,6 @@ pub fn require_made(reversion: &Reversion) -> Result<()> {
     Ok(())
 }
 
-/// A partition that is no table: rows that go there cannot be noted.
-pub fn foreign_partition(table: &Table) -> Result<Option<String>> {
-    let others = catalog::query(
-        "SELECT oid::regclass::text FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind NOT IN ('r', 'p')",
-        &[catalog::relation_tree(table.oid)?.into()],
-        |r| value(r, 1),
-    )?;
-    Ok(others.into_iter().next())
-}
-
 /// A partition whose owner is not the table's.
 pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
     let others = catalog::query(

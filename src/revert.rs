@@ -116,7 +116,9 @@ pub fn request(table: &Table) -> Result<()> {
     if let Some(stranger) = copy::partition_of_another(table)? {
         return Err(refuse(format!("Partition {stranger} belongs to another role.")));
     }
-    if let Some(foreign) = copy::foreign_partition(table)? {
+    // Rows that go there cannot be noted.
+    if let Some(foreign) = catalog::foreign_partition(table.oid)? {
+        let foreign = catalog::relation_name(foreign)?;
         return Err(refuse(format!("Partition {foreign} is not an ordinary table.")));
     }
     reversion.request()
