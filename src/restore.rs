@@ -14,7 +14,7 @@
 //!
 //! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything goes on.
 
-use crate::catalog::{self, execute, query, value};
+use crate::catalog::{execute, query, value};
 use crate::definition::SCHEMA;
 use crate::error::{Error, Result};
 use crate::locks;
@@ -145,12 +145,4 @@ pub fn mark() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it. `None`: it does not.
-pub fn log_above_sequence(log: &str, sequence: pgrx::pg_sys::Oid) -> Result<Option<i64>> {
-    // The log first: whatever it shows was drawn before the sequence is read.
-    let top = query(&format!("SELECT max(seq) FROM {log}"), &[], |r| Ok(r.get::<i64>(1)?))?.pop().flatten();
-    let last = catalog::last_value(sequence)?;
-    Ok(top.filter(|top| last.is_none_or(|last| last < *top)))
 }

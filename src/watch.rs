@@ -17,7 +17,6 @@ use crate::frozen;
 use crate::litellm::{CHANGE_LOG, Capture, MOVE};
 use crate::locks::{self, Patience};
 use crate::log;
-use crate::restore;
 use crate::session::{Failure, Owner};
 use crate::views::{self, PublicView, Stray};
 use pgrx::datum::Timestamp;
@@ -71,7 +70,7 @@ fn damage() -> Result<Option<Damage>> {
     }
     if let Some(source) = catalog::source(CHANGE_LOG)? {
         let log = catalog::relation_name(source.relation)?;
-        if let Some(top) = restore::log_above_sequence(&log, source.sequence)? {
+        if let Some(top) = log_above_sequence(&log, source.sequence)? {
             return Ok(Some(Damage::LogAboveSequence(source, top)));
         }
     }
@@ -91,6 +90,16 @@ fn damage() -> Result<Option<Damage>> {
     }
     let strays = views::strays(&table)?;
     Ok(if strays.is_empty() { None } else { Some(Damage::Views(strays)) })
+}
+
+/// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it. `None`: it does not.
+fn log_above_sequence(log: &str, sequence: pg_sys::Oid) -> Result<Option<i64>> {
+    // The log first: whatever it shows was drawn before the sequence is read.
+    let top = catalog::query(&format!("SELECT max(seq) FROM {log}"), &[], |r| Ok(r.get::<i64>(1)?))?
+        .pop()
+        .flatten();
+    let last = catalog::last_value(sequence)?;
+    Ok(top.filter(|top| last.is_none_or(|last| last < *top)))
 }
 
 /// Whoever else could take the name, and with it LiteLLM's views would show rows of theirs.
