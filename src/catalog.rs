@@ -222,15 +222,17 @@ pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
     Err(Error::SequenceShape { sequence, reason })
 }
 
+/// `WITH RECURSIVE`: `tree`, relation $1 and what inherits from it.
+macro_rules! tree {
+    () => {
+        "WITH RECURSIVE tree(oid) AS (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN tree ON inhparent = tree.oid)"
+    };
+}
+
 /// The relation and all that inherit from it: partitions and their partitions.
 pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
-    current(
-        "WITH RECURSIVE tree(oid) AS (
-             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN tree ON inhparent = tree.oid)
-         SELECT oid FROM tree",
-        &[relation.into()],
-        |r| value(r, 1),
-    )
+    current(concat!(tree!(), " SELECT oid FROM tree"), &[relation.into()], |r| value(r, 1))
 }
 
 /// A relation that another is a partition of, or inherits from.
@@ -260,11 +262,11 @@ pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
     Ok(query(sql, &[relation_tree(relation)?.into()], |r| value(r, 1))?.pop())
 }
 
-/// `WITH RECURSIVE`: `tree`, relation $1 and what inherits from it; `family`, these and what any of them inherits from; `draws`, the
-/// columns that sequence $2 numbers, as their identity or in their default.
-pub const FAMILY: &str = "
-    WITH RECURSIVE tree(oid) AS (
-        SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN tree ON inhparent = tree.oid),
+/// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2 numbers, as their identity
+/// or in their default.
+pub const FAMILY: &str = concat!(
+    tree!(),
+    ",
     family(oid) AS (
         SELECT oid FROM tree UNION SELECT inhparent FROM pg_catalog.pg_inherits JOIN family ON inhrelid = family.oid),
     draws(relation, attnum) AS (
@@ -272,7 +274,8 @@ pub const FAMILY: &str = "
         WHERE classid = 'pg_catalog.pg_class'::regclass AND objid = $2 AND refclassid = classid AND deptype = 'i'
         UNION SELECT d.adrelid, d.adnum FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_attrdef d ON d.oid = p.objid
         WHERE p.classid = 'pg_catalog.pg_attrdef'::regclass AND p.refclassid = 'pg_catalog.pg_class'::regclass
-          AND p.refobjid = $2)";
+          AND p.refobjid = $2)"
+);
 
 /// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from which rows get
 /// there, and those that the sequence numbers. The latter, of the same owner, because a row that was numbered in one may still be
