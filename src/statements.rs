@@ -374,7 +374,7 @@ impl Definition {
         let live = self.combine("", &self.partial_rows(|_| true, None), &self.is_present());
         let truth = self.project(truth.unwrap_or(&self.source), &self.source_in_range());
         format!(
-            "SELECT jsonb_build_object({key}), {live_object}, {truth_object}
+            "SELECT jsonb_build_object({key})::text, ({live_object})::text, ({truth_object})::text
              FROM (SELECT 'live' AS litellm_spend_side, {columns} FROM ({live}) AS live WHERE {range}
                    UNION ALL
                    SELECT 'truth', {columns} FROM ({truth_groups}) AS truth_groups) AS both_sides
