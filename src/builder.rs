@@ -8,6 +8,7 @@ use crate::catalog;
 use crate::conversion::Pending;
 use crate::convert::{Conversion, Step};
 use crate::error::Result;
+use crate::locks::Patience;
 use crate::log;
 use crate::session::{Failure, Owner};
 use crate::tick::{self, Subject};
@@ -60,9 +61,13 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err(), None))));
 }
 
+/// Waits for whoever changes the conversion at the moment: an abort cancels before it commits.
 fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
     let all: Vec<Conversion> = Pending::all()?;
-    Ok(all.iter().any(|conversion| conversion.relation == relation && conversion.options.aborted))
+    let Some(mut conversion) = all.into_iter().find(|conversion| conversion.relation == relation) else {
+        return Ok(false);
+    };
+    Ok(conversion.lock(Patience::of_call())? && conversion.options.aborted)
 }
 
 /// What is to be run for the conversion of a table, if that is still what comes next and nobody is at it: a builder goes on when
