@@ -1,9 +1,9 @@
 //! Every failure that a user can meet, with its SQLSTATE, the facts (DETAIL) and an action (HINT).
 
-use crate::definition::{SCHEMA, literal, qualified, quoted};
-use crate::expression::COMPUTED;
 use crate::guc::LockLimit;
-use crate::session::Failure;
+use crate::server::expression::COMPUTED;
+use crate::server::session::Failure;
+use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use thiserror::Error as ThisError;

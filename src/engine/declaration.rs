@@ -1,0 +1,374 @@
+//! What a user says a rollup is, made into a [`Definition`].
+
+use crate::engine::source::{Notice, Numbering};
+use crate::error::{Error, Result};
+use crate::server::expression::{self, Aggregate, Cut, Parsed, Scalar, Scope, Volatility};
+use crate::server::relation::{self, Table};
+use crate::server::session::Owner;
+use crate::server::text::{float, quoted};
+use crate::state::definition::{
+    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES,
+};
+use pgrx::prelude::*;
+use pgrx::spi::quote_identifier;
+use std::ffi::CString;
+
+/// What the user said about a rollup.
+pub struct Declaration {
+    pub name: String,
+    pub source: pg_sys::Oid,
+    pub dimensions: Vec<String>,
+    pub measures: Vec<String>,
+    pub sequence: Option<pg_sys::Oid>,
+    pub time_column: Option<String>,
+    /// The caller's, by which the names in the expressions are found.
+    pub search_path: CString,
+}
+
+/// An aggregate to be made of a function that merges two states.
+pub struct MergeFunction {
+    /// Qualified.
+    pub aggregate: String,
+    pub state: String,
+    pub function: String,
+}
+
+pub struct Defined {
+    pub definition: Definition,
+    pub merge_functions: Vec<MergeFunction>,
+    pub notices: Vec<Notice>,
+}
+
+/// As many columns as an index may have: together the dimensions are the key of the rollup's table.
+const MOST_DIMENSIONS: usize = pg_sys::INDEX_MAX_KEYS as usize;
+
+/// Called as ourselves: what is read of the user's is read as the table's owner.
+pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -> Result<Defined> {
+    if declaration.dimensions.len() > MOST_DIMENSIONS {
+        return Err(Error::TooManyDimensions { given: declaration.dimensions.len(), most: MOST_DIMENSIONS });
+    }
+    let path = declaration.search_path.clone();
+    let scope = Scope { relation: table.oid, owner: Owner::of(table.oid)?, path };
+    let mut definition = Definition {
+        name: declaration.name.clone(),
+        source: table.qualified(),
+        expansion: String::new(),
+        source_sequence: numbering.column.clone(),
+        bucket: None,
+        dimensions: vec![],
+        measures: vec![],
+        outputs: vec![],
+        presence: String::new(),
+        key: Key::HERE,
+    };
+    let (mut buckets, mut notices) = (vec![], vec![]);
+    for text in &declaration.dimensions {
+        let (dimension, scalar) = dimension(table, &scope, text, &mut notices)?;
+        buckets.extend(bucket(table, &dimension, &scalar, declaration.time_column.as_deref()));
+        definition.dimensions.push(dimension);
+    }
+    if let Some(column) = &declaration.time_column
+        && !table.columns.iter().any(|(name, _)| name == column)
+    {
+        return Err(Error::NoTimeColumn { relation: table.name.clone(), column: column.clone() });
+    }
+    if declaration.time_column.is_some() && buckets.is_empty() {
+        return Err(Error::NoBucket(declaration.time_column.clone().unwrap_or_default()));
+    }
+    definition.bucket = buckets.into_iter().next();
+    let mut merge_functions = vec![];
+    for text in &declaration.measures {
+        merge_functions.extend(add_measure(&mut definition, &scope, text, &mut notices)?);
+    }
+    // count(*) says how many rows a group has.
+    let rows = definition.measures.iter().find(|m| m.column.expression == ONE_ROW && !m.aggregates);
+    definition.presence = match rows {
+        Some(count) => count.column.name.clone(),
+        None => {
+            let column = column(ROWS, ONE_ROW.into(), "bigint");
+            definition.measures.push(sum(column, true));
+            ROWS.into()
+        }
+    };
+    check_columns(&definition)?;
+    Ok(Defined { definition, merge_functions, notices })
+}
+
+/// The column that counts source rows where no measure does.
+const ROWS: &str = "litellm_spend_rows";
+
+fn column(name: &str, expression: String, r#type: &str) -> Column {
+    Column { name: name.into(), expression, r#type: r#type.into(), collation: None }
+}
+
+fn dimension(
+    table: &Table,
+    scope: &Scope,
+    text: &str,
+    notices: &mut Vec<Notice>,
+) -> Result<(Dimension, Scalar)> {
+    let what = "dimension";
+    let refuse = |reason: &str| Error::Expression { what, expression: text.into(), reason: reason.into() };
+    let Parsed { name, mut scalar, aggregate, .. } = expression::parse(scope, text, what)?;
+    if aggregate.is_some() {
+        return Err(refuse("It is an aggregate function, which only a measure can be."));
+    }
+    let name = name.ok_or_else(|| refuse(NO_NAME))?;
+    match &scalar.cut {
+        Some(Cut::Fixed) => {}
+        // The usual buckets of a timestamptz depend on the session's TimeZone: ours are those of UTC.
+        Some(Cut::Day) => {
+            scalar.text =
+                format!("(({} AT TIME ZONE 'UTC'::text))::date", quote_identifier(&scalar.columns[0]));
+        }
+        Some(Cut::Unit(unit)) => {
+            let column = quote_identifier(&scalar.columns[0]);
+            scalar.text = format!("date_trunc('{unit}'::text, {column}, 'UTC'::text)");
+        }
+        None => notices.extend(require_steady(&scalar, refuse)?),
+    }
+    if !relation::is_sortable(scalar.type_oid) {
+        return Err(refuse(&format!("Values of type {} cannot be sorted.", scalar.r#type)));
+    }
+    // A column that cannot be NULL stays so, also when it is cut into buckets.
+    let same = scalar.is_column || cuts_time(table, &scalar);
+    let nullable = !(same && relation::is_not_null(table.oid, &scalar.columns[0])?);
+    let column = Column {
+        name,
+        expression: format!("({})", scalar.text),
+        r#type: scalar.r#type.clone(),
+        collation: scalar.collation.clone(),
+    };
+    Ok((Dimension { column, nullable }, scalar))
+}
+
+const NO_NAME: &str = "It has no name: write it as \"expression AS name\".";
+
+/// A value that changes by itself would put a row in one group when it is merged and in another when it is compared.
+fn require_steady(scalar: &Scalar, refuse: impl Fn(&str) -> Error) -> Result<Option<Notice>> {
+    match scalar.volatility {
+        Volatility::Immutable => Ok(None),
+        Volatility::Volatile => Err(refuse("It is volatile: it has another value each time.")),
+        Volatility::Stable => Ok(Some(Notice {
+            message: format!("{} depends on settings such as TimeZone", scalar.text),
+            hint: "Rows are merged with TimeZone UTC; until then they appear as the reader's settings say. AT TIME ZONE makes an expression independent.".into(),
+        })),
+    }
+}
+
+// ---- time ------------------------------------------------------------------------------------------------
+
+/// The one column of a type of time that the expression reads, as the server writes it.
+fn time_column<'a>(table: &'a Table, scalar: &Scalar) -> Option<(&'a str, &'a str)> {
+    let [column] = &scalar.columns[..] else { return None };
+    let (name, r#type) = table.columns.iter().find(|(name, _)| name == column)?;
+    TIME_TYPES.contains(&r#type.as_str()).then_some((name.as_str(), r#type.as_str()))
+}
+
+/// What cuts a column of time into consecutive pieces can be looked up by the column itself, which may have an index.
+fn cuts_time(table: &Table, scalar: &Scalar) -> bool {
+    scalar.cut.is_some() && time_column(table, scalar).is_some()
+}
+
+/// A dimension that buckets time: of a type of time, and over one column of such a type.
+fn bucket(table: &Table, dimension: &Dimension, scalar: &Scalar, wanted: Option<&str>) -> Option<Bucket> {
+    let (column, r#type) = time_column(table, scalar)?;
+    if !TIME_TYPES.contains(&scalar.r#type.as_str()) || wanted.is_some_and(|wanted| wanted != column) {
+        return None;
+    }
+    Some(Bucket {
+        dimension: dimension.column.name.clone(),
+        source_time: if cuts_time(table, scalar) {
+            quoted(column)
+        } else {
+            dimension.column.expression.clone()
+        },
+        column: column.into(),
+        column_type: r#type.into(),
+    })
+}
+
+// ---- measures --------------------------------------------------------------------------------------------
+
+fn sum(column: Column, counts: bool) -> Measure {
+    Measure { column, combine: Combine::Sum, aggregates: false, empty: counts.then(|| "0".into()) }
+}
+
+/// Aggregates that merge their own results.
+const SELF_MERGING: [&str; 5] = ["bool_and", "bool_or", "every", "bit_and", "bit_or"];
+
+/// Adds the columns of a measure. Returns the aggregate that is to be made for it, if any.
+fn add_measure(
+    definition: &mut Definition,
+    scope: &Scope,
+    text: &str,
+    notices: &mut Vec<Notice>,
+) -> Result<Option<MergeFunction>> {
+    let what = "measure";
+    let refuse = |reason: &str| Error::Expression { what, expression: text.into(), reason: reason.into() };
+    let (expression, merge_with) = split_merge_with(text);
+    let Parsed { name, scalar, aggregate, .. } = expression::parse(scope, expression, what)?;
+    let aggregate = aggregate
+        .ok_or_else(|| refuse("It is not a call of an aggregate function, such as count(*) or sum(x)."))?;
+    let name = name.ok_or_else(|| refuse(NO_NAME))?;
+    for part in aggregate.arguments.iter().chain(&aggregate.filter) {
+        notices.extend(require_steady(part, refuse)?);
+    }
+    let mut merge_function = None;
+    let function = aggregate.function.strip_prefix("pg_catalog.").filter(|_| aggregate.built_in);
+    let plain = matches!(function, Some("count" | "sum" | "min" | "max" | "avg")) && merge_with.is_none();
+    if plain && aggregate.ordered {
+        return Err(refuse("DISTINCT and ORDER BY need all rows at once: they cannot be merged."));
+    }
+    let shown = |expression: String| column(&name, expression, &scalar.r#type);
+    let r#type = scalar.r#type.as_str();
+    match function {
+        Some("count") if plain => {
+            definition.measures.push(sum(column(&name, one_if_counted(&aggregate), "bigint"), true));
+            definition.outputs.push(shown(quoted(&name)));
+        }
+        Some("sum") if plain => {
+            let state = exact_type(r#type);
+            definition.measures.push(sum(column(&name, state_of(&aggregate, state), state), false));
+            let exact = state == r#type;
+            let sum = quoted(&name);
+            definition.outputs.push(shown(if exact { sum } else { float(&sum, r#type) }));
+        }
+        Some(minmax @ ("min" | "max")) if plain => {
+            let combine = if minmax == "min" { Combine::Min } else { Combine::Max };
+            let mut column = column(&name, state_of(&aggregate, r#type), r#type);
+            column.collation = scalar.collation.clone();
+            definition.measures.push(Measure { column, combine, aggregates: false, empty: None });
+            definition.outputs.push(shown(quoted(&name)));
+        }
+        Some("avg") if plain => {
+            let state = exact_type(r#type);
+            let (total, count) = (format!("{name}_sum"), format!("{name}_count"));
+            definition.measures.push(sum(column(&total, state_of(&aggregate, state), state), false));
+            definition.measures.push(sum(column(&count, one_if_counted(&aggregate), "bigint"), true));
+            let average = format!("({} / nullif({}, 0))", quoted(&total), quoted(&count));
+            let exact = exact_type(r#type) == r#type;
+            definition.outputs.push(shown(if exact {
+                format!("{average}::{type}")
+            } else {
+                float(&average, r#type)
+            }));
+        }
+        _ => {
+            let own = function.filter(|f| SELF_MERGING.contains(f)).map(str::to_string);
+            let merge_with = merge_with.map(str::to_string).or(own).ok_or_else(|| {
+                refuse("Nothing says how two of its values become one: add MERGE WITH and a function of two, or an aggregate over them.")
+            })?;
+            let merge = match find_merge(scope, &merge_with, r#type)
+                .ok_or_else(|| refuse(&format!("{merge_with} does not merge values of type {type}.")))?
+            {
+                Merge::Aggregate(aggregate) => aggregate,
+                Merge::Function(function) => {
+                    if definition.name.len() + 1 + name.len() > 63 {
+                        return Err(refuse(
+                            "Its name is too long: an aggregate is made that is called ROLLUP.MEASURE.",
+                        ));
+                    }
+                    let aggregate = definition.merge_aggregate(&name);
+                    let state = r#type.to_string();
+                    merge_function = Some(MergeFunction { aggregate: aggregate.clone(), state, function });
+                    aggregate
+                }
+            };
+            let column = column(&name, scalar.text.clone(), r#type);
+            definition.measures.push(Measure {
+                column,
+                combine: Combine::With(merge),
+                aggregates: true,
+                empty: None,
+            });
+            definition.outputs.push(shown(quoted(&name)));
+        }
+    }
+    Ok(merge_function)
+}
+
+/// `expression AS name MERGE WITH function`, in its two parts.
+fn split_merge_with(text: &str) -> (&str, Option<&str>) {
+    let upper = text.to_ascii_uppercase();
+    for (at, word) in upper.rmatch_indices("MERGE") {
+        let before = upper[..at].ends_with(char::is_whitespace);
+        let rest = &upper[at + word.len()..];
+        let function = rest.trim_start().strip_prefix("WITH").filter(|f| f.starts_with(char::is_whitespace));
+        if let Some(function) = function.filter(|_| before && rest.starts_with(char::is_whitespace)) {
+            return (&text[..at], Some(text[text.len() - function.len()..].trim()));
+        }
+    }
+    (text, None)
+}
+
+/// Sums of floating-point numbers depend on the order of addition, so their states are numeric.
+fn exact_type(r#type: &str) -> &str {
+    match r#type {
+        "real" | "double precision" => "numeric",
+        other => other,
+    }
+}
+
+/// The state of one row under sum, min or max: its argument, if the filter lets it through.
+fn state_of(aggregate: &Aggregate, r#type: &str) -> String {
+    let argument = aggregate.arguments.first().map_or("NULL".into(), |a| match a.r#type.as_str() {
+        // A cast of real to numeric would keep six digits.
+        "real" => format!("({})::double precision", a.text),
+        _ => format!("({})", a.text),
+    });
+    match &aggregate.filter {
+        None => format!("{argument}::{type}"),
+        Some(filter) => format!("CASE WHEN {} THEN {argument}::{type} END", filter.text),
+    }
+}
+
+fn one_if_counted(aggregate: &Aggregate) -> String {
+    let argument = aggregate.arguments.first().map(|a| format!("({}) IS DISTINCT FROM NULL", a.text));
+    let filter = aggregate.filter.as_ref().map(|f| format!("({}) IS TRUE", f.text));
+    let conditions: Vec<String> = argument.into_iter().chain(filter).collect();
+    if conditions.is_empty() { ONE_ROW.into() } else { format!("({})::int", conditions.join(" AND ")) }
+}
+
+enum Merge {
+    /// An aggregate over states, qualified.
+    Aggregate(String),
+    /// A function of two states.
+    Function(String),
+}
+
+/// Finds, as the caller would, what merges states of `type`.
+fn find_merge(scope: &Scope, name: &str, r#type: &str) -> Option<Merge> {
+    let words = name.chars().all(|c| c.is_alphanumeric() || "_.\"$".contains(c));
+    let parse = |arguments: &str| {
+        let call = format!("{name}({arguments}) AS merged");
+        expression::parse(scope, &call, "merge function").ok().filter(|p| p.scalar.r#type == r#type)
+    };
+    if !words {
+        return None;
+    }
+    if let Some(aggregate) = parse(&format!("NULL::{type}")).and_then(|p| p.aggregate) {
+        return Some(Merge::Aggregate(aggregate.function));
+    }
+    let parsed = parse(&format!("NULL::{type}, NULL::{type}")).filter(|p| p.aggregate.is_none())?;
+    parsed.function.map(Merge::Function)
+}
+
+fn check_columns(definition: &Definition) -> Result<()> {
+    let names = definition.dimensions.iter().map(|d| &d.column.name);
+    let mut seen: Vec<&String> = vec![];
+    for name in names.clone().chain(definition.measures.iter().map(|m| &m.column.name)) {
+        if seen.contains(&name) {
+            return Err(Error::DuplicateColumn(name.clone()));
+        }
+        seen.push(name);
+    }
+    let mut seen: Vec<&String> = names.collect();
+    for output in &definition.outputs {
+        if seen.contains(&&output.name) {
+            return Err(Error::DuplicateColumn(output.name.clone()));
+        }
+        seen.push(&output.name);
+    }
+    Ok(())
+}

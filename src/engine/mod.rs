@@ -1,0 +1,9 @@
+//! Rollups of any source that a sequence numbers: what a user says one is, which rows are safe, merging, recomputing, comparing. Why no
+//! row is counted twice: docs/internals.md. May call state and server.
+
+pub mod declaration;
+pub mod declare;
+pub mod rebuild;
+pub mod rollup;
+pub mod source;
+pub mod statements;

@@ -1,0 +1,390 @@
+//! Recomputes ranges of a rollup from the truth while writers go on, and compares the two.
+//!
+//! *Truth* is, for the captured table, the raw rows plus the ledger of rows that retention deleted; for any other source
+//! its own rows. Under the fence, and on one snapshot taken after it, a range becomes `truth − tail`; the tail is what
+//! the later merges add. So rollup + tail equals truth at that snapshot, and every change after it arrives through
+//! the sequence like any other.
+//!
+//! Frozen days have lost raw rows: the rollup is their only record ([`crate::state::frozen`]). They are not recomputed, unless forced.
+//!
+//! Whose rights: every statement that reads the raw rows runs as the owner of their table, who may read what is ours of the
+//! captured table, and add to it. Of a declared rollup everything is the owner's; of the built-in ones we remove the rows of
+//! a range ourselves, which the owner may not.
+
+use crate::engine::source::Notice;
+use crate::error::{Error, Result};
+use crate::litellm::capture::attached;
+use crate::litellm::spend_log::Capture;
+use crate::server::locks::{self, Patience};
+use crate::server::relation;
+use crate::server::session::{self, Owner};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, next_midnight};
+use crate::state::captured::CaptureState;
+use crate::state::definition::Definition;
+use crate::state::fence::Fence;
+use crate::state::frozen::{self, Range};
+use crate::state::sources::CHANGE_LOG;
+use pgrx::JsonB;
+use pgrx::datum::Timestamp;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+/// What rollups of one source must equal.
+struct Truth {
+    /// A query with the source's columns over the range `[$1, $2)`; without one, the source itself.
+    query: Option<String>,
+    /// The tables that hold the raw rows.
+    relations: Vec<pg_sys::Oid>,
+    /// As whom they are read.
+    owner: Owner,
+}
+
+impl Truth {
+    fn of(fence: &Fence) -> Result<Truth> {
+        if fence.is_built_in() {
+            return Truth::captured(&attached()?);
+        }
+        fence.filled()?;
+        Ok(Truth { query: None, relations: vec![fence.relation], owner: Owner::role(fence.owner) })
+    }
+
+    fn captured(capture: &CaptureState) -> Result<Truth> {
+        let relation = relation::relation_name(capture.relation)?;
+        let predecessor = capture.predecessor.map(relation::relation_name).transpose()?;
+        let query = Capture { columns: &capture.columns }.truth(&relation, predecessor.as_deref());
+        let owner = capture.owner()?;
+        Ok(Truth { query: Some(query), relations: capture.relations(), owner })
+    }
+
+    /// As a relation.
+    fn relation(&self) -> Option<String> {
+        self.query.as_ref().map(|query| format!("({query})"))
+    }
+}
+
+/// What to do with a bucket of which the rollup knows more source rows than there are. Capture saw every deletion by
+/// DELETE, so such a day has lost raw rows in another way: a dropped partition, or while nothing was captured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Shrink {
+    /// Keep what the rollup says.
+    Refuse,
+    /// An UPDATE or DELETE was not captured, so fewer may be right, unless all raw rows of the time are gone.
+    IfRawReachesBack,
+    /// The caller has said so, or a row was moved out of it.
+    Allow,
+}
+
+/// Recomputes `range` of rollups of one source, under their fences, reading the truth once. Returns the number of groups
+/// written; an error has written nothing.
+pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
+    let Some(first) = fences.first() else { return Ok(0) };
+    let truth = Truth::of(first)?;
+    // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a partition.
+    for relation in &truth.relations {
+        locks::lock_against_dropping(*relation)?;
+    }
+    // 2. does the rollup know of rows that are gone?
+    match shrink {
+        Shrink::Refuse => check_nothing_lost(fences, &truth, range)?,
+        Shrink::IfRawReachesBack => check_raw_reaches_back(fences, range)?,
+        Shrink::Allow => {}
+    }
+    // 3. the range's rows go; readers still see them.
+    let (start, end) = (range.start, range.end);
+    let mut refills = vec![];
+    for fence in fences {
+        let definition = fence.filled()?;
+        let _rights = fence.act()?;
+        spi::execute(&definition.clear(), &[start.into(), end.into()])?;
+        refills.push(definition.refill(truth.query.as_ref().map(|_| "truth"), fence.watermark));
+    }
+    // 4. truth − tail, in one statement: one snapshot, newer than the fences.
+    let owner = truth.owner;
+    let truth = truth.query.map(|query| format!("truth AS ({query})"));
+    let parts = refills.iter().enumerate().map(|(i, refill)| format!("refilled_{i} AS ({refill})"));
+    let parts: Vec<String> = truth.into_iter().chain(parts).collect();
+    let counts: Vec<String> =
+        (0..refills.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
+    let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
+    let groups = owner.fresh(&sql, &[start.into(), end.into()], |r| spi::value::<i64>(r, 1))?;
+    // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only record.
+    if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
+        return Err(Error::RawVanished(first.name.clone()));
+    }
+    Ok(groups.first().copied().unwrap_or(0))
+}
+
+/// Refuses to recompute a bucket of which the rollup knows more rows than there are.
+fn check_nothing_lost(fences: &[&Fence], truth: &Truth, range: Range) -> Result<()> {
+    let Some((fence, definition)) = smallest(fences.iter().copied()) else { return Ok(()) };
+    // On its first backfill a rollup has next to no rows, and the days need to be read only once.
+    {
+        let _owner = truth.owner.act();
+        if !spi::exists(&definition.has_rows(), &[range.start.into(), range.end.into()])? {
+            return Ok(());
+        }
+    }
+    match last_lost_bucket(fence, definition, truth, range)? {
+        None => Ok(()),
+        Some(bucket) => {
+            let bucket = if bucket.is_neg_infinity() { "some time".into() } else { bucket.to_string() };
+            Err(Error::RawRowsLost { rollup: fence.name.clone(), bucket })
+        }
+    }
+}
+
+/// Rollups of the same rows know the same number of them, but for those that expand a row: the smallest will do.
+pub fn smallest<'a>(fences: impl Iterator<Item = &'a Fence>) -> Option<(&'a Fence, &'a Definition)> {
+    let definitions = fences.filter_map(|f| f.definition.as_ref().map(|d| (f, d)));
+    definitions.min_by_key(|(_, d)| (!d.expansion.is_empty(), d.dimensions.len()))
+}
+
+fn last_lost_bucket(
+    fence: &Fence,
+    definition: &Definition,
+    truth: &Truth,
+    range: Range,
+) -> Result<Option<Timestamp>> {
+    let lost = truth.owner.fresh(
+        &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
+        &[range.start.into(), range.end.into()],
+        |r| spi::value::<Timestamp>(r, 1),
+    )?;
+    Ok(lost.into_iter().next())
+}
+
+/// Whether the rollup, its tail included, knows of more rows in the range than there are.
+pub fn has_lost_rows(fence: &Fence, definition: &Definition, range: Range) -> Result<bool> {
+    Ok(last_lost_bucket(fence, definition, &Truth::of(fence)?, range)?.is_some())
+}
+
+/// Refuses to recompute days that the rollups know and that are older than every raw row.
+fn check_raw_reaches_back(fences: &[&Fence], range: Range) -> Result<()> {
+    let first = start_of_raw(&attached()?)?.unwrap_or_else(Timestamp::positive_infinity);
+    let end = range.end.filter(|end| *end < first).unwrap_or(first);
+    for fence in fences {
+        if spi::exists(&fence.filled()?.has_rows(), &[range.start.into(), end.into()])? {
+            return Err(frozen::error(&fence.name, &[Range { start: range.start, end: Some(end) }]));
+        }
+    }
+    Ok(())
+}
+
+/// The first day that has raw rows.
+pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
+    let firsts = capture
+        .relations()
+        .into_iter()
+        .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", relation::relation_name(r)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
+    Ok(capture.owner()?.query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+}
+
+// ---- SQL calls -------------------------------------------------------------------------------------------
+
+/// `spend_rollup_rebuild()`: the whole range in the caller's transaction; without a name, of all built-in rollups.
+///
+/// Forced, the built-in rollups become what the table holds now. What they knew beyond that is on record in the ledger and as frozen
+/// days, which is common to them: so it is forgotten for all of them at once, or the next rebuild would bring it back.
+pub fn rebuild_range(
+    caller: pg_sys::Oid,
+    name: Option<&str>,
+    start: Option<Timestamp>,
+    end: Option<Timestamp>,
+    force: bool,
+) -> Result<i64> {
+    let patience = Patience::of_call();
+    let one = name.map(Fence::look).transpose()?.filter(|fence| !(force && fence.is_built_in()));
+    let fences = match &one {
+        Some(fence) => Fence::take(&fence.name, patience)?.map(|fence| vec![fence]),
+        None => Fence::take_all(&attached()?.source, patience)?,
+    };
+    let fences = fences.ok_or_else(|| Error::RollupBusy(name.unwrap_or(CHANGE_LOG).into()))?;
+    let Some(first) = fences.first() else { return Ok(0) };
+    require_right(caller, first)?;
+    let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
+    check_range(first, range)?;
+    if force && first.is_built_in() {
+        frozen::thaw(range)?;
+    }
+    let frozen = frozen_parts(first, range)?;
+    if !frozen.is_empty() {
+        return Err(frozen::error(&first.name, &frozen));
+    }
+    let fences: Vec<&Fence> = fences.iter().collect();
+    rebuild(&fences, range, if force { Shrink::Allow } else { Shrink::Refuse })
+}
+
+/// The built-in rollups are for the captured table's owner to use, the others for their own.
+pub fn require_right(caller: pg_sys::Oid, fence: &Fence) -> Result<()> {
+    if fence.is_built_in() {
+        session::require_owner(caller, attached()?.relation)
+    } else {
+        session::require_role(caller, fence.owner, &fence.name)
+    }
+}
+
+fn check_range(fence: &Fence, range: Range) -> Result<()> {
+    let definition = fence.filled()?;
+    let begins_before_it_ends =
+        spi::query("SELECT $1 < coalesce($2, 'infinity')", &[range.start.into(), range.end.into()], |r| {
+            spi::value::<bool>(r, 1)
+        })?;
+    let mut valid = begins_before_it_ends == [true];
+    for border in std::iter::once(range.start).chain(range.end) {
+        valid &= is_border(fence, definition, border)?;
+    }
+    if !valid {
+        return Err(Error::Range { rollup: fence.name.clone(), bucketed: definition.bucket.is_some() });
+    }
+    Ok(())
+}
+
+/// The parts of the range that only the rollup has a record of.
+fn frozen_parts(fence: &Fence, range: Range) -> Result<Vec<Range>> {
+    if fence.is_built_in() { frozen::frozen_in(range) } else { Ok(vec![]) }
+}
+
+/// A range ends where buckets do. For the built-in rollups that is at midnight.
+fn is_border(fence: &Fence, definition: &Definition, border: Timestamp) -> Result<bool> {
+    let sql = match definition.is_border() {
+        _ if fence.is_built_in() => "SELECT $1 = date_trunc('day', $1)".into(),
+        Some(sql) => sql,
+        None => return Ok(border.is_neg_infinity()),
+    };
+    let _rights = fence.act()?;
+    let answers = spi::query(&sql, &[border.into()], |r| Ok(r.get::<bool>(1)?))?;
+    Ok(answers == [Some(true)])
+}
+
+/// A group in which rollup + tail and truth differ: its key and both sides.
+pub type Difference = (JsonB, Option<JsonB>, Option<JsonB>);
+
+/// All of them. There may be as many as the rollup has groups: they are read while they are returned.
+pub struct Differences {
+    comparison: String,
+    owner: Owner,
+    parts: std::vec::IntoIter<Range>,
+    cursor: Option<String>,
+    batch: std::vec::IntoIter<Difference>,
+}
+
+/// Rows that are in memory at a time: two million took 6.2 GB at once (debug build, PostgreSQL 15, 2026-11).
+const DIFFERENCES: i64 = 1000;
+
+impl Differences {
+    fn next_batch(&mut self) -> Result<()> {
+        let _owner = self.owner.act();
+        while self.batch.len() == 0 {
+            let cursor = match (self.cursor.take(), &mut self.parts) {
+                (Some(cursor), _) => cursor,
+                (None, parts) => match parts.next() {
+                    None => break,
+                    Some(part) => spi::open_cursor(&self.comparison, &[part.start.into(), part.end.into()])?,
+                },
+            };
+            // As text: a jsonb would be read in the transaction's memory, and leave 200 bytes there.
+            let side = |text: String| Ok::<_, Error>(JsonB(serde_json::from_str(&text)?));
+            let batch = spi::fetch(&cursor, DIFFERENCES, |r| {
+                let (rollup, truth) = (r.get(2)?.map(side).transpose()?, r.get(3)?.map(side).transpose()?);
+                Ok((side(spi::value(r, 1)?)?, rollup, truth))
+            })?;
+            self.cursor = Some(cursor).filter(|_| !batch.is_empty());
+            self.batch = batch.into_iter();
+        }
+        Ok(())
+    }
+}
+
+impl Iterator for Differences {
+    type Item = Difference;
+
+    fn next(&mut self) -> Option<Difference> {
+        if self.batch.len() == 0
+            && let Err(error) = self.next_batch()
+        {
+            ErrorReport::from(error).report(PgLogLevel::ERROR);
+        }
+        self.batch.next()
+    }
+}
+
+/// `spend_rollup_verify()`: the groups that differ, in one snapshot, and what the caller should know. None is the only pass: a
+/// range of which nothing can be compared, or that starts in frozen days, is refused.
+pub fn verify(
+    caller: pg_sys::Oid,
+    name: &str,
+    start: Option<Timestamp>,
+    end: Option<Timestamp>,
+) -> Result<(Differences, Vec<Notice>)> {
+    let fence = Fence::look(name)?;
+    require_right(caller, &fence)?;
+    let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
+    check_range(&fence, range)?;
+    let frozen = frozen_parts(&fence, range)?;
+    let parts = if frozen.is_empty() { vec![range] } else { frozen::unfrozen_in(range)? };
+    if parts.is_empty() || start.is_some() && frozen.iter().any(|frozen| frozen.start == range.start) {
+        return Err(frozen::error(name, &frozen));
+    }
+    let truth = Truth::of(&fence)?;
+    let differences = Differences {
+        comparison: fence.filled()?.compare(truth.relation().as_deref()),
+        owner: truth.owner,
+        parts: parts.into_iter(),
+        cursor: None,
+        batch: vec![].into_iter(),
+    };
+    let not_compared = (!frozen.is_empty()).then(|| Notice {
+        message: format!("frozen days of rollup \"{name}\" were not compared: {}", frozen::describe(&frozen)),
+        hint: "Raw rows of these days are gone; the rollup is their only record.".into(),
+    });
+    let put_back = if fence.is_built_in() { put_back(&truth, range, &frozen)? } else { None };
+    Ok((differences, not_compared.into_iter().chain(put_back).collect()))
+}
+
+/// Says on which days rows count that are not in the table any more, beside rows that are. As a rule that is so on the day at which
+/// retention has arrived; but whoever takes rows out and puts them back sees them twice.
+fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Notice>> {
+    let day = |first: &str, last: &str| {
+        format!("tsrange(date_trunc('day', {first}), nullif({}, 'infinity'))", next_midnight(last))
+    };
+    let mut raw = vec![];
+    for relation in &truth.relations {
+        raw.push(format!("SELECT \"startTime\" AS at FROM {}", relation::relation_name(*relation)?));
+    }
+    let raw = raw.join(" UNION ALL ");
+    let sql = format!(
+        "SELECT lower(part), upper(part) FROM (
+             SELECT range_agg({retired}) AS days
+             FROM (SELECT DISTINCT date_trunc('day', hour) AS day FROM {SCHEMA}.retired
+                   WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)) AS retired
+             WHERE EXISTS (SELECT FROM ({raw}) AS raw WHERE at >= day AND (at < {next} OR day = 'infinity'))
+             UNION ALL
+             SELECT range_agg({found})
+             FROM unnest($3::timestamp[], $4::timestamp[]) AS frozen(first, last),
+                  LATERAL (SELECT min(at) AS first_at, max(at) AS last_at FROM ({raw}) AS raw
+                           WHERE at >= first AND (last IS NULL OR at < last)) AS found
+             WHERE first_at IS NOT NULL) AS both_kinds, unnest(days) AS part ORDER BY 1",
+        retired = day("day", "day"),
+        next = next_midnight("day"),
+        found = day("first_at", "last_at"),
+    );
+    let (starts, ends): (Vec<_>, Vec<_>) = frozen.iter().map(|range| (range.start, range.end)).unzip();
+    let args = [range.start.into(), range.end.into(), starts.into(), ends.into()];
+    let days = truth.owner.query(&sql, &args, |r| Ok(Range { start: spi::value(r, 1)?, end: r.get(2)? }))?;
+    let (Some(first), Some(last)) = (days.first(), days.last()) else { return Ok(None) };
+    let end = last.end.map_or("NULL".into(), |end| format!("'{end}'"));
+    Ok(Some(Notice {
+        message: format!(
+            "rows that were deleted still count, beside rows that are there: {}",
+            frozen::describe(&days)
+        ),
+        hint: format!(
+            "If they are the same rows, put back, they count twice: SELECT spend_rollup_rebuild(NULL, '{}', {end}, force => true) \
+             makes all built-in rollups equal the table.",
+            first.start
+        ),
+    }))
+}

@@ -1,0 +1,279 @@
+//! Moves rows of a source into its rollups, one window a transaction.
+//!
+//! ```text
+//!   merged     | window (a, b]     | may still change
+//! -------------+-------------------+------------------> sequence
+//!          watermark             safe end
+//! ```
+//!
+//! Exactly once: the rollup's rows and its watermark commit together, and only the holder of the fence changes
+//! either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing else.
+
+use crate::engine::source;
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::server::locks::{self, Patience};
+use crate::server::relation;
+use crate::server::session::{Failure, attempt};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, quoted};
+use crate::state::definition::Definition;
+use crate::state::fence::Fence;
+use crate::state::sources::{self, CHANGE_LOG, Source};
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::pg_sys;
+use std::time::Instant;
+
+/// What one merge did.
+pub struct Merge {
+    pub window_start: i64,
+    pub window_end: i64,
+    pub rows: i64,
+    pub groups: i64,
+}
+
+/// What came of an attempt to merge.
+pub enum Merged {
+    Window(Merge),
+    /// Everything that is safe has been merged.
+    Nothing,
+    /// Another transaction holds the fence.
+    Busy,
+}
+
+/// What a look at a source found.
+pub struct Look {
+    /// The newest value that is safe to merge.
+    pub safe_end: i64,
+    /// The newest there is.
+    pub last_value: i64,
+}
+
+/// The newest value of the source that is safe to merge.
+pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
+    Ok(look(source, patience)?.safe_end)
+}
+
+/// Looks how far it is safe to merge, without waiting for anybody longer than `patience`.
+pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
+    loop {
+        // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
+        //    who has ended. And before the relations that they write to, which are read as they are now: whoever
+        //    drew such a value through a partition that has just been attached is found there.
+        let last_value = relation::last_value(source.sequence)?.unwrap_or(source.merged_to);
+        let nothing = Look { safe_end: source.merged_to, last_value };
+        let Some(relation) = sources::relation_of(source)? else { return Ok(nothing) };
+        if source.name != CHANGE_LOG {
+            source::require_not_distributed(relation)?;
+            source::require_same_numbering(relation, source.sequence)?;
+        }
+        if last_value == source.merged_to {
+            return Ok(nothing);
+        }
+        relation::check_sequence(source.sequence)?;
+        // 2. the transactions that may still add rows.
+        let writers = sources::writers(sources::inserted_into(relation, source.sequence)?)?;
+        // 3. what is safe now; the rest is remembered for the next look.
+        let before = source.window.clone();
+        let safe_end = source.window.look(last_value, &writers).unwrap_or(source.merged_to);
+        let done = safe_end >= last_value || !patience.try_again();
+        if done && source.window != before {
+            sources::store_window(&source.name, &source.window)?;
+        }
+        if done {
+            return Ok(Look { safe_end, last_value });
+        }
+    }
+}
+
+/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest and holds at most `most` values.
+pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result<Merged> {
+    let started = Instant::now();
+    // 1. lock our state row: one merge at a time, and every later statement sees what the earlier ones did.
+    let Some(fence) = Fence::take(name, patience)? else { return Ok(Merged::Busy) };
+    let definition = fence.filled()?;
+    let start = fence.watermark;
+    // 2. the window.
+    if safe_end <= start {
+        // Another merger was faster than our look, unless the sequence is behind what was merged.
+        check_not_set_back(&fence)?;
+        return Ok(Merged::Nothing);
+    }
+    let mut end = window_end(start, safe_end, most);
+    // The source is read by name: it stays its name.
+    if !locks::try_lock_against_dropping(fence.relation)? {
+        return Ok(Merged::Busy);
+    }
+    // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
+    let rights = fence.act()?;
+    let counts = spi::fresh(&definition.merge(), &[start.into(), end.into()], |r| {
+        Ok((spi::value::<i64>(r, 1)?, spi::value::<i64>(r, 2)?))
+    })?;
+    let (rows, groups) = counts.first().copied().unwrap_or_default();
+    if rows == 0 && end < safe_end {
+        end = end_of_gap(definition, end, safe_end)?;
+    }
+    drop(rights);
+    // 4. the watermark, in the same transaction.
+    fence.advance(end, Some((rows, groups)), started.elapsed().as_secs_f64() * 1000.0)?;
+    Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
+}
+
+/// Where a window that begins after `start` ends.
+pub fn window_end(start: i64, safe_end: i64, most: i64) -> i64 {
+    safe_end.min(start.saturating_add(most))
+}
+
+/// Numbers may be far apart: an empty window reaches up to the next row.
+fn end_of_gap(definition: &Definition, end: i64, safe_end: i64) -> Result<i64> {
+    let sequence = quoted(&definition.source_sequence);
+    let sql = format!(
+        "SELECT min({sequence})::bigint - 1 FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
+        definition.source
+    );
+    let next = spi::fresh(&sql, &[end.into(), safe_end.into()], |r| Ok(r.get::<i64>(1)?))?;
+    Ok(next.first().copied().flatten().unwrap_or(safe_end))
+}
+
+/// A sequence behind the watermark would number rows that are never merged.
+pub fn check_not_set_back(fence: &Fence) -> Result<()> {
+    let sequences = spi::query(
+        &format!("SELECT sequence::oid, sequence::text FROM {SCHEMA}.source WHERE name = $1"),
+        &[fence.source.clone().into()],
+        |r| Ok((spi::value::<pg_sys::Oid>(r, 1)?, spi::value::<String>(r, 2)?)),
+    )?;
+    let Some((oid, sequence)) = sequences.into_iter().next() else { return Ok(()) };
+    match relation::last_value(oid)?.filter(|last_value| *last_value < fence.watermark) {
+        None => Ok(()),
+        Some(last_value) => {
+            let by_hand = fence.definition.is_none();
+            Err(Error::SequenceSetBack { sequence, last_value, watermark: fence.watermark, by_hand })
+        }
+    }
+}
+
+/// Rows removed from the change log in one transaction.
+const TRIM_BATCH: i64 = 50_000;
+
+/// Removes rows of the change log that every rollup has merged. Older snapshots still see them, and readers
+/// start above the watermark, so this is only housekeeping.
+pub fn trim(source: &Source) -> Result<i64> {
+    let end = source.merged_to.min(source.trimmed_to.saturating_add(TRIM_BATCH));
+    if end <= source.trimmed_to {
+        return Ok(0);
+    }
+    // Whoever attaches holds this row, and may be about to drop the change log.
+    let ours = spi::fresh(
+        &format!("SELECT FROM {SCHEMA}.source WHERE name = $1 AND trimmed_to = $2 FOR UPDATE SKIP LOCKED"),
+        &[source.name.as_str().into(), source.trimmed_to.into()],
+        |_| Ok(()),
+    )?;
+    if ours.is_empty() {
+        return Ok(0);
+    }
+    let name = relation::relation_name(source.relation)?;
+    let removed = spi::execute(
+        &format!("DELETE FROM {name} WHERE seq > $1 AND seq <= $2"),
+        &[source.trimmed_to.into(), end.into()],
+    )?;
+    spi::execute(
+        &format!("UPDATE {SCHEMA}.source SET trimmed_to = $2 WHERE name = $1"),
+        &[source.name.as_str().into(), end.into()],
+    )?;
+    Ok(removed)
+}
+
+// ---- for SQL calls and status ----------------------------------------------------------------------------
+
+/// One step of `spend_backfill()` on a table with declared rollups: a window of each. Says how far they are, `None` when
+/// everything that was safe is merged.
+pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<String>> {
+    let mut progress = vec![];
+    for mut source in sources {
+        let safe = find_safe_end(&mut source, patience)?;
+        for name in &source.rollups {
+            match merge(name, safe, guc::max_window(), patience)? {
+                Merged::Window(merged) if merged.window_end < safe => {
+                    progress.push(format!("rollup {name}: {} of {safe}", merged.window_end));
+                }
+                Merged::Busy => progress.push(format!("rollup {name}: another transaction works on it")),
+                _ => {}
+            }
+        }
+    }
+    Ok(if progress.is_empty() { None } else { Some(progress.join("; ")) })
+}
+
+/// Rows above the watermark of a rollup, at most a million, and since when the oldest has been there: when it was captured,
+/// or, for a declared rollup, the time that it carries.
+///
+/// A status runs in its reader's session, where nobody ends what an owner's function does. So a source whose indexes, constraints
+/// or statistics could call one is not read: then it is how many numbers the sequence is ahead, and no time.
+pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> {
+    let fence = Fence::look(name)?;
+    if fence.source.is_none() {
+        return Ok((None, None));
+    }
+    // Of one that is filled by hand, how many numbers there are for its owner to merge.
+    let Some(definition) = fence.definition.as_ref() else { return Ok((numbers_ahead(name, &fence)?, None)) };
+    // Somebody is changing it, or it was dropped: nobody waits for a status.
+    if !matches!(locks::try_lock_against_dropping(fence.relation), Ok(true)) {
+        return Ok((None, None));
+    }
+    if !fence.is_built_in() && calls_functions(fence.relation)? {
+        return Ok((numbers_ahead(name, &fence)?, None));
+    }
+    let time = match &definition.bucket {
+        _ if fence.is_built_in() => "captured_at".into(),
+        Some(bucket) => quoted(&bucket.column),
+        None => "NULL::timestamptz".into(),
+    };
+    let sequence = quoted(&definition.source_sequence);
+    let sql = format!(
+        "SELECT count(*), (min(at) FILTER (WHERE isfinite(at)))::timestamptz
+         FROM (SELECT {time} AS at FROM {} WHERE {sequence} > $1 ORDER BY {sequence} LIMIT {MOST_COUNTED}) AS tail",
+        definition.source
+    );
+    // What is wrong with the rollup is told by its last error, and must not hide the others.
+    let tail = attempt(|| {
+        let _rights = fence.act()?;
+        spi::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
+    });
+    Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
+}
+
+/// How far the sequence is ahead of the watermark.
+fn numbers_ahead(name: &str, fence: &Fence) -> Result<Option<i64>> {
+    let Some(source) = sources::source_of(name)? else { return Ok(None) };
+    // The sequence may be gone with its table: what is wrong is told by the rollup's last error.
+    let last = relation::last_value(source.sequence).ok().flatten();
+    Ok(last.map(|last| last.saturating_sub(fence.watermark).clamp(0, MOST_COUNTED)))
+}
+
+/// Whether planning or running a query on the relation could call a function that is not the server's: of an index, a CHECK, a
+/// default or generated column, a partition key, extended statistics, a policy, a rule.
+fn calls_functions(relation: pg_sys::Oid) -> Result<bool> {
+    let sql = format!(
+        "SELECT FROM pg_catalog.pg_depend d
+         WHERE d.refclassid IN ('pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_operator'::regclass, 'pg_catalog.pg_type'::regclass)
+           AND d.refobjid >= {first}::oid
+           AND (d.classid, d.objid) IN (
+               SELECT 'pg_catalog.pg_class'::regclass::oid, indexrelid FROM pg_catalog.pg_index WHERE indrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_constraint'::regclass, oid FROM pg_catalog.pg_constraint
+                   WHERE conrelid = ANY ($1) AND contype = 'c'
+               UNION ALL SELECT 'pg_catalog.pg_attrdef'::regclass, oid FROM pg_catalog.pg_attrdef WHERE adrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_statistic_ext'::regclass, oid FROM pg_catalog.pg_statistic_ext
+                   WHERE stxrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_policy'::regclass, oid FROM pg_catalog.pg_policy WHERE polrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_rewrite'::regclass, oid FROM pg_catalog.pg_rewrite WHERE ev_class = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_class'::regclass, partrelid FROM pg_catalog.pg_partitioned_table
+                   WHERE partrelid = ANY ($1) AND partexprs IS NOT NULL)
+         LIMIT 1",
+        first = pg_sys::FirstNormalObjectId
+    );
+    let tree = relation::relation_tree(relation)?;
+    Ok(!spi::query(&sql, &[tree.into()], |_| Ok(()))?.is_empty())
+}
+
+/// A status must not read for minutes.
+const MOST_COUNTED: i64 = 1_000_000;

@@ -1,0 +1,450 @@
+//! The SQL that follows from a rollup's definition. Pure text: nothing here talks to the server.
+//!
+//! ```text
+//!   source rows ──project──> partial rows ──combine──> one row a group
+//!   (window, tail, range)    (the table's columns)     (merge, live view, refill, comparison)
+//! ```
+//! A *partial row* has the columns of the rollup's table: dimensions, and for each measure the state of some source
+//! rows. The table's own rows are partial rows too, so merged rows and the tail combine like any others. All
+//! statements share these two steps, so they cannot drift apart.
+
+use crate::server::text::{SCHEMA, literal, quoted};
+use crate::state::definition::{Bucket, Column, Combine, Definition, Key, Measure, ONE_ROW};
+
+/// Part of its space that a page of a rollup's table is filled with: the rest keeps updates HOT.
+const FILLFACTOR: u32 = 80;
+
+impl Definition {
+    fn columns(&self) -> impl Iterator<Item = &Column> {
+        self.dimensions.iter().map(|d| &d.column).chain(self.measures.iter().map(|m| &m.column))
+    }
+
+    fn dimension_list(&self) -> String {
+        list(&self.dimensions, |d| quoted(&d.column.name))
+    }
+
+    fn column_list(&self) -> String {
+        list(self.columns(), |c| quoted(&c.name))
+    }
+
+    fn aggregates(&self) -> bool {
+        self.measures.iter().any(|m| m.aggregates)
+    }
+
+    // ---- the two steps ---------------------------------------------------------------------------------------
+
+    /// Partial rows of the source rows in `relation` that satisfy `condition`.
+    fn project(&self, relation: &str, condition: &str) -> String {
+        self.project_columns(relation, condition, |_| true)
+    }
+
+    fn project_columns(&self, relation: &str, condition: &str, wanted: impl Fn(&str) -> bool) -> String {
+        let dimensions: Vec<&Column> =
+            self.dimensions.iter().map(|d| &d.column).filter(|c| wanted(&c.name)).collect();
+        let measures = self.measures.iter().filter(|m| wanted(&m.column.name));
+        // An aggregate has no state of one row, so all states are of a group.
+        let measures = measures.map(|m| match (self.aggregates(), m.aggregates) {
+            (true, false) => format!("{} AS {}", m.aggregate(&m.column.expression), quoted(&m.column.name)),
+            _ => format!("{} AS {}", m.column.expression, quoted(&m.column.name)),
+        });
+        let outputs = dimensions.iter().map(|c| format!("{} AS {}", c.expression, quoted(&c.name)));
+        let group = if self.aggregates() {
+            format!(" GROUP BY {}", list(1..=dimensions.len(), |i| i.to_string()))
+        } else {
+            String::new()
+        };
+        format!(
+            "SELECT {} FROM {relation} AS r{} WHERE {condition}{group}",
+            outputs.chain(measures).collect::<Vec<_>>().join(", "),
+            self.expansion
+        )
+    }
+
+    /// Combines partial rows. `extra` is one more output, `keep` a condition on the groups.
+    fn combine(&self, extra: &str, rows: &str, keep: &str) -> String {
+        let states = list(&self.measures, |m| {
+            format!("{} AS {}", m.aggregate(&quoted(&m.column.name)), quoted(&m.column.name))
+        });
+        let keys = self.dimension_list();
+        format!("SELECT {keys}, {states}{extra} FROM ({rows}) AS rows GROUP BY {keys}{keep}")
+    }
+
+    fn is_present(&self) -> String {
+        format!(" HAVING sum({}) <> 0", quoted(&self.presence))
+    }
+
+    // ---- the table and the live view -------------------------------------------------------------------------
+
+    pub fn create_table(&self) -> Vec<String> {
+        let dimensions = self.dimensions.iter().map(|d| {
+            let constraint = if d.nullable { "" } else { " NOT NULL" };
+            format!("{}{constraint}", d.column.declared())
+        });
+        let columns = dimensions.chain(self.measures.iter().map(Measure::table_column));
+        let mut columns = columns.collect::<Vec<_>>().join(", ");
+        let nullable = self.dimensions.iter().any(|d| d.nullable);
+        let mut after = vec![];
+        match self.key {
+            _ if !nullable => columns += &format!(", PRIMARY KEY ({})", self.dimension_list()),
+            Key::Dimensions => columns += &format!(", UNIQUE NULLS NOT DISTINCT ({})", self.dimension_list()),
+            Key::Arrays => {
+                after.push(format!("CREATE UNIQUE INDEX ON {} ({})", self.table(), self.conflict_target()));
+                if let Some(bucket) = &self.bucket {
+                    after.push(format!("CREATE INDEX ON {} ({})", self.table(), quoted(&bucket.dimension)));
+                }
+            }
+        }
+        if nullable {
+            // Without a primary key a publication FOR ALL TABLES would refuse our updates.
+            after.push(format!("ALTER TABLE {} REPLICA IDENTITY FULL", self.table()));
+        }
+        let create = format!("CREATE TABLE {} ({columns}) WITH (fillfactor = {FILLFACTOR})", self.table());
+        std::iter::once(create).chain(after).collect()
+    }
+
+    fn conflict_target(&self) -> String {
+        list(&self.dimensions, |d| match self.key {
+            Key::Arrays if d.nullable => format!("(ARRAY[{}])", quoted(&d.column.name)),
+            _ => quoted(&d.column.name),
+        })
+    }
+
+    /// COMMENT ON the table and the live view.
+    pub fn comments(&self) -> [String; 2] {
+        [
+            format!(
+                "COMMENT ON TABLE {} IS {}",
+                self.table(),
+                literal(&format!("Merged rows of rollup {}", self.name))
+            ),
+            format!(
+                "COMMENT ON VIEW {} IS {}",
+                self.live_view(),
+                literal(&format!("Rollup {}: merged rows and tail, exact in every snapshot", self.name))
+            ),
+        ]
+    }
+
+    /// Rows above the watermark: what has not been merged yet.
+    fn tail(&self, watermark: &str) -> String {
+        format!("r.{} > {watermark}", quoted(&self.source_sequence))
+    }
+
+    /// The query of the live view: every column, every bucket.
+    pub fn live_query(&self) -> String {
+        self.shown(&self.partial_rows(|_| true, None))
+    }
+
+    pub fn create_live_view(&self) -> String {
+        format!("CREATE OR REPLACE VIEW {} AS {}", self.live_view(), self.live_query())
+    }
+
+    /// That of the live view when the source is gone: the merged rows.
+    pub fn history_query(&self) -> String {
+        self.shown(&format!("SELECT {} FROM {}", self.column_list(), self.table()))
+    }
+
+    /// The live view's columns, without a row, and without an expression of the user's.
+    pub fn empty_query(&self) -> String {
+        let columns = self.dimensions.iter().map(|d| &d.column).chain(&self.outputs);
+        let columns = list(columns, |c| {
+            let collation = c.collation.as_ref().map(|c| format!(" COLLATE {c}")).unwrap_or_default();
+            format!("NULL::{}{collation} AS {}", c.r#type, quoted(&c.name))
+        });
+        format!("SELECT {columns} WHERE false")
+    }
+
+    fn shown(&self, rows: &str) -> String {
+        let combined = self.combine("", rows, &self.is_present());
+        let is_measure = |output: &Column, m: &Measure| {
+            output.name == m.column.name && output.expression == quoted(&m.column.name)
+        };
+        let all = self.outputs.len() == self.measures.len()
+            && self.outputs.iter().zip(&self.measures).all(|(output, m)| is_measure(output, m));
+        if all {
+            return combined;
+        }
+        let outputs = list(&self.outputs, |o| format!("{} AS {}", o.expression, quoted(&o.name)));
+        format!("SELECT {}, {outputs} FROM ({combined}) AS live", self.dimension_list())
+    }
+
+    /// The live view's rows by day.
+    pub fn by_day(&self) -> String {
+        let bucket = self.bucket.as_ref().map(|b| b.dimension.as_str());
+        let columns = list(self.columns(), |c| match quoted(&c.name) {
+            name if bucket == Some(&c.name) => format!("{name}::date AS date"),
+            name => name,
+        });
+        let mut daily = self.clone();
+        for dimension in daily.dimensions.iter_mut().filter(|d| bucket == Some(&d.column.name)) {
+            dimension.column.name = "date".into();
+        }
+        daily.shown(&format!("SELECT {columns} FROM ({}) AS hourly", self.partial_rows(|_| true, None)))
+    }
+
+    /// Merged rows and the tail, in one snapshot, not combined yet: the columns asked for and the presence, from a bucket on.
+    /// Not a query over the live view: planning two levels takes longer than running one.
+    pub fn partial_rows(&self, wanted: impl Fn(&str) -> bool, first_bucket: Option<&str>) -> String {
+        let wanted = |name: &str| name == self.presence || wanted(name);
+        let watermark = format!(
+            "(SELECT watermark FROM {SCHEMA}.rollup WHERE rollup.name = {}::text)",
+            literal(&self.name)
+        );
+        let names = list(self.columns().filter(|c| wanted(&c.name)), |c| quoted(&c.name));
+        let (mut merged, mut tail) = (String::new(), self.tail(&watermark));
+        if let Some((first, bucket)) = first_bucket.zip(self.bucket.as_ref()) {
+            merged = format!(" WHERE {} >= {first}", quoted(&bucket.dimension));
+            tail += &format!(" AND {} >= {first}", bucket.source_time);
+        }
+        format!(
+            "SELECT {names} FROM {}{merged} UNION ALL {}",
+            self.table(),
+            self.project_columns(&self.source, &tail, wanted)
+        )
+    }
+
+    /// Lets a role read what [`Definition::partial_rows`] needs for the columns asked for, and no more. `of_source` gives the
+    /// source's column for each of the rollup's.
+    pub fn grant_columns<'a>(
+        &self,
+        wanted: &[&'a str],
+        of_source: impl Fn(&'a str) -> &'a str,
+        role: &str,
+    ) -> [String; 4]
+    where
+        Self: 'a,
+    {
+        let presence = self.presence.as_str();
+        let (dimension, time) =
+            self.bucket.as_ref().map(|b| (b.dimension.as_str(), b.column.as_str())).unzip();
+        let columns = wanted.iter().copied().chain(dimension).chain([presence]);
+        let of_source = wanted.iter().map(|c| of_source(c)).chain(time);
+        let of_source = of_source.chain([presence, self.source_sequence.as_str()]);
+        let (columns, of_source) = (distinct(columns), distinct(of_source));
+        [
+            format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {role}"),
+            format!("GRANT SELECT ({columns}) ON {} TO {role}", self.table()),
+            format!("GRANT SELECT ({of_source}) ON {} TO {role}", self.source),
+            self.grant_watermark(role),
+        ]
+    }
+
+    /// What the owner of a live view needs apart from the source and the rollup's table.
+    pub fn grant_watermark(&self, role: &str) -> String {
+        format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}")
+    }
+
+    // ---- merge -----------------------------------------------------------------------------------------------
+
+    /// Merges the window `($1, $2]`. Returns the number of source rows and of groups.
+    pub fn merge(&self) -> String {
+        let window = format!("r.{0} > $1 AND r.{0} <= $2", quoted(&self.source_sequence));
+        let counted = |m: &Measure| m.column.name == self.presence && m.column.expression == ONE_ROW;
+        let rows = match self.aggregates() || self.measures.iter().any(counted) {
+            true => format!("sum({})", quoted(&self.presence)),
+            false => "count(*)".into(),
+        };
+        let groups = self.combine(
+            &format!(", {rows} AS litellm_spend_rows_"),
+            &self.project(&self.source, &window),
+            "",
+        );
+        format!(
+            "WITH merged AS ({groups}), written AS (
+                 INSERT INTO {table} AS r ({columns})
+                 SELECT {columns} FROM merged ORDER BY {keys}
+                 ON CONFLICT ({target}) DO UPDATE SET {add})
+             SELECT coalesce(sum(litellm_spend_rows_), 0)::bigint, count(*) FROM merged",
+            table = self.table(),
+            columns = self.column_list(),
+            keys = self.dimension_list(),
+            target = self.conflict_target(),
+            add = list(&self.measures, Measure::add_excluded),
+        )
+    }
+
+    // ---- rebuild ---------------------------------------------------------------------------------------------
+
+    /// `time` lies in `[$1, $2)`; a NULL end is unbounded (`infinity` itself is a time that a row can have). Without a
+    /// bucket every row is in range.
+    fn in_range(&self, time: impl Fn(&Bucket) -> String) -> String {
+        let Some(bucket) = &self.bucket else { return "true".into() };
+        let time = time(bucket);
+        let nullable = self.dimensions.iter().any(|d| d.column.name == bucket.dimension && d.nullable);
+        let timeless =
+            if nullable { format!(" OR {time} IS NULL AND $1 = '-infinity'") } else { String::new() };
+        format!("({time} >= $1{timeless}) AND ($2 IS NULL OR {time} < $2)")
+    }
+
+    fn bucket_in_range(&self) -> String {
+        self.in_range(|b| quoted(&b.dimension))
+    }
+
+    fn source_in_range(&self) -> String {
+        self.in_range(|b| b.source_time.clone())
+    }
+
+    /// The rollup's bucket, as a column of partial rows.
+    fn bucket_name(&self) -> String {
+        self.bucket.as_ref().map_or("'-infinity'::timestamp".into(), |b| quoted(&b.dimension))
+    }
+
+    /// Removes the merged rows of the buckets in `[$1, $2)`.
+    pub fn clear(&self) -> String {
+        format!("DELETE FROM {} WHERE {}", self.table(), self.bucket_in_range())
+    }
+
+    /// Inserts `truth − tail` of the range `[$1, $2)`, and returns the number of groups. `truth` is a relation with the
+    /// source's columns; without one the source itself is the truth.
+    pub fn refill(&self, truth: Option<&str>, watermark: i64) -> String {
+        let rows = self.merged_truth(truth, watermark);
+        let nonzero = list_of(&self.measures, |m| format!("sum({}) <> 0", quoted(&m.column.name)));
+        let keep = if truth.is_some() { format!(" HAVING {}", nonzero.join(" OR ")) } else { String::new() };
+        format!(
+            "INSERT INTO {} ({}) {} RETURNING 1",
+            self.table(),
+            self.column_list(),
+            self.combine("", &rows, &keep)
+        )
+    }
+
+    /// Partial rows of what must have been merged.
+    fn merged_truth(&self, truth: Option<&str>, watermark: i64) -> String {
+        let range = self.source_in_range();
+        let Some(truth) = truth else {
+            let merged = format!("{range} AND r.{} <= {watermark}", quoted(&self.source_sequence));
+            return self.project(&self.source, &merged);
+        };
+        let tail = format!("{range} AND {}", self.tail(&watermark.to_string()));
+        format!(
+            "{} UNION ALL SELECT {}, {} FROM ({}) AS tail",
+            self.project(truth, &range),
+            self.dimension_list(),
+            list(&self.measures, |m| format!("- {}", quoted(&m.column.name))),
+            self.project(&self.source, &tail)
+        )
+    }
+
+    /// Whether there are merged rows in `[$1, $2)`.
+    pub fn has_rows(&self) -> String {
+        format!("SELECT FROM {} WHERE {}", self.table(), self.bucket_in_range())
+    }
+
+    /// The last bucket of `[$1, $2)` of which the rollup knows more source rows than [`Definition::refill`] would find.
+    pub fn last_lost_bucket(&self, truth: Option<&str>, watermark: i64) -> String {
+        let (bucket, presence) = (self.bucket_name(), quoted(&self.presence));
+        format!(
+            "SELECT coalesce(bucket, '-infinity')::timestamp
+             FROM (SELECT {bucket} AS bucket, {presence} AS n FROM {table} WHERE {range}
+                   UNION ALL SELECT {bucket}, - {presence} FROM ({rows}) AS rows) AS known_and_found
+             GROUP BY bucket HAVING sum(n) > 0 ORDER BY 1 DESC LIMIT 1",
+            table = self.table(),
+            range = self.bucket_in_range(),
+            rows = self.merged_truth(truth, watermark),
+        )
+    }
+
+    /// Whether `$1` is a border between two buckets.
+    pub fn is_border(&self) -> Option<String> {
+        let bucket = self.bucket.as_ref()?;
+        let dimension = self.dimensions.iter().find(|d| d.column.name == bucket.dimension)?;
+        Some(format!(
+            "SELECT $1 IN ('-infinity', 'infinity') OR ({})::timestamp = $1 FROM (SELECT $1::{} AS {}) AS r",
+            dimension.column.expression,
+            bucket.column_type,
+            quoted(&bucket.column)
+        ))
+    }
+
+    /// The groups of the range `[$1, $2)` in which rollup + tail differ from the truth, all in one snapshot.
+    pub fn compare(&self, truth: Option<&str>) -> String {
+        let of = |side: &str, m: &Measure| {
+            let m = quoted(&m.column.name);
+            format!("(array_agg(to_jsonb({m})) FILTER (WHERE litellm_spend_side = '{side}'))[1]")
+        };
+        let object = |side: &str| {
+            let pairs = list(&self.measures, |m| format!("{}, {}", literal(&m.column.name), of(side, m)));
+            format!(
+                "CASE WHEN count(*) FILTER (WHERE litellm_spend_side = '{side}') > 0 THEN jsonb_build_object({pairs}) END"
+            )
+        };
+        let differs =
+            list_of(&self.measures, |m| format!("{} IS DISTINCT FROM {}", of("live", m), of("truth", m)));
+        let live = self.combine("", &self.partial_rows(|_| true, None), &self.is_present());
+        let truth = self.project(truth.unwrap_or(&self.source), &self.source_in_range());
+        format!(
+            "SELECT jsonb_build_object({key})::text, ({live_object})::text, ({truth_object})::text
+             FROM (SELECT 'live' AS litellm_spend_side, {columns} FROM ({live}) AS live WHERE {range}
+                   UNION ALL
+                   SELECT 'truth', {columns} FROM ({truth_groups}) AS truth_groups) AS both_sides
+             GROUP BY {keys} HAVING {differs} ORDER BY {keys}",
+            key = list(&self.dimensions, |d| format!(
+                "{}, {}",
+                literal(&d.column.name),
+                quoted(&d.column.name)
+            )),
+            live_object = object("live"),
+            truth_object = object("truth"),
+            columns = self.column_list(),
+            range = self.bucket_in_range(),
+            truth_groups = self.combine("", &truth, &self.is_present()),
+            keys = self.dimension_list(),
+            differs = differs.join(" OR "),
+        )
+    }
+}
+
+impl Column {
+    /// As a table has it.
+    fn declared(&self) -> String {
+        let collation = self.collation.as_ref().map(|c| format!(" COLLATE {c}")).unwrap_or_default();
+        format!("{} {}{collation}", quoted(&self.name), self.r#type)
+    }
+}
+
+impl Measure {
+    /// Combines states, or the states of single rows.
+    fn aggregate(&self, state: &str) -> String {
+        let function = match &self.combine {
+            Combine::Sum => "sum",
+            Combine::Min => "min",
+            Combine::Max => "max",
+            Combine::With(function) => function,
+        };
+        format!("{function}({state})::{}", self.column.r#type)
+    }
+
+    /// Its column, as `CREATE TABLE` and `ADD COLUMN` take it.
+    pub fn table_column(&self) -> String {
+        let empty = self.empty.as_ref().map(|empty| format!(" NOT NULL DEFAULT {empty}"));
+        format!("{}{}", self.column.declared(), empty.unwrap_or_default())
+    }
+
+    /// The assignment of `ON CONFLICT DO UPDATE` to a table called `r`.
+    fn add_excluded(&self) -> String {
+        let m = quoted(&self.column.name);
+        let sum = match &self.combine {
+            Combine::Sum if self.empty.is_some() => format!("r.{m} + excluded.{m}"),
+            Combine::Sum => format!("coalesce(r.{m} + excluded.{m}, r.{m}, excluded.{m})"),
+            Combine::Min => format!("least(r.{m}, excluded.{m})"),
+            Combine::Max => format!("greatest(r.{m}, excluded.{m})"),
+            Combine::With(function) => {
+                format!("(SELECT {function}(state) FROM (VALUES (r.{m}), (excluded.{m})) AS states(state))")
+            }
+        };
+        format!("{m} = {sum}")
+    }
+}
+
+/// Quoted names, each once.
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    list(names.collect::<std::collections::BTreeSet<_>>(), quoted)
+}
+
+fn list_of<T>(items: impl IntoIterator<Item = T>, each: impl Fn(T) -> String) -> Vec<String> {
+    items.into_iter().map(each).collect()
+}
+
+fn list<T>(items: impl IntoIterator<Item = T>, each: impl Fn(T) -> String) -> String {
+    list_of(items, each).join(", ")
+}

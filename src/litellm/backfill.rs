@@ -1,0 +1,116 @@
+//! Computes the built-in rollups of the rows that were there before, newest day first, a day a transaction.
+
+use crate::engine::rebuild::{Shrink, rebuild};
+use crate::error::{Error, Result};
+use crate::litellm::capture::{attached, require_no_foreign_partition};
+use crate::litellm::repair;
+use crate::server::locks::Patience;
+use crate::server::log;
+use crate::server::relation;
+use crate::server::spi;
+use crate::server::text::SCHEMA;
+use crate::state::fence::Fence;
+use crate::state::frozen::{self, Range};
+use crate::state::rollups;
+use crate::state::sources::CHANGE_LOG;
+use pgrx::datum::Timestamp;
+
+/// Covers one more day of the built-in rollups, the newest that is not covered yet: of those that are furthest behind,
+/// which as a rule are all. `false`: all is covered, or a fence is taken.
+pub fn step(patience: Patience) -> Result<bool> {
+    // Before the fences, which take an XID: as a rule all is covered.
+    if !rollups::is_uncovered(CHANGE_LOG)? {
+        return Ok(false);
+    }
+    require_no_foreign_partition(attached()?.relation)?;
+    let Some(fences) = Fence::take_all(CHANGE_LOG, patience)? else { return Ok(false) };
+    // What may not be recomputed is frozen before anything is.
+    if repair::settle_lost(&fences)? {
+        return Ok(true);
+    }
+    let front = fences.iter().map(|f| f.covered_from).filter(|day| !day.is_neg_infinity()).max();
+    let Some(front) = front else { return Ok(false) };
+    let behind: Vec<&Fence> = fences.iter().filter(|f| f.covered_from == front).collect();
+    let days = days_with_rows(&behind, front)?;
+    let history_end = frozen::frozen_before()?;
+    let next = days.filter(|days| days.last >= history_end);
+    let covered_from = match next {
+        None => Timestamp::negative_infinity(),
+        Some(days) => {
+            let end = if front.is_infinity() { None } else { Some(front) };
+            for part in frozen::unfrozen_in(Range { start: days.last, end })? {
+                match rebuild(&behind, part, Shrink::Refuse) {
+                    // What the rollup says is the best record of that day.
+                    Err(Error::RawRowsLost { .. }) => {}
+                    other => drop(other?),
+                }
+            }
+            days.last
+        }
+    };
+    spi::execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup SET covered_from = $2, backfill_first = coalesce(backfill_first, $3),
+                 backfill_last = coalesce(backfill_last, $4), backfill_began = coalesce(backfill_began, now())
+             WHERE name = ANY ($1)"
+        ),
+        &[
+            behind.iter().map(|f| f.name.clone()).collect::<Vec<_>>().into(),
+            covered_from.into(),
+            next.map(|days| days.first).into(),
+            next.map(|days| days.last).into(),
+        ],
+    )?;
+    if covered_from.is_neg_infinity() {
+        log::event("all days are covered: the backfill is complete");
+    }
+    Ok(fences.iter().any(|f| f.covered_from < front && !f.covered_from.is_neg_infinity())
+        || !covered_from.is_neg_infinity())
+}
+
+#[derive(Clone, Copy)]
+struct Days {
+    first: Timestamp,
+    last: Timestamp,
+}
+
+/// The first and the last day before `covered_from` that has raw, retired or merged rows.
+fn days_with_rows(fences: &[&Fence], covered_from: Timestamp) -> Result<Option<Days>> {
+    let mut parts = vec![("\"hour\"".to_string(), format!("{SCHEMA}.retired"))];
+    for fence in fences {
+        let definition = fence.filled()?;
+        let bucket = definition.bucket.as_ref().map(|b| format!("\"{}\"::timestamp", b.dimension));
+        parts.extend(bucket.map(|time| (time, definition.table())));
+    }
+    let capture = attached()?;
+    for relation in capture.relations() {
+        parts.push(("\"startTime\"".into(), relation::relation_name(relation)?));
+    }
+    let ends: Vec<String> = parts
+        .iter()
+        .map(|(time, relation)| {
+            format!("SELECT min({time}) AS first, max({time}) AS last FROM {relation} WHERE {time} < $1")
+        })
+        .collect();
+    let sql = format!(
+        "SELECT date_trunc('day', min(first)), date_trunc('day', max(last)) FROM ({}) AS ends",
+        ends.join(" UNION ALL ")
+    );
+    let ends = capture
+        .owner()?
+        .fresh(&sql, &[covered_from.into()], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
+    Ok(ends.into_iter().next().flatten().map(|(first, last)| Days { first, last }))
+}
+
+/// Everything has to be computed again: capture was interrupted and nobody can say for which rows.
+pub fn uncover_all(source: &str) -> Result<()> {
+    spi::execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL,
+                 backfill_began = NULL
+             WHERE source = $1"
+        ),
+        &[source.into()],
+    )?;
+    Ok(())
+}

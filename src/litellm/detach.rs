@@ -1,0 +1,235 @@
+//! Detaches LiteLLM's spend log from the change log, and drops what was kept of it.
+//!
+//! Lock on the user's table: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition; last of all, after our own rows and
+//! the views (and, where the history goes too, the rollups' relations): all these waits together have one lock_timeout. It is
+//! held for the DROPs, a fraction of a millisecond each, and for merging at most [`MOST`] rows. What was in the log before is
+//! merged before.
+
+use crate::engine::rollup::{self, Merged};
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::litellm::builtin::{self, DAILY_REPORTS};
+use crate::litellm::capture::{attached, grantees, lock_rows, revoke};
+use crate::litellm::spend_log::{self, OPERATIONS};
+use crate::litellm::views::{self, Action};
+use crate::server::locks::{self, Patience};
+use crate::server::log;
+use crate::server::relation::{self, Table};
+use crate::server::session::Owner;
+use crate::server::spi;
+use crate::server::text::{SCHEMA, literal, qualified, quoted};
+use crate::state::captured::CaptureState;
+use crate::state::fence::{self, Fence};
+use crate::state::restore;
+use crate::state::rollups;
+use crate::state::sources::{self, CHANGE_LOG};
+use pgrx::prelude::*;
+use std::time::Instant;
+
+/// Values of the log that may be left to merge when the table's lock is asked for, and the most that are merged under it: 0.1 and
+/// 0.6 s (120 µs a row for all built-in rollups, hardly two rows of a group, PostgreSQL 15, two busy cores, 2026-11).
+const FEW: i64 = 1_000;
+const MOST: i64 = 5_000;
+
+pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
+    hold()?;
+    let state = attached()?;
+    let table = Table::find(state.relation)?;
+    // 1. what is in the log, as far as that goes while it is written to.
+    if !drop_history {
+        merge_most()?;
+    }
+    // 2. the locks, in the order in which readers and writers take them: what is ours, then the table.
+    let mut locked =
+        views::in_place(&state.schema)?.into_iter().map(|(_, found)| found.oid).collect::<Vec<_>>();
+    if drop_history {
+        locked.extend(relations_of_rollups()?);
+    }
+    locked.extend(captured_tables(&state)?);
+    if drop_history {
+        locked.extend(relations_of_log()?);
+    }
+    lock_exclusively(&locked)?;
+    // 3. the rest, so that the rollups say what the live views said.
+    if !drop_history {
+        merge_rest()?;
+    }
+    // 4. LiteLLM's views read the table only; nothing captures it.
+    let mut actions = match &table {
+        Some(table) => views::restore(table)?,
+        None => views::empty(&state.schema)?,
+    };
+    let names = relation::relation_names(&locked)?;
+    for (relation, trigger) in triggers()? {
+        let name = names.get(&relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
+        spi::execute(&format!("DROP TRIGGER {} ON {name}", quoted(&trigger)), &[])?;
+    }
+    for operation in OPERATIONS {
+        spi::execute(&format!("DROP FUNCTION IF EXISTS {}()", spend_log::function_name(operation)), &[])?;
+    }
+    let name = qualified(&state.schema, &state.table);
+    let text = if table.is_some() { "no longer captured" } else { "was dropped before" };
+    log::event(format_args!("{name}: {text}"));
+    actions.push((format!("table {name}"), text.into()));
+    // The owner may go on to read what is kept.
+    let owner = table.as_ref().map(|table| Owner::role(table.owner_oid));
+    for role in grantees()? {
+        revoke(role, if Some(role) == owner { "INSERT" } else { "ALL" })?;
+    }
+    spi::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
+    // Frozen days stay so.
+    spi::execute(&format!("DELETE FROM {SCHEMA}.dirty_range WHERE repair <> 'freeze'"), &[])?;
+    if drop_history {
+        actions.extend(drop_rollups()?);
+    } else {
+        let kept =
+            builtin::rollups().into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
+        actions.extend(kept);
+    }
+    Ok(actions)
+}
+
+/// Drops what a detach has kept.
+pub fn forget_history() -> Result<Vec<Action>> {
+    hold()?;
+    let locked: Vec<_> = relations_of_rollups()?.into_iter().chain(relations_of_log()?).collect();
+    lock_exclusively(&locked)?;
+    drop_rollups()
+}
+
+/// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each waited for within a
+/// limit: nothing later waits for one while it holds a table.
+fn hold() -> Result<()> {
+    if !fence::lock_attachment(Patience::of_call())? {
+        return Err(Error::AttachmentBusy);
+    }
+    for name in rollups::rollup_names(Some(CHANGE_LOG))? {
+        // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge the rollup.
+        drop(Fence::wait(&name)?);
+    }
+    let log = format!("WHERE name = {}", literal(CHANGE_LOG));
+    [("source", log.as_str()), ("capture", ""), ("dirty_range", "")]
+        .into_iter()
+        .try_for_each(|(table, condition)| lock_rows(guc::lock_timeout(), table, condition))
+}
+
+fn lock_exclusively(relations: &[pg_sys::Oid]) -> Result<()> {
+    let locks: Vec<_> = relations.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
+    locks::lock_all(guc::lock_timeout(), &locks)
+}
+
+/// The relations of those names that there are.
+fn existing(names: impl IntoIterator<Item = String>) -> Result<Vec<pg_sys::Oid>> {
+    let found: Vec<_> =
+        names.into_iter().map(|name| relation::find_relation(&name)).collect::<Result<_>>()?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// The views and tables of the built-in rollups; a view before what it reads.
+fn relations_of_rollups() -> Result<Vec<pg_sys::Oid>> {
+    let reports = DAILY_REPORTS.iter().map(|(name, _)| qualified(SCHEMA, name));
+    let (live, tables): (Vec<_>, Vec<_>) =
+        builtin::rollups().iter().map(|rollup| (rollup.live_view(), rollup.table())).unzip();
+    existing(reports.chain(live).chain(tables))
+}
+
+/// The writers of the table come to these last.
+fn relations_of_log() -> Result<Vec<pg_sys::Oid>> {
+    existing([CHANGE_LOG, "retired", "change_log_seq"].map(|name| qualified(SCHEMA, name)))
+}
+
+/// Our triggers: their tables and names.
+fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
+    let functions: Vec<String> = OPERATIONS.iter().map(|o| spend_log::function_name(o)).collect();
+    spi::query(
+        "SELECT tgrelid, tgname::text FROM pg_catalog.pg_trigger
+         WHERE tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)",
+        &[functions.into()],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
+    )
+}
+
+/// The captured tables and all else that has our triggers; a table before its partitions.
+fn captured_tables(state: &CaptureState) -> Result<Vec<pg_sys::Oid>> {
+    let mut tables = vec![];
+    for relation in state.relations() {
+        if Table::find(relation)?.is_some() {
+            tables.extend(relation::relation_tree(relation)?);
+        }
+    }
+    for (relation, _) in triggers()? {
+        if !tables.contains(&relation) {
+            tables.push(relation);
+        }
+    }
+    Ok(tables)
+}
+
+/// Locked before.
+fn drop_rollups() -> Result<Vec<Action>> {
+    spi::unless_needed(drop_relations)
+}
+
+fn drop_relations() -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    views::drop_reports()?;
+    for definition in builtin::rollups() {
+        spi::execute(&format!("DROP VIEW IF EXISTS {}", definition.live_view()), &[])?;
+        if relation::find_relation(&definition.table())?.is_some() {
+            spi::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
+            actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
+        }
+    }
+    spi::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
+    spi::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
+    spi::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
+    spi::execute(&format!("DROP TABLE IF EXISTS {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
+    spi::execute(&format!("DROP SEQUENCE IF EXISTS {SCHEMA}.change_log_seq"), &[])?;
+    restore::mark()?;
+    Ok(actions)
+}
+
+fn log() -> Result<Option<sources::Source>> {
+    Ok(sources::sources()?.into_iter().find(|source| source.name == CHANGE_LOG))
+}
+
+/// How many values of the log are not merged.
+fn unmerged() -> Result<i64> {
+    let Some(log) = log()? else { return Ok(0) };
+    Ok(relation::last_value(log.sequence)?.unwrap_or(log.merged_to) - log.merged_to)
+}
+
+/// Merges what is safe.
+fn merge_log(patience: Patience) -> Result<()> {
+    let Some(mut log) = log()? else { return Ok(()) };
+    let safe = rollup::find_safe_end(&mut log, patience)?;
+    for name in &log.rollups {
+        while let Merged::Window(_) = rollup::merge(name, safe, guc::max_window(), patience)? {}
+    }
+    Ok(())
+}
+
+/// Merges while writers go on, until little is left or an open transaction is in the way: that has the table, too, and is
+/// named when its lock is not to be had.
+fn merge_most() -> Result<()> {
+    let mut before = i64::MAX;
+    loop {
+        merge_log(Patience::of_call())?;
+        let left = unmerged()?;
+        if left <= FEW || left > before / 2 {
+            return Ok(());
+        }
+        before = left;
+    }
+}
+
+/// Merges what came since, whose writers are locked out. One that has just committed may not have given back all its locks yet.
+fn merge_rest() -> Result<()> {
+    if unmerged()? <= MOST {
+        merge_log(Patience::Until(Instant::now() + guc::lock_timeout().time))?;
+    }
+    match unmerged()? {
+        0 => Ok(()),
+        left => Err(Error::LogNotMerged { left }),
+    }
+}

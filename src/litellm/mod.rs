@@ -1,0 +1,11 @@
+//! LiteLLM's table and views: capture, the built-in rollups, backfill, repair, what changes around them. May call the engine and below.
+
+pub mod admin;
+pub mod backfill;
+pub mod builtin;
+pub mod capture;
+pub mod detach;
+pub mod repair;
+pub mod spend_log;
+pub mod views;
+pub mod watch;

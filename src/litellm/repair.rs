@@ -1,0 +1,253 @@
+//! Repairs what capture could not write, and freezes the days whose raw rows are gone.
+
+use crate::engine::rebuild::{Shrink, has_lost_rows, rebuild, smallest, start_of_raw};
+use crate::error::{Error, Result};
+use crate::litellm::backfill::uncover_all;
+use crate::litellm::capture::attached;
+use crate::server::locks::Patience;
+use crate::server::relation;
+use crate::server::spi;
+use crate::server::text::{SCHEMA, next_midnight, quoted};
+use crate::state::captured::{self, CaptureState};
+use crate::state::definition::Definition;
+use crate::state::fence::Fence;
+use crate::state::frozen::{self, Range};
+use crate::state::sources;
+use pgrx::datum::Timestamp;
+use std::time::{Duration, Instant};
+
+/// Repairs the oldest failure of capture that has committed. `false`: there is none.
+pub fn step(patience: Patience) -> Result<bool> {
+    let Some(mut capture) = captured::capture()? else { return Ok(false) };
+    if !unrepaired()? {
+        return find_lost_failures(&mut capture, patience);
+    }
+    let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
+    // What may not be recomputed is frozen before anything is.
+    if settle_lost(&fences)? {
+        return Ok(true);
+    }
+    spi::execute(
+        &format!(
+            "UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
+             WHERE repair = 'keep' AND repaired_at IS NULL"
+        ),
+        &[],
+    )?;
+    // Marked before the rebuild's snapshot: what is noticed after it stays for the next step.
+    let ranges = spi::fresh(
+        &format!(
+            "UPDATE {SCHEMA}.dirty_range d SET repaired_at = clock_timestamp()
+             FROM (SELECT range_start, range_end FROM {SCHEMA}.dirty_range
+                   WHERE repair = 'rebuild' AND repaired_at IS NULL ORDER BY noticed_at LIMIT 1) AS oldest
+             WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end
+               AND d.repair = 'rebuild' AND d.repaired_at IS NULL
+             RETURNING d.range_start, d.range_end, d.operation"
+        ),
+        &[],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)),
+    )?;
+    // All of them are the same range.
+    let by = |operations: &[&str]| {
+        ranges.iter().any(|(_, _, by): &(Timestamp, Timestamp, String)| operations.contains(&by.as_str()))
+    };
+    let shrink = match () {
+        () if by(&["MOVE"]) => Shrink::Allow,
+        () if by(&["UPDATE", "DELETE"]) => Shrink::IfRawReachesBack,
+        () => Shrink::Refuse,
+    };
+    if let Some((start, end, _)) = ranges.into_iter().next() {
+        let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
+        let fences: Vec<&Fence> = fences.iter().collect();
+        let mut unrepairable = !frozen::frozen_in(range)?.is_empty();
+        for part in frozen::unfrozen_in(range)? {
+            match rebuild(&fences, part, shrink) {
+                Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => unrepairable = true,
+                other => drop(other?),
+            }
+        }
+        if unrepairable {
+            spi::execute(
+                &format!(
+                    "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
+                     WHERE repair = 'rebuild' AND range_start = $1 AND range_end = $2"
+                ),
+                &[start.into(), end.into()],
+            )?;
+        }
+    }
+    // Of failures the numbers are counted, see below.
+    spi::execute(
+        &format!(
+            "DELETE FROM {SCHEMA}.dirty_range
+             WHERE failure IS NULL AND repair = 'rebuild' AND repaired_at IS NOT NULL AND NOT unrepairable"
+        ),
+        &[],
+    )?;
+    Ok(true)
+}
+
+fn unrepaired() -> Result<bool> {
+    let sql = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL)");
+    Ok(spi::query(&sql, &[], |r| spi::value(r, 1))?.contains(&true))
+}
+
+/// A failure that could not even be noted left only its number in the sequence. Once every writer of that time has
+/// ended, a number without a note is either rolled back or lost: then everything is computed again.
+fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<bool> {
+    let sequence = format!("{SCHEMA}.capture_failures");
+    let sequence = relation::find_relation(&sequence)?.ok_or(Error::NoTable(sequence))?;
+    let last = relation::last_value(sequence)?.unwrap_or(0);
+    if last == capture.failures_seen {
+        return Ok(false);
+    }
+    // Read after it: a conversion may have put another table in its place.
+    let Some(relation) = captured::captured_relation()? else { return Ok(false) };
+    let writers = sources::writers(relation::relation_tree(relation)?)?;
+    let safe = capture.window.look(last, &writers);
+    sources::store_failure_window(&capture.source, &capture.window)?;
+    let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };
+    let Some(_fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
+    let noted = spi::fresh(
+        &format!(
+            "SELECT count(DISTINCT failure) FROM {SCHEMA}.dirty_range WHERE failure > $1 AND failure <= $2"
+        ),
+        &[capture.failures_seen.into(), safe.into()],
+        |r| spi::value::<i64>(r, 1),
+    )?;
+    if noted.first().copied().unwrap_or(0) < safe - capture.failures_seen {
+        uncover_all(&capture.source)?;
+    }
+    spi::execute(
+        &format!("UPDATE {SCHEMA}.capture SET failures_seen = $2 WHERE source = $1"),
+        &[capture.source.as_str().into(), safe.into()],
+    )?;
+    spi::execute(
+        &format!(
+            "DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1 AND NOT unrepairable"
+        ),
+        &[safe.into()],
+    )?;
+    Ok(true)
+}
+
+/// How long a step compares days before it commits what it found.
+const SETTLING: Duration = Duration::from_secs(1);
+
+/// Finds the days of which rows went without a DELETE, and freezes them. A day is compared at a time, the newest first; what is not
+/// reached within a second is left for the next step. `false`: there was nothing to look at.
+pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
+    let Some((fence, definition)) = smallest(fences.iter()) else { return Ok(false) };
+    // 1. where to look. The notes are ours before the first day is read: one that is committed later stays.
+    let notes = spi::fresh(
+        &format!(
+            "WITH notes AS (DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL RETURNING *)
+             SELECT range_agg(tsrange(range_start, nullif(range_end, 'infinity')))::text,
+                    string_agg(DISTINCT operation, ', ')
+             FROM notes"
+        ),
+        &[],
+        |r| Ok(r.get::<String>(1)?.zip(r.get::<String>(2)?)),
+    )?;
+    let Some((ranges, operation)) = notes.into_iter().next().flatten() else { return Ok(false) };
+    // 2. the days that the rollup knows there, and whether raw rows of them are missing.
+    let started = Instant::now();
+    let mut looked_from: Option<Timestamp> = None;
+    while let Some((day, next)) = last_known_day(fence, definition, &ranges, looked_from)? {
+        let range = Range { start: day, end: Some(next).filter(|next| !next.is_infinity()) };
+        if frozen::frozen_in(range)?.is_empty() && may_have_lost_rows(fence, definition, range)? {
+            frozen::freeze(day, next, &operation)?;
+        }
+        looked_from = Some(day);
+        if started.elapsed() > SETTLING {
+            note_again(&ranges, day, &operation)?;
+            return Ok(true);
+        }
+    }
+    // 3. no raw row is older than these: one border for all of them.
+    let capture = attached()?;
+    if fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
+        let border = spi::fresh(
+            &format!(
+                "SELECT max(range_end) FROM {SCHEMA}.dirty_range
+                 WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_end <= least($1, {TODAY} + interval '1 day')"
+            ),
+            &[start_of_raw(&capture)?.into()],
+            |r| Ok(r.get::<Timestamp>(1)?),
+        )?;
+        border.into_iter().flatten().try_for_each(frozen::freeze_before)?;
+    }
+    Ok(true)
+}
+
+/// Days that are not over are no history yet, nor is the future, which a mistaken row may be dated in.
+const TODAY: &str = "date_trunc('day', clock_timestamp() AT TIME ZONE 'UTC')";
+
+/// The last day within `ranges` that the rollup, with its tail, has rows of, and the day after it.
+fn last_known_day(
+    fence: &Fence,
+    definition: &Definition,
+    ranges: &str,
+    before: Option<Timestamp>,
+) -> Result<Option<(Timestamp, Timestamp)>> {
+    let Some(bucket) = &definition.bucket else { return Ok(None) };
+    let last = |time: String, relation: &str, condition: &str| {
+        format!(
+            "SELECT date_trunc('day', max({time}::timestamp)) AS last FROM {relation} AS r
+             WHERE {time}::timestamp <@ $1::tsmultirange AND ($2 IS NULL OR {time}::timestamp < $2) {condition}"
+        )
+    };
+    let sql = format!(
+        "SELECT last, {} FROM (SELECT max(last) AS last FROM ({} UNION ALL {}) AS lasts) AS day",
+        next_midnight("last"),
+        last(quoted(&bucket.dimension), &definition.table(), ""),
+        last(bucket.source_time.clone(), &definition.source, &format!("AND seq > {}", fence.watermark)),
+    );
+    let days =
+        spi::fresh(&sql, &[ranges.into(), before.into()], |r| Ok(r.get(1)?.zip(r.get::<Timestamp>(2)?)))?;
+    Ok(days.into_iter().next().flatten())
+}
+
+/// A day of which rows were not captured may have lost as many as it seems to have too many.
+fn may_have_lost_rows(fence: &Fence, definition: &Definition, day: Range) -> Result<bool> {
+    let uncaptured = format!(
+        "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
+         AND range_start < coalesce($2, 'infinity') AND range_end > $1"
+    );
+    Ok(has_lost_rows(fence, definition, day)?
+        || spi::exists(&uncaptured, &[day.start.into(), day.end.into()])?)
+}
+
+/// What was not looked at yet: the ranges before `day`.
+fn note_again(ranges: &str, day: Timestamp, operation: &str) -> Result<()> {
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+             SELECT lower(part), upper(part), 'freeze', $3
+             FROM unnest($1::tsmultirange * tsmultirange(tsrange(NULL, $2))) AS part"
+        ),
+        &[ranges.into(), day.into(), operation.into()],
+    )
+    .map(drop)
+}
+
+/// Freezes the days before the oldest raw row and prunes their ledger: nothing can recompute them any more.
+pub fn freeze_expired(patience: Patience) -> Result<bool> {
+    let Some(capture) = captured::capture()? else { return Ok(false) };
+    let Some(first) = start_of_raw(&capture)? else { return Ok(false) };
+    // Before the fences, which take an XID: as a rule there is nothing to freeze.
+    let border = spi::query(
+        &format!(
+            "SELECT least($2, {TODAY}) FROM {SCHEMA}.source WHERE name = $1 AND frozen_before < least($2, {TODAY})"
+        ),
+        &[capture.source.as_str().into(), first.into()],
+        |r| spi::value::<Timestamp>(r, 1),
+    )?;
+    let Some(border) = border.into_iter().next() else { return Ok(false) };
+    let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
+    if fences.is_empty() || !fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
+        return Ok(false);
+    }
+    frozen::freeze_before(border)?;
+    Ok(true)
+}

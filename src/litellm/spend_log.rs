@@ -1,0 +1,517 @@
+//! What is particular to LiteLLM: the columns of its spend log, and how a row becomes a row of the change log. Pure text,
+//! like `definition`.
+//!
+//! Columns are found by name: their order differs between installs, and older versions lack some.
+
+use crate::server::text::{SCHEMA, literal, next_midnight, quoted};
+use crate::state::sources::CHANGE_LOG;
+
+/// LiteLLM's spend log, as its migrations name it.
+pub const SPEND_LOGS: &str = "LiteLLM_SpendLogs";
+
+/// What [`create_log_tables`] makes, in its order.
+pub const LOG_RELATIONS: [&str; 3] = ["change_log_seq", CHANGE_LOG, "retired"];
+
+/// A column of the spend log that capture reads.
+pub struct SourceColumn {
+    pub name: &'static str,
+    pub r#type: &'static str,
+    pub required: bool,
+}
+
+const fn required(name: &'static str, r#type: &'static str) -> SourceColumn {
+    SourceColumn { name, r#type, required: true }
+}
+
+const fn optional(name: &'static str, r#type: &'static str) -> SourceColumn {
+    SourceColumn { name, r#type, required: false }
+}
+
+pub const TIME: &str = "startTime";
+
+/// Identifies a request; not captured, but it tells copied rows from new ones when the table is replaced.
+const REQUEST_ID: &str = "request_id";
+
+const REQUIRED: [SourceColumn; 6] = [
+    required(REQUEST_ID, "text"),
+    required(TIME, "timestamp without time zone"),
+    required("spend", "double precision"),
+    required("total_tokens", "integer"),
+    required("prompt_tokens", "integer"),
+    required("completion_tokens", "integer"),
+];
+
+/// Captured as they are, NULL and '' apart. The change log has a column of the same name for each.
+pub const DIMENSIONS: [SourceColumn; 13] = [
+    required("api_key", "text"),
+    optional("user", "text"),
+    optional("team_id", "text"),
+    optional("organization_id", "text"),
+    optional("end_user", "text"),
+    required("model", "text"),
+    optional("model_group", "text"),
+    optional("custom_llm_provider", "text"),
+    optional("status", "text"),
+    optional("cache_hit", "text"),
+    optional("call_type", "text"),
+    optional("request_tags", "jsonb"),
+    optional("agent_id", "text"),
+];
+
+/// Name, type in the change log, and value of a spend log row `r`. Money is numeric: sums must not depend on the
+/// order of addition. NaN and the infinities count as 0, or one bad row would make its day unreadable for ever.
+pub const MEASURES: [(&str, &str, &str); 6] = [
+    (
+        "spend",
+        "numeric",
+        "CASE WHEN r.spend > '-Infinity' AND r.spend < 'Infinity' THEN r.spend::numeric ELSE 0 END",
+    ),
+    ("prompt_tokens", "bigint", "coalesce(r.prompt_tokens, 0)::bigint"),
+    ("completion_tokens", "bigint", "coalesce(r.completion_tokens, 0)::bigint"),
+    ("total_tokens", "bigint", "coalesce(r.total_tokens, 0)::bigint"),
+    ("requests", "bigint", "1::bigint"),
+    ("failed_requests", "bigint", "(r.status IS NOT DISTINCT FROM 'failure')::int::bigint"),
+];
+
+/// All columns that capture knows of.
+pub fn source_columns() -> impl Iterator<Item = &'static SourceColumn> {
+    REQUIRED.iter().chain(&DIMENSIONS)
+}
+
+/// The spend log's columns that this install has, and the SQL that depends on them.
+pub struct Capture<'a> {
+    /// Names of the captured columns that the table has.
+    pub columns: &'a [String],
+}
+
+impl Capture<'_> {
+    fn has(&self, column: &str) -> bool {
+        self.columns.iter().any(|c| c == column)
+    }
+
+    /// Turns rows of `relation` into rows of the change log, one for one. `sign` is `1` or `-1`.
+    fn rows(&self, relation: &str, sign: i32, condition: &str) -> String {
+        let hour = format!("date_trunc('hour', r.{}) AS hour", quoted(TIME));
+        let dimensions = DIMENSIONS.iter().map(|d| {
+            let name = quoted(d.name);
+            if self.has(d.name) { format!("r.{name}") } else { format!("NULL::{} AS {name}", d.r#type) }
+        });
+        let measures = MEASURES.iter().map(|(name, _, value)| {
+            let value = if *name == "failed_requests" && !self.has("status") { "0::bigint" } else { value };
+            let value = if sign < 0 { format!("- ({value})") } else { value.to_string() };
+            format!("{value} AS {}", quoted(name))
+        });
+        let columns: Vec<String> = std::iter::once(hour).chain(dimensions).chain(measures).collect();
+        format!("SELECT {} FROM {relation} AS r {condition}", columns.join(", "))
+    }
+
+    /// The raw rows as the change log would hold them, and the ledger of deleted ones: what rollups must equal.
+    pub fn truth(&self, relation: &str, predecessor: Option<&str>) -> String {
+        let range = format!("r.{0} >= $1 AND ($2 IS NULL OR r.{0} < $2)", quoted(TIME));
+        let mut parts = vec![self.rows(relation, 1, &format!("WHERE {range}"))];
+        if let Some(predecessor) = predecessor {
+            let condition = format!("WHERE {range} AND {}", not_in(relation));
+            parts.push(self.rows(predecessor, 1, &condition));
+        }
+        parts.push(format!("SELECT {} FROM {SCHEMA}.retired", log_columns()));
+        parts.join(" UNION ALL ")
+    }
+
+    /// Writes to the change log what the rows of `relation` that `predecessor` does not hold add.
+    pub fn insert_gap(&self, relation: &str, predecessor: Option<&str>) -> String {
+        let condition = predecessor.map(|p| format!("WHERE {}", not_in(p))).unwrap_or_default();
+        write_sums("change_log", &self.rows(relation, 1, &condition))
+    }
+
+    /// Writes rows that leave the raw table without leaving the totals to the ledger.
+    pub fn retire(&self, relation: &str) -> String {
+        write_sums("retired", &self.rows(relation, 1, ""))
+    }
+
+    /// The trigger functions, as (name, body).
+    ///
+    /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. They belong to the table's
+    /// owner and are SECURITY DEFINER, because the writer may be any role that the owner lets write; hence the pinned
+    /// search_path. Whatever they call of the owner's (a cast, say, after a column has changed its type) runs as the owner, who
+    /// may insert into the change log, the ledger and the notes of failures, and no more.
+    /// A failure is caught, counted in a sequence (which no rollback takes back) and, if that can be written,
+    /// its days are marked dirty; the user's statement succeeds.
+    pub fn functions(
+        &self,
+        subtract_deleted: bool,
+        predecessor: Option<(u32, &str)>,
+    ) -> Vec<(String, String)> {
+        let inserted = self.rows("new_rows", 1, "");
+        let insert = match predecessor {
+            None => write_rows("change_log", &inserted) + ";",
+            // The old table may be dropped, and its owner may give its name to something else, which must not run
+            // with our rights: it is read only when it has been locked under its name.
+            Some((oid, name)) => format!(
+                "IF to_regclass({text})::oid = {oid} THEN
+        LOCK TABLE {name} IN ACCESS SHARE MODE;
+        IF to_regclass({text})::oid = {oid} THEN
+            {};
+            RETURN NULL;
+        END IF;
+    END IF;
+    {};",
+                write_rows("change_log", &self.rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
+                write_rows("change_log", &inserted),
+                text = literal(name),
+            ),
+        };
+        let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
+        let expiring = format!("coalesce(current_setting('{EXPIRING}', true) = 'on', false)");
+        // A kept row that could not be written to the ledger is still in the rollups, which is where it belongs.
+        let (delete, delete_repair) = if subtract_deleted {
+            let subtract = write_rows("change_log", &self.rows("old_rows", -1, ""));
+            (
+                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF;", self.retire("old_rows")),
+                format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"),
+            )
+        } else {
+            (self.retire_deleted(), "'keep'".into())
+        };
+        vec![
+            self.function("insert", &insert, "new_rows", "'rebuild'"),
+            self.function(
+                "update",
+                &format!("{}\n    {};", note_moves(), write_sums("change_log", &updated)),
+                "both",
+                "'rebuild'",
+            ),
+            self.function("delete", &delete, "old_rows", &delete_repair),
+            (function_name("move"), move_function()),
+            (function_name("truncate"), truncate_function()),
+        ]
+    }
+
+    /// A row that a MERGE has moved to another partition is among those that a DELETE takes, but it is still there. Only the owner's
+    /// own table is read as the owner.
+    fn retire_deleted(&self) -> String {
+        let all = self.retire("old_rows");
+        let condition = format!("WHERE {}", not_in("litellm_spend_table"));
+        let gone = write_sums("retired", &self.rows("old_rows", 1, &condition)).replace('%', "%%");
+        format!(
+            "IF coalesce(current_setting('{MOVED}', true), '') = ''
+       OR NOT EXISTS (SELECT FROM pg_class WHERE oid = TG_RELID AND pg_get_userbyid(relowner) = current_user) THEN
+        {all};
+    ELSE
+        EXECUTE format({}, TG_RELID::regclass);
+    END IF;",
+            literal(&gone.replace("litellm_spend_table", "%s"))
+        )
+    }
+
+    fn function(&self, operation: &str, body: &str, rows: &str, repair: &str) -> (String, String) {
+        let time = quoted(TIME);
+        let rows = match rows {
+            "both" => format!("(SELECT {time} FROM old_rows UNION ALL SELECT {time} FROM new_rows)"),
+            one => one.to_string(),
+        };
+        let (name, end) = (function_name(operation), next_midnight(&time));
+        let text = format!(
+            "
+DECLARE
+    failure bigint;
+BEGIN
+    {body}
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    BEGIN
+        failure := nextval('{SCHEMA}.capture_failures');
+        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate, message)
+        SELECT DISTINCT failure, date_trunc('day', {time}), {end}, {repair}, TG_OP, SQLSTATE, SQLERRM
+        FROM {rows} AS r;
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    RAISE WARNING 'litellm_spend could not capture % on %: %', TG_OP, TG_TABLE_NAME, SQLERRM
+        USING HINT = 'The statement itself is not affected; the days concerned are rebuilt.';
+    RETURN NULL;
+END
+"
+        );
+        (name, text)
+    }
+
+    /// As [`Capture::trigger`], but the trigger collects no rows and never fires.
+    pub fn silent_trigger(operation: &str, relation: &str) -> String {
+        format!(
+            "CREATE OR REPLACE TRIGGER {} AFTER {operation} ON {relation} FOR EACH STATEMENT WHEN (false) EXECUTE FUNCTION {}()",
+            trigger_name(operation),
+            function_name(operation)
+        )
+    }
+
+    /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks no reader out. `keys`
+    /// are the columns by which the table is partitioned, none if that cannot be said.
+    pub fn trigger(operation: &str, relation: &str, keys: &[String]) -> String {
+        let (when, rows) = match operation {
+            "insert" => ("AFTER INSERT", "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT"),
+            "update" => {
+                ("AFTER UPDATE", "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT")
+            }
+            "delete" => ("AFTER DELETE", "REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT"),
+            MOVE => ("BEFORE UPDATE", "FOR EACH ROW"),
+            _ => ("AFTER TRUNCATE", "FOR EACH STATEMENT"),
+        };
+        let columns = keys.iter().map(|key| quoted(key)).collect::<Vec<_>>().join(", ");
+        let of = if operation == MOVE && !keys.is_empty() { format!("OF {columns}") } else { String::new() };
+        format!(
+            "CREATE OR REPLACE TRIGGER {} {when} {of} ON {relation} {rows} EXECUTE FUNCTION {}()",
+            trigger_name(operation),
+            function_name(operation)
+        )
+    }
+}
+
+/// On while a policy deletes rows that have expired: they stay in the totals, as those of a partition that is dropped do, also where
+/// a DELETE subtracts. Whoever else sets it for a DELETE of their own keeps the totals as they are.
+pub const EXPIRING: &str = "litellm_spend_internal.expiring";
+
+/// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
+const LOCK_TIMEOUT: &str = "1s";
+
+/// What triggers capture.
+pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOVE];
+
+/// Of a row, to another partition. Its trigger is on each partition that holds rows, made there by ourselves: from the partitioned
+/// table it would be cloned to new ones by whoever makes those, who then would have to be allowed to execute its function.
+pub const MOVE: &str = "move";
+
+/// The setting in which a statement remembers a row that moves to another partition, and days that such rows leave and come to.
+const MOVED: &str = "litellm_spend_capture.moved";
+
+pub fn trigger_name(operation: &str) -> String {
+    format!("litellm_spend_capture_{operation}")
+}
+
+pub fn function_name(operation: &str) -> String {
+    format!("{SCHEMA}.capture_{operation}")
+}
+
+/// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later, within the bounds of a
+/// partition by the time column; to read the rows themselves would keep the statement, and who waits for it.
+fn truncate_function() -> String {
+    format!(
+        "
+DECLARE
+    bounds text[];
+    range_start timestamp := '-infinity';
+    range_end timestamp := 'infinity';
+BEGIN
+    BEGIN
+        SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') INTO bounds
+        FROM pg_class c JOIN pg_inherits i ON i.inhrelid = c.oid JOIN pg_partitioned_table k ON k.partrelid = i.inhparent
+        JOIN pg_attribute a ON a.attrelid = k.partrelid AND a.attname = {time}
+        WHERE c.oid = TG_RELID AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum;
+        IF bounds[1] <> 'MINVALUE' THEN
+            range_start := date_trunc('day', bounds[1]::timestamp);
+        END IF;
+        IF bounds[2] <> 'MAXVALUE' THEN
+            range_end := date_trunc('day', bounds[2]::timestamp + interval '1 day' - interval '1 microsecond');
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        range_start := '-infinity';
+        range_end := 'infinity';
+    END;
+    INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+    VALUES (range_start, range_end, 'freeze', TG_OP);
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    RAISE WARNING 'litellm_spend could not record TRUNCATE of %: %', TG_TABLE_NAME, SQLERRM
+        USING HINT = 'Do not call spend_rollup_rebuild() for days that were truncated.';
+    RETURN NULL;
+END
+",
+        time = literal(TIME)
+    )
+}
+
+/// A MERGE that moves a row to another partition passes it to the triggers of DELETE and INSERT, not to those of UPDATE, and
+/// fires them only if it has such actions itself; that of UPDATE it fires (PostgreSQL 15 to 18). So before a row is updated, it is
+/// remembered if it is to move, and with it the days that rows leave and come to. When the statement ends, the trigger of UPDATE
+/// knows which it was: of an UPDATE the row is among those that it was given.
+///
+/// It runs as the writer, as whom the server itself computes which partition a row belongs to.
+fn move_function() -> String {
+    let time = quoted(TIME);
+    format!(
+        "
+DECLARE
+    noted jsonb;
+    stays boolean;
+BEGIN
+    IF current_setting('{MOVED}', true) = 'lost' THEN
+        RETURN NEW;
+    END IF;
+    noted := nullif(current_setting('{MOVED}', true), '')::jsonb;
+    IF noted IS NULL THEN
+        EXECUTE format('SELECT %s FROM (SELECT ($1).*) AS r', coalesce(pg_get_partition_constraintdef(TG_RELID), 'true'))
+            INTO stays USING NEW;
+        IF stays THEN
+            RETURN NEW;
+        END IF;
+        noted := jsonb_build_object('id', OLD.request_id, 'time', OLD.{time}, 'days', '{{}}'::jsonb);
+    END IF;
+    noted := jsonb_set(noted, '{{days}}', jsonb_build_object(
+        date_trunc('day', NEW.{time}), 'UPDATE') || (noted -> 'days') || jsonb_build_object(date_trunc('day', OLD.{time}), 'MOVE'));
+    PERFORM set_config('{MOVED}', noted::text, true);
+    RETURN NEW;
+EXCEPTION WHEN OTHERS THEN
+    PERFORM set_config('{MOVED}', 'lost', true);
+    RAISE WARNING 'litellm_spend could not note a row that moves in %: %', TG_TABLE_NAME, SQLERRM
+        USING HINT = 'The statement itself is not affected; the totals are computed again.';
+    RETURN NEW;
+END
+"
+    )
+}
+
+/// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment ago: it may become less than
+/// the rollups say, also if none are left (`MOVE`). If rows could not be noted, a failure is counted that says no days: everything is
+/// computed again.
+fn note_moves() -> String {
+    let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
+    let noted = format!("nullif(current_setting('{MOVED}'), '')::jsonb");
+    format!(
+        "IF coalesce(current_setting('{MOVED}', true), '') <> '' THEN
+        IF current_setting('{MOVED}') = 'lost' THEN
+            PERFORM nextval('{SCHEMA}.capture_failures');
+            PERFORM set_config('{MOVED}', '', true);
+        END IF;
+        INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+        SELECT day::timestamp, {end}, 'rebuild', operation FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
+        WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'
+                          AND r.{time} = ({noted} ->> 'time')::timestamp);
+        PERFORM set_config('{MOVED}', '', true);
+    END IF;"
+    )
+}
+
+/// Makes a trigger function of a table, for its owner.
+pub fn create_function(name: &str, body: &str) -> String {
+    let whose = if name == function_name(MOVE) { "INVOKER" } else { "DEFINER" };
+    format!(
+        "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY {whose}
+         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
+        literal(body)
+    )
+}
+
+/// What the owner of the captured table needs, as whom capture writes and rows are recomputed: to add to the log, the ledger,
+/// the notes and the rollups, never to change or remove what is there; and to read it all.
+pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
+    let log = log_columns();
+    let mut grants = vec![
+        format!("GRANT SELECT, INSERT ({log}) ON {SCHEMA}.change_log TO {role}"),
+        format!("GRANT USAGE ON SEQUENCE {SCHEMA}.change_log_seq, {SCHEMA}.capture_failures TO {role}"),
+        format!("GRANT SELECT, INSERT ({log}) ON {SCHEMA}.retired TO {role}"),
+        format!(
+            "GRANT INSERT (failure, range_start, range_end, repair, operation, sqlstate, message)
+             ON {SCHEMA}.dirty_range TO {role}"
+        ),
+        format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}"),
+    ];
+    grants.extend(rollups.iter().map(|table| format!("GRANT SELECT, INSERT ON {table} TO {role}")));
+    grants
+}
+
+fn not_in(relation: &str) -> String {
+    let id = quoted(REQUEST_ID);
+    format!("NOT EXISTS (SELECT FROM {relation} AS other WHERE other.{id} = r.{id})")
+}
+
+/// The columns that change log and ledger share.
+fn log_columns() -> String {
+    let names = std::iter::once("hour")
+        .chain(DIMENSIONS.iter().map(|d| d.name))
+        .chain(MEASURES.iter().map(|(name, ..)| *name));
+    names.map(quoted).collect::<Vec<_>>().join(", ")
+}
+
+/// Writes `rows` one for one. Adding them up first would cost more than it saves: in statements of 100 real-shaped
+/// rows hardly two agree in all dimensions (6.3 against 3.6 µs a row, 2026-11, PostgreSQL 15).
+fn write_rows(table: &str, rows: &str) -> String {
+    format!("INSERT INTO {SCHEMA}.{table} ({}) {rows}", log_columns())
+}
+
+/// Adds up `rows` and writes what is not nothing: an update of metadata leaves no trace. request_tags group as
+/// text, because jsonb calls 1.0 and 1 equal, which are two tags.
+fn write_sums(table: &str, rows: &str) -> String {
+    let keys: Vec<String> =
+        std::iter::once("hour").chain(DIMENSIONS.iter().map(|d| d.name)).map(quoted).collect();
+    let group: Vec<String> =
+        keys.iter().map(|k| k.replace("\"request_tags\"", "\"request_tags\"::text")).collect();
+    let output: Vec<String> =
+        group.iter().map(|k| k.replace("\"request_tags\"::text", "\"request_tags\"::text::jsonb")).collect();
+    let sums: Vec<String> =
+        MEASURES.iter().map(|(name, r#type, _)| format!("sum({})::{}", quoted(name), r#type)).collect();
+    let nonzero: Vec<String> =
+        MEASURES.iter().map(|(name, ..)| format!("sum({}) <> 0", quoted(name))).collect();
+    format!(
+        "INSERT INTO {SCHEMA}.{table} ({}) SELECT {}, {} FROM ({rows}) AS changes GROUP BY {} HAVING {}",
+        log_columns(),
+        output.join(", "),
+        sums.join(", "),
+        group.join(", "),
+        nonzero.join(" OR ")
+    )
+}
+
+/// The tables that capture writes. The change log is never truncated by vacuum (that takes an exclusive lock,
+/// which writers would wait for) and vacuumed by count, because its rows come and go.
+pub fn create_log_tables() -> [String; 3] {
+    let dimensions = DIMENSIONS.iter().map(|d| format!("{} {}", quoted(d.name), d.r#type));
+    let measures = MEASURES.iter().map(|(name, r#type, _)| format!("{} {type} NOT NULL", quoted(name)));
+    let columns = dimensions.chain(measures).collect::<Vec<_>>().join(", ");
+    [
+        format!("CREATE SEQUENCE {SCHEMA}.change_log_seq"),
+        format!(
+            "CREATE TABLE {SCHEMA}.change_log (
+                 seq bigint PRIMARY KEY DEFAULT nextval('{SCHEMA}.change_log_seq'),
+                 captured_at timestamptz NOT NULL DEFAULT now(), hour timestamp NOT NULL, {columns})
+             WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)"
+        ),
+        format!("CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns})"),
+    ]
+}
+
+/// What is said of what [`create_log_tables`] makes.
+pub fn describe_log() -> [String; 4] {
+    [
+        // It has no key: without this a publication FOR ALL TABLES would refuse to prune it.
+        format!("ALTER TABLE {SCHEMA}.retired REPLICA IDENTITY FULL"),
+        format!("COMMENT ON SEQUENCE {SCHEMA}.change_log_seq IS 'Numbers the rows of the change log'"),
+        format!(
+            "COMMENT ON TABLE {SCHEMA}.change_log IS 'What statements on the captured table added (+) and removed (-)'"
+        ),
+        format!(
+            "COMMENT ON TABLE {SCHEMA}.retired IS 'Sums of rows that retention deleted, by hour, while their day can be rebuilt'"
+        ),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_optional_column_is_captured_as_null() {
+        let columns = vec!["api_key".to_string(), "model".into()];
+        let rows = Capture { columns: &columns }.rows("t", 1, "");
+        assert!(rows.contains(r#"NULL::jsonb AS "request_tags""#), "{rows}");
+        assert!(rows.contains(r#"0::bigint AS "failed_requests""#), "{rows}");
+        assert!(rows.contains(r#"r."api_key""#), "{rows}");
+    }
+
+    #[test]
+    fn an_update_subtracts_the_old_row_and_adds_the_new_one() {
+        let columns = vec![];
+        let functions = Capture { columns: &columns }.functions(false, None);
+        let update = &functions.iter().find(|(name, _)| name.ends_with("update")).unwrap().1;
+        assert!(update.contains("- (1::bigint) AS \"requests\""), "{update}");
+        assert!(update.contains("FROM old_rows") && update.contains("FROM new_rows"), "{update}");
+    }
+}

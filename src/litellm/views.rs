@@ -1,0 +1,455 @@
+//! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given back by
+//! detach. And what is ours: the live views, and the report views.
+//!
+//! A view keeps its OID, owner, grants and dependents when it gets another query (`rewrite`). That takes ACCESS EXCLUSIVE
+//! on the view (not on the table) for the moment, within `litellm_spend.lock_timeout`.
+//!
+//! Whose rights: a view runs with its owner's, so its owner is granted the columns that it shows, of the rollup and of the change
+//! log, and no others; a view is only adopted if its owner may read the spend log itself. LiteLLM's own query is text of
+//! theirs: it is parsed as the view's owner when it is given back. What belongs to another owner later is let go.
+
+use crate::error::{Error, Result};
+use crate::guc;
+pub use crate::litellm::builtin::PublicView;
+use crate::litellm::builtin::{self, DAILY_REPORTS, VIEWS};
+use crate::server::locks::{self, Patience};
+use crate::server::log;
+use crate::server::relation::{self, Table};
+use crate::server::rewrite;
+use crate::server::session::{self, Owner, attempt};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, literal, qualified, quoted};
+use crate::state::captured;
+use crate::state::definition::Definition;
+use crate::state::fence;
+use pgrx::prelude::*;
+
+/// What was done to an object, for the caller to read.
+pub type Action = (String, String);
+
+/// Notes LiteLLM's definition of every view that we can answer, so that it can be given back. `source` is the table.
+pub fn adopt(source: &Table) -> Result<Vec<Action>> {
+    VIEWS.iter().map(|view| adopt_one(view, source)).collect()
+}
+
+fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
+    let name = qualified(&source.schema, view.name);
+    let action = |text: &str| Ok((format!("view {name}"), text.to_string()));
+    let found = Table::named(&name)?;
+    if let Some((installed, found)) = installed(view)?.zip(found.as_ref())
+        && is_ours(view, found)?
+    {
+        // Its owner may have changed.
+        if let Some(reason) = unusable(view, found, source)? {
+            let_go(view, found)?;
+            return action(&reason);
+        }
+        grant(view, found, source)?;
+        // An upgrade may have changed our query: it takes effect here.
+        if installed != live(view, &source.schema)? {
+            install(view, &name, &source.schema)?;
+            return action("replaced by the new definition");
+        }
+        return action("already live");
+    }
+    let original = match found {
+        None => {
+            if let Some(table) = view.joins
+                && Table::named(&qualified(&source.schema, table))?.is_none()
+            {
+                return action(&format!("not made: there is no \"{table}\""));
+            }
+            if let Some(column) = view.needs
+                && !source.columns.iter().any(|(name, _)| name == column)
+            {
+                return action(&format!("not made: there is no column \"{column}\""));
+            }
+            let original = view.original(&source.qualified(), &source.schema);
+            let create = format!("CREATE VIEW {name} AS {original}");
+            if let Err(failure) = attempt(|| Owner::role(source.owner_oid).run(&create)) {
+                return action(&format!("not made: {}", failure.unless_cancel().message));
+            }
+            original
+        }
+        Some(found) => match unusable(view, &found, source)? {
+            Some(reason) => return action(&reason),
+            None => definition(&found)?,
+        },
+    };
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.public_view (name, rollup, original) VALUES ($1, $2, $3)
+             ON CONFLICT (name) DO UPDATE SET original = excluded.original, installed = NULL"
+        ),
+        &[view.name.into(), view.rollup.into(), original.into()],
+    )?;
+    action("goes live when its days are covered")
+}
+
+/// Switches each adopted view whose rollup covers the days it shows.
+pub fn switch_covered(patience: Patience) -> Result<()> {
+    if ready()?.is_empty() || !fence::lock_attachment(patience)? {
+        return Ok(());
+    }
+    let Some(capture) = captured::capture()? else { return Ok(()) };
+    // Again, under the lock: detach may have come first.
+    let (ready, source) = (ready()?, Table::find(capture.relation)?);
+    for view in VIEWS.iter().filter(|view| ready.iter().any(|name| name == view.name)) {
+        let name = qualified(&capture.schema, view.name);
+        let (Some(found), Some(source)) = (Table::named(&name)?, &source) else { continue };
+        if unusable(view, &found, source)?.is_none() {
+            grant(view, &found, source)?;
+            install(view, &name, &capture.schema)?;
+            log::event(format_args!("{name} reads the rollups from now on"));
+        }
+    }
+    Ok(())
+}
+
+/// The views that are LiteLLM's still, and whose rollup covers what they show and a day more: CURRENT_DATE depends on the
+/// session's time zone.
+fn ready() -> Result<Vec<String>> {
+    let names: Vec<String> = VIEWS.iter().map(|view| view.name.to_string()).collect();
+    let days: Vec<Option<i32>> = VIEWS.iter().map(|view| view.days.map(|days| days + 1)).collect();
+    spi::query(
+        &format!(
+            "SELECT v.name FROM {SCHEMA}.public_view v
+             JOIN unnest($1::text[], $2::int[]) AS shown(name, days) ON shown.name = v.name
+             JOIN {SCHEMA}.rollup r ON r.name = v.rollup
+             WHERE v.installed IS NULL AND r.covered_from <= coalesce(CURRENT_DATE - shown.days, '-infinity')"
+        ),
+        &[names.into(), days.into()],
+        |r| spi::value(r, 1),
+    )
+}
+
+/// The views that are ours, by our notes and in fact.
+pub fn in_place(schema: &str) -> Result<Vec<(&'static PublicView, Table)>> {
+    let mut views = vec![];
+    for view in &VIEWS {
+        if installed(view)?.is_some()
+            && let Some(found) = Table::named(&qualified(schema, view.name))?
+            && is_ours(view, &found)?
+        {
+            views.push((view, found));
+        }
+    }
+    Ok(views)
+}
+
+/// Gives LiteLLM's definitions back, over the table that now has its name.
+pub fn restore(source: &Table) -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for (view, found) in in_place(&source.schema)? {
+        let_go(view, &found)?;
+        actions.push((format!("view {}", found.qualified()), "LiteLLM's own definition restored".into()));
+    }
+    spi::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
+    Ok(actions)
+}
+
+/// Whether a view is ours, or about to be.
+pub fn any_adopted() -> Result<bool> {
+    let sql = format!("SELECT FROM {SCHEMA}.public_view LIMIT 1");
+    Ok(!spi::query(&sql, &[], |_| Ok(()))?.is_empty())
+}
+
+/// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours.
+fn let_go(view: &PublicView, found: &Table) -> Result<()> {
+    let original = spi::query(
+        &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
+        &[view.name.into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    for original in original {
+        rewrite::replace(guc::lock_timeout(), found.oid, &original)?;
+    }
+    forget(view)
+}
+
+/// What has become of a view that is ours by our notes.
+pub enum Stray {
+    /// Somebody has replaced it.
+    Replaced,
+    /// It has another owner, or may not be ours any more.
+    Changed,
+}
+
+/// Views that are ours by our notes and not, or not any more, in fact.
+pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
+    let mut strays = vec![];
+    for view in &VIEWS {
+        if installed(view)?.is_none() {
+            continue;
+        }
+        let Some(found) = Table::named(&qualified(&source.schema, view.name))? else {
+            strays.push((view, Stray::Replaced));
+            continue;
+        };
+        if !is_ours(view, &found)? {
+            strays.push((view, Stray::Replaced));
+        } else if owner_noted(view)? != Some(found.owner_oid) || unusable(view, &found, source)?.is_some() {
+            strays.push((view, Stray::Changed));
+        }
+    }
+    Ok(strays)
+}
+
+/// Deals with one of them. Returns what is to be said of it.
+pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<String>> {
+    let found = Table::named(&qualified(&source.schema, view.name))?;
+    match (stray, found) {
+        (Stray::Changed, Some(found)) => match unusable(view, &found, source)? {
+            None => {
+                grant(view, &found, source)?;
+                Ok(None)
+            }
+            Some(reason) => {
+                let_go(view, &found)?;
+                Ok(Some(format!("view \"{}\" is LiteLLM's own again: {reason}", view.name)))
+            }
+        },
+        _ => {
+            forget(view)?;
+            Ok(Some(format!(
+                "view \"{}\" was replaced\nHINT:  SELECT * FROM spend_attach();  -- puts ours back",
+                view.name
+            )))
+        }
+    }
+}
+
+fn owner_noted(view: &PublicView) -> Result<Option<pg_sys::Oid>> {
+    let sql = format!("SELECT owner::oid FROM {SCHEMA}.public_view WHERE name = $1");
+    Ok(spi::query(&sql, &[view.name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
+}
+
+/// Lets go of a view that somebody has replaced: it is theirs until the next attach.
+pub fn forget(view: &PublicView) -> Result<()> {
+    spi::execute(&format!("DELETE FROM {SCHEMA}.public_view WHERE name = $1"), &[view.name.into()])?;
+    Ok(())
+}
+
+/// The table is gone and with it LiteLLM's definitions: what is left of our views shows nothing.
+pub fn empty(schema: &str) -> Result<Vec<Action>> {
+    let mut actions = vec![];
+    for (view, found) in in_place(schema)? {
+        let columns: Vec<String> = view
+            .columns
+            .iter()
+            .map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column)))
+            .collect();
+        let nothing = format!("SELECT {} WHERE false", columns.join(", "));
+        rewrite::replace(guc::lock_timeout(), found.oid, &nothing)?;
+        actions.push((format!("view {}", found.qualified()), "emptied: its table is gone".into()));
+    }
+    spi::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
+    Ok(actions)
+}
+
+/// The view reads our rollup, or, as another version of it may, the rollup's live view.
+fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
+    let rollup = rollup(view.rollup)?;
+    let reads = spi::query(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
+                        WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.ev_class = $1
+                          AND d.refobjid IN (pg_catalog.to_regclass($2), pg_catalog.to_regclass($3)))",
+        &[found.oid.into(), rollup.table().into(), rollup.live_view().into()],
+        |r| spi::value::<bool>(r, 1),
+    )?;
+    Ok(reads == [true])
+}
+
+/// The view runs with its owner's rights. The table's owner has them all; another gets the columns that the view shows.
+fn grant(view: &PublicView, found: &Table, source: &Table) -> Result<()> {
+    if found.owner_oid != source.owner_oid {
+        let rollup = rollup(view.rollup)?;
+        for grant in rollup.grant_columns(view.reads, builtin::log_column, &quoted(&found.owner)) {
+            spi::execute(&grant, &[])?;
+        }
+    }
+    spi::execute(
+        &format!("UPDATE {SCHEMA}.public_view SET owner = $2 WHERE name = $1"),
+        &[view.name.into(), found.owner_oid.into()],
+    )?;
+    Ok(())
+}
+
+fn live(view: &PublicView, schema: &str) -> Result<String> {
+    Ok(view.live(&rollup(view.rollup)?, schema))
+}
+
+fn rollup(name: &str) -> Result<Definition> {
+    builtin::rollups().into_iter().find(|r| r.name == name).ok_or_else(|| Error::NoRollup(name.into()))
+}
+
+// ---- live views ------------------------------------------------------------------------------------------
+
+/// Makes a rollup's live view, or brings it up to the definition.
+pub fn make_live(definition: &Definition) -> Result<()> {
+    locks::lock_named(&definition.create_live_view(), &definition.live_view())?;
+    for comment in definition.comments() {
+        spi::execute(&comment, &[])?;
+    }
+    Ok(())
+}
+
+// ---- reports ---------------------------------------------------------------------------------------------
+
+/// The report views by day, over the hourly rollups.
+pub fn ensure_reports() -> Result<()> {
+    for (name, hourly) in DAILY_REPORTS {
+        let view = qualified(SCHEMA, name);
+        if relation::find_relation(&view)?.is_none() {
+            let query = rollup(hourly)?.by_day();
+            spi::execute(&format!("CREATE VIEW {view} AS {query}"), &[])?;
+            // For ranges of days.
+            let (index, hours) = (builtin::report_index(hourly), rollup(hourly)?.table());
+            spi::execute(&format!("CREATE INDEX IF NOT EXISTS {index} ON {hours} ((hour::date))"), &[])?;
+            let comment = literal(&format!("Rollup {hourly} by day, exact in every snapshot"));
+            spi::execute(&format!("COMMENT ON VIEW {view} IS {comment}"), &[])?;
+        }
+    }
+    Ok(())
+}
+
+pub fn drop_reports() -> Result<()> {
+    for (name, _) in DAILY_REPORTS {
+        spi::execute(&format!("DROP VIEW IF EXISTS {}", qualified(SCHEMA, name)), &[])?;
+    }
+    Ok(())
+}
+
+/// What the reports of docs/reports.md call keys, teams and users: LiteLLM's tables, and the columns. Never a whole table: one holds
+/// passwords.
+const NAMES: [(&str, &[&str]); 3] = [
+    ("LiteLLM_VerificationToken", &["token", "key_alias", "key_name"]),
+    ("LiteLLM_TeamTable", &["team_id", "team_alias"]),
+    ("LiteLLM_UserTable", &["user_id", "user_alias", "user_email"]),
+];
+
+/// Lets `role` read all live views of the built-in rollups, and the names of what they are about. These are tables of other
+/// owners, granted as whom and only if the caller may act for them.
+pub fn grant_reports(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec<Action>> {
+    let grantee = relation::role_name(role)?;
+    let mut actions = grant_views(&grantee)?;
+    let mut found = vec![];
+    for (table, columns) in NAMES {
+        let Some(table) = Table::named(&qualified(schema, table))? else { continue };
+        let has = |column: &&str| table.columns.iter().any(|(name, _)| name == column);
+        let columns: Vec<String> = columns.iter().copied().filter(has).map(quoted).collect();
+        if !columns.is_empty() && ["r", "p"].contains(&table.kind.as_str()) {
+            let privilege = format!("SELECT ({})", columns.join(", "));
+            found.push((table.owner_oid, privilege, format!("TABLE {}", table.qualified())));
+        }
+    }
+    if let (false, Some(owner)) = (found.is_empty(), relation::owner_of_closed_schema(role, schema)?) {
+        found.push((owner, "USAGE".into(), format!("SCHEMA {}", quoted(schema))));
+    }
+    for (owner, privilege, object) in found {
+        let grant = format!("GRANT {privilege} ON {object} TO {}", quoted(&grantee));
+        let action = if !session::may_act_for(caller, owner)? {
+            format!("left alone, for its owner to type: {grant};")
+        } else if let Err(failure) = attempt(|| Owner::role(owner).run(&grant)) {
+            // An owner who may not use the schema of the table, say.
+            format!("left alone: {}", failure.unless_cancel().message)
+        } else {
+            format!("{privilege} granted to {grantee}")
+        };
+        actions.push((object, action));
+    }
+    Ok(actions)
+}
+
+fn grant_views(role: &str) -> Result<Vec<Action>> {
+    let names = builtin::rollups().into_iter().map(|r| r.name);
+    let mut actions = vec![];
+    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)), &[])?;
+    for name in names.chain(DAILY_REPORTS.iter().map(|(name, _)| name.to_string())) {
+        let view = qualified(SCHEMA, &name);
+        spi::execute(&format!("GRANT SELECT ON {view} TO {}", quoted(role)), &[])?;
+        actions.push((format!("view {view}"), format!("may be read by {role}")));
+    }
+    Ok(actions)
+}
+
+// ---- in place --------------------------------------------------------------------------------------------
+
+fn installed(view: &PublicView) -> Result<Option<String>> {
+    let installed = spi::query(
+        &format!("SELECT installed FROM {SCHEMA}.public_view WHERE name = $1"),
+        &[view.name.into()],
+        |r| Ok(r.get::<String>(1)?),
+    )?;
+    Ok(installed.into_iter().next().flatten())
+}
+
+/// Puts our query in place, and notes it.
+fn install(view: &PublicView, name: &str, schema: &str) -> Result<()> {
+    let query = live(view, schema)?;
+    let found = Table::named(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
+    rewrite::replace(guc::lock_timeout(), found.oid, &query)?;
+    spi::execute(
+        &format!("UPDATE {SCHEMA}.public_view SET installed = $2 WHERE name = $1"),
+        &[view.name.into(), query.into()],
+    )?;
+    Ok(())
+}
+
+/// Why the relation cannot become ours.
+fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<String>> {
+    let expected = view.columns.iter().map(|(name, r#type)| (name.to_string(), r#type.to_string()));
+    let reason = match found.kind.as_str() {
+        "v" if found.options.contains("security_invoker=true") => {
+            "with security_invoker its readers would need rights on the rollups"
+        }
+        "v" if !found.columns.iter().cloned().eq(expected) => "its columns are not LiteLLM's",
+        "v" if uses_anothers_code(found)? => "its query uses a type or function of another role",
+        "v" => match rights(found, source)? {
+            (false, _) => "its owner may not read the spend log",
+            (_, true) => "it shows what row security on the spend log lets its owner see",
+            _ => return Ok(None),
+        },
+        "m" => "it is a materialized view; drop it and attach again",
+        _ => "it is not a view",
+    };
+    Ok(Some(format!("left alone: {reason}")))
+}
+
+/// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its text is read again, as
+/// the view's owner, which would call that.
+fn uses_anothers_code(found: &Table) -> Result<bool> {
+    // As a rule it uses the server's only, on which nothing is noted to depend.
+    let any = "SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d
+                   ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = w.oid
+               WHERE w.ev_class = $1 AND d.refclassid IN ('pg_catalog.pg_type'::regclass, 'pg_catalog.pg_proc'::regclass,
+                                                          'pg_catalog.pg_operator'::regclass) LIMIT 1";
+    if spi::query(any, &[found.oid.into()], |_| Ok(()))?.is_empty() {
+        return Ok(false);
+    }
+    let rules = "SELECT 'pg_catalog.pg_rewrite'::regclass::oid AS classid, oid AS objid, $2::oid AS owner
+                 FROM pg_catalog.pg_rewrite WHERE ev_class = $1";
+    let others = relation::code_of_third_roles(rules, &[found.oid.into(), found.owner_oid.into()])?;
+    Ok(!others.is_empty())
+}
+
+/// Whether the view's owner may read the table, and whether row security would hide rows from it.
+fn rights(found: &Table, source: &Table) -> Result<(bool, bool)> {
+    let rights = spi::query(
+        "SELECT pg_catalog.has_table_privilege($1, c.oid, 'SELECT'),
+                c.relrowsecurity AND NOT (r.rolsuper OR r.rolbypassrls)
+                AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role($1, c.relowner, 'USAGE'))
+         FROM pg_catalog.pg_class c, pg_catalog.pg_roles r WHERE c.oid = $2 AND r.oid = $1",
+        &[found.owner_oid.into(), source.oid.into()],
+        |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<bool>(r, 2)?)),
+    )?;
+    Ok(rights.into_iter().next().unwrap_or((false, false)))
+}
+
+fn definition(view: &Table) -> Result<String> {
+    let text =
+        spi::query("SELECT pg_catalog.rtrim(pg_catalog.pg_get_viewdef($1), ';')", &[view.oid.into()], |r| {
+            spi::value::<String>(r, 1)
+        })?;
+    Ok(text.into_iter().next().unwrap_or_default())
+}

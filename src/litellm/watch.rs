@@ -1,0 +1,283 @@
+//! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its triggers or change
+//! its owner, and our own tables may be dropped. What was missed meanwhile is put right.
+//!
+//! A table is followed that gets the captured one's name, if it belongs to the same owner: capture does not go on with rows of
+//! somebody else's. What is read of either table is read as the owner.
+
+use crate::error::{Error, Result};
+use crate::litellm::backfill::uncover_all;
+use crate::litellm::builtin;
+use crate::litellm::capture::{
+    attach_locked, attached, captured_columns, create_functions, create_triggers, failing_triggers,
+    foreign_partition, missing_triggers, require_all_rows_seen, silence,
+};
+use crate::litellm::spend_log::{Capture, MOVE};
+use crate::litellm::views::{self, PublicView, Stray};
+use crate::server::locks::{self, Patience};
+use crate::server::log;
+use crate::server::relation::{self, Table, open};
+use crate::server::session::{Failure, Owner};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, next_midnight, qualified};
+use crate::state::captured::{self, CaptureState};
+use crate::state::fence;
+use crate::state::frozen;
+use crate::state::sources::{self, CHANGE_LOG, Source};
+use pgrx::datum::Timestamp;
+use pgrx::prelude::*;
+
+/// Notices what happened to the table since the last look and mends it. `true`: something was mended.
+pub fn watch(patience: Patience) -> Result<bool> {
+    Ok(damage()?.is_some() && fence::lock_attachment(patience)? && mend()?)
+}
+
+/// What is wrong with the attachment.
+enum Damage {
+    /// The name belongs to another table now.
+    Replaced(pg_sys::Oid),
+    Dropped,
+    PredecessorDropped,
+    /// The change log holds rows numbered above its sequence.
+    LogAboveSequence(Source, i64),
+    /// A partition is a foreign table, and that is news.
+    Foreign,
+    /// Partitions lack triggers.
+    Partitions(Vec<(pg_sys::Oid, String)>),
+    /// Views of ours were replaced, or have another owner.
+    Views(Vec<(&'static PublicView, Stray)>),
+    /// Triggers, tables of ours or columns are not as they should be.
+    Incomplete,
+}
+
+fn damage() -> Result<Option<Damage>> {
+    let Some(state) = captured::capture()? else { return Ok(None) };
+    let named = relation::find_relation(&qualified(&state.schema, &state.table))?;
+    if let Some(replacement) = named.filter(|oid| *oid != state.relation) {
+        require_same_owner(&state, replacement)?;
+        return Ok(Some(Damage::Replaced(replacement)));
+    }
+    let Some(table) = Table::find(state.relation)? else { return Ok(Some(Damage::Dropped)) };
+    require_all_rows_seen(&table)?;
+    if let Some(error) = foreign_partition(state.relation)? {
+        let settled = failing_triggers(state.relation)?.is_empty()
+            && !views::any_adopted()?
+            && captured::capture_error()?.is_some_and(|noted| noted.contains(&error.to_string()));
+        return Ok((!settled).then_some(Damage::Foreign));
+    }
+    if let Some(predecessor) = state.predecessor
+        && Table::find(predecessor)?.is_none()
+    {
+        return Ok(Some(Damage::PredecessorDropped));
+    }
+    if relation::any_missing(builtin::relations().iter().map(|name| qualified(SCHEMA, name)).collect())? {
+        return Ok(Some(Damage::Incomplete));
+    }
+    if let Some(source) = sources::source(CHANGE_LOG)? {
+        let log = relation::relation_name(source.relation)?;
+        if let Some(top) = log_above_sequence(&log, source.sequence)? {
+            return Ok(Some(Damage::LogAboveSequence(source, top)));
+        }
+    }
+    let (known, owner) = (state.owner.map(Owner::role), Owner::role(table.owner_oid));
+    if known != Some(owner) {
+        return match known.map(|known| known.may_pass_to(owner)).transpose()? {
+            Some(false) => state.owner().map(|_| None),
+            _ => Ok(Some(Damage::Incomplete)),
+        };
+    }
+    let missing = missing_triggers(state.relation)?;
+    if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
+        return Ok(Some(Damage::Incomplete));
+    }
+    if !missing.is_empty() {
+        return Ok(Some(Damage::Partitions(missing)));
+    }
+    let strays = views::strays(&table)?;
+    Ok(if strays.is_empty() { None } else { Some(Damage::Views(strays)) })
+}
+
+/// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it. `None`: it does not.
+fn log_above_sequence(log: &str, sequence: pg_sys::Oid) -> Result<Option<i64>> {
+    // The log first: whatever it shows was drawn before the sequence is read.
+    let top =
+        spi::query(&format!("SELECT max(seq) FROM {log}"), &[], |r| Ok(r.get::<i64>(1)?))?.pop().flatten();
+    let last = relation::last_value(sequence)?;
+    Ok(top.filter(|top| last.is_none_or(|last| last < *top)))
+}
+
+/// Whoever else could take the name, and with it LiteLLM's views would show rows of theirs.
+fn require_same_owner(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
+    let (Some(table), Some(owner)) = (Table::find(replacement)?, state.owner) else { return Ok(()) };
+    if table.owner_oid == owner {
+        return Ok(());
+    }
+    let captured = Owner::role(owner).name()?;
+    Err(Error::OtherOwner { relation: table.qualified(), owner: table.owner, expected: captured })
+}
+
+/// Mends what is wrong, under the attachment's lock. Looks again: what was seen before it may be out of date.
+fn mend() -> Result<bool> {
+    let (Some(state), Some(damage)) = (captured::capture()?, damage()?) else { return Ok(false) };
+    match damage {
+        Damage::Replaced(replacement) => {
+            follow(&state, replacement)?;
+            log::event(format_args!("{}.{} is another table now, and captured", state.schema, state.table));
+        }
+        Damage::Dropped => return Err(Error::NoTable(qualified(&state.schema, &state.table))),
+        Damage::PredecessorDropped => {
+            forget_predecessor()?;
+            if let Some(state) = captured::capture()? {
+                create_functions(&state)?;
+            }
+        }
+        Damage::LogAboveSequence(source, top) => raise_sequence(&source, top)?,
+        Damage::Foreign => suspend(&state)?,
+        Damage::Partitions(missing) => {
+            adopt_partitions(&state, &missing)?;
+            log::event(format_args!(
+                "{} partitions without triggers are captured from now on",
+                missing.len()
+            ));
+        }
+        Damage::Views(strays) => {
+            let Some(table) = Table::find(state.relation)? else { return Ok(false) };
+            for (view, stray) in strays {
+                if let Some(message) = views::settle(view, stray, &table)? {
+                    captured::record_capture_error(Some(&message))?;
+                }
+            }
+        }
+        Damage::Incomplete => drop(attach_locked(state.relation, None)?),
+    }
+    Ok(true)
+}
+
+/// Nothing is captured while a foreign table is a partition: LiteLLM's statements come first. Its views are its own again,
+/// over all rows. Once the partition is gone, triggers are missing, and everything is computed again.
+fn suspend(state: &CaptureState) -> Result<()> {
+    let failing = failing_triggers(state.relation)?;
+    if !failing.is_empty() {
+        // In a step of its own: nobody else may be in the way of that.
+        silence(&failing)?;
+    } else {
+        uncover_all(&state.source)?;
+        if let Some(table) = Table::find(state.relation)? {
+            views::restore(&table)?;
+        }
+    }
+    if let Some(error) = foreign_partition(state.relation)? {
+        captured::record_capture_error(Some(&Failure::from(error).text()))?;
+    }
+    Ok(())
+}
+
+/// The change log's sequence was set back below `to`. Rows that got low numbers meanwhile look merged and are not, so a failure is
+/// counted that nobody has noted: once the writers of now have ended, everything is computed again.
+pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
+    let sequence = relation::relation_name(source.sequence)?;
+    spi::execute(
+        "SELECT pg_catalog.setval($1::regclass, $2)",
+        &[sequence.into(), to.max(source.merged_to).into()],
+    )?;
+    spi::execute(&format!("SELECT pg_catalog.nextval('{SCHEMA}.capture_failures')"), &[])?;
+    Ok(())
+}
+
+/// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
+fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
+    let missed = missing.iter().filter(|(_, operation)| operation != MOVE);
+    let mut partitions: Vec<pg_sys::Oid> = missed.map(|(oid, _)| *oid).collect();
+    partitions.dedup();
+    // The table before its partitions, as for everybody who uses them: no deadlock.
+    locks::lock_against_dropping(state.relation)?;
+    create_triggers(state)?;
+    let owner = state.owner()?;
+    for partition in partitions {
+        // A partition of another role's may only be read through the table: then everything is computed again.
+        if Table::find(partition)?.is_some_and(|table| Owner::role(table.owner_oid) != owner) {
+            return uncover_all(&state.source);
+        }
+        let name = relation::relation_name(partition)?;
+        let sql = format!(
+            "SELECT date_trunc('day', min(\"startTime\")), {} FROM {name}",
+            next_midnight("max(\"startTime\")")
+        );
+        let ends = owner.fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
+        for (first, end) in ends.into_iter().flatten() {
+            spi::execute(
+                &format!(
+                    "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+                     VALUES ($1, $2, 'rebuild', 'ATTACH')"
+                ),
+                &[first.into(), end.into()],
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// The name belongs to another table now (upstream's partition script renames and recreates it). Capture moves
+/// there; the rows that it got meanwhile, except copies from the old table, go to the change log as one batch.
+fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
+    let table = open(replacement)?;
+    require_all_rows_seen(&table)?;
+    let columns = captured_columns(&table)?;
+    if state.predecessor.is_some() {
+        forget_predecessor()?;
+    }
+    let old = Table::find(state.relation)?;
+    let old_name = old.as_ref().map(Table::qualified);
+    for relation in [Some(replacement), old.as_ref().map(|old| old.oid)].into_iter().flatten() {
+        locks::lock_against_dropping(relation)?;
+    }
+    // 1. where its rows end: up to there only both tables together are the truth.
+    let owner = Owner::of(replacement)?;
+    let end = match &old_name {
+        Some(name) => {
+            let _owner = owner.act();
+            last_day_of(name, "startTime")?
+        }
+        None => last_day_of(&builtin::rollups()[0].live_view(), "date")?,
+    };
+    spi::execute(
+        &format!(
+            "UPDATE {SCHEMA}.capture SET relation = $2, columns = $3, predecessor = $4, predecessor_end = $5
+             WHERE source = $1"
+        ),
+        &[
+            state.source.as_str().into(),
+            replacement.into(),
+            columns.into(),
+            old.as_ref().map(|old| old.oid).into(),
+            end.into(),
+        ],
+    )?;
+    if old.is_none() {
+        forget_predecessor()?;
+    }
+    let state = attached()?;
+    create_functions(&state)?;
+    // 2. no writer from here on, so that each row is either in the gap or captured.
+    create_triggers(&state)?;
+    owner.run(Capture { columns: &state.columns }.insert_gap(&table.qualified(), old_name.as_deref()))?;
+    // 3. and so does the policy of the name.
+    spi::execute(
+        &format!("UPDATE {SCHEMA}.policy SET relation = $2 WHERE relation = $1"),
+        &[old.map_or(pg_sys::InvalidOid, |old| old.oid).into(), replacement.into()],
+    )?;
+    Ok(())
+}
+
+/// The end of the last day of a relation, by its column `time`.
+fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
+    let sql = format!("SELECT {} FROM {relation}", next_midnight(&format!("max(\"{time}\")::timestamp")));
+    Ok(spi::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+}
+
+/// The replaced table is gone: the days that it had rows of become history.
+fn forget_predecessor() -> Result<()> {
+    let ends = spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?))?;
+    frozen::note(ends.into_iter().next().flatten(), "DROP TABLE")?;
+    spi::execute(&format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL"), &[])?;
+    Ok(())
+}

@@ -1,0 +1,47 @@
+//! The schema for tables that nothing uses any more, kept until somebody drops them: LiteLLM's schema tools drop tables
+//! that they do not know from their own schema.
+
+use crate::error::Result;
+use crate::litellm::spend_log::{OPERATIONS, trigger_name};
+use crate::partition::place::{index_names, rename, rename_index};
+use crate::server::relation::{self, Table, free_name};
+use crate::server::session::Owner;
+use crate::server::spi;
+use crate::server::text::{qualified, quoted};
+use pgrx::prelude::*;
+
+pub const ARCHIVE: &str = "litellm_spend_archive";
+
+/// Makes the schema if it is missing, and lets the owner of a table that goes there put it there, and look into it.
+pub fn ensure(owner: Owner) -> Result<()> {
+    let sql = "SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1";
+    if spi::query(sql, &[ARCHIVE.into()], |_| Ok(()))?.is_empty() {
+        let comment = "Tables that litellm_spend took out of use; nobody needs them";
+        spi::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
+        spi::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;
+    }
+    let owner = quoted(&owner.name()?);
+    spi::execute(&format!("GRANT USAGE, CREATE ON SCHEMA {ARCHIVE} TO {owner}"), &[]).map(drop)
+}
+
+/// Moves a table of the owner's there, no longer captured, under its own name or the next that is free. Returns what it is called.
+pub fn take(owner: Owner, relation: pg_sys::Oid) -> Result<String> {
+    let Some(table) = Table::find(relation)? else { return Ok(String::new()) };
+    for operation in OPERATIONS {
+        let (trigger, table) = (trigger_name(operation), table.qualified());
+        owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {table}"))?;
+    }
+    let mut name = table.name.clone();
+    if relation::find_relation(&qualified(ARCHIVE, &name))?.is_some() {
+        name = free_name([&table.schema, ARCHIVE], &name)?;
+        rename(owner, &table.schema, &table.name, &name, None)?;
+    }
+    let moved = qualified(&table.schema, &name);
+    for index in index_names(&moved)? {
+        if relation::find_relation(&qualified(ARCHIVE, &index))?.is_some() {
+            rename_index(owner, &table.schema, &index, &free_name([&table.schema, ARCHIVE], &index)?)?;
+        }
+    }
+    owner.run(format!("ALTER TABLE {moved} SET SCHEMA {ARCHIVE}"))?;
+    Ok(qualified(ARCHIVE, &name))
+}

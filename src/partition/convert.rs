@@ -1,0 +1,416 @@
+//! Turns a plain table into a range-partitioned one without copying a row: the old table becomes the partition of all
+//! times before the cutover.
+//!
+//! ```text
+//!  step       lock on the table                     for how long
+//!  index      SHARE UPDATE EXCLUSIVE                the build; concurrently, nobody waits
+//!  swap       ACCESS EXCLUSIVE, and on its views    milliseconds: only catalogs change
+//! ```
+//! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`. What has been done is read from the catalogs
+//! each time, so a conversion goes on from wherever it was interrupted.
+//!
+//! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock (`proof`):
+//! no row is ever refused, and nothing is read. A table without one is refused: only a CHECK could prove it then, which would
+//! refuse users' rows from the cutover on. Older versions made such a CHECK; one that is found is removed first of all.
+//!
+//! Whose rights: everything is done to the table as its owner, the building of the index included; only what notes
+//! how far we are is ours. When the table has another owner, the conversion stops.
+
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::partition::blueprint::Blueprint;
+use crate::partition::calendar::{Instant, Interval};
+use crate::partition::layout;
+use crate::partition::spread::{self, Spread};
+use crate::partition::swap;
+use crate::server::locks;
+use crate::server::log;
+use crate::server::relation::{self, Table};
+use crate::server::spi::{self, value};
+use crate::server::text::{SCHEMA, qualified, quoted, suffixed};
+use crate::state::conversion::{self, Pending, Progress, has_worker, progress};
+use crate::state::step::{Runner, Subject};
+use pgrx::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// What was asked for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Options {
+    pub interval: String,
+    pub precreate: u32,
+    /// Microseconds since 1970, UTC.
+    pub cutover: i64,
+    pub time_column: String,
+    /// What was done so far is to be taken back.
+    #[serde(default)]
+    pub aborted: bool,
+}
+
+impl conversion::Options for Options {
+    const DIRECTION: &'static str = "convert";
+}
+
+/// A table on its way to being partitioned.
+pub type Conversion = Pending<Options>;
+
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Outside of a transaction.
+    TopLevel(String),
+    /// Somebody builds the index.
+    Wait,
+    /// The CHECK of an older version.
+    Uncheck,
+    Swap,
+    Nothing,
+}
+
+/// What the old table's name ends in.
+pub const LEGACY: &str = "_legacy";
+
+/// What older versions called it.
+const CHECK: &str = "litellm_spend_cutover";
+
+impl Conversion {
+    /// The table's name once it is a partition.
+    pub fn legacy(&self) -> String {
+        suffixed(&self.table, LEGACY)
+    }
+
+    /// The unique index that becomes the old table's primary key.
+    pub fn key_index(&self) -> String {
+        suffixed(&self.table, "_legacy_pkey")
+    }
+
+    pub fn cutover(&self) -> Instant {
+        Instant(self.options.cutover)
+    }
+
+    pub fn interval(&self) -> Interval {
+        Interval::parse(&self.options.interval).unwrap_or(Interval::Day)
+    }
+
+    /// The primary key's columns and the time.
+    pub fn key_columns(&self, blueprint: &Blueprint) -> String {
+        let mut columns = blueprint.key.as_ref().map(|(_, columns)| columns.clone()).unwrap_or_default();
+        if !columns.contains(&self.options.time_column) {
+            columns.push(self.options.time_column.clone());
+        }
+        columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", ")
+    }
+
+    pub fn blueprint(&self) -> Result<Blueprint> {
+        let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
+        if (&table.schema, &table.name) != (&self.schema, &self.table) {
+            return Err(Error::NoTable(self.name()));
+        }
+        self.require_owner()?;
+        let key_index = qualified(&self.schema, &self.key_index());
+        let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
+        blueprint.obstacles.extend(self.own_obstacles(&blueprint)?);
+        Ok(blueprint)
+    }
+
+    fn own_obstacles(&self, blueprint: &Blueprint) -> Result<Vec<String>> {
+        let mut obstacles = vec![];
+        let time = &self.options.time_column;
+        if !relation::is_not_null(self.relation, time)? {
+            obstacles.push(format!("Column {} may be NULL.", quoted(time)));
+        }
+        let legacy = qualified(&self.schema, &self.legacy());
+        if relation::find_relation(&legacy)?.is_some() {
+            obstacles.push(format!("There is a {legacy} already, which is what it would be called."));
+        }
+        let views = blueprint.materialized_views.iter();
+        obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
+        Ok(obstacles)
+    }
+
+    /// Rows that could not be in a partition that ends at the cutover.
+    pub fn rows_beyond(&self) -> Result<Option<Error>> {
+        let (time, cutover) = (quoted(&self.options.time_column), self.cutover().to_string());
+        let beyond = format!("{time} >= {cutover}");
+        // Most often there is none, and an index says so.
+        let spread = Spread::of_any(self.owner, self.relation, &self.options.time_column)?;
+        if spread.count(&beyond, 1)? == 0 {
+            return Ok(None);
+        }
+        let sql = format!("SELECT max({time})::text, count(*) FROM {} WHERE {beyond}", self.name());
+        let found = self.owner.query(&sql, &[], |r| Ok((value::<String>(r, 1)?, value::<i64>(r, 2)?)))?;
+        let beyond = |(last, rows)| Error::RowsBeyondCutover { relation: self.name(), rows, last, cutover };
+        Ok(found.into_iter().next().map(beyond))
+    }
+
+    /// The index that proves that there are none.
+    pub fn require_time_index(&self) -> Result<()> {
+        let column = &self.options.time_column;
+        match spread::is_indexed(self.relation, column)? {
+            true => Ok(()),
+            false => Err(Error::NoTimeIndex { relation: self.name(), column: column.clone() }),
+        }
+    }
+}
+
+// ---- to ask for it ---------------------------------------------------------------------------------------
+
+/// Stores what to do, or refuses it.
+pub fn request(table: &Table, options: Options) -> Result<Conversion> {
+    let conversion = Conversion::new(table, options);
+    let blueprint = conversion.blueprint()?;
+    if let Some(obstacle) = blueprint.obstacles.first() {
+        return Err(Error::CannotConvert { relation: table.qualified(), reason: obstacle.clone() });
+    }
+    conversion.check_cutover()?;
+    conversion.require_time_index()?;
+    if let Some(beyond) = conversion.rows_beyond()? {
+        return Err(beyond);
+    }
+    if let Some(mut earlier) = Conversion::of(table)? {
+        earlier.lock_in_call()?;
+    }
+    conversion.request()?;
+    Ok(conversion)
+}
+
+/// The first border of a period that leaves time to build the index.
+pub fn default_cutover(interval: Interval, lead: std::time::Duration) -> Instant {
+    let earliest = Instant(layout::now().0.saturating_add(lead.as_micros() as i64));
+    interval.period(earliest).map_or(earliest, |period| period.to)
+}
+
+// ---- one step --------------------------------------------------------------------------------------------
+
+impl Conversion {
+    /// What is to be done next, by what there is.
+    pub fn next_step(&self) -> Result<Step> {
+        let Some(table) = Table::find(self.relation)? else { return Ok(Step::Nothing) };
+        if self.is_swapped(&table)? {
+            return Ok(Step::Nothing);
+        }
+        self.require_owner()?;
+        if self.has_check()? {
+            return Ok(Step::Uncheck);
+        }
+        let index = qualified(&self.schema, &self.key_index());
+        match index_state(&index, self.relation)? {
+            Index::Missing if self.options.aborted => Ok(Step::Nothing),
+            Index::Missing => {
+                let columns = self.key_columns(&self.blueprint()?);
+                let name = quoted(&self.key_index());
+                Ok(Step::TopLevel(format!(
+                    "CREATE UNIQUE INDEX CONCURRENTLY {name} ON {} ({columns})",
+                    self.name()
+                )))
+            }
+            Index::Building => Ok(Step::Wait),
+            Index::Valid if !self.options.aborted => Ok(Step::Swap),
+            _ => Ok(Step::TopLevel(format!("DROP INDEX CONCURRENTLY {index}"))),
+        }
+    }
+
+    fn is_swapped(&self, table: &Table) -> Result<bool> {
+        Ok(table.name == self.legacy()
+            && Table::named(&self.name())?.is_some_and(|parent| parent.kind == "p"))
+    }
+
+    /// Does a step that a transaction can do, if it is still the next.
+    pub fn run(&mut self, step: &Step) -> Result<()> {
+        if !self.lock(locks::Patience::None)? || self.next_step()? != *step {
+            return Ok(());
+        }
+        let name = self.name();
+        match step {
+            Step::TopLevel(_) | Step::Wait => return Ok(()),
+            Step::Uncheck => self.drop_check()?,
+            Step::Swap => {
+                swap::swap(self)?;
+                log::event(format_args!("{name} is partitioned"));
+            }
+            Step::Nothing => {}
+        }
+        if self.next_step()? == Step::Nothing {
+            self.forget()?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a cutover that no calendar has, or that is over.
+    pub fn check_cutover(&self) -> Result<()> {
+        if self.interval().period(self.cutover()).is_none() {
+            return Err(Error::CutoverBeyond);
+        }
+        if self.is_over() {
+            return Err(Error::CutoverPast { cutover: self.cutover().to_string() });
+        }
+        Ok(())
+    }
+
+    /// From the cutover on rows come that are not before it.
+    fn is_over(&self) -> bool {
+        layout::now() >= self.cutover()
+    }
+
+    pub fn is_too_late(&self) -> Result<bool> {
+        Ok(self.is_over() && Table::find(self.relation)?.is_some_and(|t| t.name == self.table))
+    }
+
+    /// Waits for a new call.
+    pub fn stop(&self) -> Result<()> {
+        self.drop_check()?;
+        self.halt(&format!(
+            "the cutover {} came before the swap\nHINT:  SELECT * FROM spend_partition_convert('{}');",
+            self.cutover(),
+            self.name().replace('\'', "''")
+        ))
+    }
+
+    /// Whether an older version's is there.
+    fn has_check(&self) -> Result<bool> {
+        let sql = "SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND conname = $2::name";
+        Ok(!spi::query(sql, &[self.relation.into(), CHECK.into()], |_| Ok(()))?.is_empty())
+    }
+
+    fn drop_check(&self) -> Result<()> {
+        if !self.has_check()? {
+            return Ok(());
+        }
+        let name = relation::relation_name(self.relation)?;
+        locks::lock_all(guc::swap_lock_timeout(), &[(self.relation, pg_sys::AccessExclusiveLock)])?;
+        self.owner.run(format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}"))
+    }
+
+    /// Takes a conversion back before its swap. The index, which may be half built, only top level can drop without being in
+    /// anybody's way: the worker does, or the caller, who is told how.
+    pub fn abort(&mut self) -> Result<Option<String>> {
+        self.lock_in_call()?;
+        if Table::find(self.relation)?.is_some_and(|table| self.is_swapped(&table).unwrap_or(false)) {
+            return Err(Error::Converting(self.table.clone()));
+        }
+        self.drop_check()?;
+        self.options.aborted = true;
+        self.store()?;
+        let step = self.next_step()?;
+        if has_worker()? && step != Step::Nothing {
+            // Its build of the index.
+            spi::query(
+                "SELECT pg_catalog.pg_cancel_backend(l.pid)
+                 FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+                 WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
+                   AND a.backend_type = 'litellm_spend builder'",
+                &[self.relation.into()],
+                |_| Ok(()),
+            )?;
+            let drops =
+                "the worker drops its index, and waits for whoever uses the table: see spend_progress";
+            return Ok(Some(drops.into()));
+        }
+        self.forget()?;
+        Ok(match step {
+            Step::TopLevel(sql) => Some(format!("{sql};")),
+            _ => None,
+        })
+    }
+}
+
+enum Index {
+    Missing,
+    /// Somebody builds it right now.
+    Building,
+    Invalid,
+    Valid,
+}
+
+/// Of the index of that name on the table; one of another table's is none.
+fn index_state(index: &str, table: pg_sys::Oid) -> Result<Index> {
+    let look = || {
+        spi::current(
+            "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = i.indrelid
+                 AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+                 AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid AND p.relid = i.indrelid))
+             FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
+            &[index.into(), table.into()],
+            |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),
+        )
+    };
+    let mut states = look()?;
+    if states == [(false, false)] {
+        // Its build may have ended between the snapshot and the look at the locks.
+        states = look()?;
+    }
+    Ok(match states.first() {
+        None => Index::Missing,
+        Some((true, _)) => Index::Valid,
+        Some((false, true)) => Index::Building,
+        Some((false, false)) => Index::Invalid,
+    })
+}
+
+impl Conversion {
+    /// Does the next step in the caller's transaction, where no worker does it.
+    pub fn by_hand(&mut self) -> Result<()> {
+        self.lock_in_call()?;
+        if self.is_too_late()? {
+            return self.stop();
+        }
+        let step = self.next_step()?;
+        locks::insist(|| self.run(&step))
+    }
+
+    /// Who keeps its index from being built or dropped.
+    fn waits_for(&self) -> Result<Option<String>> {
+        let sql = format!("SELECT string_agg(waits_for, '; ') FROM {SCHEMA}.index_work WHERE relation = $1");
+        Ok(spi::query(&sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Result<Progress> {
+        let steps = ["index", "swap"];
+        let step = self.next_step()?;
+        let (name, mut detail) = match &step {
+            Step::TopLevel(sql) => ("index", format!("{sql};")),
+            Step::Wait => ("index", "being built".into()),
+            Step::Uncheck => ("index", "the CHECK of an older version is to be removed".into()),
+            Step::Swap => ("swap", format!("before {}", self.cutover())),
+            Step::Nothing => ("", String::new()),
+        };
+        if let Some(error) = &self.last_error {
+            detail = error.clone();
+        }
+        if let Some(holders) = self.waits_for()? {
+            detail += &format!(" (waits for {holders})");
+        }
+        let next = steps.iter().position(|s| *s == name).unwrap_or(steps.len());
+        Ok(progress(&steps, next, self.stopped, detail))
+    }
+}
+
+/// One round of all conversions. `true`: there is more to do at once.
+pub fn tick(run: &mut impl Runner) -> bool {
+    let mut more = false;
+    for mut conversion in run.step(Subject::Task("conversions"), Conversion::all).unwrap_or_default() {
+        if conversion.stopped && !conversion.options.aborted {
+            continue;
+        }
+        let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
+        // Not after the rest that a failed attempt at the swap takes: that the time is over is said at once.
+        let look = Subject::Look(conversion.schema.clone(), conversion.table.clone());
+        // One step, or a look that succeeds would take back the rest of the one that fails.
+        let next = run.step(look, || {
+            if !conversion.options.aborted && conversion.is_too_late()? {
+                return conversion.stop().map(|_| Step::Wait);
+            }
+            conversion.next_step()
+        });
+        let done = match next {
+            None | Some(Step::Wait) => None,
+            Some(Step::TopLevel(_)) => {
+                run.begin_top_level(subject, conversion.relation);
+                None
+            }
+            Some(step) => run.step(subject, || conversion.run(&step)),
+        };
+        more |= done.is_some();
+    }
+    more
+}

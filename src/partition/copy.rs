@@ -1,0 +1,456 @@
+//! The copy of a partitioned table that becomes the plain one, and how it follows what changes meanwhile.
+//!
+//! ```text
+//!   copied, in the order of time and key        | still to copy
+//!  ---------------------------------------------+--------------------->
+//!        ^ a row that changes here or there     copied_to
+//!          is noted by its key, and copied again
+//! ```
+//! The triggers are there before the first row is read, and whoever wrote before them has ended: so every row is either seen by
+//! the copy or noted. They only write keys, and never fail the user's statement: what could not be written counts a failure
+//! in a sequence, and then the copy begins anew.
+//!
+//! Statement triggers with transition tables, on the table and on each partition: the server fires those of the table that
+//! the statement names. One for each row would open a subtransaction for each, which from 64 on slows down everybody's snapshots.
+//! Only a row that gets another time has one of its own, before the change: MERGE shows a row that it moves to another
+//! partition to no statement trigger of UPDATE.
+//!
+//! All of it belongs to the table's owner, in the archive, and runs as that role: copying calls constraints and generated columns,
+//! and the types of a key may be the owner's. The triggers' function is SECURITY DEFINER as the owner, because whoever
+//! may write to the table need not be able to write the notes.
+
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::partition::archive::{self, ARCHIVE};
+use crate::partition::place::storage;
+use crate::partition::revert::Reversion;
+use crate::server::locks;
+use crate::server::relation::{self, Table, free_name};
+use crate::server::session::Owner;
+use crate::server::spi::{self, value};
+use crate::server::text::{literal, qualified, quoted, suffixed};
+use pgrx::prelude::*;
+use std::time::{Duration, Instant};
+
+/// Rows copied in one transaction.
+const BATCH: i64 = 10_000;
+
+/// Changes that may be left for the swap's lock, and how long the last ones may have taken.
+const FEW: i64 = BATCH / 20;
+const SHORT: Duration = Duration::from_millis(50);
+
+/// For how long one transaction goes on catching up: far less than a step's limit of time, which would undo all of it.
+const LONG: Duration = Duration::from_secs(1);
+
+/// What the table of changes, the sequence of failures and the function are called, after the plain table.
+const CHANGES: &str = "_changes";
+const FAILURES: &str = "_failures";
+const FUNCTION: &str = "_note";
+
+/// The triggers' names begin so; which events each is for.
+const TRIGGER: &str = "litellm_spend_revert";
+const EVENTS: [(&str, &str); 4] = [
+    ("insert", "REFERENCING NEW TABLE AS new_rows"),
+    ("update", "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows"),
+    ("delete", "REFERENCING OLD TABLE AS old_rows"),
+    ("truncate", ""),
+];
+
+// ---- to make it ------------------------------------------------------------------------------------------
+
+/// One of the names that go with the plain table's.
+fn beside(reversion: &Reversion, suffix: &str) -> String {
+    qualified(ARCHIVE, &suffixed(&reversion.options.plain, suffix))
+}
+
+/// The plain table, empty, and the triggers that note what changes.
+pub fn prepare(reversion: &mut Reversion) -> Result<()> {
+    let name = reversion.name();
+    let table = Table::find(reversion.relation)?.ok_or_else(|| Error::NoTable(name.clone()))?;
+    let owner = reversion.owner;
+    let run = |sql: String| owner.run(sql);
+    archive::ensure(owner)?;
+    if reversion.options.shape.is_some() {
+        drop_triggers(reversion)?;
+        drop_made(reversion)?;
+    }
+    let free = |name: &str| free_name([&table.schema, ARCHIVE], name);
+    reversion.options.duplicates = free(&suffixed(&table.name, "_duplicates"))?;
+    // Others may make tables there, too: a name for which those beside it are free as well.
+    for number in 1..100 {
+        let name = if number == 1 { "_plain".into() } else { format!("_plain{number}") };
+        reversion.options.plain = free(&suffixed(&table.name, &name))?;
+        let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
+        if relation::find_relation(&changes)?.or(relation::find_relation(&failures)?).is_none() {
+            break;
+        }
+    }
+    let (plain, duplicates, key) = (reversion.plain(), reversion.duplicates(), key(reversion));
+    let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
+    let like = "INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING COMPRESSION";
+    let constraint = quoted(&key_name(&reversion.options.plain));
+    let (storage, _) = storage(largest_partition(reversion)?)?;
+    run(format!(
+        "CREATE TABLE {plain} (LIKE {name} {like}, CONSTRAINT {constraint} PRIMARY KEY ({key})) {storage}"
+    ))?;
+    run(format!("CREATE TABLE {duplicates} (LIKE {name})"))?;
+    run(format!("CREATE TABLE {changes} AS SELECT {key} FROM {name} WHERE false"))?;
+    run(format!("CREATE SEQUENCE {failures}"))?;
+    create_function(reversion)?;
+    // From here on writers wait, until this transaction ends: what they wrote before is visible to the copy.
+    create_triggers(reversion, &relation::relation_tree(reversion.relation)?)?;
+    let (time, function) = (quoted(&reversion.options.time_column), beside(reversion, FUNCTION));
+    run(format!(
+        "CREATE OR REPLACE TRIGGER {TRIGGER}_move BEFORE UPDATE ON {name} FOR EACH ROW
+         WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
+    ))?;
+    reversion.options.made = [plain, duplicates, changes]
+        .iter()
+        .map(|name| Ok(relation::find_relation(name)?.map_or(0, |oid| oid.to_u32())))
+        .collect::<Result<_>>()?;
+    reversion.options.shape = Some(shape(reversion.relation)?);
+    reversion.options.tree = tree(reversion)?;
+    restart(reversion)
+}
+
+/// Fails if what we made has been replaced, or given to somebody else.
+pub fn require_made(reversion: &Reversion) -> Result<()> {
+    let names = [reversion.plain(), reversion.duplicates(), beside(reversion, CHANGES)];
+    for (name, made) in names.iter().zip(&reversion.options.made) {
+        let found = Table::named(name)?.filter(|table| table.oid.to_u32() == *made);
+        let found = found.ok_or_else(|| Error::NoTable(name.clone()))?;
+        if Owner::role(found.owner_oid) != reversion.owner {
+            let expected = reversion.owner.name()?;
+            return Err(Error::OtherOwner { relation: name.clone(), owner: found.owner, expected });
+        }
+    }
+    Ok(())
+}
+
+/// A partition whose owner is not the table's.
+pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
+    let others = spi::query(
+        "SELECT oid::regclass::text FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relowner <> $2",
+        &[relation::relation_tree(table.oid)?.into(), table.owner_oid.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(others.into_iter().next())
+}
+
+fn restart(reversion: &mut Reversion) -> Result<()> {
+    let failures = failures(reversion)?;
+    let options = &mut reversion.options;
+    (options.copied_to, options.copied_all, options.indexes) = (None, false, None);
+    options.failures = failures;
+    Ok(())
+}
+
+/// What the trigger missed may be anywhere.
+pub fn begin_anew(reversion: &mut Reversion) -> Result<()> {
+    let indexes = reversion.options.indexes.take();
+    restart(reversion)?;
+    reversion.options.indexes = indexes;
+    lock(reversion)?;
+    // Its triggers, if there are any, are the owner's.
+    reversion.owner.run(format!("TRUNCATE {}, {}", reversion.plain(), reversion.duplicates()))
+}
+
+/// Locks what is ours, which nobody uses but an autovacuum: that gives way.
+pub fn lock(reversion: &Reversion) -> Result<()> {
+    let mut locks = vec![];
+    for table in [reversion.plain(), reversion.duplicates()] {
+        locks.extend(relation::find_relation(&table)?.map(|oid| (oid, pg_sys::AccessExclusiveLock)));
+    }
+    locks::lock_all(guc::lock_timeout(), &locks)
+}
+
+/// The plain table's primary key, until it has the name.
+pub fn key_name(plain: &str) -> String {
+    suffixed(plain, "_pkey")
+}
+
+fn largest_partition(reversion: &Reversion) -> Result<pg_sys::Oid> {
+    let largest = spi::query(
+        "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'r'
+         ORDER BY pg_catalog.pg_relation_size(oid) DESC LIMIT 1",
+        &[relation::relation_tree(reversion.relation)?.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(largest.first().copied().unwrap_or(reversion.relation))
+}
+
+/// A relation's columns: the copy must have the same.
+pub fn shape(relation: pg_sys::Oid) -> Result<String> {
+    let shapes = spi::query(
+        "SELECT string_agg(format('%I %s%s%s', attname, format_type(atttypid, atttypmod), attgenerated, attnotnull), ', '
+                           ORDER BY attnum)
+         FROM pg_catalog.pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+        &[relation.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(shapes.into_iter().next().unwrap_or_default())
+}
+
+fn create_function(reversion: &Reversion) -> Result<()> {
+    let values = |row: &str| {
+        let columns = reversion.options.key.iter().map(|c| format!("{row}.{}", quoted(c)));
+        columns.collect::<Vec<_>>().join(", ")
+    };
+    let key = key(reversion);
+    let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
+    let failure = format!("PERFORM nextval({})", literal(&failures));
+    let body = format!(
+        "
+BEGIN
+    IF TG_LEVEL = 'ROW' THEN
+        INSERT INTO {changes} VALUES ({}), ({});
+        RETURN NEW;
+    ELSIF TG_OP = 'INSERT' THEN
+        INSERT INTO {changes} SELECT {key} FROM new_rows;
+    ELSIF TG_OP = 'UPDATE' THEN
+        INSERT INTO {changes} SELECT {key} FROM old_rows UNION SELECT {key} FROM new_rows;
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO {changes} SELECT {key} FROM old_rows;
+    ELSE
+        {failure};
+    END IF;
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    BEGIN
+        {failure};
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    IF TG_LEVEL = 'ROW' THEN
+        RETURN NEW;
+    END IF;
+    RETURN NULL;
+END
+",
+        values("OLD"),
+        values("NEW")
+    );
+    let owner = reversion.owner;
+    owner.run(format!(
+        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+         SET search_path = pg_catalog, pg_temp AS {}",
+        literal(&body)
+    ))?;
+    owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM PUBLIC"))
+}
+
+/// The statement triggers of tables, whose writers wait from here on.
+fn create_triggers(reversion: &Reversion, tables: &[pg_sys::Oid]) -> Result<()> {
+    locks::lock_against_writers(tables)?;
+    let (names, function) = (relation::relation_names(tables)?, beside(reversion, FUNCTION));
+    for name in tables.iter().filter_map(|table| names.get(table)) {
+        for (event, transition) in EVENTS {
+            reversion.owner.run(format!(
+                "CREATE OR REPLACE TRIGGER {TRIGGER}_{event} AFTER {event} ON {name} {transition}
+                 FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the table or a partition that we know of lacks one: somebody dropped or disabled it, or an older version made others.
+pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
+    let tree: Vec<pg_sys::Oid> = reversion.options.tree.iter().map(|oid| (*oid).into()).collect();
+    let events: Vec<String> = EVENTS.iter().map(|(event, _)| event.to_string()).collect();
+    let lacking = spi::query(
+        "SELECT FROM pg_catalog.pg_class c, unnest($2::text[]) AS e(event)
+         WHERE c.oid = ANY ($1) AND NOT EXISTS (
+             SELECT FROM pg_catalog.pg_trigger t
+             WHERE t.tgrelid = c.oid AND t.tgname = $3 || '_' || e.event AND t.tgenabled IN ('O', 'A')) LIMIT 1",
+        &[tree.into(), events.into(), TRIGGER.into()],
+        |_| Ok(()),
+    )?;
+    Ok(!lacking.is_empty())
+}
+
+pub fn failures(reversion: &Reversion) -> Result<i64> {
+    let Some(sequence) = relation::find_relation(&beside(reversion, FAILURES))? else { return Ok(-1) };
+    Ok(relation::last_value(sequence)?.unwrap_or(0))
+}
+
+// ---- to fill it ------------------------------------------------------------------------------------------
+
+/// The next rows in the order of time and key. Those whose key is there already are later ones: duplicates.
+pub fn batch(reversion: &mut Reversion) -> Result<()> {
+    locks::lock_against_dropping(reversion.relation)?;
+    let (time, key) = (quoted(&reversion.options.time_column), key(reversion));
+    let columns = relation::stored_columns(reversion.relation)?;
+    let after = match &reversion.options.copied_to {
+        None => String::new(),
+        Some(row) => {
+            let values = row.iter().map(|text| literal(text)).collect::<Vec<_>>().join(", ");
+            format!("WHERE ({time}, {key}) > ({values})")
+        }
+    };
+    let order =
+        || std::iter::once(&reversion.options.time_column).chain(&reversion.options.key).map(|c| quoted(c));
+    let of = |alias: &str| order().map(|c| format!("{alias}.{c}")).collect::<Vec<_>>().join(", ");
+    let sql = format!(
+        "WITH batch AS MATERIALIZED (SELECT {columns} FROM {name} {after} ORDER BY {time}, {key} LIMIT {BATCH}),
+              copied AS (INSERT INTO {plain} ({columns}) SELECT {columns} FROM batch ORDER BY {time}, {key}
+                         ON CONFLICT DO NOTHING RETURNING {time}, {key}),
+              kept_out AS (INSERT INTO {duplicates} ({columns})
+                           SELECT {columns} FROM batch AS b
+                           WHERE NOT EXISTS (SELECT FROM copied AS c WHERE ({of_c}) = ({of_b})))
+         SELECT ARRAY[{texts}] FROM batch ORDER BY {descending} LIMIT 1",
+        name = reversion.name(),
+        plain = reversion.plain(),
+        duplicates = reversion.duplicates(),
+        of_c = of("c"),
+        of_b = of("b"),
+        texts = order().map(|c| format!("{c}::text")).collect::<Vec<_>>().join(", "),
+        descending = order().map(|c| format!("{c} DESC")).collect::<Vec<_>>().join(", "),
+    );
+    let last = reversion.owner.fresh(&sql, &[], |r| value::<Vec<String>>(r, 1))?;
+    match last.into_iter().next() {
+        Some(row) => reversion.options.copied_to = Some(row),
+        None => reversion.options.copied_all = true,
+    }
+    Ok(())
+}
+
+/// Rows of a partition that was attached may have come with it: no trigger saw them. `true`: there were new ones.
+pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
+    let tree = tree(reversion)?;
+    let new: Vec<u32> = tree.iter().copied().filter(|oid| !reversion.options.tree.contains(oid)).collect();
+    if new.is_empty() {
+        reversion.options.tree = tree;
+        return Ok(false);
+    }
+    // The table before its partitions, as for everybody who uses them.
+    locks::lock_against_dropping(reversion.relation)?;
+    create_triggers(reversion, &new.iter().map(|oid| (*oid).into()).collect::<Vec<_>>())?;
+    for oid in &new {
+        let (name, key) = (relation::relation_name((*oid).into())?, key(reversion));
+        let changes = beside(reversion, CHANGES);
+        reversion.owner.run(format!("INSERT INTO {changes} ({key}) SELECT {key} FROM ONLY {name}"))?;
+    }
+    reversion.options.tree = tree;
+    Ok(true)
+}
+
+/// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the swap is tried: a
+/// lock that is not to be had must not undo it.
+pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
+    let step = Instant::now();
+    for round in 0.. {
+        let began = Instant::now();
+        if catch_up_some(reversion)? < FEW || began.elapsed() < SHORT {
+            return Ok(round == 0);
+        }
+        if step.elapsed() > LONG {
+            break;
+        }
+    }
+    Ok(false)
+}
+
+/// Copies all that has changed.
+pub fn catch_up(reversion: &Reversion) -> Result<()> {
+    while catch_up_some(reversion)? > 0 {}
+    Ok(())
+}
+
+/// Copies the rows again whose keys were noted: at most a batch of notes. Returns how many there were.
+fn catch_up_some(reversion: &Reversion) -> Result<i64> {
+    let (time, key, changes) =
+        (quoted(&reversion.options.time_column), key(reversion), beside(reversion, CHANGES));
+    let columns = relation::stored_columns(reversion.relation)?;
+    let (name, plain, duplicates) = (reversion.name(), reversion.plain(), reversion.duplicates());
+    // Key by key: nothing is known of the statistics of a table that is being filled.
+    // (Without enable_seqscan: the keys have to be scanned, and beside that cost all plans would look the same.)
+    let _owner = reversion.owner.act().with(c"enable_hashjoin", c"off").with(c"enable_mergejoin", c"off");
+    // The notes of this batch, by where they are: nobody changes a note, and none is moved while we use the table.
+    let notes = spi::fresh(
+        &format!(
+            "SELECT coalesce(array_agg(ctid::text), '{{}}') FROM (SELECT ctid FROM {changes} LIMIT {BATCH}) AS n"
+        ),
+        &[],
+        |r| value::<Vec<String>>(r, 1),
+    )?;
+    let notes: Vec<String> = notes.into_iter().flatten().collect();
+    let count = notes.len() as i64;
+    let batch = "$1::text[]::tid[]";
+    let noted = format!("({key}) IN (SELECT {key} FROM {changes} WHERE ctid = ANY ({batch}))");
+    for sql in [
+        format!("DELETE FROM {plain} WHERE {noted}"),
+        format!("DELETE FROM {duplicates} WHERE {noted}"),
+        format!(
+            "WITH changed AS MATERIALIZED (
+                 SELECT {columns}, row_number() OVER (PARTITION BY {key} ORDER BY {time}) AS litellm_spend_n
+                 FROM {name} WHERE {noted}),
+             kept_out AS (INSERT INTO {duplicates} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n > 1)
+             INSERT INTO {plain} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n = 1"
+        ),
+        format!("DELETE FROM {changes} WHERE ctid = ANY ({batch})"),
+    ] {
+        if count > 0 {
+            spi::execute(&sql, &[notes.clone().into()])?;
+        }
+    }
+    Ok(count)
+}
+
+fn key(reversion: &Reversion) -> String {
+    reversion.options.key.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", ")
+}
+
+fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
+    Ok(relation::relation_tree(reversion.relation)?.into_iter().map(|oid| oid.to_u32()).collect())
+}
+
+// ---- to clean up -----------------------------------------------------------------------------------------
+
+/// Takes ACCESS EXCLUSIVE on the table and its partitions.
+pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
+    let mut tables = relation::relation_tree(reversion.relation)?;
+    // Also those of a partition that was detached meanwhile: the function goes, too.
+    let triggers = spi::query(
+        "SELECT t.tgrelid, t.tgname::text FROM pg_catalog.pg_trigger t
+         WHERE t.tgparentid = 0 AND t.tgname LIKE $1 || '%'
+           AND (t.tgrelid = ANY ($2) OR t.tgfoid = pg_catalog.to_regproc($3))",
+        &[TRIGGER.into(), tables.clone().into(), beside(reversion, FUNCTION).into()],
+        |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?)),
+    )?;
+    if triggers.is_empty() {
+        return Ok(());
+    }
+    for (table, _) in &triggers {
+        if !tables.contains(table) {
+            tables.push(*table);
+        }
+    }
+    let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
+    locks::lock_all(guc::swap_lock_timeout(), &locks)?;
+    let names = relation::relation_names(&tables)?;
+    for (table, trigger) in &triggers {
+        if let Some(name) = names.get(table) {
+            reversion.owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops what notes the changes. After the triggers: nobody writes to it any more.
+pub fn clean_up(reversion: &Reversion) -> Result<()> {
+    let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
+    let locks = relation::find_relation(&changes)?.map(|oid| (oid, pg_sys::AccessExclusiveLock));
+    locks::lock_all(guc::lock_timeout(), locks.as_slice())?;
+    reversion.owner.run(format!("DROP TABLE IF EXISTS {changes}"))?;
+    reversion.owner.run(format!("DROP SEQUENCE IF EXISTS {failures}"))?;
+    reversion.owner.run(format!("DROP FUNCTION IF EXISTS {function}()"))
+}
+
+/// Drops all that was made. After the triggers.
+pub fn drop_made(reversion: &Reversion) -> Result<()> {
+    lock(reversion)?;
+    let (plain, duplicates) = (reversion.plain(), reversion.duplicates());
+    reversion.owner.run(format!("DROP TABLE IF EXISTS {plain}, {duplicates}"))?;
+    clean_up(reversion)
+}

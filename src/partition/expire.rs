@@ -1,0 +1,235 @@
+//! Expires whole partitions: drops them, or detaches them into an archive. Never what a rollup still needs, and not without a
+//! proof of what was there.
+//!
+//! The partition is counted under SHARE, so that nothing is written to it any more: rows that come that late have expired as
+//! well. Then follow the short locks. Order, as everywhere: fences, the table, its partitions.
+//!
+//! What reads or drops a partition runs as the table's owner; the proof and the rollups' state are ours.
+//!
+//! | lock | on | how long |
+//! |---|---|---|
+//! | SHARE | the partition | while it is counted |
+//! | the fences | the built-in rollups, if the table is captured | to the end |
+//! | ACCESS EXCLUSIVE | the table, DEFAULT, the partition | the DROP or DETACH |
+
+use crate::engine::source;
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::litellm::capture::missing_triggers;
+use crate::partition::archive;
+use crate::partition::calendar::Instant;
+use crate::partition::layout::{Layout, Partition, timestamp};
+use crate::partition::place::{detach, finish_detach};
+use crate::partition::policy::{OnExpire, Policy};
+use crate::server::locks::{self, Mode, Patience};
+use crate::server::relation::{self, Table};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, quoted};
+use crate::state::captured;
+use crate::state::fence::Fence;
+use crate::state::frozen;
+use pgrx::datum::{AnyNumeric, Timestamp};
+use pgrx::prelude::*;
+
+/// What a partition holds, while we hold the lock that keeps it so.
+pub struct Proof {
+    rows: i64,
+    spend: Option<AnyNumeric>,
+}
+
+/// Whether all of the partition is before the cutoff.
+pub fn has_expired(partition: &Partition, cutoff: Instant) -> bool {
+    partition.range.to <= cutoff
+}
+
+/// Locks the partition against writers, checks that nobody needs it, and counts it.
+pub fn count(layout: &Layout, partition: &Partition) -> Result<Proof> {
+    layout.require_usable(partition)?;
+    refuse_dependents(partition)?;
+    layout.lock()?;
+    locks::lock_all(guc::lock_timeout(), &[(partition.oid, pg_sys::ShareLock)])?;
+    require_rolled_up(layout, partition)?;
+    require_captured(layout, partition)?;
+    let columns = &layout.table.columns;
+    let is_number = |t: &str| ["double precision", "real", "numeric", "integer", "bigint"].contains(&t);
+    let spend = if columns.iter().any(|(name, r#type)| name == "spend" && is_number(r#type)) {
+        // NaN and the infinities count as 0, as in the rollups.
+        "sum(CASE WHEN spend::numeric > '-Infinity' AND spend::numeric < 'Infinity' THEN spend::numeric ELSE 0 END)"
+    } else {
+        "NULL::numeric"
+    };
+    let sql = format!("SELECT count(*), {spend} FROM ONLY {}", partition.qualified());
+    let proofs =
+        layout.owner.fresh(&sql, &[], |r| Ok(Proof { rows: spi::value(r, 1)?, spend: r.get(2)? }))?;
+    proofs.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))
+}
+
+/// Drops or detaches a counted partition. Returns the rows, and where they are now.
+pub fn finish(
+    layout: &Layout,
+    partition: &Partition,
+    policy: &Policy,
+    proof: Proof,
+    patience: Patience,
+) -> Result<(i64, String)> {
+    let captured = captured::capture()?.filter(|state| state.relation == layout.table.oid);
+    // 1. the rollups: what they say of these days is from now on their only record.
+    if let Some(state) = &captured {
+        let Some(fences) = Fence::take_all(&state.source, patience)? else {
+            return Err(Error::RollupBusy(state.source.clone()));
+        };
+        for fence in &fences {
+            if !fence.covered_from.is_neg_infinity() {
+                return Err(Error::NotCovered {
+                    partition: partition.name.clone(),
+                    rollup: fence.name.clone(),
+                });
+            }
+        }
+    }
+    // 2. the table; what was seen before is looked at again.
+    let mut locks: Vec<(pg_sys::Oid, Mode)> = vec![(layout.table.oid, pg_sys::AccessExclusiveLock)];
+    locks.extend(layout.default.iter().chain([partition]).map(|p| (p.oid, pg_sys::AccessExclusiveLock)));
+    locks::lock_all(guc::lock_timeout(), &locks)?;
+    let now = layout.again()?;
+    let found = now.find(partition.oid).filter(|found| found.range == partition.range);
+    layout.require_usable(found.ok_or_else(|| Error::CameBetween(partition.name.clone()))?)?;
+    // 3. the proof, with the deed.
+    let rows = proof.rows;
+    let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
+    write_proof(layout, partition, policy, proof, (from, to))?;
+    let place = match policy.on_expire {
+        OnExpire::Drop => {
+            layout.owner.run(format!("DROP TABLE {}", partition.qualified()))?;
+            "dropped".into()
+        }
+        OnExpire::Detach => {
+            match partition.pending {
+                true => finish_detach(layout, partition)?,
+                false => detach(layout, &partition.qualified())?,
+            }
+            archive::ensure(layout.owner)?;
+            format!("now {}", archive::take(layout.owner, partition.oid)?)
+        }
+    };
+    // 4. its days are history.
+    if let (Some(_), Some(end)) = (&captured, to) {
+        frozen::freeze_before(end)?;
+    }
+    Ok((rows, place))
+}
+
+fn write_proof(
+    layout: &Layout,
+    partition: &Partition,
+    policy: &Policy,
+    proof: Proof,
+    (from, to): (Option<Timestamp>, Option<Timestamp>),
+) -> Result<()> {
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.expired_partition
+                 (table_schema, table_name, partition, range_start, range_end, rows, spend, action, policy)
+             VALUES ($1::name, $2::name, $3, $4, $5, $6, $7, $8, $9)"
+        ),
+        &[
+            layout.table.schema.as_str().into(),
+            layout.table.name.as_str().into(),
+            partition.name.as_str().into(),
+            from.into(),
+            to.into(),
+            proof.rows.into(),
+            proof.spend.into(),
+            policy.on_expire.name().into(),
+            policy.to_string().into(),
+        ],
+    )
+    .map(drop)
+}
+
+// ---- who still needs it ----------------------------------------------------------------------------------
+
+/// DROP would fail, after the count.
+fn refuse_dependents(partition: &Partition) -> Result<()> {
+    let views = spi::query(
+        "SELECT r.ev_class::regclass::text FROM pg_catalog.pg_depend d
+         JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND r.ev_class <> $1",
+        &[partition.oid.into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    match views.into_iter().next() {
+        None => Ok(()),
+        Some(by) => Err(Error::Referenced { relation: partition.name.clone(), by }),
+    }
+}
+
+/// The rollups over the table: name, watermark, and the column that numbers its rows.
+fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<(String, i64, String)>> {
+    let found = spi::fresh(
+        &format!(
+            "SELECT r.name, r.watermark, s.relation::oid, s.sequence::oid
+             FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source WHERE s.relation::oid IN ($1, $2)"
+        ),
+        &[layout.table.oid.into(), relation.into()],
+        |r| {
+            Ok((
+                spi::value::<String>(r, 1)?,
+                spi::value::<i64>(r, 2)?,
+                spi::value::<pg_sys::Oid>(r, 3)?,
+                spi::value::<pg_sys::Oid>(r, 4)?,
+            ))
+        },
+    )?;
+    let mut rollups = vec![];
+    for (name, watermark, source, sequence) in found {
+        let table = Table::find(source)?.ok_or_else(|| Error::NoTable(source.to_u32().to_string()))?;
+        rollups.push((name, watermark, quoted(&source::numbering(&table, Some(sequence))?.column)));
+    }
+    Ok(rollups)
+}
+
+/// The rows that every rollup over the table has merged, as a condition.
+pub fn merged(layout: &Layout, relation: pg_sys::Oid) -> Result<String> {
+    let rollups = rollups(layout, relation)?;
+    let parts =
+        rollups.iter().map(|(_, watermark, column)| format!("({column} <= {watermark} OR {column} IS NULL)"));
+    let parts: Vec<String> = std::iter::once("true".into()).chain(parts).collect();
+    Ok(parts.join(" AND "))
+}
+
+/// Refuses a partition with rows that a rollup has not merged.
+fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<()> {
+    for (rollup, watermark, column) in rollups(layout, partition.oid)? {
+        let sql = format!("SELECT FROM ONLY {} WHERE {column} > {watermark}", partition.qualified());
+        if layout.owner.exists(&sql, &[])? {
+            return Err(Error::NotMerged { partition: partition.name.clone(), rollup, watermark });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a partition of the captured table with rows that capture may have missed: what is to be repaired needs them.
+fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
+    let Some(state) = captured::capture()?.filter(|state| state.relation == layout.table.oid) else {
+        return Ok(());
+    };
+    let failures = relation::find_relation(&format!("{SCHEMA}.capture_failures"))?;
+    let failures = failures.map(relation::last_value).transpose()?.flatten().unwrap_or(0);
+    let unseen = failures != state.failures_seen;
+    let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
+    let dirty = spi::exists(
+        &format!(
+            "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
+             AND range_start < coalesce($2, 'infinity') AND range_end > coalesce($1, '-infinity')"
+        ),
+        &[from.into(), to.into()],
+    )?;
+    let uncaptured = missing_triggers(layout.table.oid)?
+        .iter()
+        .any(|(oid, _)| [layout.table.oid, partition.oid].contains(oid));
+    if unseen || dirty || uncaptured {
+        return Err(Error::NotRepaired(partition.name.clone()));
+    }
+    Ok(())
+}

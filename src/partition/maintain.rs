@@ -1,0 +1,458 @@
+//! Maintenance of one table: a round of steps, each of which stands for itself. Those that need no lock that others wait for
+//! come first, so that a SQL call, which is one transaction, holds such locks at its end only.
+//!
+//! ```text
+//!  count expired partitions   SHARE on each            (a SQL call: they stay locked until its end)
+//!  delete expired rows        ROW EXCLUSIVE            in batches, only what no partition takes along
+//!  ANALYZE                    SHARE UPDATE EXCLUSIVE
+//!  ---- exclusive locks: the first that is not to be had ends the round, the rest is tried again soon ----
+//!  drop or detach             ACCESS EXCLUSIVE
+//!  drain DEFAULT              ACCESS EXCLUSIVE         a batch of rows at most
+//!  create partitions          see `place`
+//!  finish a DETACH            SHARE UPDATE EXCLUSIVE, ACCESS EXCLUSIVE on the partition
+//! ```
+//! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the policy's row: of
+//! two maintainers one works, and the other says that it did not.
+
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::partition::calendar::{Drain, Instant, Range, missing};
+use crate::partition::drain;
+use crate::partition::expire::{self, Proof};
+use crate::partition::layout::{Layout, Partition};
+use crate::partition::place;
+use crate::partition::policy::{self, Again, OnExpire, Policy};
+use crate::partition::purge;
+use crate::partition::spread::{self, Spread};
+use crate::server::locks::Patience;
+use crate::server::log;
+use crate::server::session::{Failure, attempt};
+use crate::server::spi;
+use crate::server::text::quoted;
+use crate::state::conversion;
+use crate::state::step::{Runner, Subject};
+use std::time::Duration;
+
+/// What was done, or not.
+pub struct Action {
+    pub action: &'static str,
+    pub partition: String,
+    pub rows: i64,
+    pub detail: String,
+}
+
+/// How long a round deletes, and how long it drains, before others get their turn: the worker has more to do.
+const SLICE: Duration = Duration::from_secs(2);
+
+/// How long a SQL call drains: the table stays locked until its transaction ends, and others wait for all of it.
+const SLICE_OF_CALL: Duration = Duration::from_millis(300);
+
+/// Most rows that one SQL call deletes: it is one transaction.
+const MOST_DELETED: i64 = 100_000;
+
+pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Instant>) -> Vec<Action> {
+    let mut round = Round {
+        run,
+        policy,
+        actions: vec![],
+        again: Again::Later,
+        stop: false,
+        blocked: None,
+        failure: None,
+    };
+    round.go(now);
+    let (policy, again) = (round.policy.clone(), round.again);
+    let (blocked, failure) = (round.blocked.take(), round.failure.take());
+    if !round.stop {
+        let subject = round.subject();
+        round.run.step(subject, || policy.record(again, failure.as_deref(), blocked.as_deref()));
+    }
+    round.actions
+}
+
+struct Round<'a, R: Runner> {
+    run: &'a mut R,
+    policy: Policy,
+    actions: Vec<Action>,
+    again: Again,
+    /// Somebody else maintains the table, or it cannot be maintained.
+    stop: bool,
+    /// A lock was not to be had, and who has it: others waited for us meanwhile, so no more of that in this round.
+    blocked: Option<String>,
+    failure: Option<String>,
+}
+
+impl<R: Runner> Round<'_, R> {
+    fn go(&mut self, now: Option<Instant>) {
+        let table = self.policy.table.clone();
+        let policy = self.policy.clone();
+        let looked = self.step(&table, || {
+            if conversion::is_under_way(&policy.schema, &policy.table)? {
+                return Err(Error::Converting(policy.table.clone()));
+            }
+            let now = now.unwrap_or_else(crate::partition::layout::now);
+            let layout = Layout::of(policy.relation, &policy.time_column)?;
+            crate::partition::layout::require_root(&layout.table)?;
+            Ok((now, policy.cutoff(now)?, layout))
+        });
+        let Some((now, cutoff, layout)) = looked else { return };
+        let counted = cutoff.map(|cutoff| self.expire(&layout, cutoff));
+        if let Some(cutoff) = cutoff {
+            self.purge(&layout, cutoff);
+        }
+        self.analyze(&layout);
+        for (partition, proof) in counted.unwrap_or_default() {
+            self.finish(&layout, &partition, proof);
+        }
+        if layout.partitioned {
+            self.drain(now, cutoff);
+            self.create(now);
+            self.finish_detach(cutoff);
+            self.next(now);
+        }
+    }
+
+    fn subject(&self) -> Subject {
+        Subject::Policy(self.policy.relation.to_u32(), self.policy.table.clone())
+    }
+
+    /// In a SQL call all steps share a transaction, and locks last until its end.
+    fn is_one_transaction(&self) -> bool {
+        matches!(self.run.patience(), Patience::Until(_))
+    }
+
+    /// Does a step, if the policy is ours for it. What goes wrong is reported, and is nobody else's business.
+    fn step<T>(&mut self, about: &str, work: impl FnOnce() -> Result<T>) -> Option<T> {
+        if self.stop {
+            return None;
+        }
+        enum Outcome<T> {
+            Done(T),
+            Failed(Failure),
+            Busy,
+        }
+        let policy = self.policy.clone();
+        let subject = self.subject();
+        let outcome = self.run.step(subject, || {
+            let Some(_work) = policy.lock(Patience::None)? else { return Ok(Outcome::Busy) };
+            // Takes an XID, and with it every query of the step a fresh snapshot.
+            match attempt(|| spi::execute("SELECT 1", &[]).and_then(|_| work())) {
+                Ok(value) => Ok(Outcome::Done(value)),
+                Err(failure) => Ok(Outcome::Failed(failure.unless_cancel())),
+            }
+        });
+        match outcome {
+            Some(Outcome::Done(value)) => return Some(value),
+            Some(Outcome::Failed(failure)) => self.skip(about, failure),
+            Some(Outcome::Busy) => {
+                self.stop = true;
+                self.note("skipped", about, 0, "somebody else maintains the table");
+            }
+            None => {
+                self.stop = true;
+                self.note("skipped", about, 0, "failed; see the server's log");
+            }
+        }
+        None
+    }
+
+    fn skip(&mut self, about: &str, failure: Failure) {
+        let mut detail = failure.message.clone();
+        if failure.is_lock_timeout() {
+            detail = failure.in_a_line();
+            self.blocked.get_or_insert_with(|| format!("{about}: {detail}"));
+            self.soon();
+            let again = policy::retry().as_secs();
+            if again > 0 {
+                detail += &format!("; the worker, where one runs, tries again in {again} s");
+            }
+        } else {
+            self.failure.get_or_insert_with(|| format!("{about}: {}", failure.text()));
+        }
+        self.note("skipped", about, 0, detail);
+    }
+
+    fn note(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
+        let detail = detail.into();
+        if !self.is_one_transaction() && !["next", "analyzed"].contains(&action) {
+            log::now(format_args!("{action} {partition} ({rows} rows): {detail}"));
+        }
+        self.actions.push(Action { action, partition: partition.into(), rows, detail });
+    }
+
+    fn soon(&mut self) {
+        if self.again == Again::Later {
+            self.again = Again::Soon;
+        }
+    }
+
+    // ---- expiry ------------------------------------------------------------------------------------------
+
+    /// Expires the partitions that end before the cutoff, oldest first; in a SQL call it only counts them.
+    fn expire(&mut self, layout: &Layout, cutoff: Instant) -> Vec<(Partition, Proof)> {
+        let mut counted = vec![];
+        let expired = layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff));
+        for partition in expired.cloned().collect::<Vec<_>>() {
+            if self.is_one_transaction() {
+                let proof = self.step(&partition.name, || expire::count(layout, &partition));
+                counted.extend(proof.map(|proof| (partition, proof)));
+            } else if self.blocked.is_none() {
+                let (policy, patience) = (self.policy.clone(), self.run.patience());
+                let rows = self.step(&partition.name, || {
+                    let proof = expire::count(layout, &partition)?;
+                    expire::finish(layout, &partition, &policy, proof, patience)
+                });
+                self.expired(&partition, rows);
+            }
+        }
+        counted
+    }
+
+    fn finish(&mut self, layout: &Layout, partition: &Partition, proof: Proof) {
+        if self.blocked.is_some() {
+            return;
+        }
+        let (policy, patience) = (self.policy.clone(), self.run.patience());
+        let rows = self.step(&partition.name, || expire::finish(layout, partition, &policy, proof, patience));
+        self.expired(partition, rows);
+    }
+
+    fn expired(&mut self, partition: &Partition, outcome: Option<(i64, String)>) {
+        if let Some((rows, place)) = outcome {
+            let action = if self.policy.on_expire == OnExpire::Drop { "dropped" } else { "detached" };
+            self.note(action, &partition.name, rows, format!("{}; {place}", partition.range));
+        }
+    }
+
+    fn purge(&mut self, layout: &Layout, cutoff: Instant) {
+        let began = std::time::Instant::now();
+        for target in purge::targets(layout, self.policy.interval, cutoff) {
+            let mut deleted = 0;
+            let mut more = true;
+            while more && began.elapsed() < SLICE && deleted < MOST_DELETED {
+                let Some(rows) = self.step(&target.name, || purge::batch(layout, &target, cutoff)) else {
+                    break;
+                };
+                deleted += rows;
+                more = rows == purge::BATCH;
+            }
+            if more && deleted > 0 {
+                self.again = Again::AtOnce;
+            }
+            if deleted > 0 {
+                let more = if more { "; more are to go" } else { "" };
+                self.note("deleted", &target.name, deleted, format!("before {cutoff}{more}"));
+            }
+        }
+    }
+
+    // ---- statistics --------------------------------------------------------------------------------------
+
+    /// Autovacuum never analyzes a partitioned table. LiteLLM asks for its number of rows.
+    fn analyze(&mut self, layout: &Layout) {
+        if !layout.partitioned {
+            return;
+        }
+        let table = layout.table.qualified();
+        let analyzed = self.step(&layout.table.name, || {
+            let stale = spi::query(
+                "SELECT FROM pg_catalog.pg_class p
+                 JOIN (SELECT inhparent, sum(greatest(c.reltuples, 0)) AS rows FROM pg_catalog.pg_inherits
+                       JOIN pg_catalog.pg_class c ON c.oid = inhrelid GROUP BY 1) AS parts ON inhparent = p.oid
+                 WHERE p.oid = $1 AND (p.reltuples < 0 OR abs(parts.rows - p.reltuples) > 1000 + p.reltuples / 10)",
+                &[layout.table.oid.into()],
+                |_| Ok(()),
+            )?;
+            if !stale.is_empty() {
+                layout.owner.run(format!("ANALYZE (SKIP_LOCKED) {table}"))?;
+            }
+            Ok(!stale.is_empty())
+        });
+        if analyzed == Some(true) {
+            self.note("analyzed", &layout.table.name, 0, "its statistics were missing or old");
+        }
+    }
+
+    // ---- what needs exclusive locks ----------------------------------------------------------------------
+
+    fn layout(&mut self) -> Option<Layout> {
+        let policy = self.policy.clone();
+        self.step(&policy.table.clone(), || Layout::of(policy.relation, &policy.time_column))
+    }
+
+    /// The end of what is to be created.
+    fn horizon(&self, now: Instant) -> Instant {
+        self.policy.interval.periods(now, self.policy.precreate).last().map_or(now, |last| last.to)
+    }
+
+    fn drain(&mut self, now: Instant, cutoff: Option<Instant>) {
+        let (interval, horizon) = (self.policy.interval, self.horizon(now));
+        let cutoff = cutoff.unwrap_or(Instant::MIN);
+        let slice = if self.is_one_transaction() { SLICE_OF_CALL } else { SLICE };
+        let began = std::time::Instant::now();
+        while self.blocked.is_none() {
+            let Some(layout) = self.layout() else { return };
+            let about = layout.default.as_ref().map_or(String::new(), |d| d.name.clone());
+            let next = self.step(&about, || drain::look(&layout, interval, horizon, cutoff));
+            if began.elapsed() > slice && !matches!(next, None | Some(Drain::Nothing)) {
+                self.again = Again::AtOnce;
+                self.note("skipped", &about, 0, "more is to be drained by the next round");
+                return;
+            }
+            match next {
+                None | Some(Drain::Nothing) => return,
+                Some(Drain::Adopt(range)) => {
+                    let adopted = self.step(&about, || drain::adopt(&layout, interval, range, horizon));
+                    let Some(Some(adopted)) = adopted else { return };
+                    let detail =
+                        format!("{about} became this partition, {range}; {} rows stayed", adopted.rows);
+                    self.note("drained", &adopted.partition, 0, detail);
+                }
+                Some(Drain::Move(range)) => {
+                    if !self.place(&layout, range, now) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn create(&mut self, now: Instant) {
+        let began = std::time::Instant::now();
+        while self.blocked.is_none() {
+            let Some(layout) = self.layout() else { return };
+            let wanted = self.policy.interval.periods(now, self.policy.precreate);
+            let Some(range) = missing(&wanted, &layout.ranges()).into_iter().next() else { return };
+            if began.elapsed() > SLICE {
+                self.again = Again::AtOnce;
+                return;
+            }
+            if !self.place(&layout, range, now) {
+                return;
+            }
+        }
+    }
+
+    /// Whoever began to detach a partition wants it as a table of its own. Last, because it also waits for old snapshots. One that
+    /// has expired is dropped or detached with the others.
+    fn finish_detach(&mut self, cutoff: Option<Instant>) {
+        let Some(layout) = self.layout().filter(|_| self.blocked.is_none()) else { return };
+        let expired = |p: &Partition| cutoff.is_some_and(|cutoff| expire::has_expired(p, cutoff));
+        for partition in layout.partitions.iter().filter(|p| p.pending && !expired(p)) {
+            if self.step(&partition.name, || place::finish_detach(&layout, partition)).is_some() {
+                let detail = format!("{}; its DETACH had been interrupted", partition.range);
+                self.note("detached", &partition.name, 0, detail);
+            }
+        }
+    }
+
+    /// `false`: it did not work.
+    fn place(&mut self, layout: &Layout, range: Range, now: Instant) -> bool {
+        let interval = self.policy.interval;
+        let name = crate::partition::calendar::name(&layout.table.name, range);
+        let placed = self.step(&name, || {
+            let batch = layout.default.as_ref().map_or(Ok(0), |d| drain::batch_size(d.oid))?;
+            place::place(layout, interval, range, now, batch)
+        });
+        match placed {
+            Some(Some(placed)) => {
+                let moved = if placed.rows > 0 { "; with rows from DEFAULT" } else { "" };
+                let action = if placed.widened || placed.rows > 0 { "drained" } else { "created" };
+                self.note(action, &placed.partition, placed.rows, format!("{}{moved}", placed.range));
+                true
+            }
+            Some(None) => {
+                self.soon();
+                self.note("skipped", &name, 0, "somebody else made it at the same time");
+                false
+            }
+            None => false,
+        }
+    }
+
+    fn next(&mut self, now: Instant) {
+        let Some(layout) = self.layout() else { return };
+        let policy = self.policy.clone();
+        let ahead = layout.partitions.iter().filter(|p| !p.pending && p.range.from > now).count();
+        let oldest = layout.partitions.first().filter(|p| p.range.to != Instant::MAX);
+        let expires = self
+            .step(&layout.table.name, || oldest.map_or(Ok(None), |oldest| policy.expiry(oldest.range.to)));
+        let detail = match expires.flatten() {
+            Some(at) => format!("expires at {at} UTC; {ahead} partitions ahead"),
+            None => format!("nothing expires; {ahead} partitions ahead"),
+        };
+        let name = oldest.map_or(layout.table.name.clone(), |p| p.name.clone());
+        self.note("next", &name, 0, detail);
+    }
+}
+
+// ---- what will go ----------------------------------------------------------------------------------------
+
+/// Up to here rows that will go are counted; of more, the planner is asked how many they are.
+const MOST_COUNTED: i64 = 100_000;
+
+/// What the next round lets go by a policy that is new: how many partitions and rows, when, and how. Changes nothing.
+pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
+    let Some(cutoff) = policy.cutoff(crate::partition::layout::now())? else { return Ok(vec![]) };
+    let layout = Layout::of(policy.relation, &policy.time_column)?;
+    layout.lock()?;
+    let worker = conversion::has_worker()? && !guc::maintain_interval().is_zero();
+    let next = if worker { "the worker's next round" } else { "the next call of spend_partition_maintain()" };
+    let mut said = vec![];
+    let before = Range { from: Instant::MIN, to: cutoff };
+    let rows = |oid| {
+        let spread = Spread::of_any(layout.owner, oid, &policy.time_column)?;
+        let condition = spread.condition(before);
+        let counted = match spread::is_indexed(oid, &policy.time_column)? {
+            true => spread.count(&condition, MOST_COUNTED)?,
+            false => MOST_COUNTED,
+        };
+        Ok::<_, Error>(if counted < MOST_COUNTED {
+            (counted, "")
+        } else {
+            (spread.estimate(&condition)?, "about ")
+        })
+    };
+    // 1. whole partitions.
+    let usable = |p: &&Partition| layout.require_usable(p).is_ok();
+    let expired: Vec<_> =
+        layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff)).filter(usable).collect();
+    if !expired.is_empty() {
+        let counts = expired.iter().map(|p| rows(p.oid)).collect::<Result<Vec<_>>>()?;
+        let about = counts.iter().map(|(_, about)| *about).max().unwrap_or_default();
+        let (count, sum) = (expired.len(), counts.iter().map(|(rows, _)| rows).sum::<i64>());
+        let how = match policy.on_expire {
+            OnExpire::Drop => "drops them",
+            OnExpire::Detach => "moves them to schema litellm_spend_archive",
+        };
+        said.push(format!("expired partitions: {count}, with {about}{sum} rows; {next} {how}"));
+    }
+    // 2. rows that no partition takes along.
+    let targets = purge::targets(&layout, policy.interval, cutoff).into_iter();
+    for target in targets.filter(|target| target.partition.iter().all(|p| usable(&p))) {
+        let (count, about) = rows(target.oid)?;
+        if count == 0 {
+            continue;
+        }
+        let space = match target.partition.as_ref().map(|p| policy.expiry(p.range.to)).transpose()?.flatten()
+        {
+            Some(at) => format!("its disk space comes back when all of it has expired, at {at} UTC"),
+            None => "new rows use their space again".into(),
+        };
+        let name = quoted(&target.name);
+        said.push(format!(
+            "expired rows of {name}: {about}{count}; from {next} on they are deleted one by one, and {space}"
+        ));
+    }
+    if said.is_empty() {
+        let first = layout.partitions.iter().find(|p| p.range.to > cutoff && p.range.to != Instant::MAX);
+        let then = match first.map(|p| Ok::<_, Error>((p, policy.expiry(p.range.to)?))).transpose()? {
+            Some((partition, Some(at))) => {
+                format!("; {} is the first to expire, at {at} UTC", quoted(&partition.name))
+            }
+            _ => String::new(),
+        };
+        said.push(format!("nothing has expired yet{then}"));
+    }
+    Ok(said)
+}

@@ -1,0 +1,19 @@
+//! Tables that are divided by time: conversion and reversion, and the upkeep of partitions. Each module says which locks it takes, and for
+//! how long. May call state and server, and where a table is captured, LiteLLM's room.
+
+pub mod archive;
+pub mod blueprint;
+pub mod calendar;
+pub mod convert;
+pub mod copy;
+pub mod drain;
+pub mod expire;
+pub mod layout;
+pub mod maintain;
+pub mod place;
+pub mod plan;
+pub mod policy;
+pub mod purge;
+pub mod revert;
+pub mod spread;
+pub mod swap;

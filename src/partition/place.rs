@@ -1,0 +1,369 @@
+//! Makes a partition, with the rows that DEFAULT holds of its range.
+//!
+//! A new partition is a table of its own first (columns, defaults, indexes, storage, owner, grants, our triggers) and is then
+//! attached, which the server does without reading anything but it: that DEFAULT holds no row of its range we prove from an
+//! index (see `proof`). The rows of the range move in the same transaction, at most a batch of them: then the
+//! partition ends where the batch does, and the next call widens it. Our triggers do not see the move, so that nothing is
+//! counted twice, and no reader sees less or more than before.
+//!
+//! | lock | when | who waits |
+//! |---|---|---|
+//! | ACCESS EXCLUSIVE on the table | rows move, or the range may be written now | everybody |
+//! | SHARE UPDATE EXCLUSIVE on the table | else | nobody who reads or writes |
+//! | ACCESS EXCLUSIVE on DEFAULT | always, where there is one | readers that are not pruned to other partitions |
+//!
+//! With the weak lock an INSERT whose row was on its way to DEFAULT would fail: hence "may be written now".
+//!
+//! Whose rights: CREATE TABLE LIKE copies expressions, ATTACH evaluates CHECKs, rows that move are seen by generated columns:
+//! all of it runs as the table's owner, who must own DEFAULT as well. Only capture's triggers are made by us.
+
+use crate::error::{Error, Result};
+use crate::guc;
+use crate::litellm::capture::missing_triggers_within;
+use crate::litellm::spend_log::Capture;
+use crate::partition::calendar::{self, Instant, Interval, Range};
+use crate::partition::layout::{Layout, Partition};
+use crate::partition::spread::Spread;
+use crate::server::locks::{self, Mode};
+use crate::server::proof;
+use crate::server::relation::{self, Table, free_name};
+use crate::server::session::Owner;
+use crate::server::spi;
+use crate::server::text::{self, qualified, quoted};
+use crate::state::captured;
+use pgrx::prelude::*;
+
+pub struct Placed {
+    pub partition: String,
+    pub range: Range,
+    /// Rows that moved from DEFAULT.
+    pub rows: i64,
+    /// It was there, and holds more now.
+    pub widened: bool,
+}
+
+/// Makes a partition that begins where `range` does, with at most about a batch of rows from DEFAULT, or widens the one that
+/// `range` continues. `None`: somebody else made it meanwhile.
+pub fn place(
+    layout: &Layout,
+    interval: Interval,
+    range: Range,
+    now: Instant,
+    batch: i64,
+) -> Result<Option<Placed>> {
+    let continued = calendar::continued(interval, range, &layout.ranges());
+    let continued = layout.partitions.iter().find(|p| Some(p.range) == continued && p.leaf && !p.pending);
+    layout.lock()?;
+    layout.default.iter().chain(continued).try_for_each(|partition| layout.require_usable(partition))?;
+    // 1. the new table, which nobody sees yet.
+    let new = match continued {
+        Some(_) => None,
+        None => Some(create(layout, &layout.free_name(&calendar::name(&layout.table.name, range))?)?),
+    };
+    // 2. the locks. What was seen before them may be out of date.
+    let moves = match &layout.default {
+        Some(default) => {
+            let spread = spread(layout, default)?;
+            spread.count(&spread.condition(range), 1)? > 0
+        }
+        None => false,
+    };
+    let strong = moves || continued.is_some() || (range.from <= now && layout.default.is_some());
+    lock(layout, strong, continued)?;
+    let layout = layout.again()?;
+    let gone = continued.is_some_and(|c| layout.find(c.oid).is_none_or(|now| now.range != c.range));
+    if gone || layout.ranges().iter().any(|r| r.within(range).is_some()) {
+        return drop_unused(&layout, new.as_ref());
+    }
+    let default = layout.default.as_ref().map(|default| Ok::<_, Error>((default, spread(&layout, default)?)));
+    let default = default.transpose()?;
+    // 3. what fits a batch.
+    let end = match &default {
+        Some((_, spread)) => spread.after(range, batch)?,
+        None => None,
+    };
+    let range = Range { to: end.unwrap_or(range.to), ..range };
+    let target = match (&new, continued) {
+        (Some(table), _) => table.clone(),
+        (None, Some(partition)) => {
+            detach(&layout, &partition.qualified())?;
+            partition.qualified()
+        }
+        (None, None) => return Ok(None),
+    };
+    // 4. the rows.
+    let mut rows = 0;
+    if let Some((default, spread)) = &default
+        && spread.count(&spread.condition(range), 1)? > 0
+    {
+        if !strong {
+            return Err(Error::CameBetween(default.name.clone()));
+        }
+        rows = move_rows(&layout, default.oid, &target, &spread.condition(range))?;
+    }
+    if new.is_some() {
+        create_triggers(&layout, &target)?;
+    }
+    // 5. attached, without reading DEFAULT, nor what it held before.
+    let before = continued.map(|partition| partition.range);
+    let whole = Range { from: before.map_or(range.from, |before| before.from), to: range.to };
+    let attach = || match before {
+        Some(_) => {
+            proof::with(layout.owner, &target, &inside(&layout, whole), || attach(&layout, &target, whole))
+        }
+        None => attach(&layout, &target, whole),
+    };
+    match &default {
+        Some((default, _)) => {
+            proof::with(layout.owner, &default.qualified(), &outside(&layout, whole), attach)?;
+        }
+        None => attach()?,
+    }
+    let partition = continued.map(|p| p.name.clone());
+    let partition = partition.or_else(|| new.and_then(|new| last_part(&new))).unwrap_or_default();
+    Ok(Some(Placed { partition, range: whole, rows, widened: before.is_some() }))
+}
+
+fn spread(layout: &Layout, partition: &Partition) -> Result<Spread> {
+    layout.require_usable(partition)?;
+    Spread::of(layout.owner, partition.oid, &layout.time_column)
+}
+
+/// The table first, as its users do.
+fn lock(layout: &Layout, strong: bool, continued: Option<&Partition>) -> Result<()> {
+    let mode = if strong { pg_sys::AccessExclusiveLock } else { pg_sys::ShareUpdateExclusiveLock };
+    let mut locks: Vec<(pg_sys::Oid, Mode)> = vec![(layout.table.oid, mode)];
+    locks.extend(
+        continued.iter().chain(&layout.default.as_ref()).map(|p| (p.oid, pg_sys::AccessExclusiveLock)),
+    );
+    locks::lock_all(guc::lock_timeout(), &locks)
+}
+
+fn drop_unused(layout: &Layout, table: Option<&String>) -> Result<Option<Placed>> {
+    if let Some(table) = table {
+        layout.owner.run(format!("DROP TABLE {table}"))?;
+    }
+    Ok(None)
+}
+
+// ---- the table -------------------------------------------------------------------------------------------
+
+/// Makes a table that can be attached: as the partitioned one, stored as its newest partition, and the same may be done with
+/// it, by the same roles. Returns its qualified name.
+pub fn create(layout: &Layout, name: &str) -> Result<String> {
+    let parent = &layout.table;
+    let table = qualified(&parent.schema, name);
+    let template = layout.partitions.last().or(layout.default.as_ref()).map_or(parent.oid, |p| p.oid);
+    let (storage, identity) = storage(template)?;
+    let sql = format!(
+        "CREATE TABLE {table} (LIKE {} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS) {storage}",
+        parent.qualified()
+    );
+    {
+        let _owner = layout.owner.act();
+        locks::lock(&sql, &parent.qualified(), parent.oid)?;
+    }
+    if let Some(identity) = identity {
+        layout.owner.run(format!("ALTER TABLE {table} REPLICA IDENTITY {identity}"))?;
+    }
+    grants(parent.oid, &table)?.iter().try_for_each(|grant| layout.owner.run(grant))?;
+    Ok(table)
+}
+
+/// How `template` is stored, as clauses of CREATE TABLE, and its REPLICA IDENTITY if that is not the default.
+pub fn storage(template: pg_sys::Oid) -> Result<(String, Option<&'static str>)> {
+    let found = spi::query(
+        "SELECT CASE WHEN c.relkind = 'r' THEN m.amname::text END, s.spcname::text, o.options, c.relreplident::text
+         FROM pg_catalog.pg_class c
+         LEFT JOIN pg_catalog.pg_am m ON m.oid = c.relam
+         LEFT JOIN pg_catalog.pg_tablespace s ON s.oid = c.reltablespace
+         LEFT JOIN pg_catalog.pg_class t ON t.oid = c.reltoastrelid
+         CROSS JOIN LATERAL (
+             SELECT string_agg(format('%s = %L', prefix || split_part(option, '=', 1),
+                                      substr(option, strpos(option, '=') + 1)), ', ') AS options
+             FROM (SELECT '' AS prefix, unnest(c.reloptions) AS option
+                   UNION ALL SELECT 'toast.', unnest(t.reloptions)) AS a) AS o
+         WHERE c.oid = $1",
+        &[template.into()],
+        |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?, r.get::<String>(3)?, spi::value::<String>(r, 4)?)),
+    )?;
+    let Some((method, tablespace, options, identity)) = found.into_iter().next() else {
+        return Ok((String::new(), None));
+    };
+    let clauses = [
+        method.map(|method| format!("USING {}", quoted(&method))),
+        options.map(|options| format!("WITH ({options})")),
+        tablespace.map(|tablespace| format!("TABLESPACE {}", quoted(&tablespace))),
+    ];
+    let identity = match identity.as_str() {
+        "f" => Some("FULL"),
+        "n" => Some("NOTHING"),
+        _ => None,
+    };
+    Ok((clauses.into_iter().flatten().collect::<Vec<_>>().join(" "), identity))
+}
+
+/// What the partitioned table grants, for `table`. With row security nothing: its policies are not the partition's.
+fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
+    spi::query(
+        "SELECT format('GRANT %s ON %s TO %s%s', a.privilege_type, $2,
+                       CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END,
+                       CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+         FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) AS a
+         WHERE c.oid = $1 AND NOT c.relrowsecurity AND a.grantee <> c.relowner",
+        &[parent.into(), table.into()],
+        |r| spi::value(r, 1),
+    )
+}
+
+/// Capture's triggers, if it is the captured table that gets the partition. Before it is attached: no row is missed.
+pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
+    let captured = captured::capture()?.is_some_and(|state| state.relation == layout.table.oid);
+    if captured && let Some(table) = Table::named(table)? {
+        let keys = relation::partition_keys(layout.table.oid)?;
+        for (_, operation) in missing_triggers_within(layout.table.oid, table.oid)? {
+            spi::execute(&Capture::trigger(&operation, &table.qualified(), &keys), &[])?;
+        }
+    }
+    Ok(())
+}
+
+/// Renames a table, and its indexes: LiteLLM's index job goes by their names. `T_x_idx` becomes `NAME_x_idx`; one that is not
+/// called after the table gets the suffix, if there is one.
+pub fn rename(owner: Owner, schema: &str, table: &str, name: &str, suffix: Option<&str>) -> Result<()> {
+    let relation = qualified(schema, table);
+    let indexes = index_names(&relation)?;
+    owner.run(format!("ALTER TABLE {relation} RENAME TO {}", quoted(name)))?;
+    for index in indexes {
+        let renamed = match (index.strip_prefix(&format!("{table}_")), suffix) {
+            (Some(rest), _) => text::suffixed(name, &format!("_{rest}")),
+            (None, Some(suffix)) => text::suffixed(&index, suffix),
+            (None, None) => continue,
+        };
+        rename_index(owner, schema, &index, &free_name([schema, schema], &renamed)?)?;
+    }
+    Ok(())
+}
+
+pub fn rename_index(owner: Owner, schema: &str, index: &str, name: &str) -> Result<()> {
+    owner.run(format!("ALTER INDEX {} RENAME TO {}", qualified(schema, index), quoted(name)))
+}
+
+/// In alphabetical order.
+pub fn index_names(relation: &str) -> Result<Vec<String>> {
+    spi::query(
+        "SELECT c.relname::text FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+         WHERE i.indrelid = pg_catalog.to_regclass($1) ORDER BY 1",
+        &[relation.into()],
+        |r| spi::value(r, 1),
+    )
+}
+
+// ---- the rows --------------------------------------------------------------------------------------------
+
+/// Moves the rows that meet `condition`, for which there is an index, from one table to another, past all triggers. Both are
+/// locked by us alone.
+pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) -> Result<i64> {
+    refuse_references(layout)?;
+    let name = relation::relation_name(from)?;
+    let columns = relation::stored_columns(from)?;
+    // Nobody sees them disabled: we hold the lock that this takes.
+    let mut triggers = triggers(from)?;
+    if let Some(to) = relation::find_relation(to)? {
+        triggers.extend(self::triggers(to)?);
+    }
+    let owner = layout.owner;
+    for (table, trigger, _) in &triggers {
+        owner.run(format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}"))?;
+    }
+    let rows = {
+        // Indexes and generated columns may call code of the owner's.
+        let _owner = owner.act().with(c"enable_seqscan", c"off");
+        spi::execute(
+            &format!(
+                "WITH moved AS (DELETE FROM ONLY {name} WHERE {condition} RETURNING {columns})
+                 INSERT INTO {to} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM moved"
+            ),
+            &[],
+        )?
+    };
+    for (table, trigger, enable) in &triggers {
+        owner.run(format!("ALTER TABLE {table} {enable} TRIGGER {trigger}"))?;
+    }
+    Ok(rows)
+}
+
+/// The enabled triggers of a table: its name, theirs, and how each is enabled.
+fn triggers(relation: pg_sys::Oid) -> Result<Vec<(String, String, &'static str)>> {
+    let table = relation::relation_name(relation)?;
+    spi::query(
+        "SELECT quote_ident(tgname), tgenabled::text FROM pg_catalog.pg_trigger
+         WHERE tgrelid = $1 AND NOT tgisinternal AND tgenabled <> 'D'",
+        &[relation.into()],
+        |r| {
+            let enable = match spi::value::<String>(r, 2)?.as_str() {
+                "A" => "ENABLE ALWAYS",
+                "R" => "ENABLE REPLICA",
+                _ => "ENABLE",
+            };
+            Ok((table.clone(), spi::value(r, 1)?, enable))
+        },
+    )
+}
+
+/// A foreign key could delete rows of other tables when a row leaves DEFAULT.
+fn refuse_references(layout: &Layout) -> Result<()> {
+    let references = spi::query(
+        "SELECT conrelid::regclass::text FROM pg_catalog.pg_constraint
+         WHERE contype = 'f' AND confrelid = ANY ($1)",
+        &[relation::relation_tree(layout.table.oid)?.into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    match references.into_iter().next() {
+        None => Ok(()),
+        Some(by) => Err(Error::Referenced { relation: layout.table.name.clone(), by }),
+    }
+}
+
+// ---- the statements --------------------------------------------------------------------------------------
+
+pub fn detach(layout: &Layout, partition: &str) -> Result<()> {
+    layout.owner.run(format!("ALTER TABLE {} DETACH PARTITION {partition}", layout.table.qualified()))
+}
+
+/// Finishes a DETACH … CONCURRENTLY that was interrupted. Waits, within lock_timeout, also for who may still see the partition.
+pub fn finish_detach(layout: &Layout, partition: &Partition) -> Result<()> {
+    let (table, partition_name) = (layout.table.qualified(), partition.qualified());
+    let sql = format!("ALTER TABLE {table} DETACH PARTITION {partition_name} FINALIZE");
+    let _owner = layout.owner.act();
+    locks::lock(&sql, &partition_name, partition.oid)
+}
+
+pub fn attach(layout: &Layout, table: &str, range: Range) -> Result<()> {
+    let parent = layout.table.qualified();
+    layout.owner.run(format!("ALTER TABLE {parent} ATTACH PARTITION {table} FOR VALUES {range}"))
+}
+
+pub fn attach_default(layout: &Layout, table: &str) -> Result<()> {
+    layout.owner.run(format!("ALTER TABLE {} ATTACH PARTITION {table} DEFAULT", layout.table.qualified()))
+}
+
+/// What a partition's rows are, as the server says it.
+pub fn inside(layout: &Layout, range: Range) -> String {
+    let time = layout.time();
+    let from = (range.from != Instant::MIN).then(|| format!(" AND {time} >= {}", range.from));
+    let to = (range.to != Instant::MAX).then(|| format!(" AND {time} < {}", range.to));
+    format!("{time} IS NOT NULL{}{}", from.unwrap_or_default(), to.unwrap_or_default())
+}
+
+/// What the rows of DEFAULT are beside a partition of `range`.
+pub fn outside(layout: &Layout, range: Range) -> String {
+    let time = layout.time();
+    let before = (range.from != Instant::MIN).then(|| format!(" OR {time} < {}", range.from));
+    let after = (range.to != Instant::MAX).then(|| format!(" OR {time} >= {}", range.to));
+    format!("{time} IS NULL{}{}", before.unwrap_or_default(), after.unwrap_or_default())
+}
+
+fn last_part(qualified: &str) -> Option<String> {
+    Table::named(qualified).ok().flatten().map(|table| table.name)
+}

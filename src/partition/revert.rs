@@ -1,0 +1,307 @@
+//! Turns a partitioned table back into a plain one, beside its writers: rows are copied in batches, what changes meanwhile
+//! is noted by triggers and copied again (`copy`), and a short transaction at the end changes the names.
+//!
+//! ```text
+//!  step       lock on the table                     for how long
+//!  prepare    SHARE ROW EXCLUSIVE, and on the       a moment: the new table, the triggers, about a
+//!             partitions                            millisecond for each partition
+//!  copy       none but a reader's                   a batch a transaction, in the order of time
+//!  indexes    none                                  on the new table, which nobody uses yet
+//!  swap       ACCESS EXCLUSIVE, and on its views    the changes that are left, and the names
+//! ```
+//! The plain table's key is narrower: of rows that agree in it the one with the earliest time stays, the others go to
+//! `litellm_spend_archive.<table>_duplicates`, as they are. The partitioned table stays in that schema, too, until
+//! somebody drops it: nothing is lost.
+//!
+//! Whose rights: the copy, the duplicates and the notes of what changes belong to the table's owner, and everything is done to
+//! them and to the table as that role. They are known by their Oids: what has taken a name of theirs meanwhile is left alone.
+
+use crate::error::{Error, Result};
+use crate::litellm::capture;
+use crate::litellm::spend_log::Capture;
+use crate::partition::archive::{self, ARCHIVE};
+use crate::partition::blueprint::Blueprint;
+use crate::partition::copy;
+use crate::partition::layout;
+use crate::partition::place::{rename, rename_index};
+use crate::partition::spread;
+use crate::partition::swap;
+use crate::server::locks::{self, Patience};
+use crate::server::log;
+use crate::server::relation::{self, Table, free_name};
+use crate::server::spi;
+use crate::server::text::{literal, qualified, quoted, suffixed};
+use crate::state::captured;
+use crate::state::conversion::{self, Pending, Progress, progress};
+use crate::state::fence;
+use crate::state::step::{Runner, Subject};
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// What was asked for, and how far it is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Options {
+    pub time_column: String,
+    /// The primary key without the time.
+    pub key: Vec<String>,
+    /// The columns that the plain table was made with. `None`: it is not made yet.
+    pub shape: Option<String>,
+    /// The plain table, until it has the name, and where the duplicates go: names in the archive.
+    pub plain: String,
+    pub duplicates: String,
+    /// The Oids of both, and of where changes are noted.
+    #[serde(default)]
+    pub made: Vec<u32>,
+    /// The table and its partitions: those whose rows are copied or noted.
+    pub tree: Vec<u32>,
+    /// The last row that was copied: its time and key, as text. `None`: not begun.
+    pub copied_to: Option<Vec<String>>,
+    pub copied_all: bool,
+    /// The plain table's indexes: the name of the one that each is made after, and its own. `None`: not made yet.
+    pub indexes: Option<Vec<(String, String)>>,
+    /// Failures of the trigger when the copy began.
+    pub failures: i64,
+}
+
+impl conversion::Options for Options {
+    const DIRECTION: &'static str = "revert";
+}
+
+/// A table on its way to being plain again.
+pub type Reversion = Pending<Options>;
+
+impl Reversion {
+    pub fn plain(&self) -> String {
+        qualified(ARCHIVE, &self.options.plain)
+    }
+
+    pub fn duplicates(&self) -> String {
+        qualified(ARCHIVE, &self.options.duplicates)
+    }
+
+    fn renamed(&self) -> String {
+        suffixed(&self.table, "_partitioned")
+    }
+
+    fn blueprint(&self) -> Result<Blueprint> {
+        self.require_owner()?;
+        let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
+        Blueprint::read(table, &qualified(&self.schema, &self.renamed()), "")
+    }
+}
+
+/// Stores what to do, or refuses it.
+pub fn request(table: &Table) -> Result<()> {
+    let refuse = |reason: String| Error::CannotConvert { relation: table.qualified(), reason };
+    let time_column = layout::partition_key(table)?;
+    let mut reversion =
+        Reversion::new(table, Options { time_column: time_column.clone(), ..Options::default() });
+    let blueprint = reversion.blueprint()?;
+    let columns = blueprint.key.iter().flat_map(|(_, columns)| columns);
+    reversion.options.key = columns.filter(|column| **column != time_column).cloned().collect();
+    if let Some(obstacle) = blueprint.obstacles.first() {
+        return Err(refuse(obstacle.clone()));
+    }
+    if reversion.options.key.is_empty() {
+        return Err(refuse("Without the partition key nothing is left of its primary key.".into()));
+    }
+    if let Some(view) = blueprint.materialized_views.first() {
+        return Err(refuse(format!("Materialized view {} reads it.", view.name)));
+    }
+    let renamed = qualified(&table.schema, &reversion.renamed());
+    if relation::find_relation(&renamed)?.is_some() {
+        return Err(refuse(format!("There is a {renamed} already, which is what it would be called.")));
+    }
+    if !spread::is_indexed(table.oid, &time_column)? {
+        return Err(Error::NoTimeIndex { relation: table.qualified(), column: time_column });
+    }
+    if let Some(stranger) = copy::partition_of_another(table)? {
+        return Err(refuse(format!("Partition {stranger} belongs to another role.")));
+    }
+    // Rows that go there cannot be noted.
+    if let Some(foreign) = relation::foreign_partition(table.oid)? {
+        let foreign = relation::relation_name(foreign)?;
+        return Err(refuse(format!("Partition {foreign} is not an ordinary table.")));
+    }
+    reversion.request()
+}
+
+// ---- one step --------------------------------------------------------------------------------------------
+
+/// One round of all reversions. `true`: there is more to do at once.
+pub fn tick(run: &mut impl Runner) -> bool {
+    let mut more = false;
+    for mut reversion in run.step(Subject::Task("reversions"), Reversion::all).unwrap_or_default() {
+        let subject = Subject::Conversion(reversion.schema.clone(), reversion.table.clone());
+        let done = run.step(subject, || reversion.step());
+        if let Some(Some(done)) = &done {
+            log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
+        }
+        more |= done.is_some();
+    }
+    more
+}
+
+/// How long a SQL call goes on copying.
+const SLICE_OF_CALL: Duration = Duration::from_secs(1);
+
+impl Reversion {
+    /// Does what comes next in the caller's transaction, where no worker does it.
+    pub fn by_hand(&mut self) -> Result<Option<String>> {
+        self.lock_in_call()?;
+        let began = Instant::now();
+        loop {
+            let done = locks::insist(|| self.step())?;
+            if done.is_some() || self.options.copied_all || began.elapsed() > SLICE_OF_CALL {
+                return Ok(done);
+            }
+        }
+    }
+
+    /// Does what comes next. Returns what became of it after the last step.
+    fn step(&mut self) -> Result<Option<String>> {
+        if !self.lock(Patience::None)? {
+            return Ok(None);
+        }
+        if Table::find(self.relation)?.is_none() {
+            self.forget()?;
+            return Ok(Some("it was dropped".into()));
+        }
+        self.require_owner()?;
+        copy::require_made(self)?;
+        if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
+            // Not made yet, or a column or a trigger came or went meanwhile.
+            copy::prepare(self)?;
+        } else if copy::failures(self)? != self.options.failures {
+            copy::begin_anew(self)?;
+        } else if copy::note_new_partitions(self)? {
+            // Their rows are copied with what changed.
+        } else if !self.options.copied_all {
+            copy::batch(self)?;
+        } else if !self.has_indexes_of(&self.blueprint()?) {
+            self.make_indexes()?;
+        } else if copy::catch_up_in_part(self)? {
+            return self.swap().map(Some);
+        }
+        self.store()?;
+        Ok(None)
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        let options = &self.options;
+        let copied = options.copied_to.as_ref().and_then(|row| row.first());
+        let detail = self.last_error.clone().or(copied.map(|time| format!("copied to {time}")));
+        let done = [options.shape.is_some(), options.copied_all, options.indexes.is_some()];
+        let next = done.iter().position(|done| !done).unwrap_or(done.len());
+        progress(&["prepare", "copy", "indexes", "swap"], next, self.stopped, detail.unwrap_or_default())
+    }
+
+    /// Whether the new table has one for each of the old one's.
+    fn has_indexes_of(&self, blueprint: &Blueprint) -> bool {
+        let wanted = blueprint.indexes.iter().map(|index| &index.name);
+        self.options.indexes.as_ref().is_some_and(|made| made.iter().map(|(index, _)| index).eq(wanted))
+    }
+
+    /// The new table's indexes, under names of their own for now.
+    fn make_indexes(&mut self) -> Result<()> {
+        copy::lock(self)?;
+        for (_, made) in self.options.indexes.take().unwrap_or_default() {
+            self.owner.run(format!("DROP INDEX IF EXISTS {}", qualified(ARCHIVE, &made)))?;
+        }
+        let mut made = vec![];
+        for index in self.blueprint()?.indexes {
+            let (_, rest) = index.sql.split_once(" USING ").unwrap_or_default();
+            let name = free_name([&self.schema, ARCHIVE], &suffixed(&index.name, "_plain"))?;
+            let sql = format!("CREATE INDEX {} ON {} USING {rest}", quoted(&name), self.plain());
+            self.owner.run(sql)?;
+            made.push((index.name, name));
+        }
+        self.options.indexes = Some(made);
+        Ok(())
+    }
+
+    // ---- the swap ----------------------------------------------------------------------------------------
+
+    fn swap(&mut self) -> Result<String> {
+        if !fence::lock_attachment(Patience::None)? {
+            return Err(Error::AttachmentBusy);
+        }
+        // 1. the locks. Nobody writes any more: the rest of what changed.
+        let tree = relation::relation_tree(self.relation)?;
+        copy::lock(self)?;
+        let blueprint = swap::lock(self.name(), &tree, || self.blueprint())?;
+        if let Some(obstacle) = blueprint.obstacles.first() {
+            return Err(Error::CannotConvert { relation: self.name(), reason: obstacle.clone() });
+        }
+        if copy::failures(self)? != self.options.failures
+            || self.options.shape != Some(copy::shape(self.relation)?)
+            || !self.has_indexes_of(&blueprint)
+        {
+            return Err(Error::CameBetween(self.table.clone()));
+        }
+        copy::note_new_partitions(self)?;
+        copy::catch_up(self)?;
+        // 2. the partitioned table moves aside.
+        let owner = self.owner;
+        let run = |sql: String| owner.run(sql);
+        let (schema, table, name) = (self.schema.clone(), self.table.clone(), self.name());
+        copy::drop_triggers(self)?;
+        blueprint.drop_triggers(&name)?;
+        rename(owner, &schema, &table, &self.renamed(), Some("_partitioned"))?;
+        // 3. the plain one takes its place, with all that it had.
+        let key = blueprint.key.clone().unwrap_or_default().0;
+        run(format!("ALTER TABLE {} SET SCHEMA {}", self.plain(), quoted(&schema)))?;
+        run(format!("ALTER TABLE {} RENAME TO {}", qualified(&schema, &self.options.plain), quoted(&table)))?;
+        let made_key = copy::key_name(&self.options.plain);
+        run(format!("ALTER TABLE {name} RENAME CONSTRAINT {} TO {}", quoted(&made_key), quoted(&key)))?;
+        for (index, made) in self.options.indexes.iter().flatten() {
+            rename_index(owner, &schema, made, index)?;
+        }
+        blueprint.give()?;
+        blueprint.point_readers()?;
+        // 4. capture and rollups go on there; what is kept out had been counted.
+        let plain = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
+        capture::follow(self.relation, plain)?;
+        if let Some(state) = captured::capture()?.filter(|state| state.relation == plain) {
+            run(Capture { columns: &state.columns }.retire(&self.duplicates()))?;
+        }
+        // 5. what nothing uses any more goes to the archive.
+        let partitioned = archive::take(owner, self.relation)?;
+        for partition in tree.into_iter().filter(|oid| *oid != self.relation) {
+            archive::take(owner, partition)?;
+        }
+        copy::clean_up(self)?;
+        self.forget()?;
+        let kept_out = self.kept_out()?;
+        Ok(format!("{kept_out}; what it was is {partitioned}"))
+    }
+
+    /// Says what is in the way of the narrower key, or drops the table for it if that is empty.
+    fn kept_out(&self) -> Result<String> {
+        let duplicates = self.duplicates();
+        let count = format!("SELECT count(*) FROM {duplicates}");
+        let rows = self.owner.fresh(&count, &[], |r| spi::value::<i64>(r, 1))?;
+        if rows == [0] {
+            self.owner.run(format!("DROP TABLE {duplicates}"))?;
+            return Ok("no row was kept out".into());
+        }
+        let comment = format!(
+            "Rows of {} whose key another row of it has, with an earlier time: kept out by spend_partition_revert()",
+            self.name()
+        );
+        self.owner.run(format!("COMMENT ON TABLE {duplicates} IS {}", literal(&comment)))?;
+        Ok(format!("{} rows were kept out, and are in {duplicates}", rows.first().copied().unwrap_or(0)))
+    }
+
+    /// Forgets a reversion before its swap: nothing was changed but the trigger and what we made.
+    pub fn abort(&mut self) -> Result<()> {
+        self.lock_in_call()?;
+        self.require_owner()?;
+        copy::drop_triggers(self)?;
+        if self.options.shape.is_some() {
+            copy::drop_made(self)?;
+        }
+        self.forget()
+    }
+}

@@ -1,0 +1,126 @@
+//! Adds a HINT to errors of the server's own that concern us.
+//!
+//! Who lacks EXECUTE on a function of ours is refused by the server before a line of ours runs; DROP EXTENSION is, too, with a HINT
+//! to use what would take LiteLLM's views along; and a COMMIT within a procedure fails without a word on why. Whether to fail is left
+//! to the server: here the error only learns what to type, on its way to the log and the client. It is known by its `message_id`,
+//! which is the same in every language.
+//!
+//! The hook is there as soon as the library is. It looks nothing up: the transaction has failed.
+
+use crate::server::text::literal;
+use pgrx::prelude::*;
+use std::ffi::{CStr, CString, c_char, c_int};
+
+static mut PREVIOUS: pg_sys::emit_log_hook_type = None;
+
+pub fn install() {
+    // SAFETY: _PG_init runs once in a process, which has one thread.
+    unsafe {
+        PREVIOUS = pg_sys::emit_log_hook;
+        pg_sys::emit_log_hook = Some(on_report);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_report(error: *mut pg_sys::ErrorData) {
+    // SAFETY: the error that is being reported; its context is the current one, in which its texts are.
+    unsafe {
+        if (*error).elevel >= PgLogLevel::ERROR as c_int
+            && let Some(hint) = advise(&*error).and_then(|hint| CString::new(hint).ok())
+        {
+            (*error).hint = pg_sys::pstrdup(hint.as_ptr());
+        }
+        if let Some(next) = PREVIOUS {
+            next(error);
+        }
+    }
+}
+
+/// The statement that helps, if the error is one of those.
+fn advise(error: &pg_sys::ErrorData) -> Option<String> {
+    let (id, message) = (text(error.message_id)?, text(error.message)?);
+    match &*id {
+        "permission denied for function %s" | "permission denied for procedure %s" => {
+            let name = words(&message).find(|word| FUNCTIONS.iter().any(|ours| word.starts_with(ours)))?;
+            Some(match name {
+                // It shows spend: that is for who may read it.
+                "monthly_global_spend" => {
+                    format!("A superuser lets it: GRANT EXECUTE ON FUNCTION monthly_global_spend TO {};", role())
+                }
+                _ => format!("A superuser lets it: {}", grant_admin()),
+            })
+        }
+        "permission denied for view %s" => {
+            words(&message).find(|word| VIEWS.contains(word))?;
+            Some(format!("A superuser lets it: GRANT pg_monitor TO {}; or {}", role(), grant_admin()))
+        }
+        "permission denied for schema %s" => {
+            words(&message).find(|word| *word == "litellm_spend")?;
+            let reports = format!("SELECT * FROM spend_grant_reports({});", as_regrole());
+            Some(format!("A superuser lets it: {reports} for the reports, {} for our calls.", grant_admin()))
+        }
+        "cannot drop %s because other objects depend on it" => {
+            let is_ours = words(&message).any(|word| word == "litellm_spend");
+            is_ours.then(|| {
+                "SELECT * FROM spend_detach(drop_history => true); gives LiteLLM's views back, spend_rollup_drop() drops rollups of \
+                 your own tables. CASCADE would drop LiteLLM's views."
+                    .into()
+            })
+        }
+        "invalid transaction termination" => {
+            text(error.context)?.contains("spend_backfill(").then(|| {
+                "Use CALL spend_backfill(); as a statement of its own, outside of a transaction block, function or EXCEPTION.".into()
+            })
+        }
+        _ => None,
+    }
+}
+
+/// How the names of what [`crate::litellm::admin`] grants begin.
+const FUNCTIONS: [&str; 9] = [
+    "spend_attach",
+    "spend_detach",
+    "spend_backfill",
+    "spend_grant_reports",
+    "spend_rollup_",
+    "spend_partition_",
+    "monthly_global_spend",
+    "backfill_step",
+    "maintain_at",
+];
+
+const VIEWS: [&str; 4] =
+    ["spend_health", "spend_rollup_status", "spend_partition_status", "spend_worker_status"];
+
+fn grant_admin() -> String {
+    format!("SELECT * FROM spend_grant_admin({});", as_regrole())
+}
+
+fn as_regrole() -> String {
+    literal(&role())
+}
+
+/// Who was refused, as an identifier. In a function that acts as somebody else it is that role, which the settings do not tell.
+fn role() -> String {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: reads variables of the session, and settings that there always are.
+    unsafe {
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        if context & pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 != 0 {
+            return "that_role".into();
+        }
+        let set = |name: &CStr| text(pg_sys::GetConfigOption(name.as_ptr(), true, false));
+        let name = set(c"role").filter(|role| role != "none").or_else(|| set(c"session_authorization"));
+        let name = name.and_then(|name| CString::new(name.into_owned()).ok()).unwrap_or_default();
+        text(pg_sys::quote_identifier(name.as_ptr())).unwrap_or_default().into_owned()
+    }
+}
+
+fn words(message: &str) -> impl Iterator<Item = &str> {
+    message.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.'))
+}
+
+fn text<'a>(text: *const c_char) -> Option<std::borrow::Cow<'a, str>> {
+    // SAFETY: a text of the error's, which lives longer than this hook runs.
+    (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy())
+}

@@ -1,0 +1,225 @@
+//! The only statements that lock what is not ours.
+//!
+//! | lock | on | who waits |
+//! |---|---|---|
+//! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
+//! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates, renames or drops it |
+//! | [`lock_all`] | a partitioned table, its partitions | as the mode says |
+//! | [`lock`] | whatever the statement needs | as the statement says |
+//!
+//! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
+
+use crate::error::{Error, Result};
+use crate::guc::{self, LockLimit};
+use crate::server::relation::{find_relation, relation_name};
+use crate::server::session;
+use crate::server::spi::{self, execute, fresh, query, value};
+use pgrx::prelude::*;
+use std::time::{Duration, Instant};
+
+/// How long to wait for a fence or a window.
+#[derive(Clone, Copy)]
+pub enum Patience {
+    /// The worker: what is not free now is tried at the next tick.
+    None,
+    /// A SQL call.
+    Until(Instant),
+}
+
+impl Patience {
+    /// That of a SQL call that begins now.
+    pub fn of_call() -> Self {
+        Patience::Until(Instant::now() + guc::window_wait())
+    }
+
+    /// Sleeps a moment and says whether to try again.
+    pub fn try_again(self) -> bool {
+        match self {
+            Patience::Until(deadline) if Instant::now() < deadline => {
+                // Ten milliseconds: a LiteLLM insert of 100 rows lasts about twenty.
+                std::thread::sleep(Duration::from_millis(10));
+                pgrx::check_for_interrupts!();
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not. Gives up
+/// after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
+pub fn lock_against_writers(tables: &[pg_sys::Oid]) -> Result<()> {
+    let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::ShareRowExclusiveLock)).collect();
+    lock_all(guc::lock_timeout(), &locks)
+}
+
+/// Takes ACCESS SHARE, as a reader does, until the transaction ends. We read by name, so the name must still be that of
+/// `relation` once it is locked: its owner could have put something else in its place.
+pub fn lock_against_dropping(relation: pg_sys::Oid) -> Result<()> {
+    lock_all(guc::lock_timeout(), &[(relation, pg_sys::AccessShareLock)])
+}
+
+/// As [`lock_against_dropping`], but without waiting. `false`: somebody is changing the table right now.
+pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
+    let got = try_lock(relation, pg_sys::AccessShareLock);
+    if got {
+        require_names(&[relation])?;
+    }
+    Ok(got)
+}
+
+pub fn try_lock(relation: pg_sys::Oid, mode: Mode) -> bool {
+    // SAFETY: takes a lock, or says that it cannot.
+    unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
+}
+
+/// The relations, which we have locked, are what their names mean.
+fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
+    let strangers = query(
+        "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text, 'none')
+         FROM unnest($1::oid[]) AS o(oid)
+         LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE o.oid IS NULL
+            OR pg_catalog.to_regclass(quote_ident(nspname) || '.' || quote_ident(relname))::oid IS DISTINCT FROM o.oid LIMIT 1",
+        &[relations.to_vec().into()],
+        |r| value::<String>(r, 1),
+    )?;
+    strangers.into_iter().next().map_or(Ok(()), |name| Err(Error::NoTable(name)))
+}
+
+/// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
+pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+    lock_within(guc::lock_timeout(), sql, relation, oid)
+}
+
+/// Runs `sql`, which needs a lock on the relation called `name` if there is one, with our lock_timeout.
+pub fn lock_named(sql: &str, name: &str) -> Result<()> {
+    match find_relation(name)? {
+        Some(oid) => lock(sql, name, oid),
+        None => execute(sql, &[]).map(drop),
+    }
+}
+
+/// Runs `sql`, which needs a lock on `relation`, with a limit of its own.
+pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+    let mode = pg_sys::AccessExclusiveLock;
+    within((limit, limit.time), relation, (oid, mode), || execute(sql, &[]).map(drop))
+}
+
+/// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer, and whoever looks
+/// first is the one to fail. A deadlock that comes later is over before they look, a second after they came
+/// (deadlock_timeout): by then our lock_timeout has ended our wait.
+const DEADLOCK_TIMEOUT: Duration = Duration::from_millis(10);
+
+/// A lock mode, as the server numbers it.
+pub type Mode = u32;
+
+/// Locks relations until the transaction ends, in the order given, all within one limit: while we wait for the second, others
+/// wait for the first. A partitioned table comes before its partitions, as for its users. (LOCK TABLE would lock what a view
+/// reads as well.)
+pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
+    let deadline = Instant::now() + limit.time;
+    for (oid, mode) in relations {
+        if !try_lock(*oid, *mode) {
+            let name = relation_name(*oid)?;
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            within((limit, left), &name, (*oid, *mode), || {
+                // SAFETY: waits for a lock, or fails at lock_timeout.
+                unsafe { pg_sys::LockRelationOid(*oid, *mode as i32) };
+                Ok(())
+            })?;
+        }
+    }
+    require_names(&relations.iter().map(|(oid, _)| *oid).collect::<Vec<_>>())?;
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[]).map(drop)
+}
+
+/// Runs `work`, which needs a lock of that mode on `relation`, within what is left of a limit.
+fn within(
+    (limit, left): (LockLimit, Duration),
+    relation: &str,
+    (oid, mode): (pg_sys::Oid, Mode),
+    work: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    // Who is in the way is asked before: after a failure the transaction can only be rolled back.
+    let holders = query(
+        "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL THEN 'a prepared transaction'
+                    ELSE format('process %s (%s)', l.pid,
+                                concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
+         FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+         WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted AND l.mode = ANY ($2)
+           AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+           AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+        &[oid.into(), conflicting(mode).into()],
+        |r| value::<String>(r, 1),
+    )?
+    .pop()
+    .unwrap_or_default();
+    let before = set_lock_timeout(&format!("{}ms", left.as_millis()))?;
+    let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
+    let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
+        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
+            Err(Error::LockNotAvailable { relation: relation.into(), limit, holders: holders.clone() })
+        })
+        .execute();
+    if result.is_ok() {
+        set_lock_timeout(&before)?;
+        session::give_way_after(deadlock_timeout);
+    }
+    result
+}
+
+/// The modes that keep others from `mode`, as pg_locks calls them.
+fn conflicting(mode: Mode) -> Vec<&'static str> {
+    let modes = [
+        "AccessShareLock",
+        "RowShareLock",
+        "RowExclusiveLock",
+        "ShareUpdateExclusiveLock",
+        "ShareLock",
+        "ShareRowExclusiveLock",
+        "ExclusiveLock",
+        "AccessExclusiveLock",
+    ];
+    // SAFETY: looks into a table of the server's.
+    let conflicts = |held: i32| unsafe { pg_sys::DoLockModesConflict(held, mode as i32) };
+    (1..).zip(modes).filter(|(held, _)| conflicts(*held)).map(|(_, name)| name).collect()
+}
+
+/// Between three quarters and all of `rest`, so that those who try again do not do it in step.
+pub fn jittered(rest: Duration) -> Duration {
+    let nanos =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+    rest - rest.mul_f64(f64::from(nanos % 1000) / 4000.0)
+}
+
+/// Runs `work` in a SQL call, which has nobody to try again: when somebody is in the way, several times, with pauses in which
+/// nobody waits for us.
+pub fn insist<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..TRIES {
+        match session::attempt(&mut work) {
+            Ok(value) => return Ok(value),
+            Err(failure) if failure.is_lock_timeout() => {
+                std::thread::sleep(jittered(PAUSE));
+                pgrx::check_for_interrupts!();
+            }
+            Err(failure) => {
+                failure.unless_cancel();
+                break;
+            }
+        }
+    }
+    work()
+}
+
+const TRIES: u32 = 9;
+const PAUSE: Duration = Duration::from_millis(400);
+
+/// Sets lock_timeout until the transaction ends; returns what it was.
+fn set_lock_timeout(value: &str) -> Result<String> {
+    let sql =
+        "SELECT pg_catalog.current_setting('lock_timeout'), pg_catalog.set_config('lock_timeout', $1, true)";
+    let before = fresh(sql, &[value.into()], |r| spi::value::<String>(r, 1))?;
+    Ok(before.into_iter().next().unwrap_or_default())
+}

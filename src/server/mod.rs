@@ -1,0 +1,15 @@
+//! How we talk to PostgreSQL: SPI, relations, whose rights, locks, expressions, errors on their way out. Knows no table of ours, and
+//! may call nothing but settings and errors.
+
+pub mod expression;
+pub mod guard;
+pub mod hint;
+pub mod limit;
+pub mod locks;
+pub mod log;
+pub mod proof;
+pub mod relation;
+pub mod rewrite;
+pub mod session;
+pub mod spi;
+pub mod text;

@@ -1,0 +1,278 @@
+//! What the catalog says of relations, sequences, roles and types. By OID, or by qualified name.
+
+use crate::error::{Error, Result};
+use crate::server::spi::{Args, current, fresh, query, value};
+use crate::server::text::{qualified, suffixed};
+use pgrx::prelude::*;
+use std::collections::HashMap;
+
+/// The last value that `sequence` has given out, `None` if none since it was made or restarted. Not read by name, which
+/// its owner could give to something else.
+pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
+    let sql =
+        "SELECT pg_catalog.pg_sequence_last_value(seqrelid) FROM pg_catalog.pg_sequence WHERE seqrelid = $1";
+    let values = query(sql, &[sequence.into()], |r| Ok(r.get(1)?))?;
+    values.into_iter().next().ok_or_else(|| Error::NoTable(format!("sequence {}", sequence.to_u32())))
+}
+
+/// Refuses a sequence whose values do not rise in the order in which they are drawn.
+pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
+    let shape = current(
+        "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text FROM pg_catalog.pg_sequence WHERE seqrelid = $1",
+        &[sequence.into()],
+        |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?, value::<String>(r, 4)?)),
+    )?;
+    let Some((increment, cache, cycle, sequence)) = shape.into_iter().next() else {
+        return Err(Error::NoTable(format!("sequence {}", sequence.to_u32())));
+    };
+    let reason = if increment <= 0 {
+        format!("Its increment is {increment}: a later row would have a lower number.")
+    } else if cache != 1 {
+        format!("Its cache is {cache}: a session could use a low number long after others used higher ones.")
+    } else if cycle {
+        "It cycles: a number could come twice.".into()
+    } else {
+        return Ok(());
+    };
+    Err(Error::SequenceShape { sequence, reason })
+}
+
+/// `WITH RECURSIVE`: `tree`, relation $1 and what inherits from it.
+macro_rules! tree {
+    () => {
+        "WITH RECURSIVE tree(oid) AS (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN tree ON inhparent = tree.oid)"
+    };
+}
+
+/// The relation and all that inherit from it: partitions and their partitions.
+pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
+    current(concat!(tree!(), " SELECT oid FROM tree"), &[relation.into()], |r| value(r, 1))
+}
+
+/// A relation that another is a partition of, or inherits from.
+pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
+    let sql = "SELECT inhparent FROM pg_catalog.pg_inherits WHERE inhrelid = $1 ORDER BY inhseqno LIMIT 1";
+    Ok(current(sql, &[relation.into()], |r| value(r, 1))?.pop())
+}
+
+/// The columns by which a table and its partitions are partitioned, in order of their names. Empty if one of them is partitioned
+/// by an expression.
+pub fn partition_keys(relation: pg_sys::Oid) -> Result<Vec<String>> {
+    let keys = query(
+        "SELECT DISTINCT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_partitioned_table p
+         CROSS JOIN unnest(p.partattrs::int2[]) AS key(attnum)
+         LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = key.attnum AND a.attnum > 0
+         WHERE p.partrelid = ANY ($1) ORDER BY 1",
+        &[relation_tree(relation)?.into()],
+        |r| Ok(r.get::<String>(1)?),
+    )?;
+    Ok(keys.into_iter().collect::<Option<_>>().unwrap_or_default())
+}
+
+/// A foreign table among those that inherit from a relation.
+pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
+    let sql =
+        "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'f' ORDER BY oid LIMIT 1";
+    Ok(query(sql, &[relation_tree(relation)?.into()], |r| value(r, 1))?.pop())
+}
+
+/// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2 numbers, as their identity
+/// or in their default.
+pub const FAMILY: &str = concat!(
+    tree!(),
+    ",
+    family(oid) AS (
+        SELECT oid FROM tree UNION SELECT inhparent FROM pg_catalog.pg_inherits JOIN family ON inhrelid = family.oid),
+    draws(relation, attnum) AS (
+        SELECT refobjid, refobjsubid FROM pg_catalog.pg_depend
+        WHERE classid = 'pg_catalog.pg_class'::regclass AND objid = $2 AND refclassid = classid AND deptype = 'i'
+        UNION SELECT d.adrelid, d.adnum FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_attrdef d ON d.oid = p.objid
+        WHERE p.classid = 'pg_catalog.pg_attrdef'::regclass AND p.refclassid = 'pg_catalog.pg_class'::regclass
+          AND p.refobjid = $2)"
+);
+
+pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
+    let names = current(
+        "SELECT nspname::text, relname::text FROM pg_catalog.pg_class c
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
+        &[relation.into()],
+        |r| Ok(qualified(&value::<String>(r, 1)?, &value::<String>(r, 2)?)),
+    )?;
+    names.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
+}
+
+/// The names of relations, those that there are: one query for a table of hundreds of partitions.
+pub fn relation_names(relations: &[pg_sys::Oid]) -> Result<HashMap<pg_sys::Oid, String>> {
+    let names = fresh(
+        "SELECT c.oid, nspname::text, relname::text FROM pg_catalog.pg_class c
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY ($1)",
+        &[relations.to_vec().into()],
+        |r| Ok((value(r, 1)?, qualified(&value::<String>(r, 2)?, &value::<String>(r, 3)?))),
+    )?;
+    Ok(names.into_iter().collect())
+}
+
+/// A relation as the system catalogs describe it.
+pub struct Table {
+    pub oid: pg_sys::Oid,
+    pub schema: String,
+    pub name: String,
+    pub kind: String,
+    pub persistence: String,
+    pub owner: String,
+    pub owner_oid: pg_sys::Oid,
+    /// Storage options, `name=value, …`.
+    pub options: String,
+    /// Name and type, as the server writes it on the pinned path: what is not qualified is a type of its own.
+    pub columns: Vec<(String, String)>,
+}
+
+impl Table {
+    pub fn find(oid: pg_sys::Oid) -> Result<Option<Table>> {
+        let tables = current(
+            "SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text,
+                    pg_catalog.pg_get_userbyid(c.relowner)::text,
+                    coalesce(pg_catalog.array_to_string(c.reloptions, ', '), ''), c.relowner
+             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
+            &[oid.into()],
+            |r| {
+                Ok(Table {
+                    oid,
+                    schema: value(r, 1)?,
+                    name: value(r, 2)?,
+                    kind: value(r, 3)?,
+                    persistence: value(r, 4)?,
+                    owner: value(r, 5)?,
+                    options: value(r, 6)?,
+                    owner_oid: value(r, 7)?,
+                    columns: vec![],
+                })
+            },
+        )?;
+        let Some(mut table) = tables.into_iter().next() else { return Ok(None) };
+        table.columns = current(
+            "SELECT attname::text, pg_catalog.format_type(atttypid, NULL) FROM pg_catalog.pg_attribute
+             WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+            &[oid.into()],
+            |r| Ok((value(r, 1)?, value(r, 2)?)),
+        )?;
+        Ok(Some(table))
+    }
+
+    /// Finds a table by a qualified, quoted name.
+    pub fn named(name: &str) -> Result<Option<Table>> {
+        find_relation(name)?.map(Table::find).transpose().map(Option::flatten)
+    }
+
+    pub fn qualified(&self) -> String {
+        qualified(&self.schema, &self.name)
+    }
+}
+
+/// The columns that can be inserted into, as a list: not the generated ones.
+pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
+    let columns = query(
+        "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_catalog.pg_attribute
+         WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
+        &[relation.into()],
+        |r| value(r, 1),
+    )?;
+    Ok(columns.into_iter().next().unwrap_or_default())
+}
+
+/// Finds a relation by a qualified, quoted name.
+pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
+    Ok(query("SELECT pg_catalog.to_regclass($1)::oid", &[name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
+}
+
+/// A name that nothing has in either schema: `name`, or `name_2`, …
+pub fn free_name(schemas: [&str; 2], name: &str) -> Result<String> {
+    for number in 1..1000 {
+        let candidate = if number == 1 { name.to_string() } else { suffixed(name, &format!("_{number}")) };
+        let [one, other] = schemas.map(|schema| find_relation(&qualified(schema, &candidate)));
+        if one?.or(other?).is_none() {
+            return Ok(candidate);
+        }
+    }
+    Err(Error::Exists(name.into()))
+}
+
+/// Whether one of the relations, by qualified and quoted names, does not exist.
+pub fn any_missing(names: Vec<String>) -> Result<bool> {
+    let sql = "SELECT FROM unnest($1::text[]) AS name WHERE pg_catalog.to_regclass(name) IS NULL LIMIT 1";
+    Ok(!query(sql, &[names.into()], |_| Ok(()))?.is_empty())
+}
+
+pub fn role_name(role: pg_sys::Oid) -> Result<String> {
+    let sql = "SELECT rolname::text FROM pg_catalog.pg_roles WHERE oid = $1";
+    let names = query(sql, &[role.into()], |r| value(r, 1))?;
+    names.into_iter().next().ok_or(Error::NoRole(role.to_u32()))
+}
+
+/// Whose the schema is, if the role may not use it.
+pub fn owner_of_closed_schema(role: pg_sys::Oid, schema: &str) -> Result<Option<pg_sys::Oid>> {
+    let sql = "SELECT nspowner FROM pg_catalog.pg_namespace
+               WHERE nspname = $2::name AND NOT pg_catalog.has_schema_privilege($1, oid, 'USAGE')";
+    Ok(query(sql, &[role.into(), schema.into()], |r| value(r, 1))?.pop())
+}
+
+/// Whether values of the type can be sorted: then they can be a key.
+pub fn type_name(r#type: pg_sys::Oid) -> Result<String> {
+    let names =
+        query("SELECT pg_catalog.format_type($1, NULL)", &[r#type.into()], |r| value::<String>(r, 1))?;
+    Ok(names.into_iter().next().unwrap_or_default())
+}
+
+pub fn is_sortable(r#type: pg_sys::Oid) -> bool {
+    // SAFETY: reads the catalog and the type cache. TypeCacheEntry outlives this call.
+    unsafe {
+        let is_pseudo = pg_sys::get_typtype(r#type) as u8 == pg_sys::TYPTYPE_PSEUDO;
+        let flag = pg_sys::TYPECACHE_LT_OPR as i32;
+        !is_pseudo && (*pg_sys::lookup_type_cache(r#type, flag)).lt_opr != pg_sys::InvalidOid
+    }
+}
+
+/// Whether the column is declared NOT NULL.
+pub fn is_not_null(relation: pg_sys::Oid, column: &str) -> Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_attribute
+               WHERE attrelid = $1 AND attnum > 0 AND attnotnull AND attname = $2::name";
+    Ok(!query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
+}
+
+/// What of `objects`, a query for their classid, objid and owner, uses a type, function or operator of neither its owner nor a
+/// superuser: to read its text again, as its owner, would call code of that third role.
+pub fn code_of_third_roles(objects: &str, args: Args) -> Result<Vec<String>> {
+    let sql = format!(
+        "SELECT DISTINCT pg_catalog.format('%s uses %s, which belongs to another role, %s.',
+                    pg_catalog.pg_describe_object(o.classid, o.objid, 0),
+                    pg_catalog.pg_describe_object(d.refclassid, d.refobjid, 0), u.owner::regrole)
+         FROM ({objects}) AS o JOIN pg_catalog.pg_depend d ON d.classid = o.classid AND d.objid = o.objid
+         CROSS JOIN LATERAL (
+             SELECT typowner FROM pg_catalog.pg_type WHERE d.refclassid = 'pg_catalog.pg_type'::regclass AND oid = d.refobjid
+             UNION ALL SELECT proowner FROM pg_catalog.pg_proc
+                 WHERE d.refclassid = 'pg_catalog.pg_proc'::regclass AND oid = d.refobjid
+             UNION ALL SELECT oprowner FROM pg_catalog.pg_operator
+                 WHERE d.refclassid = 'pg_catalog.pg_operator'::regclass AND oid = d.refobjid) AS u(owner)
+         WHERE u.owner <> o.owner AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE oid = u.owner AND rolsuper)"
+    );
+    query(&sql, args, |r| value(r, 1))
+}
+
+/// The table to attach or detach: it exists, can have triggers, and is the caller's.
+pub fn open(oid: pg_sys::Oid) -> Result<Table> {
+    let table = Table::find(oid)?.ok_or_else(|| Error::NoTable(oid.to_u32().to_string()))?;
+    let kind = match (table.kind.as_str(), table.persistence.as_str()) {
+        ("r" | "p", "p") => None,
+        ("r" | "p", "t") => Some("a temporary table"),
+        ("r" | "p", _) => Some("an unlogged table, which a crash empties"),
+        ("v", _) => Some("a view"),
+        ("m", _) => Some("a materialized view"),
+        ("f", _) => Some("a foreign table"),
+        _ => Some("not a table"),
+    };
+    match kind {
+        Some(kind) => Err(Error::NotATable { relation: table.name, kind }),
+        None => Ok(table),
+    }
+}

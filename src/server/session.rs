@@ -1,0 +1,521 @@
+//! Who acts, where, and what becomes of an error.
+
+use crate::error::{Error, Result};
+use crate::server::limit;
+use crate::server::relation;
+use crate::server::spi::{self, query, value};
+use pgrx::prelude::*;
+use std::ffi::{CStr, CString};
+use std::time::Duration;
+
+pub fn require_writable() -> Result<()> {
+    // SAFETY: both only read backend state.
+    if unsafe { pg_sys::RecoveryInProgress() } {
+        return Err(Error::Standby);
+    }
+    if unsafe { pg_sys::XactReadOnly } {
+        return Err(Error::ReadOnly);
+    }
+    Ok(())
+}
+
+pub fn require_read_committed() -> Result<()> {
+    // SAFETY: reads a backend variable.
+    match unsafe { pg_sys::XactIsoLevel } as u32 {
+        pg_sys::XACT_REPEATABLE_READ => Err(Error::Isolation("REPEATABLE READ")),
+        pg_sys::XACT_SERIALIZABLE => Err(Error::Isolation("SERIALIZABLE")),
+        _ => Ok(()),
+    }
+}
+
+pub fn require_utf8() -> Result<()> {
+    let _settings = Elevated::pinned();
+    let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1))?
+        .pop()
+        .unwrap_or_default();
+    if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
+}
+
+/// `caller` may act for the owner of the relation.
+pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
+    let owns = query(
+        "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
+        &[relation.into(), caller.into()],
+        |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
+    )?;
+    match owns.into_iter().next() {
+        Some((_, true)) => Ok(()),
+        Some((name, false)) => Err(Error::NotOwner(name)),
+        // The table was dropped.
+        None => require_extension_owner(caller),
+    }
+}
+
+/// `caller` may act for the extension's owner, whom we are at the moment.
+pub fn require_extension_owner(caller: pg_sys::Oid) -> Result<()> {
+    let sql = "SELECT pg_catalog.pg_has_role($1, current_user, 'USAGE')";
+    let owns = query(sql, &[caller.into()], |r| value::<bool>(r, 1))?;
+    if owns == [true] { Ok(()) } else { Err(Error::NotOwner("litellm_spend".into())) }
+}
+
+/// Whether `caller` has the rights of `owner`.
+pub fn may_act_for(caller: pg_sys::Oid, owner: pg_sys::Oid) -> Result<bool> {
+    let sql = "SELECT pg_catalog.pg_has_role($1, $2, 'USAGE')";
+    Ok(query(sql, &[caller.into(), owner.into()], |r| value::<bool>(r, 1))? == [true])
+}
+
+/// `caller` may act for `owner`, to whom rollup `name` belongs.
+pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Result<()> {
+    if owner == pg_sys::InvalidOid {
+        // Its source was dropped, and it has no table of its own.
+        return require_extension_owner(caller);
+    }
+    if may_act_for(caller, owner)? { Ok(()) } else { Err(Error::NotRollupOwner(name.into())) }
+}
+
+/// While it lives, the session acts as somebody, with pinned settings. An error ends it with the transaction.
+///
+/// We are installed by a superuser, and what belongs to others can run their code: an index predicate while a query is
+/// planned, a cast, a domain, a CHECK, a trigger, any text from their catalog. So there are two ways to act:
+///
+/// - [`Elevated::enter`]: as the extension's owner, on state tables of ours only. A query that names a relation of
+///   anybody else's fails then, before it is planned ([`crate::server::guard`]): a forgotten place is an error, not an escalation.
+/// - [`Owner`]: as the owner of a user's relation, restricted, for whatever mentions something of theirs.
+pub struct Elevated {
+    user: pg_sys::Oid,
+    security: i32,
+    nest_level: i32,
+}
+
+/// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and what depends on
+/// settings is the same whoever computes it.
+const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
+    (c"search_path", c"pg_catalog, pg_temp"),
+    (c"client_min_messages", c"warning"),
+    (c"TimeZone", c"UTC"),
+    (c"DateStyle", c"ISO, MDY"),
+    (c"IntervalStyle", c"postgres"),
+    (c"extra_float_digits", c"1"),
+    (c"bytea_output", c"hex"),
+    (c"lc_monetary", c"C"),
+    (c"lc_numeric", c"C"),
+    (c"lc_time", c"C"),
+    (c"xmlbinary", c"base64"),
+    (c"xmloption", c"content"),
+    (c"array_nulls", c"on"),
+    (c"standard_conforming_strings", c"on"),
+    (c"backslash_quote", c"safe_encoding"),
+    (c"quote_all_identifiers", c"off"),
+    (c"transform_null_equals", c"off"),
+    (c"check_function_bodies", c"on"),
+    (c"default_tablespace", c""),
+    (c"default_table_access_method", c"heap"),
+    // Rows that a policy hides would silently be missing from totals, copies and proofs: an error is better.
+    (c"row_security", c"off"),
+    // Compiling took 0.4 to 0.7 s where the plan is only expensive because sequential scans are off, and 0.1 s of each window
+    // of a million rows (PostgreSQL 15, two shared cores, 2026-11).
+    (c"jit", c"off"),
+];
+
+/// Marks, in the security context, that we act as ourselves. The server carries the context along and puts it back after an
+/// error; it knows the lowest three bits.
+const OURSELVES: i32 = 1 << 20;
+
+impl Elevated {
+    /// Acts as the extension's owner.
+    pub fn enter() -> Result<Elevated> {
+        // The first look for the owner is on the pinned path already.
+        let guard = Elevated::act(user(), 0);
+        let owner = query(
+            "SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'",
+            &[],
+            |r| value::<pg_sys::Oid>(r, 1),
+        )?
+        .pop()
+        .ok_or_else(|| Error::NotAttached {
+            to: "this database".into(),
+            remedy: "CREATE EXTENSION litellm_spend;".into(),
+        })?;
+        guard.become_user(owner, OURSELVES);
+        Ok(guard)
+    }
+
+    /// The caller, with pinned settings.
+    pub fn pinned() -> Elevated {
+        Elevated::act(user(), 0)
+    }
+
+    /// Acts as the bootstrap superuser, who is always there: in the hook, where the extension need not be.
+    pub fn superuser() -> Elevated {
+        Elevated::act(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), OURSELVES)
+    }
+
+    /// No lock is waited for longer than `limit`, not even a row's.
+    pub fn impatient(self, limit: Duration) -> Elevated {
+        let limit = CString::new(format!("{}ms", limit.as_millis().max(1))).unwrap_or_default();
+        // SAFETY: inside the nest level of this guard, which Drop undoes.
+        unsafe { set(c"lock_timeout", &limit) };
+        self
+    }
+
+    /// With another setting, for as long as it lives.
+    pub fn with(self, name: &CStr, value: &CStr) -> Elevated {
+        // SAFETY: inside the nest level of this guard, which Drop undoes.
+        unsafe { set(name, value) };
+        self
+    }
+
+    /// Who acted before.
+    pub fn caller(&self) -> pg_sys::Oid {
+        self.user
+    }
+
+    fn act(user: pg_sys::Oid, context: i32) -> Elevated {
+        let mut guard = Elevated { user: pg_sys::InvalidOid, security: 0, nest_level: 0 };
+        // SAFETY: the pair is restored in Drop, or by the abort of the transaction or subtransaction.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut guard.user, &mut guard.security);
+            guard.nest_level = pg_sys::NewGUCNestLevel();
+            for (name, value) in PINNED_SETTINGS {
+                set(name, value);
+            }
+        }
+        guard.become_user(user, context);
+        guard
+    }
+
+    fn become_user(&self, user: pg_sys::Oid, context: i32) {
+        let context = (self.security & !OURSELVES) | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | context;
+        // SAFETY: put back by Drop, or by the end of the transaction.
+        unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    }
+}
+
+/// The search_path as it is set.
+pub fn search_path() -> CString {
+    // SAFETY: reads a setting that always exists.
+    unsafe { CStr::from_ptr(pg_sys::GetConfigOption(c"search_path".as_ptr(), false, false)).to_owned() }
+}
+
+fn user() -> pg_sys::Oid {
+    // SAFETY: reads a variable of the session.
+    unsafe { pg_sys::GetUserId() }
+}
+
+/// Whether the session acts as ourselves at the moment.
+pub fn acts_as_ourselves() -> bool {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: reads variables of the session.
+    unsafe { pg_sys::GetUserIdAndSecContext(&mut user, &mut context) };
+    context & OURSELVES != 0
+}
+
+/// The owner of a user's relation: the only one as whom a statement that mentions something of theirs is run. Their code
+/// then cannot become anybody else, nor leave anything behind that runs later with our rights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner(pg_sys::Oid);
+
+impl Owner {
+    /// The owner of a table. What is no table any more is refused: a rule, say, has made it a view.
+    pub fn of(relation: pg_sys::Oid) -> Result<Owner> {
+        let found = query(
+            "SELECT relowner, relkind::text, relname::text FROM pg_catalog.pg_class WHERE oid = $1",
+            &[relation.into()],
+            |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?, value::<String>(r, 3)?)),
+        )?;
+        match found.into_iter().next() {
+            None => Err(Error::NoTable(relation.to_u32().to_string())),
+            Some((owner, kind, _)) if ["r", "p"].contains(&kind.as_str()) => Ok(Owner(owner)),
+            Some((_, _, relation)) => Err(Error::NotATable { relation, kind: "not a table any more" }),
+        }
+    }
+
+    /// A role that is known to own what a statement mentions.
+    pub fn role(role: pg_sys::Oid) -> Owner {
+        Owner(role)
+    }
+
+    /// Whether we go on by ourselves as `heir` with what was this owner's. Not as a superuser: what belongs to the table may
+    /// still call the former owner's functions. Somebody has to ask for that.
+    pub fn may_pass_to(self, heir: Owner) -> Result<bool> {
+        let sql = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE oid = $1";
+        let is_superuser =
+            |role: Owner| Ok::<_, Error>(query(sql, &[role.0.into()], |r| value::<bool>(r, 1))? == [true]);
+        Ok(heir == self || !is_superuser(heir)? || is_superuser(self)?)
+    }
+
+    pub fn oid(self) -> pg_sys::Oid {
+        self.0
+    }
+
+    pub fn name(self) -> Result<String> {
+        relation::role_name(self.0)
+    }
+
+    /// Acts as the owner, restricted, until the guard is dropped.
+    pub fn act(self) -> Elevated {
+        Elevated::act(self.0, pg_sys::SECURITY_RESTRICTED_OPERATION as i32)
+    }
+
+    /// The same with a search_path of the caller's: for names that the caller has written.
+    pub fn act_on_path(self, path: &CStr) -> Elevated {
+        self.act().with(c"search_path", path)
+    }
+
+    pub fn execute(self, sql: &str) -> Result<i64> {
+        let _owner = self.act();
+        spi::execute(sql, &[])
+    }
+
+    pub fn run(self, sql: impl AsRef<str>) -> Result<()> {
+        self.execute(sql.as_ref()).map(drop)
+    }
+
+    /// On the transaction's snapshot.
+    pub fn query<T>(
+        self,
+        sql: &str,
+        args: spi::Args,
+        row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let _owner = self.act();
+        query(sql, args, row)
+    }
+
+    /// On a fresh snapshot. Takes an XID.
+    pub fn fresh<T>(
+        self,
+        sql: &str,
+        args: spi::Args,
+        row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let _owner = self.act();
+        spi::fresh(sql, args, row)
+    }
+
+    pub fn exists(self, sql: &str, args: spi::Args) -> Result<bool> {
+        let _owner = self.act();
+        spi::exists(sql, args)
+    }
+}
+
+/// Sets after how long a wait for a lock is looked into, until the transaction ends; returns what it was. Then an autovacuum
+/// in the way is cancelled, and a deadlock is noticed, at which we are the one to fail.
+pub fn give_way_after(wait: Duration) -> Duration {
+    // SAFETY: a setting of this session.
+    unsafe {
+        let before = Duration::from_millis(pg_sys::DeadlockTimeout.max(1) as u64);
+        let value = format!("{}ms\0", wait.as_millis().max(1));
+        pg_sys::set_config_option(
+            c"deadlock_timeout".as_ptr(),
+            value.as_ptr().cast(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_LOCAL,
+            true,
+            0,
+            false,
+        );
+        before
+    }
+}
+
+/// Sets a GUC within the current nest level.
+unsafe fn set(name: &CStr, value: &CStr) {
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
+impl Drop for Elevated {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: undoes enter(), in reverse order.
+            unsafe {
+                pg_sys::AtEOXact_GUC(false, self.nest_level);
+                pg_sys::SetUserIdAndSecContext(self.user, self.security);
+            }
+        }
+    }
+}
+
+/// Runs `work` in a subtransaction: an error undoes only what it did and is returned, also that of a cancelled query.
+pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    // SAFETY: as PL/pgSQL does for a block with EXCEPTION: the memory context and the resource owner are put back
+    // by hand, the rest by the (sub)transaction.
+    let (context, owner) = unsafe {
+        let saved = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::MemoryContextSwitchTo(saved.0);
+        saved
+    };
+    let outcome = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| work().map_err(Failure::from)))
+        .catch_others(|caught| Err(Failure::from(caught)))
+        .execute();
+    // SAFETY: see above.
+    unsafe {
+        if outcome.is_ok() {
+            pg_sys::ReleaseCurrentSubTransaction();
+        } else {
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        }
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::CurrentResourceOwner = owner;
+    }
+    outcome
+}
+
+/// The server's function that throws a cancel. No error that a function of somebody's raises comes from there.
+const INTERRUPT: &str = "ProcessInterrupts";
+
+/// An error that was caught: its subtransaction is rolled back.
+#[derive(Debug)]
+pub struct Failure {
+    pub sqlstate: PgSqlErrorCode,
+    pub message: String,
+    detail: Option<String>,
+    hint: Option<String>,
+    /// Whether it is an error of ours. What others raise may say anything, also what a DBA should type.
+    ours: bool,
+    cancel: bool,
+    timed_out: bool,
+}
+
+impl Failure {
+    /// The server's own interrupt, not an error of that SQLSTATE which somebody's function has raised.
+    pub fn is_cancel(&self) -> bool {
+        self.cancel
+    }
+
+    /// The step's own limit of time was reached.
+    pub fn is_timeout(&self) -> bool {
+        self.timed_out
+    }
+
+    pub const ENDLESS: &str = "it went on after its time was over, and its process was terminated";
+
+    /// Of a step that went on after it was cancelled.
+    pub fn endless() -> Failure {
+        Failure {
+            sqlstate: PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
+            message: Failure::ENDLESS.into(),
+            detail: None,
+            hint: None,
+            ours: true,
+            cancel: false,
+            timed_out: true,
+        }
+    }
+
+    /// As the status views show it: the message, and if it is ours its DETAIL and its HINT, each in a line of its own.
+    pub fn text(&self) -> String {
+        let line = |text: &str| text.replace(['\n', '\r'], " ");
+        let mut text = line(&self.message);
+        for (label, more) in [("DETAIL", &self.detail), ("HINT", &self.hint)] {
+            if let Some(more) = more.as_ref().filter(|_| self.ours) {
+                text.push_str(&format!("\n{label}:  {}", line(more)));
+            }
+        }
+        text
+    }
+
+    /// The message, and what its DETAIL says.
+    pub fn in_a_line(&self) -> String {
+        let mut letters = self.detail.as_deref().unwrap_or_default().trim_end_matches('.').chars();
+        match letters.next() {
+            None => self.message.clone(),
+            Some(first) => format!("{}: {}{}", self.message, first.to_lowercase(), letters.as_str()),
+        }
+    }
+
+    pub fn detail(&self) -> Option<String> {
+        self.detail.clone()
+    }
+
+    pub fn hint(&self) -> Option<String> {
+        self.hint.clone()
+    }
+
+    /// With its DETAIL and HINT, under another message.
+    pub fn explain(&self, message: String) -> pg_sys::panic::ErrorReport {
+        let mut report = pg_sys::panic::ErrorReport::new(self.sqlstate, message, "litellm_spend");
+        if let Some(detail) = &self.detail {
+            report = report.set_detail(detail);
+        }
+        if let Some(hint) = &self.hint {
+            report = report.set_hint(hint);
+        }
+        report
+    }
+
+    /// Throws a cancel again, which is no answer to whatever was attempted.
+    pub fn unless_cancel(self) -> Failure {
+        if self.is_cancel() || self.is_timeout() {
+            self.report().report(PgLogLevel::ERROR);
+        }
+        self
+    }
+
+    /// The interrupt as the server threw it, so that whoever catches it next knows it for one.
+    pub fn report(&self) -> pg_sys::panic::ErrorReport {
+        pg_sys::panic::ErrorReport::new(self.sqlstate, self.message.clone(), INTERRUPT)
+    }
+
+    /// Somebody was in the way; it may work the next time.
+    pub fn is_lock_timeout(&self) -> bool {
+        use PgSqlErrorCode::*;
+        [ERRCODE_LOCK_NOT_AVAILABLE, ERRCODE_T_R_DEADLOCK_DETECTED].contains(&self.sqlstate)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Failed(failure) => failure,
+            error => Failure {
+                sqlstate: error.sqlstate(),
+                message: error.to_string(),
+                detail: error.detail(),
+                hint: error.hint(),
+                ours: true,
+                cancel: false,
+                timed_out: false,
+            },
+        }
+    }
+}
+
+impl From<pg_sys::panic::CaughtError> for Failure {
+    fn from(caught: pg_sys::panic::CaughtError) -> Self {
+        use pg_sys::panic::CaughtError::*;
+        let of_server = matches!(caught, PostgresError(_));
+        let (PostgresError(report) | ErrorReport(report) | RustPanic { ereport: report, .. }) = caught;
+        let sqlstate = report.sql_error_code();
+        let interrupt = report.function_name() == Some(INTERRUPT);
+        let interrupted = sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && interrupt;
+        let timed_out = interrupted && limit::expired();
+        let message = match timed_out {
+            true => "it took longer than a step may take, and was cancelled".into(),
+            false => report.message().to_string(),
+        };
+        Failure {
+            sqlstate,
+            message,
+            // Of a panic it would be a backtrace.
+            detail: report.detail().filter(|_| of_server && !timed_out).map(str::to_string),
+            hint: report.hint().filter(|_| !timed_out).map(str::to_string),
+            ours: false,
+            cancel: interrupted && !timed_out,
+            timed_out,
+        }
+    }
+}

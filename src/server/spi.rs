@@ -1,0 +1,97 @@
+//! Statements through SPI.
+//!
+//! pgrx runs `select` on the transaction's first snapshot until the transaction has an XID, and `update` on a
+//! fresh one. So what must be current is read with [`fresh`], and a look that finds nothing to do, which
+//! must not write WAL, reads with [`query`]. What others may change while a call waits, above all which relations there are and
+//! what inherits from what, is read with [`current`], which takes neither.
+
+use crate::error::{Error, Result};
+use crate::server::session::Failure;
+use pgrx::datum::DatumWithOid;
+use pgrx::prelude::*;
+use pgrx::spi::{SpiHeapTupleData, SpiTupleTable};
+
+pub type Args<'a> = &'a [DatumWithOid<'a>];
+
+/// Refuses a text that is more than one statement, whatever quotes it was meant to keep.
+fn require_one_statement(sql: &str) -> Result<()> {
+    // Nothing else separates statements, and hardly any text of ours has one.
+    if !sql.contains(';') {
+        return Ok(());
+    }
+    let text = std::ffi::CString::new(sql).map_err(|_| Error::SeveralStatements)?;
+    // SAFETY: the parser reads the text, and returns a list or null.
+    let statements = unsafe {
+        let list = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        list.as_ref().map_or(0, |list| list.length)
+    };
+    if statements == 1 { Ok(()) } else { Err(Error::SeveralStatements) }
+}
+
+/// Runs a query on the transaction's snapshot.
+pub fn query<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    require_one_statement(sql)?;
+    Spi::connect(|client| rows(client.select(sql, None, args)?, row))
+}
+
+/// Runs a query on a snapshot of now, however long the statement has been running. Takes no XID.
+pub fn current<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    // SAFETY: an error of the server's ends the subtransaction, and the snapshot with it.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+    let found = query(sql, args, row);
+    unsafe { pg_sys::PopActiveSnapshot() };
+    found
+}
+
+/// Runs a query on a fresh snapshot. Takes an XID.
+pub fn fresh<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    require_one_statement(sql)?;
+    Spi::connect_mut(|client| rows(client.update(sql, None, args)?, row))
+}
+
+fn rows<T>(table: SpiTupleTable, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    table.into_iter().map(|tuple| row(&tuple)).collect()
+}
+
+/// Opens a query that is read in batches, each in a call of its own. Returns the cursor, which is closed by the batch after the
+/// last, or at the end of the transaction.
+pub fn open_cursor(sql: &str, args: Args) -> Result<String> {
+    require_one_statement(sql)?;
+    Spi::connect(|client| Ok(client.try_open_cursor(sql, args)?.detach_into_name()))
+}
+
+/// The next rows of a cursor, which is read as whom it was opened.
+pub fn fetch<T>(cursor: &str, most: i64, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    Spi::connect(|client| {
+        let mut cursor = client.find_cursor(cursor)?;
+        let batch = rows(cursor.fetch(most)?, row)?;
+        if !batch.is_empty() {
+            cursor.detach_into_name();
+        }
+        Ok(batch)
+    })
+}
+
+/// Runs a statement; returns the number of rows it processed.
+pub fn execute(sql: &str, args: Args) -> Result<i64> {
+    require_one_statement(sql)?;
+    Spi::connect_mut(|client| Ok(client.update(sql, None, args)?.len() as i64))
+}
+
+/// The value of column `i`, which the query guarantees not to be NULL.
+pub fn value<T: FromDatum + IntoDatum>(row: &SpiHeapTupleData, i: usize) -> Result<T> {
+    Ok(row.get(i)?.ok_or(pgrx::spi::Error::InvalidPosition)?)
+}
+
+pub fn exists(sql: &str, args: Args) -> Result<bool> {
+    Ok(fresh(&format!("SELECT EXISTS ({sql})"), args, |r| value(r, 1))?.first().copied().unwrap_or(false))
+}
+
+/// Drops what is ours, unless something of anybody else's needs it: that is named.
+pub fn unless_needed<T>(drop: impl FnOnce() -> Result<T>) -> Result<T> {
+    PgTryBuilder::new(std::panic::AssertUnwindSafe(drop))
+        .catch_when(PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST, |caught| {
+            Err(Error::Needed(Failure::from(caught)))
+        })
+        .execute()
+}

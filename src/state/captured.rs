@@ -1,0 +1,87 @@
+//! The captured table, as it is noted.
+
+use crate::error::{Error, Result};
+use crate::server::relation::relation_name;
+use crate::server::session::Owner;
+use crate::server::spi::{current, query, value};
+use crate::server::text::SCHEMA;
+use crate::state::restore::HERE;
+use crate::state::rollups::record;
+use crate::state::window::Window;
+use pgrx::prelude::*;
+
+/// Notes a failure around the captured table, or that it is over.
+pub fn record_capture_error(message: Option<&str>) -> Result<()> {
+    record("capture", "$1 IS NOT NULL", "", message)
+}
+
+/// What is noted of the captured table.
+pub fn capture_error() -> Result<Option<String>> {
+    let sql = format!("SELECT last_error FROM {SCHEMA}.capture");
+    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+}
+
+pub struct CaptureState {
+    pub source: String,
+    pub schema: String,
+    pub table: String,
+    pub relation: pg_sys::Oid,
+    /// Who owned the table when we attached; `None` in a database that an older version attached.
+    pub owner: Option<pg_sys::Oid>,
+    pub columns: Vec<String>,
+    pub subtract: bool,
+    pub predecessor: Option<pg_sys::Oid>,
+    pub failures_seen: i64,
+    pub window: Window,
+}
+
+impl CaptureState {
+    /// As whom the raw rows are read: the owner that we know of. When it has changed, the watch or an attach comes first.
+    pub fn owner(&self) -> Result<Owner> {
+        let owner = Owner::of(self.relation)?;
+        match self.owner.map(Owner::role).filter(|known| *known != owner) {
+            None => Ok(owner),
+            Some(known) => Err(Error::OtherOwner {
+                relation: relation_name(self.relation)?,
+                owner: owner.name()?,
+                expected: known.name()?,
+            }),
+        }
+    }
+
+    /// The tables that hold raw rows: the captured one and, after a replacement, the one before it.
+    pub fn relations(&self) -> Vec<pg_sys::Oid> {
+        [Some(self.relation), self.predecessor].into_iter().flatten().collect()
+    }
+}
+
+/// The captured table as it is now.
+pub fn captured_relation() -> Result<Option<pg_sys::Oid>> {
+    Ok(current(&format!("SELECT relation::oid FROM {SCHEMA}.capture"), &[], |r| value(r, 1))?.pop())
+}
+
+pub fn capture() -> Result<Option<CaptureState>> {
+    let states = query(
+        &format!(
+            "SELECT source, table_schema::text, table_name::text, relation::oid, columns, on_delete = 'subtract',
+                    predecessor::oid, failures_seen, candidates::text, owner::oid
+             FROM {SCHEMA}.capture WHERE origin = {HERE}"
+        ),
+        &[],
+        |r| {
+            Ok(CaptureState {
+                source: value(r, 1)?,
+                schema: value(r, 2)?,
+                table: value(r, 3)?,
+                relation: value(r, 4)?,
+                columns: value(r, 5)?,
+                subtract: value(r, 6)?,
+                predecessor: r.get(7)?,
+                failures_seen: value(r, 8)?,
+                window: serde_json::from_str(&value::<String>(r, 9)?)?,
+                owner: r.get(10)?,
+            })
+        },
+    )?;
+    Ok(states.into_iter().next())
+}

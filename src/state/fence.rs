@@ -1,0 +1,246 @@
+//! Locks on our own state.
+//!
+//! | lock | on | who waits |
+//! |---|---|---|
+//! | [`Fence`] | a rollup's state row, FOR UPDATE | other mergers and rebuilds; readers never |
+//! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
+//! | [`lock_name`] | a rollup's name and source, as numbers | who makes or drops one of that name or source |
+//! | [`try_lock_installation`] | our table `installation`, SHARE ROW EXCLUSIVE | others that make or drop the marker of restores |
+
+use crate::error::{Error, Result};
+use crate::server::locks::{Patience, try_lock};
+use crate::server::relation::{find_relation, relation_name};
+use crate::server::session::{Elevated, Owner, require_read_committed};
+use crate::server::spi::{execute, exists, fresh, query, value};
+use crate::server::text::SCHEMA;
+use crate::state::definition::Definition;
+use crate::state::rollups::rollup_names;
+use crate::state::sources::CHANGE_LOG;
+use pgrx::datum::Timestamp;
+use pgrx::prelude::*;
+use pgrx::spi::SpiHeapTupleData;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+/// The right to change a rollup: its state row, locked until the transaction ends. Whoever holds it sees, in
+/// every later statement, all that earlier holders did.
+pub struct Fence {
+    pub name: String,
+    /// `None`: its owner fills it.
+    pub definition: Option<Definition>,
+    /// `None`: it was dropped.
+    pub source: Option<String>,
+    /// The source's, if it exists.
+    pub relation: pg_sys::Oid,
+    /// Who owned its source when it was declared or last followed; of one that is filled by hand, who owns the source.
+    pub owner: pg_sys::Oid,
+    source_owner: pg_sys::Oid,
+    pub watermark: i64,
+    pub covered_from: Timestamp,
+    _work: Option<Work>,
+}
+
+/// Work of this session on a rollup, or on a table's maintenance. The row's lock keeps other transactions out, but not what a step
+/// itself calls: a trigger on the rollup's table that merges it again would count its window twice.
+pub struct Work(String);
+
+thread_local! {
+    static AT_WORK: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+}
+
+impl Work {
+    /// `None`: the session is at it already.
+    pub fn begin(name: &str) -> Option<Work> {
+        AT_WORK.with_borrow_mut(|names| names.insert(name.into())).then(|| Work(name.into()))
+    }
+}
+
+/// Also when an error unwinds: it is no state of the server's.
+impl Drop for Work {
+    fn drop(&mut self) {
+        AT_WORK.with_borrow_mut(|names| names.remove(&self.0));
+    }
+}
+
+impl Fence {
+    /// Takes the fence of rollup `name`; `None` when another transaction keeps it.
+    pub fn take(name: &str, patience: Patience) -> Result<Option<Fence>> {
+        require_read_committed()?;
+        let Some(work) = Work::begin(name) else { return Ok(None) };
+        loop {
+            let sql = format!("{} FOR UPDATE OF r SKIP LOCKED", Fence::state());
+            if let Some(fence) = fresh(&sql, &[name.into()], |r| Fence::read(name, r))?.pop() {
+                return Ok(Some(Fence { _work: Some(work), ..fence }));
+            }
+            if !exists(&format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])? {
+                return Err(Error::NoRollup(name.into()));
+            }
+            if !patience.try_again() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The fences of all rollups of a source, in the order of their names: no deadlocks.
+    pub fn take_all(source: &str, patience: Patience) -> Result<Option<Vec<Fence>>> {
+        let mut fences = vec![];
+        for name in rollup_names(Some(source))? {
+            match Fence::take(&name, patience)? {
+                Some(fence) => fences.push(fence),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(fences))
+    }
+
+    /// Takes the fence as soon as its holder ends, or fails at the caller's own lock_timeout: windows belong to one
+    /// transaction after the other, each as long as its caller likes.
+    pub fn wait(name: &str) -> Result<Fence> {
+        let work = Work::begin(name).ok_or_else(|| Error::RollupBusy(name.into()))?;
+        let sql = format!("{} FOR UPDATE OF r", Fence::state());
+        let fences = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
+            fresh(&sql, &[name.into()], |r| Fence::read(name, r))
+        }))
+        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| Err(Error::RollupBusy(name.into())))
+        .execute()?;
+        let fence = fences.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))?;
+        Ok(Fence { _work: Some(work), ..fence })
+    }
+
+    /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
+    pub fn look(name: &str) -> Result<Fence> {
+        let states = query(&Fence::state(), &[name.into()], |r| Fence::read(name, r))?;
+        states.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))
+    }
+
+    fn state() -> String {
+        format!(
+            "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark, r.covered_from,
+                    coalesce(r.owner::oid,
+                             (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
+                    coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
+             FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
+             WHERE r.name = $1"
+        )
+    }
+
+    fn read(name: &str, r: &SpiHeapTupleData) -> Result<Fence> {
+        let definition = r.get::<String>(1)?;
+        let mut fence = Fence {
+            name: name.into(),
+            definition: definition.map(|text| serde_json::from_str(&text)).transpose()?,
+            source: r.get(2)?,
+            relation: value(r, 3)?,
+            watermark: value(r, 4)?,
+            covered_from: value(r, 5)?,
+            owner: value(r, 6)?,
+            source_owner: value(r, 7)?,
+            _work: None,
+        };
+        if let Some(definition) = fence.definition.as_mut().filter(|_| fence.source.is_some()) {
+            // It may have been renamed. One that was dropped fails when it is read.
+            definition.source = relation_name(fence.relation).unwrap_or_default();
+        }
+        Ok(fence)
+    }
+
+    /// What it consists of, if it is for us to fill.
+    pub fn filled(&self) -> Result<&Definition> {
+        match (&self.definition, &self.source) {
+            (None, _) => Err(Error::ByHand(self.name.clone())),
+            (_, None) => Err(Error::SourceDropped(self.name.clone())),
+            (Some(definition), _) => Ok(definition),
+        }
+    }
+
+    /// With the rights that its own statements run with, until the guard is dropped: the owner's, or ours if everything that
+    /// they mention is ours. Refused while its source is another's: [`crate::engine::declare::settle`] comes first.
+    pub fn act(&self) -> Result<Option<Elevated>> {
+        if self.is_built_in() {
+            return Ok(None);
+        }
+        let (owner, of_source) = (Owner::role(self.owner), Owner::role(self.source_owner));
+        if self.source_owner != pg_sys::InvalidOid && owner != of_source {
+            let (relation, expected) = (relation_name(self.relation)?, owner.name()?);
+            return Err(Error::OtherOwner { relation, owner: of_source.name()?, expected });
+        }
+        Ok(Some(owner.act()))
+    }
+
+    /// It is fed by the change log.
+    pub fn is_built_in(&self) -> bool {
+        self.source.as_deref() == Some(CHANGE_LOG)
+    }
+
+    /// Advances the watermark. The rollup's rows of the window are written in the same transaction; `counts` are the
+    /// source rows and groups, where we know them.
+    pub fn advance(&self, end: i64, counts: Option<(i64, i64)>, ms: f64) -> Result<()> {
+        execute(
+            &format!(
+                "UPDATE {SCHEMA}.rollup SET watermark = $2, merged_at = clock_timestamp(), merged_rows = $3,
+                     merged_groups = $4, merged_ms = $5, last_error = NULL, last_error_at = NULL
+                 WHERE name = $1"
+            ),
+            &[
+                self.name.as_str().into(),
+                end.into(),
+                counts.map(|c| c.0).into(),
+                counts.map(|c| c.1).into(),
+                ms.into(),
+            ],
+        )?;
+        Ok(())
+    }
+}
+
+/// The right to change what is attached: triggers, views, the state of the capture. Ends with the transaction. What is
+/// read after it is current. `false`: another transaction keeps it.
+pub fn lock_attachment(patience: Patience) -> Result<bool> {
+    let name = format!("{SCHEMA}.capture");
+    let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    while !try_lock(state, pg_sys::ShareRowExclusiveLock) {
+        if !patience.try_again() {
+            return Ok(false);
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[])?;
+    Ok(true)
+}
+
+/// The right to make or drop what is called `name` of `relation`, until the transaction ends. Nobody else waits for it but who
+/// wants the same name or source.
+pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
+    let patience = Patience::of_call();
+    for (table, object) in [("source", relation.to_u32()), ("rollup", fnv(name))] {
+        let class = format!("{SCHEMA}.{table}");
+        let class = find_relation(&class)?.ok_or(Error::NoTable(class))?;
+        // SAFETY: takes a lock, or says that it cannot.
+        while !unsafe {
+            pg_sys::ConditionalLockDatabaseObject(class, object.into(), 0, pg_sys::ExclusiveLock as i32)
+        } {
+            if !patience.try_again() {
+                return Err(Error::RollupBusy(name.into()));
+            }
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[]).map(drop)
+}
+
+/// A number for a name (FNV-1a): two names of one number wait for each other, no more.
+fn fnv(name: &str) -> u32 {
+    name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// The right to make or drop the marker of restores, until the transaction ends. `false`: another transaction keeps it.
+pub fn try_lock_installation() -> Result<bool> {
+    let name = format!("{SCHEMA}.installation");
+    let installation = find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    let got = try_lock(installation, pg_sys::ShareRowExclusiveLock);
+    if got {
+        // Takes an XID, and with it every later query a fresh snapshot.
+        execute("SELECT 1", &[])?;
+    }
+    Ok(got)
+}

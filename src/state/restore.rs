@@ -1,0 +1,148 @@
+//! Databases that came out of a dump, and when their restore is over.
+//!
+//! A restore brings our state before or after what it speaks of, by parallel jobs in any order. A worker that acted on half of it
+//! would make triggers before the spend log's rows are copied, and count them all again. So each row of state from which work
+//! follows names the installation that wrote it (`origin`). `installation` itself is not dumped: what another one wrote came out
+//! of a dump, and is left alone.
+//!
+//! That a restore is over is seen by what it does last, in every mode of pg_restore and in a plain script: it makes the event
+//! triggers and their comments, after all data, indexes, triggers and grants. So a database with state has one of ours, the
+//! *marker*: disabled, of a function that does nothing. Its comment names the installation, so that the marker of what was here
+//! before is none of what is being restored. Once it is there we make the state ours, and the marker. Where a dump has none
+//! (`--no-comments`, or of an older version), somebody has to say that its restore is over: `spend_restored()`, or
+//! `spend_attach()` of the table.
+//!
+//! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything goes on.
+
+use crate::error::{Error, Result};
+use crate::server::spi::{execute, query, value};
+use crate::server::text::SCHEMA;
+use crate::state::fence;
+
+/// The installation of this database, as SQL.
+pub const HERE: &str = "(SELECT id FROM litellm_spend.installation)";
+
+/// The tables whose rows name who wrote them, and what of a row means nothing to another server.
+const WRITTEN: [(&str, &str); 4] = [
+    ("source", ", candidates = '[]'"),
+    ("capture", ", candidates = '[]'"),
+    ("policy", ""),
+    ("conversion", ""),
+];
+
+const MARKER: &str = "litellm_spend_restored";
+
+/// What the marker's comment says before the installation. In its name that would be in the way of `pg_restore --clean`, which
+/// drops what the dump has the names of.
+const COMMENT: &str =
+    "litellm_spend: never fires. A restore makes it last, and is over when it is there. Installation ";
+
+/// How it stands with state that another installation wrote. `None`: there is none.
+enum Restore {
+    /// The end of each was seen.
+    Over,
+    UnderWay,
+}
+
+fn restored() -> Result<Option<Restore>> {
+    let rows = WRITTEN.map(|(table, _)| format!("SELECT origin FROM {SCHEMA}.{table}")).join(" UNION ");
+    let sql = format!(
+        "SELECT count(*) > 0, coalesce(bool_and(EXISTS (
+             SELECT FROM pg_catalog.pg_event_trigger
+             WHERE evtname = '{MARKER}' AND obj_description(oid, 'pg_event_trigger') = '{COMMENT}' || origin)), false)
+         FROM ({rows}) AS written WHERE origin IS DISTINCT FROM {HERE}"
+    );
+    let found = query(&sql, &[], |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)))?;
+    let any = found.into_iter().find(|(any, _)| *any);
+    Ok(any.map(|(_, over)| if over { Restore::Over } else { Restore::UnderWay }))
+}
+
+/// Goes on with what a dump brought, if its restore is over. Says whether what is missing may be made again: not while
+/// `pg_restore --clean` drops one thing after the other, which it begins with the marker.
+pub fn look() -> Result<bool> {
+    match restored()? {
+        None => is_whole(),
+        Some(Restore::Over) => adopt(),
+        Some(Restore::UnderWay) => Ok(false),
+    }
+}
+
+/// There is state that DROP EXTENSION is refused for anyhow, so that a marker may be.
+const NEEDS_MARKER: &str = "(EXISTS (SELECT FROM litellm_spend.capture)
+     OR EXISTS (SELECT FROM litellm_spend.rollup WHERE definition IS NOT NULL))";
+
+/// The marker is there, or not needed.
+fn is_whole() -> Result<bool> {
+    let sql = format!(
+        "SELECT NOT {NEEDS_MARKER} OR EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')"
+    );
+    Ok(query(&sql, &[], |r| value::<bool>(r, 1))? == [true])
+}
+
+/// The same for a SQL call, which is refused while a restore may still go on.
+pub fn require_over() -> Result<()> {
+    match restored()? {
+        None => Ok(()),
+        Some(Restore::Over) => adopt().map(drop),
+        Some(Restore::UnderWay) => Err(Error::Restoring),
+    }
+}
+
+/// Makes all state that was restored ours, and the marker. `false`: there is none.
+pub fn adopt() -> Result<bool> {
+    if restored()?.is_none() {
+        mark()?;
+        return Ok(false);
+    }
+    let mut adopted = 0;
+    for (table, reset) in WRITTEN {
+        adopted += execute(
+            &format!(
+                "UPDATE {SCHEMA}.{table} SET origin = {HERE}{reset} WHERE origin IS DISTINCT FROM {HERE}"
+            ),
+            &[],
+        )?;
+    }
+    mark()?;
+    Ok(adopted > 0)
+}
+
+/// Makes the marker where it is needed, and drops it with the last state that needs it. Not for the worker: it would be in the
+/// way of a restore that has just dropped it. Who finds somebody else at it leaves it to them.
+pub fn mark() -> Result<()> {
+    let sql = format!(
+        "SELECT {NEEDS_MARKER}, t.oid IS NOT NULL,
+                coalesce(obj_description(t.oid, 'pg_event_trigger') = '{COMMENT}' || i.id, false), i.id::text
+         FROM {SCHEMA}.installation i LEFT JOIN pg_catalog.pg_event_trigger t ON t.evtname = '{MARKER}'"
+    );
+    let read = || {
+        query(&sql, &[], |r| {
+            Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?, value::<bool>(r, 3)?, value::<String>(r, 4)?))
+        })
+    };
+    let is_right = |(wanted, exists, names_us, _): &(bool, bool, bool, String)| match wanted {
+        true => *exists && *names_us,
+        false => !exists,
+    };
+    if read()?.iter().all(is_right) || !fence::try_lock_installation()? {
+        return Ok(());
+    }
+    for (wanted, exists, names_us, here) in read()? {
+        if exists && !wanted {
+            execute(&format!("DROP EVENT TRIGGER {MARKER}"), &[])?;
+        }
+        if wanted && !exists {
+            execute(
+                &format!(
+                    "CREATE EVENT TRIGGER {MARKER} ON ddl_command_end EXECUTE FUNCTION {SCHEMA}.restored()"
+                ),
+                &[],
+            )?;
+            execute(&format!("ALTER EVENT TRIGGER {MARKER} DISABLE"), &[])?;
+        }
+        if wanted && !names_us {
+            execute(&format!("COMMENT ON EVENT TRIGGER {MARKER} IS '{COMMENT}{here}'"), &[])?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! The sources: relations whose rows a sequence numbers, with their windows.
+
+use crate::error::Result;
+use crate::server::relation::FAMILY;
+use crate::server::spi::{Args, current, execute, query, value};
+use crate::server::text::SCHEMA;
+use crate::state::restore::HERE;
+use crate::state::window::{Holder, Window};
+use pgrx::prelude::*;
+use std::collections::BTreeSet;
+
+/// The name of the change log as a source.
+pub const CHANGE_LOG: &str = "change_log";
+
+pub struct Source {
+    pub name: String,
+    pub relation: pg_sys::Oid,
+    pub sequence: pg_sys::Oid,
+    pub window: Window,
+    pub trimmed_to: i64,
+    /// The lowest watermark of its rollups, but for those that are filled by hand.
+    pub merged_to: i64,
+    /// Their names.
+    pub rollups: Vec<String>,
+}
+
+/// The sources that have rollups for us to merge.
+pub fn sources() -> Result<Vec<Source>> {
+    sources_where("r.definition IS NOT NULL", &[])
+}
+
+/// The source of one rollup, merged as far as that is.
+pub fn source_of(rollup: &str) -> Result<Option<Source>> {
+    Ok(sources_where("r.name = $1", &[rollup.into()])?.pop())
+}
+
+/// The source of that name.
+pub fn source(name: &str) -> Result<Option<Source>> {
+    Ok(sources_where("s.name = $1", &[name.into()])?.pop())
+}
+
+/// The sources that a table is, one for each sequence of which we are to merge rollups.
+pub fn sources_on(relation: pg_sys::Oid) -> Result<Vec<Source>> {
+    sources_where("r.definition IS NOT NULL AND s.relation = $1", &[relation.into()])
+}
+
+/// A rollup over the table that its owner fills.
+pub fn filled_by_hand(relation: pg_sys::Oid) -> Result<Option<String>> {
+    let sql = format!(
+        "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+         WHERE r.definition IS NULL AND s.relation = $1 AND s.origin = {HERE} ORDER BY r.name LIMIT 1"
+    );
+    Ok(query(&sql, &[relation.into()], |r| value(r, 1))?.pop())
+}
+
+/// The relation of a source as it is now: another session may have put a partitioned table in its place. `None`: it was dropped, or
+/// another sequence numbers it now.
+pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
+    let sql = format!(
+        "SELECT s.relation::oid FROM {SCHEMA}.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
+         WHERE s.name = $1 AND s.sequence = $2"
+    );
+    Ok(current(&sql, &[source.name.as_str().into(), source.sequence.into()], |r| value(r, 1))?.pop())
+}
+
+fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
+    query(
+        &format!(
+            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to, min(r.watermark),
+                    array_agg(r.name ORDER BY r.name)
+             FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
+             WHERE {condition} AND s.origin = {HERE} GROUP BY s.name ORDER BY s.name"
+        ),
+        args,
+        |r| {
+            Ok(Source {
+                name: value(r, 1)?,
+                relation: value(r, 2)?,
+                sequence: value(r, 3)?,
+                window: serde_json::from_str(&value::<String>(r, 4)?)?,
+                trimmed_to: value(r, 5)?,
+                merged_to: value(r, 6)?,
+                rollups: value(r, 7)?,
+            })
+        },
+    )
+}
+
+/// Remembers a source's candidates, unless another session holds the row: they are only a head start.
+pub fn store_window(source: &str, window: &Window) -> Result<()> {
+    store_candidates("source", "name", source, window)
+}
+
+/// Remembers the candidates of the capture's failures.
+pub fn store_failure_window(source: &str, window: &Window) -> Result<()> {
+    store_candidates("capture", "source", source, window)
+}
+
+fn store_candidates(table: &str, key: &str, name: &str, window: &Window) -> Result<()> {
+    let candidates = serde_json::to_string(window)?;
+    execute(
+        &format!(
+            "UPDATE {SCHEMA}.{table} SET candidates = $2::jsonb
+             WHERE {key} = (SELECT {key} FROM {SCHEMA}.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)"
+        ),
+        &[name.into(), candidates.into()],
+    )?;
+    Ok(())
+}
+
+/// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from which rows get
+/// there, and those that the sequence numbers. The latter, of the same owner, because a row that was numbered in one may still be
+/// on its way when that becomes an ancestor: INSERT opens a partitioned partition only when the first row comes to it.
+pub fn inserted_into(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
+    current(
+        &format!(
+            "{FAMILY}
+             SELECT oid FROM family
+             UNION SELECT d.relation FROM draws d JOIN pg_catalog.pg_class c ON c.oid = d.relation
+             JOIN pg_catalog.pg_class s ON s.oid = $1 AND s.relowner = c.relowner"
+        ),
+        &[relation.into(), sequence.into()],
+        |r| value(r, 1),
+    )
+}
+
+/// The other transactions that hold RowExclusiveLock, as every writer does, on one of `relations`.
+pub fn writers(relations: Vec<pg_sys::Oid>) -> Result<BTreeSet<Holder>> {
+    let holders = query(
+        "SELECT DISTINCT virtualtransaction FROM pg_catalog.pg_locks
+         WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
+           AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+           AND relation = ANY ($1) AND pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+        &[relations.into()],
+        |r| Ok(Holder(value(r, 1)?)),
+    )?;
+    Ok(holders.into_iter().collect())
+}

@@ -1,0 +1,69 @@
+//! A step of the worker or of a call: what it concerns, and who runs it so that its failure does not reach others.
+
+use crate::error::Result;
+use crate::guc;
+use crate::server::locks::Patience;
+use crate::server::text::qualified;
+use pgrx::pg_sys;
+use std::fmt;
+
+/// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Subject {
+    /// One of the steps that concern the captured table.
+    Task(&'static str),
+    Source(String),
+    Rollup(String),
+    /// A rollup whose source was dropped or has another owner: its merges fail and rest until that is settled.
+    Stray(String),
+    /// A table on its way to being partitioned, or back: its schema and name.
+    Conversion(String, String),
+    /// What comes next for it, and whether its cutover is over: looked at also while the conversion rests.
+    Look(String, String),
+    /// The maintenance of a table: its Oid, and what it is called.
+    Policy(u32, String),
+}
+
+/// Runs a step so that its failure does not reach the others.
+pub trait Runner {
+    /// `None`: the step failed, or is not due yet after an earlier failure.
+    fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
+    fn patience(&self) -> Patience;
+    /// Has a process of its own run the statement that comes next for the conversion of a table, and that no transaction may
+    /// surround. Only a worker can.
+    fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}
+    /// Most sequence values of a rollup that it merges in a step.
+    fn most_merged(&self, _rollup: &str) -> i64 {
+        guc::max_window()
+    }
+    /// Whether it may work on a rollup.
+    fn may_fill(&self, _rollup: &str) -> bool {
+        true
+    }
+    /// Whether it goes on with conversions.
+    fn converts(&self) -> bool {
+        true
+    }
+    /// Whether it may work on the captured table and what belongs to it.
+    fn may_watch(&self) -> bool {
+        true
+    }
+    /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
+    fn watch_is_due(&mut self) -> bool;
+}
+
+/// As it is called in the server's log and in pg_stat_activity.
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Subject::Task(task) => write!(f, "{task}"),
+            Subject::Source(name) => write!(f, "look at {name}"),
+            Subject::Rollup(name) => write!(f, "merge of rollup {name}"),
+            Subject::Stray(name) => write!(f, "source of rollup {name}"),
+            Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
+                write!(f, "conversion of {}", qualified(schema, table))
+            }
+            Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
+        }
+    }
+}

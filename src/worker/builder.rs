@@ -1,0 +1,90 @@
+//! Builds or drops the index of a conversion, in a process of its own.
+//!
+//! CREATE INDEX CONCURRENTLY waits for every transaction that was there before it, however long: one owner's open transaction
+//! would keep the database's only worker, and with it everybody's merges, for as long as that lasts. The worker starts this
+//! process, looks now and then how far the index is, and goes on with the conversion when it is there.
+
+use crate::error::Result;
+use crate::partition::convert::{Conversion, Step};
+use crate::server::locks::Patience;
+use crate::server::log;
+use crate::server::session::{Failure, Owner};
+use crate::server::spi;
+use crate::state::conversion::Pending;
+use crate::state::step::Subject;
+use crate::worker::process::{
+    attach_signals, attempt_as_owner, in_transaction, pin_settings, report_running, utility,
+};
+use crate::worker::tick;
+use pgrx::bgworkers::*;
+use pgrx::prelude::*;
+
+/// Starts the process for the conversion of `relation`. `None`: there is no slot for it.
+pub fn start(relation: pg_sys::Oid) -> Option<DynamicBackgroundWorker> {
+    // SAFETY: reads a variable of this process.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    let argument = u64::from(database.to_u32()) << 32 | u64::from(relation.to_u32());
+    BackgroundWorkerBuilder::new("litellm_spend builder")
+        .set_type("litellm_spend builder")
+        .set_library("litellm_spend")
+        .set_function("litellm_spend_builder")
+        .enable_spi_access()
+        .set_argument(Some(pg_sys::Datum::from(argument)))
+        .set_restart_time(None)
+        .load_dynamic()
+        .ok()
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
+    attach_signals();
+    let argument = argument.value() as u64;
+    let (database, relation) =
+        (pg_sys::Oid::from((argument >> 32) as u32), pg_sys::Oid::from(argument as u32));
+    BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
+    pin_settings();
+    in_transaction(log::learn_database);
+    let found = in_transaction(|| attempt_as_owner(|| statement(relation)));
+    let Ok(Some((subject, owner, sql))) = found else { return };
+    log::now(&sql);
+    report_running(&subject);
+    let mut outcome = utility(owner, &sql);
+    // Who takes the conversion back has cancelled it: that is no failure.
+    if outcome.as_ref().is_err_and(Failure::is_cancel)
+        && in_transaction(|| attempt_as_owner(|| is_aborted(relation))).is_ok_and(|aborted| aborted)
+    {
+        outcome = Ok(());
+    }
+    if let Err(failure) = &outcome {
+        log::failure(format_args!("{subject} failed"), failure);
+    }
+    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err(), None))));
+}
+
+/// Waits for whoever changes the conversion at the moment: an abort cancels before it commits.
+fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
+    let all: Vec<Conversion> = Pending::all()?;
+    let Some(mut conversion) = all.into_iter().find(|conversion| conversion.relation == relation) else {
+        return Ok(false);
+    };
+    Ok(conversion.lock(Patience::of_call())? && conversion.options.aborted)
+}
+
+/// What is to be run for the conversion of a table, if that is still what comes next and nobody is at it: a builder goes on when
+/// its worker is terminated, and what it builds must not be taken for an index that was left half built.
+fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> {
+    let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index WHERE relid = $1";
+    if !spi::query(at_work, &[relation.into()], |_| Ok(()))?.is_empty() {
+        return Ok(None);
+    }
+    let all: Vec<Conversion> = Pending::all()?;
+    let Some(conversion) = all.into_iter().find(|conversion| conversion.relation == relation) else {
+        return Ok(None);
+    };
+    let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
+    Ok(match conversion.next_step()? {
+        Step::TopLevel(sql) => Some((subject, conversion.owner, sql)),
+        _ => None,
+    })
+}

@@ -1,0 +1,276 @@
+//! The utility hook: CREATE EXTENSION is announced to the launcher; a worker leaves a database that is to be dropped, renamed,
+//! moved or copied, which its connection would prevent; CASCADE is kept from taking LiteLLM's views along; and capture makes way
+//! for a foreign partition in the statement that brings it.
+
+use crate::error::{Error, Result};
+use crate::litellm::capture;
+use crate::server::expression::{nodes, text};
+use crate::server::session::{Elevated, attempt};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, qualified};
+use crate::worker::launcher::announce;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use std::ffi::{CStr, c_char};
+
+static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
+
+pub fn install() {
+    // SAFETY: in the postmaster, before there is any other process or thread.
+    unsafe {
+        PREVIOUS = pg_sys::ProcessUtility_hook;
+        pg_sys::ProcessUtility_hook = Some(on_utility);
+    }
+}
+
+// Not pgrx's binding and no #[pg_guard]: an error of the statement passes here untouched, as if we were not
+// there. That is a longjmp over this frame, which therefore owns nothing.
+unsafe extern "C-unwind" {
+    fn standard_ProcessUtility(
+        statement: *mut pg_sys::PlannedStmt,
+        text: *const c_char,
+        read_only_tree: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        parameters: pg_sys::ParamListInfo,
+        environment: *mut pg_sys::QueryEnvironment,
+        receiver: *mut pg_sys::DestReceiver,
+        completion: *mut pg_sys::QueryCompletion,
+    );
+}
+
+#[allow(clippy::too_many_arguments)]
+unsafe extern "C-unwind" fn on_utility(
+    statement: *mut pg_sys::PlannedStmt,
+    text: *const c_char,
+    read_only_tree: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    parameters: pg_sys::ParamListInfo,
+    environment: *mut pg_sys::QueryEnvironment,
+    receiver: *mut pg_sys::DestReceiver,
+    completion: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: the server's own arguments, passed on unchanged.
+    unsafe {
+        on_statement((*statement).utilityStmt);
+        let may_bring_foreign_partition = may_bring_foreign_partition((*statement).utilityStmt);
+        let next = PREVIOUS.unwrap_or(standard_ProcessUtility);
+        next(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
+        if may_bring_foreign_partition {
+            make_way();
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_statement(node: *mut pg_sys::Node) {
+    unsafe { look(node) }
+}
+
+/// SAFETY: `node` is a utility statement; its tag says which.
+unsafe fn look(node: *mut pg_sys::Node) {
+    use pg_sys::NodeTag::*;
+    unsafe {
+        match (*node).type_ {
+            T_CreateExtensionStmt => {
+                let statement = node as *mut pg_sys::CreateExtensionStmt;
+                if CStr::from_ptr((*statement).extname).to_bytes() == b"litellm_spend" {
+                    announce();
+                }
+            }
+            T_DropdbStmt => end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname),
+            T_RenameStmt => {
+                let statement = node as *mut pg_sys::RenameStmt;
+                if (*statement).renameType == pg_sys::ObjectType::OBJECT_DATABASE {
+                    end_worker((*statement).subname);
+                }
+            }
+            T_AlterDatabaseStmt => end_worker((*(node as *mut pg_sys::AlterDatabaseStmt)).dbname),
+            T_DropStmt => {
+                let statement = &*(node as *mut pg_sys::DropStmt);
+                let names = || nodes(statement.objects).into_iter().filter_map(|name| text(name)).collect();
+                match statement.removeType {
+                    _ if statement.behavior != pg_sys::DropBehavior::DROP_CASCADE => {}
+                    pg_sys::ObjectType::OBJECT_EXTENSION => keep_views(Dropped::Extensions(names())),
+                    pg_sys::ObjectType::OBJECT_SCHEMA => keep_views(Dropped::Schemas(names())),
+                    _ => {}
+                }
+            }
+            T_DropOwnedStmt => {
+                let statement = &*(node as *mut pg_sys::DropOwnedStmt);
+                if statement.behavior == pg_sys::DropBehavior::DROP_CASCADE {
+                    keep_views(Dropped::OwnedBy(statement.roles));
+                }
+            }
+            T_CreatedbStmt => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
+            _ => {}
+        }
+    }
+}
+
+/// CREATE FOREIGN TABLE … PARTITION OF or INHERITS, ALTER TABLE … ATTACH PARTITION or INHERIT.
+///
+/// SAFETY: `node` is a utility statement; its tag says which.
+unsafe fn may_bring_foreign_partition(node: *mut pg_sys::Node) -> bool {
+    use pg_sys::AlterTableType::{AT_AddInherit, AT_AttachPartition};
+    use pg_sys::NodeTag::{T_AlterTableStmt, T_CreateForeignTableStmt};
+    unsafe {
+        match (*node).type_ {
+            T_CreateForeignTableStmt => {
+                !(*(node as *mut pg_sys::CreateForeignTableStmt)).base.inhRelations.is_null()
+            }
+            T_AlterTableStmt => {
+                let commands = (*(node as *mut pg_sys::AlterTableStmt)).cmds;
+                let count = if commands.is_null() { 0 } else { (*commands).length as usize };
+                (0..count).any(|i| {
+                    let command = (*(*commands).elements.add(i)).ptr_value as *mut pg_sys::AlterTableCmd;
+                    [AT_AddInherit, AT_AttachPartition].contains(&(*command).subtype)
+                })
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whatever goes wrong here, the statement succeeds; the watch comes later.
+#[pg_guard]
+unsafe extern "C-unwind" fn make_way() {
+    // SAFETY: the statement has ended, in its transaction; what it did is to be seen.
+    let outcome = unsafe {
+        if pg_sys::get_extension_oid(c"litellm_spend".as_ptr(), true) == pg_sys::InvalidOid {
+            return;
+        }
+        pg_sys::CommandCounterIncrement();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let outcome = attempt(|| {
+            let _ours = Elevated::enter()?;
+            capture::silence_failing()
+        });
+        pg_sys::PopActiveSnapshot();
+        outcome
+    };
+    if let Err(failure) = outcome {
+        let message = format!(
+            "litellm_spend could not look for foreign partitions: {}",
+            failure.unless_cancel().message
+        );
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message, "make_way")
+            .set_hint("Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it.")
+            .report(PgLogLevel::WARNING);
+    }
+}
+
+unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
+    unsafe {
+        let mut named = false;
+        let options = (*statement).options;
+        let count = if options.is_null() { 0 } else { (*options).length as usize };
+        for i in 0..count {
+            let option = (*(*options).elements.add(i)).ptr_value as *mut pg_sys::DefElem;
+            let is_template = CStr::from_ptr((*option).defname).to_bytes() == b"template";
+            if is_template && !(*option).arg.is_null() {
+                end_worker(pg_sys::defGetString(option));
+                named = true;
+            }
+        }
+        if !named {
+            end_worker(c"template1".as_ptr());
+        }
+    }
+}
+
+/// What a statement drops with all that depends on it.
+enum Dropped {
+    Extensions(Vec<String>),
+    Schemas(Vec<String>),
+    OwnedBy(*mut pg_sys::List),
+}
+
+/// Refuses to drop the extension from under LiteLLM's views. What is to be asked may be broken, as the installation that somebody
+/// wants to get rid of: then nothing is refused.
+fn keep_views(dropped: Dropped) {
+    // SAFETY: the statement runs in a transaction, but without a snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let table = attempt(|| attached_to_what_stays(&dropped));
+    unsafe { pg_sys::PopActiveSnapshot() };
+    match table {
+        Ok(Some(table)) => ErrorReport::from(Error::StillAttached(table)).report(PgLogLevel::ERROR),
+        Ok(None) => {}
+        Err(failure) => drop(failure.unless_cancel()),
+    }
+}
+
+/// The attached table, if the extension is dropped and its schema, or owner, is not. An error: there is no extension here.
+fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
+    match dropped {
+        Dropped::Extensions(names) if names.iter().all(|name| name != "litellm_spend") => return Ok(None),
+        _ => {}
+    }
+    let _ourselves = Elevated::enter()?;
+    let sql = format!(
+        "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
+                (SELECT relowner FROM pg_catalog.pg_class WHERE oid = c.relation)
+         FROM {SCHEMA}.capture c, pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+         WHERE e.extname = 'litellm_spend'"
+    );
+    let found = spi::query(&sql, &[], |r| {
+        let (schema, table) = (spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?);
+        let goes = match dropped {
+            Dropped::Extensions(_) => true,
+            Dropped::Schemas(names) => names.contains(&spi::value(r, 3)?) && !names.contains(&schema),
+            Dropped::OwnedBy(roles) => {
+                let roles = oids(*roles);
+                let stays = r.get::<pg_sys::Oid>(5)?.is_none_or(|owner| !roles.contains(&owner));
+                roles.contains(&spi::value(r, 4)?) && stays
+            }
+        };
+        Ok(goes.then(|| qualified(&schema, &table)))
+    })?;
+    Ok(found.into_iter().flatten().next())
+}
+
+/// The roles that a statement names.
+fn oids(roles: *mut pg_sys::List) -> Vec<pg_sys::Oid> {
+    // SAFETY: a list of RoleSpec, of which the server makes one of OIDs, or fails.
+    unsafe {
+        let list = pg_sys::roleSpecsToIds(roles);
+        let count = list.as_ref().map_or(0, |list| list.length as usize);
+        (0..count).map(|i| (*(*list).elements.add(i)).oid_value).collect()
+    }
+}
+
+/// Asks the worker of a database to end, if the caller owns the database or may copy it; the statement itself waits for it.
+unsafe fn end_worker(database: *const c_char) {
+    if database.is_null() {
+        return;
+    }
+    let name = unsafe { CStr::from_ptr(database) }.to_string_lossy().into_owned();
+    // SAFETY: the statement runs in a transaction, but without a snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let pids = worker_pids(&name);
+    unsafe { pg_sys::PopActiveSnapshot() };
+    for pid in pids.unwrap_or_default() {
+        // SAFETY: a signal to a process of this server. pg_terminate_backend() would refuse a database owner.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
+}
+
+/// We run in every database of the server, whoever owns it, with or without the extension: not even the first query may
+/// look anything up on the session's own path. And only a superuser sees what kind of process another's is.
+fn worker_pids(database: &str) -> Result<Vec<i32>> {
+    let superuser = Elevated::superuser();
+    let owned = spi::query(
+        "SELECT FROM pg_catalog.pg_database
+         WHERE datname = $1 AND (datistemplate OR pg_catalog.pg_has_role($2, datdba, 'USAGE'))",
+        &[database.into(), superuser.caller().into()],
+        |_| Ok(()),
+    )?;
+    if owned.is_empty() {
+        return Ok(vec![]);
+    }
+    spi::query(
+        "SELECT pid FROM pg_catalog.pg_stat_activity
+         WHERE datname = $1 AND backend_type IN ('litellm_spend worker', 'litellm_spend builder')",
+        &[database.into()],
+        |r| spi::value(r, 1),
+    )
+}

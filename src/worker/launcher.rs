@@ -1,0 +1,195 @@
+//! The launcher: keeps one worker in each database that has the extension.
+//!
+//! It is connected to no database. It starts a worker in one database after the other; a worker that finds no extension
+//! there leaves at once. It looks again when CREATE EXTENSION commits anywhere, when a worker has ended, and every
+//! `litellm_spend.discovery_interval`. It does not run on a standby; promotion starts it.
+
+use crate::guc;
+use crate::server::log;
+use crate::worker::process::{attach_signals, in_transaction, reload_settings};
+use pgrx::bgworkers::*;
+use pgrx::prelude::*;
+use pgrx::{PgAtomic, PgXactCallbackEvent, pg_shmem_init, register_xact_callback};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const LIBRARY: &str = "litellm_spend";
+
+/// Raised when a database may have got the extension.
+// SAFETY: used only after _PG_init has set it up in the postmaster.
+static ANNOUNCEMENTS: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend announcements") };
+
+/// Counts the workers that found the extension in their database.
+// SAFETY: as above.
+static FOUND: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend workers") };
+
+/// Counts the launchers that there have been. A worker leaves when the one that started it is gone: nobody else knows of it, and
+/// the next launcher starts its own.
+// SAFETY: as above.
+static LAUNCHES: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend launches") };
+
+/// Sets the workers up. Called from _PG_init, in the postmaster, when the library is preloaded.
+pub fn register() {
+    pg_shmem_init!(ANNOUNCEMENTS);
+    pg_shmem_init!(FOUND);
+    pg_shmem_init!(LAUNCHES);
+    BackgroundWorkerBuilder::new("litellm_spend launcher")
+        .set_type("litellm_spend launcher")
+        .set_library(LIBRARY)
+        .set_function("litellm_spend_launcher")
+        .enable_spi_access()
+        .set_start_time(BgWorkerStartTime::RecoveryFinished)
+        .set_restart_time(Some(Duration::from_secs(5)))
+        .load();
+}
+
+/// Which launcher is there now.
+pub fn launch() -> u32 {
+    LAUNCHES.get().load(Ordering::Relaxed)
+}
+
+/// Says, in a new worker, that it found the extension.
+pub fn found_extension() {
+    FOUND.get().fetch_add(1, Ordering::Relaxed);
+}
+
+/// Tells the launcher, once the transaction has committed, that this database may have the extension.
+pub fn announce() {
+    register_xact_callback(PgXactCallbackEvent::Commit, || {
+        ANNOUNCEMENTS.get().fetch_add(1, Ordering::Relaxed);
+    });
+}
+
+/// How long a worker that had work stays away after it ended. Long enough for DROP DATABASE.
+const RESTART_AFTER: Duration = Duration::from_secs(5);
+
+/// How long the launcher waits for a new worker to say whether it found the extension.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the launcher knows of a database.
+enum Tenant {
+    /// It has no extension, as far as a worker could see.
+    Empty,
+    Served(DynamicBackgroundWorker),
+    /// Its worker ended, or could not be started.
+    Unserved(Instant),
+}
+
+impl Tenant {
+    fn note_end(&mut self) {
+        use BackgroundWorkerStatus::*;
+        if let Tenant::Served(worker) = self
+            && matches!(worker.pid(), Err(Stopped | PostmasterDied))
+        {
+            *self = Tenant::Unserved(Instant::now());
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        matches!(self, Tenant::Unserved(since) if since.elapsed() > RESTART_AFTER)
+    }
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
+    attach_signals();
+    LAUNCHES.get().fetch_add(1, Ordering::Relaxed);
+    BackgroundWorker::connect_worker_to_spi(None, None);
+    let mut tenants: HashMap<u32, Tenant> = HashMap::new();
+    let mut announcements = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
+    let mut searched: Option<Instant> = None;
+    loop {
+        reload_settings();
+        let announced = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
+        let search =
+            announced != announcements || searched.is_none_or(|at| at.elapsed() >= guc::discovery_interval());
+        if search {
+            announcements = announced;
+            searched = Some(Instant::now());
+        }
+        tenants.values_mut().for_each(Tenant::note_end);
+        if search || tenants.values().any(Tenant::is_due) {
+            let databases = databases();
+            tenants.retain(|oid, _| databases.contains_key(oid));
+            for (oid, name) in databases {
+                let probe = match tenants.get(&oid) {
+                    None => true,
+                    Some(Tenant::Empty) => search,
+                    Some(tenant) => tenant.is_due(),
+                };
+                // One after the other, so that databases without the extension never hold more than one slot.
+                if probe {
+                    tenants.insert(oid, serve(oid, &name));
+                }
+            }
+        }
+        if !BackgroundWorker::wait_latch(Some(Duration::from_secs(1))) {
+            return;
+        }
+        pgrx::check_for_interrupts!();
+    }
+}
+
+/// Starts a worker in a database and waits until it has found the extension there, or has left.
+fn serve(database: u32, name: &str) -> Tenant {
+    let found = FOUND.get().load(Ordering::Relaxed);
+    let worker = BackgroundWorkerBuilder::new("litellm_spend worker")
+        .set_type("litellm_spend worker")
+        .set_library(LIBRARY)
+        .set_function("litellm_spend_worker")
+        .enable_spi_access()
+        .set_argument(pg_sys::Oid::from(database).into_datum())
+        // SAFETY: reads this process's pid.
+        .set_notify_pid(unsafe { pg_sys::MyProcPid })
+        .set_restart_time(None)
+        .load_dynamic();
+    let Ok(worker) = worker else {
+        log::now(format_args!("no slot for the worker of database \"{name}\"; raise max_worker_processes"));
+        return Tenant::Unserved(Instant::now());
+    };
+    let started = Instant::now();
+    while started.elapsed() < PROBE_LIMIT {
+        if FOUND.get().load(Ordering::Relaxed) != found {
+            return Tenant::Served(worker);
+        }
+        if matches!(worker.pid(), Err(BackgroundWorkerStatus::Stopped)) {
+            return Tenant::Empty;
+        }
+        if !BackgroundWorker::wait_latch(Some(Duration::from_millis(5))) {
+            break;
+        }
+        pgrx::check_for_interrupts!();
+    }
+    Tenant::Served(worker)
+}
+
+/// The databases that accept connections, by Oid. The launcher has no database, so this scans the shared catalog itself.
+fn databases() -> BTreeMap<u32, String> {
+    let mut found = BTreeMap::new();
+    in_transaction(|| {
+        // SAFETY: an ordinary scan of a shared catalog inside a transaction; the tuple is read before the next call.
+        unsafe {
+            let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+            let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, lock);
+            let scan = pg_sys::table_beginscan_catalog(relation, 0, std::ptr::null_mut());
+            loop {
+                let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+                if tuple.is_null() {
+                    break;
+                }
+                let database = pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_database;
+                if (*database).datallowconn {
+                    let name =
+                        CStr::from_ptr((*database).datname.data.as_ptr()).to_string_lossy().into_owned();
+                    found.insert((*database).oid.to_u32(), name);
+                }
+            }
+            pg_sys::heap_endscan(scan);
+            pg_sys::table_close(relation, lock);
+        }
+    });
+    found
+}

@@ -1,0 +1,7 @@
+//! Processes: the launcher, a worker for each database, the builder of an index, and one round of everything. May call all below.
+
+pub mod builder;
+pub mod hook;
+pub mod launcher;
+pub mod process;
+pub mod tick;

@@ -1,0 +1,431 @@
+//! The worker of one database: a round of everything, each step in a transaction of its own, then a pause.
+
+use crate::error::Result;
+use crate::guc;
+use crate::server::limit::{self, Limit};
+use crate::server::locks::{Patience, jittered};
+use crate::server::log;
+use crate::server::session::{Elevated, Failure, Owner, attempt};
+use crate::server::spi;
+use crate::state::step::{Runner, Subject};
+use crate::worker::builder;
+use crate::worker::launcher;
+use crate::worker::tick;
+use pgrx::bgworkers::*;
+use pgrx::prelude::*;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
+    attach_signals();
+    // SAFETY: the launcher passes an Oid.
+    let database = unsafe { pg_sys::Oid::from_datum(argument, false) };
+    let launch = launcher::launch();
+    BackgroundWorker::connect_worker_to_spi_by_oid(database, None);
+    pin_settings();
+    in_transaction(log::learn_database);
+    if in_transaction(extension_exists) {
+        launcher::found_extension();
+    }
+    let mut steps = Steps::default();
+    // SAFETY: in a worker that has a database; runs once, when it ends.
+    unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0)) };
+    steps.rest_after_crash();
+    // What failed in an earlier life is noted again if it still does.
+    steps.take_back(&Subject::Task("watch"));
+    let (mut tidied, mut maintenance) = (Instant::now(), Instant::now());
+    while launcher::launch() == launch && in_transaction(extension_exists) {
+        reload_settings();
+        let round = tick::tick(&mut steps);
+        if maintenance.elapsed() > MAINTENANCE_LOOK {
+            tick::maintain(&mut steps);
+            maintenance = Instant::now();
+        }
+        if tidied.elapsed() > TIDY_INTERVAL {
+            tick::tidy(&mut steps);
+            tidied = Instant::now();
+        }
+        report_idle();
+        if !round.more && !BackgroundWorker::wait_latch(Some(guc::merge_interval())) {
+            return;
+        }
+        pgrx::check_for_interrupts!();
+    }
+}
+
+/// Shorter than the second between two ticks by default, so that each of those looks.
+const WATCH_INTERVAL: Duration = Duration::from_millis(900);
+
+const TIDY_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Between two looks whether a table is to be maintained. When it is, `litellm_spend.maintain_interval` says.
+const MAINTENANCE_LOOK: Duration = Duration::from_secs(1);
+
+fn extension_exists() -> bool {
+    let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend')";
+    // Not Spi::get_one(), which takes an XID: a worker with nothing to do writes no WAL.
+    spi::query(sql, &[], |r| spi::value::<bool>(r, 1)).is_ok_and(|exists| exists == [true])
+}
+
+/// Settings of the database or of all roles that are meant for its users: with them a worker would find other operators than the
+/// server's, or never merge. Set before the first transaction, for the life of the process, as autovacuum does.
+pub fn pin_settings() {
+    let settings = [
+        (c"search_path", c"pg_catalog, pg_temp"),
+        (c"default_transaction_isolation", c"read committed"),
+        (c"default_transaction_read_only", c"off"),
+        (c"default_transaction_deferrable", c"off"),
+        (c"statement_timeout", c"0"),
+        (c"lock_timeout", c"0"),
+        (c"idle_in_transaction_session_timeout", c"0"),
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        (c"transaction_timeout", c"0"),
+        (c"zero_damaged_pages", c"off"),
+    ];
+    for (name, value) in settings {
+        let (context, source) = (pg_sys::GucContext::PGC_SUSET, pg_sys::GucSource::PGC_S_OVERRIDE);
+        // SAFETY: sets a setting that exists.
+        unsafe { pg_sys::SetConfigOption(name.as_ptr(), value.as_ptr(), context, source) };
+    }
+}
+
+/// Runs each step in its own transaction and within a limit of time. After a failure its subject is left alone, for longer each
+/// time; after one that took too long, for longer than it took, so that most of the time is the others'.
+#[derive(Default)]
+struct Steps {
+    resting: HashMap<Subject, (Instant, Duration)>,
+    /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
+    limits: HashMap<Subject, Duration>,
+    /// Smaller windows than `litellm_spend.max_window`, for rollups whose merge took too long.
+    windows: HashMap<String, i64>,
+    /// Processes that build or drop an index.
+    builders: HashMap<Subject, DynamicBackgroundWorker>,
+    watched: Option<Instant>,
+}
+
+impl Steps {
+    fn take_back(&self, subject: &Subject) {
+        in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None, None))));
+    }
+
+    fn rests(&self, subject: &Subject) -> bool {
+        self.resting.get(subject).is_some_and(|(until, _)| Instant::now() < *until)
+    }
+
+    /// The last worker may have been terminated in a step: then somebody else's turn comes first.
+    fn rest_after_crash(&mut self) {
+        let failed = in_transaction(|| attempt_as_owner(|| tick::endless_within(LONGEST_REST)));
+        for subject in failed.unwrap_or_default() {
+            self.resting.insert(subject, (Instant::now() + LONGEST_REST, LONGEST_REST));
+        }
+    }
+
+    fn limit(&self, subject: &Subject) -> Duration {
+        match subject {
+            Subject::Rollup(_) => MERGE_LIMIT,
+            _ => self.limits.get(subject).copied().unwrap_or(SHORTEST_LIMIT),
+        }
+    }
+
+    /// How long a subject is left alone that fails now.
+    fn rest(&self, subject: &Subject, timed_out: bool) -> Duration {
+        let rest = self.resting.get(subject).map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
+        if timed_out { rest.max(self.limit(subject) * 4) } else { rest }
+    }
+
+    /// Leaves a subject that failed alone for a while, and takes its failure back when it succeeds.
+    fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
+        match outcome {
+            Ok(value) => {
+                if let Subject::Rollup(name) = &subject
+                    && let Some(window) = self.windows.remove(name)
+                    && window < guc::max_window() / 2
+                {
+                    self.windows.insert(name.clone(), window * 2);
+                }
+                if self.resting.remove(&subject).is_some() {
+                    self.take_back(&subject);
+                }
+                Some(value)
+            }
+            Err(failure) => {
+                let rest = self.rest(&subject, failure.is_timeout());
+                if failure.is_timeout() {
+                    self.make_easier(&subject);
+                }
+                log::failure(format_args!("{subject} failed, next try in {rest:?}"), &failure);
+                self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
+                None
+            }
+        }
+    }
+
+    /// A smaller window for a merge, a longer limit for what cannot be divided.
+    fn make_easier(&mut self, subject: &Subject) {
+        match subject {
+            Subject::Rollup(name) => {
+                let window = (self.most_merged(name) / 8).max(SMALLEST_WINDOW);
+                self.windows.insert(name.clone(), window);
+            }
+            _ => {
+                let limit = (self.limit(subject) * 2).min(LONGEST_LIMIT);
+                self.limits.insert(subject.clone(), limit);
+            }
+        }
+    }
+}
+
+const SHORTEST_REST: Duration = Duration::from_millis(500);
+const LONGEST_REST: Duration = Duration::from_secs(60);
+
+/// A window of a million rows was merged in 1.2 to 2.5 s (PostgreSQL 15, two shared cores, 2026-11); a slower one is divided.
+const MERGE_LIMIT: Duration = Duration::from_secs(3);
+const SMALLEST_WINDOW: i64 = 1000;
+
+const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
+const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
+
+thread_local! {
+    /// What the worker is at.
+    static AT: RefCell<Option<Subject>> = const { RefCell::new(None) };
+}
+
+/// A worker that ends in the middle of a step whose time was over notes whose it was, for the next one.
+#[pg_guard]
+unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
+    let Some(subject) = AT.take().filter(|_| limit::expired()) else { return };
+    // SAFETY: as the server does to drop temporary tables at this point.
+    unsafe { pg_sys::AbortOutOfAnyTransaction() };
+    let failure = Failure::endless();
+    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, Some(&failure), None))));
+}
+
+impl Runner for Steps {
+    fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T> {
+        if self.rests(&subject) {
+            return None;
+        }
+        let limit = self.limit(&subject);
+        report_running(&subject);
+        let outcome = in_transaction(|| {
+            let outcome = {
+                AT.set(Some(subject.clone()));
+                let _limit = Limit::begin(limit, true);
+                attempt_as_owner(work)
+            };
+            AT.set(None);
+            if let Err(failure) = &outcome
+                && let rest = self.rest(&subject, failure.is_timeout())
+                && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure), Some(rest)))
+            {
+                log::failure("could not record a failure", &second);
+            }
+            outcome
+        });
+        self.judge(subject, outcome)
+    }
+
+    fn patience(&self) -> Patience {
+        Patience::None
+    }
+
+    fn begin_top_level(&mut self, subject: Subject, table: pg_sys::Oid) {
+        use BackgroundWorkerStatus::NotYetStarted;
+        let runs = self.builders.get(&subject).is_some_and(|b| matches!(b.pid(), Ok(_) | Err(NotYetStarted)));
+        if runs || self.rests(&subject) {
+            return;
+        }
+        // If it is to be started again, it has failed: it rests longer each time.
+        let rest = self.rest(&subject, false);
+        self.resting.insert(subject.clone(), (Instant::now() + jittered(rest), rest));
+        match builder::start(table) {
+            Some(builder) => drop(self.builders.insert(subject, builder)),
+            None => log::now("no slot to build an index; raise max_worker_processes"),
+        }
+    }
+
+    fn most_merged(&self, rollup: &str) -> i64 {
+        self.windows.get(rollup).copied().unwrap_or(i64::MAX).min(guc::max_window())
+    }
+
+    fn watch_is_due(&mut self) -> bool {
+        let due = self.watched.is_none_or(|at| at.elapsed() >= WATCH_INTERVAL);
+        if due {
+            self.watched = Some(Instant::now());
+        }
+        due
+    }
+}
+
+/// Less than deadlock_timeout, so that it is the worker that gives way.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+
+pub fn attempt_as_owner<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    let _cancellable = Cancellable::begin();
+    attempt(|| {
+        let _owner = Elevated::enter()?.impatient(LOCK_TIMEOUT);
+        work()
+    })
+}
+
+/// Whether there is something that a cancel could end. Without, it would end the process.
+static CANCELLABLE: AtomicBool = AtomicBool::new(false);
+
+/// While it lives, a cancel ends what is being done.
+struct Cancellable;
+
+impl Cancellable {
+    fn begin() -> Cancellable {
+        CANCELLABLE.store(true, Ordering::Relaxed);
+        Cancellable
+    }
+}
+
+impl Drop for Cancellable {
+    fn drop(&mut self) {
+        CANCELLABLE.store(false, Ordering::Relaxed);
+        // One that came too late.
+        // SAFETY: a flag of this process.
+        unsafe { (&raw mut pg_sys::QueryCancelPending).write_volatile(0) };
+    }
+}
+
+// ---- what the launcher and the builder need as well -----------------------------------------------------------------------
+
+/// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGINT ends a step; SIGHUP sets a
+/// flag.
+pub fn attach_signals() {
+    // SAFETY: before the signals are unblocked.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(on_sigterm));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(on_sigterm));
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(on_sigint));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(on_sigint));
+    }
+    BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
+}
+
+/// What the server's `die` does; pgrx's own handler would not interrupt a statement.
+unsafe extern "C-unwind" fn on_sigterm(_signal: i32) {
+    // SAFETY: flags that are made for signal handlers.
+    unsafe {
+        (&raw mut pg_sys::InterruptPending).write_volatile(1);
+        (&raw mut pg_sys::ProcDiePending).write_volatile(1);
+        pg_sys::SetLatch(pg_sys::MyLatch);
+    }
+}
+
+/// What the server's own handler does, but only where there is something to cancel.
+unsafe extern "C-unwind" fn on_sigint(_signal: i32) {
+    if CANCELLABLE.load(Ordering::Relaxed) {
+        // SAFETY: flags that are made for signal handlers.
+        unsafe {
+            (&raw mut pg_sys::InterruptPending).write_volatile(1);
+            (&raw mut pg_sys::QueryCancelPending).write_volatile(1);
+            pg_sys::SetLatch(pg_sys::MyLatch);
+        }
+    }
+}
+
+/// pgrx's handler only sets a flag; reading the file is up to us.
+pub fn reload_settings() {
+    if BackgroundWorker::sighup_received() {
+        // SAFETY: outside of any transaction, as in every process that reloads.
+        unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+    }
+}
+
+pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: the frame that PostgreSQL's own workers use. An error that `work` lets through ends the process.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let result = work();
+        pg_sys::PopActiveSnapshot();
+        pg_sys::CommitTransactionCommand();
+        result
+    }
+}
+
+/// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY, as an owner. A restriction
+/// cannot outlive a transaction; the server itself restricts what an index's functions may do.
+pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
+    let text = std::ffi::CString::new(sql).unwrap_or_default();
+    let _cancellable = Cancellable::begin();
+    // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the transactions. After an
+    // error the transaction is aborted by hand.
+    unsafe {
+        let ourselves = pg_sys::GetUserId();
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::SetUserIdAndSecContext(owner.oid(), 0);
+        pg_sys::StartTransactionCommand();
+        let context = pg_sys::AllocSetContextCreateInternal(
+            pg_sys::TopMemoryContext,
+            c"litellm_spend statement".as_ptr(),
+            pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+        );
+        pg_sys::MemoryContextSwitchTo(context);
+        let outcome = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
+            pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+            let mode = pg_sys::RawParseMode::RAW_PARSE_DEFAULT;
+            let statement = (*(*pg_sys::raw_parser(text.as_ptr(), mode)).elements).ptr_value;
+            let planned = pg_sys::palloc0(size_of::<pg_sys::PlannedStmt>()).cast::<pg_sys::PlannedStmt>();
+            (*planned).type_ = pg_sys::NodeTag::T_PlannedStmt;
+            (*planned).commandType = pg_sys::CmdType::CMD_UTILITY;
+            (*planned).utilityStmt = (*statement.cast::<pg_sys::RawStmt>()).stmt;
+            pg_sys::ProcessUtility(
+                planned,
+                text.as_ptr(),
+                false,
+                pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL,
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                pg_sys::CreateDestReceiver(pg_sys::CommandDest::DestNone),
+                std::ptr::null_mut(),
+            );
+            Ok(())
+        }))
+        .catch_others(|caught| Err(Failure::from(caught)))
+        .execute();
+        if outcome.is_ok() {
+            if pg_sys::ActiveSnapshotSet() {
+                pg_sys::PopActiveSnapshot();
+            }
+            pg_sys::CommitTransactionCommand();
+        } else {
+            pg_sys::AbortCurrentTransaction();
+        }
+        pg_sys::SetUserIdAndSecContext(ourselves, 0);
+        pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
+        pg_sys::MemoryContextDelete(context);
+        outcome
+    }
+}
+
+/// Says in pg_stat_activity what the worker is at.
+pub fn report_running(subject: &Subject) {
+    let text = CString::new(format!("litellm_spend: {subject}")).unwrap_or_default();
+    // SAFETY: the text is copied.
+    unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr()) };
+}
+
+/// Sends the counts that autovacuum goes by, which a worker has to do itself.
+fn report_idle() {
+    // SAFETY: outside of a transaction.
+    unsafe {
+        pg_sys::pgstat_report_stat(false);
+        pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, std::ptr::null());
+    }
+}

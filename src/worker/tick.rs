@@ -1,0 +1,239 @@
+//! One round of all that has to be done, in order: the same for the worker, where each step is a transaction, and
+//! for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is recorded and
+//! does not stop the others.
+
+use crate::engine::declare;
+use crate::engine::rollup::{self, Look, Merge, Merged};
+use crate::error::Result;
+use crate::litellm::backfill;
+use crate::litellm::repair;
+use crate::litellm::views;
+use crate::litellm::watch;
+use crate::partition::convert;
+use crate::partition::maintain;
+use crate::partition::policy;
+use crate::partition::revert;
+use crate::server::locks::Patience;
+use crate::server::session::Failure;
+use crate::server::spi;
+use crate::server::text::{SCHEMA, literal};
+use crate::state::captured;
+use crate::state::conversion;
+use crate::state::restore;
+use crate::state::rollups;
+use crate::state::sources::{self, CHANGE_LOG, Source};
+use crate::state::step::{Runner, Subject};
+
+use pgrx::pg_sys;
+use std::time::Duration;
+
+/// What a round did to one rollup.
+pub struct Outcome {
+    pub rollup: String,
+    pub merge: Option<Merge>,
+    pub text: &'static str,
+}
+
+pub struct Round {
+    pub outcomes: Vec<Outcome>,
+    /// Another round would find work at once.
+    pub more: bool,
+}
+
+pub fn tick(run: &mut impl Runner) -> Round {
+    let patience = run.patience();
+    let (watching, mut more) = (run.may_watch(), false);
+    if run.watch_is_due() {
+        let mends = run.step(Subject::Task("restore"), restore::look).unwrap_or(false);
+        let strays = if mends { run.step(Subject::Task("sources"), declare::strays) } else { None };
+        for rollup in strays.unwrap_or_default() {
+            run.step(Subject::Stray(rollup.clone()), || declare::settle(&rollup, patience));
+        }
+        more |=
+            watching && mends && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
+    }
+    let (outcomes, more_windows) = merge_all(run);
+    more |= more_windows;
+    if watching {
+        more |= run.step(Subject::Task("repair"), || repair::step(patience)).unwrap_or(false);
+        more |= run.step(Subject::Task("backfill"), || backfill::step(patience)).unwrap_or(false);
+        run.step(Subject::Task("switch views"), || views::switch_covered(patience));
+    }
+    if run.converts() && run.step(Subject::Task("conversions"), conversion::any).unwrap_or(false) {
+        more |= convert::tick(run);
+        more |= revert::tick(run);
+    }
+    Round { outcomes, more }
+}
+
+/// The rounds' slow part: what needs to be done now and then only.
+pub fn tidy(run: &mut impl Runner) {
+    let patience = run.patience();
+    if run.may_watch() {
+        run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
+    }
+}
+
+/// Maintains the tables whose turn it is.
+pub fn maintain(run: &mut impl Runner) {
+    run.step(Subject::Task("maintain"), policy::look_after);
+    for policy in run.step(Subject::Task("maintain"), policy::due).unwrap_or_default() {
+        maintain::round(run, policy, None);
+    }
+}
+
+/// Merges what is safe. `true`: there are more windows.
+fn merge_all(run: &mut impl Runner) -> (Vec<Outcome>, bool) {
+    let (mut outcomes, mut more) = (vec![], false);
+    for source in run.step(Subject::Task("merge"), sources::sources).unwrap_or_default() {
+        more |= merge_source(run, source, &mut outcomes);
+    }
+    (outcomes, more)
+}
+
+fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Outcome>) -> bool {
+    let patience = run.patience();
+    let subject = Subject::Source(source.name.clone());
+    source.rollups.retain(|name| run.may_fill(name));
+    if source.rollups.is_empty() {
+        return false;
+    }
+    let look = run.step(subject.clone(), || rollup::look(&mut source, patience));
+    let Some(Look { safe_end, last_value }) = look else {
+        let failed = |rollup| Outcome { rollup, merge: None, text: "failed" };
+        outcomes.extend(source.rollups.into_iter().map(failed));
+        return false;
+    };
+    if source.name == CHANGE_LOG && last_value < source.merged_to {
+        run.step(Subject::Task("watch"), || watch::raise_sequence(&source, source.merged_to));
+    }
+    // With nothing new the fences are not touched: an idle source writes no WAL.
+    let news = safe_end != source.merged_to;
+    let mut more = false;
+    for rollup in &source.rollups {
+        let (merge, end) = if news { merge_windows(run, rollup, safe_end) } else { (None, End::Done) };
+        more |= matches!(end, End::More);
+        let text = match end {
+            End::Failed => "failed",
+            End::Busy => "busy",
+            End::Done if safe_end < last_value => "waiting for writers",
+            _ if merge.is_some() => "merged",
+            _ => "up to date",
+        };
+        outcomes.push(Outcome { rollup: rollup.clone(), merge, text });
+    }
+    if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
+        run.step(subject, || rollup::trim(&source));
+    }
+    more
+}
+
+enum End {
+    Done,
+    /// There may be another window.
+    More,
+    Busy,
+    Failed,
+}
+
+/// Merges windows up to `safe_end`, each in a step of its own: all of them for a SQL call, one for the worker, so that no
+/// rollup keeps the others waiting.
+fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<Merge>, End) {
+    let patience = run.patience();
+    let mut merged = None;
+    loop {
+        let most = run.most_merged(rollup);
+        let step =
+            run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, most, patience));
+        match step {
+            Some(Merged::Window(next)) => {
+                let last = next.window_end == safe_end;
+                merged = Some(joined(merged, next));
+                if last {
+                    return (merged, End::Done);
+                }
+                if matches!(patience, Patience::None) {
+                    return (merged, End::More);
+                }
+            }
+            Some(Merged::Nothing) => return (merged, End::Done),
+            Some(Merged::Busy) => return (merged, End::Busy),
+            None => return (merged, End::Failed),
+        }
+    }
+}
+
+fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
+    match earlier {
+        None => later,
+        Some(earlier) => Merge {
+            window_start: earlier.window_start,
+            window_end: later.window_end,
+            rows: earlier.rows + later.rows,
+            groups: earlier.groups + later.groups,
+        },
+    }
+}
+
+/// Keeps a failure for the status views, with how soon it is tried again at the latest if somebody does; or with `None` takes it
+/// back: what failed has succeeded.
+pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Duration>) -> Result<()> {
+    let message = failure.map(|failure| match subject {
+        Subject::Task(task) => format!("{task}: {}", failure.text()),
+        _ => failure.text(),
+    });
+    let message = message.as_deref();
+    match subject {
+        Subject::Task(_) => captured::record_capture_error(message),
+        Subject::Rollup(name) | Subject::Stray(name) => rollups::record_error(name, message),
+        Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
+            conversion::record_error(schema, table, message, again)
+        }
+        Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
+        Subject::Source(name) => rollups::rollup_names(Some(name))?
+            .iter()
+            .try_for_each(|rollup| rollups::record_error(rollup, message)),
+    }
+}
+
+/// The subjects that a moment ago had to be ended with their process, by what was recorded.
+pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
+    let since = time.as_secs_f64();
+    let recent = format!(
+        "strpos(last_error, {}) > 0 AND last_error_at > clock_timestamp() - make_interval(secs => $1)",
+        literal(Failure::ENDLESS)
+    );
+    let rollups =
+        spi::query(&format!("SELECT name FROM {SCHEMA}.rollup WHERE {recent}"), &[since.into()], |r| {
+            spi::value::<String>(r, 1)
+        })?;
+    let policies = spi::query(
+        &format!(
+            "SELECT c.oid, c.relname::text FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+             WHERE {recent}"
+        ),
+        &[since.into()],
+        |r| Ok(Subject::Policy(spi::value::<pg_sys::Oid>(r, 1)?.to_u32(), spi::value(r, 2)?)),
+    )?;
+    let conversions = spi::query(
+        &format!("SELECT table_schema::text, table_name::text FROM {SCHEMA}.conversion WHERE {recent}"),
+        &[since.into()],
+        |r| Ok((spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?)),
+    )?;
+    let captured = spi::query(
+        &format!("SELECT last_error FROM {SCHEMA}.capture WHERE {recent}"),
+        &[since.into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    let task = |error: String| TASKS.into_iter().find(|task| error.starts_with(&format!("{task}: ")));
+    let tasks = captured.into_iter().filter_map(task).map(Subject::Task);
+    // What was recorded does not say which of a subject's two steps it was.
+    let rollups = rollups.into_iter().flat_map(|name| [Subject::Stray(name.clone()), Subject::Rollup(name)]);
+    let conversions = conversions.into_iter().flat_map(|(schema, table)| {
+        [Subject::Look(schema.clone(), table.clone()), Subject::Conversion(schema, table)]
+    });
+    Ok(rollups.chain(policies).chain(conversions).chain(tasks).collect())
+}
+
+/// What is done for the captured table's owner.
+const TASKS: [&str; 5] = ["watch", "repair", "backfill", "switch views", "freeze"];

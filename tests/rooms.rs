@@ -1,0 +1,53 @@
+//! The rooms of src call downwards only, and CONTRIBUTING.md says who calls whom.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+/// From the bottom to the top.
+const ROOMS: [&str; 7] = ["server", "state", "engine", "litellm", "partition", "worker", "api"];
+
+/// The only arrow that points up: what a built-in rollup must equal is LiteLLM's table.
+const UPWARD: [(&str, &str); 1] = [("engine/rebuild.rs", "litellm")];
+
+#[test]
+fn no_room_calls_one_above_it_and_the_map_is_right() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut calls, mut upward) = (BTreeMap::<&str, BTreeSet<&str>>::new(), BTreeSet::new());
+    let mut files = 0;
+    for (floor, room) in ROOMS.iter().enumerate() {
+        for file in fs::read_dir(root.join("src").join(room)).unwrap() {
+            let path = file.unwrap().path();
+            let file = format!("{room}/{}", path.file_name().unwrap().to_str().unwrap());
+            let text = fs::read_to_string(&path).unwrap();
+            files += 1;
+            let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+            for called in code.flat_map(|line| line.split("crate::").skip(1)) {
+                let called = called.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+                let Some(other) = ROOMS.iter().position(|room| *room == called) else {
+                    assert!(["error", "guc"].contains(&called), "{file} calls crate::{called}");
+                    continue;
+                };
+                if other != floor {
+                    calls.entry(room).or_default().insert(ROOMS[other]);
+                }
+                if other > floor {
+                    upward.insert((file.clone(), ROOMS[other]));
+                }
+            }
+        }
+    }
+    assert!(files > 50, "{files} files");
+    let expected: BTreeSet<_> = UPWARD.iter().map(|(file, room)| (file.to_string(), *room)).collect();
+    assert_eq!(upward, expected, "arrows that point up");
+    // As CONTRIBUTING.md has it.
+    let page = fs::read_to_string(root.join("CONTRIBUTING.md")).unwrap();
+    for room in ROOMS {
+        let begin = format!("| `{room}` | ");
+        let row =
+            page.lines().find(|line| line.starts_with(&begin)).unwrap_or_else(|| panic!("no row for {room}"));
+        let said = row.trim_end_matches('|').rsplit('|').next().unwrap().trim();
+        let said: BTreeSet<&str> = said.split(", ").filter(|name| !name.is_empty()).collect();
+        assert_eq!(said, calls.remove(room).unwrap_or_default(), "what {room} calls");
+    }
+}
