@@ -204,10 +204,16 @@ CROSS JOIN LATERAL (
 UNION ALL
 SELECT left(t.relname::text COLLATE "default", -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
        NULL, NULL, NULL,
-       format(E'its state is lost\nHINT:  SELECT * FROM spend_attach();  -- if it is built in; else: SELECT spend_rollup_drop(%L);',
-              left(t.relname::text COLLATE "default", -length('_rollup'))), NULL
+       CASE WHEN t.relname IN ('daily_spend_rollup', 'daily_spend_by_key_rollup', 'daily_spend_by_model_rollup',
+                               'daily_spend_by_end_user_rollup', 'daily_spend_by_tag_rollup', 'hourly_usage_rollup',
+                               'hourly_usage_by_end_user_rollup', 'hourly_usage_by_tag_rollup')
+           THEN E'its state is lost\nHINT:  SELECT * FROM spend_attach();'
+           ELSE format(E'its state is lost\nHINT:  SELECT spend_rollup_drop(%L);  -- and create it again',
+                       left(t.relname::text COLLATE "default", -length('_rollup'))) END, NULL
 FROM pg_class t
 WHERE t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
+  -- A restore makes it last of all: until then state is not lost, but still to come.
+  AND EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
   AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
 
 CREATE OR REPLACE VIEW @extschema@.spend_worker_status AS
@@ -391,7 +397,11 @@ WITH status AS (
 ), errors AS (
     -- The eight built-in rollups share most of theirs.
     SELECT last_error AS message, min(last_error_at) AS since, 'rollup ' || string_agg(rollup, ', ' ORDER BY rollup) AS subject
-    FROM status WHERE last_error IS NOT NULL GROUP BY last_error
+    FROM status
+    WHERE last_error IS NOT NULL AND NOT (kind = 'built-in' AND last_error IN (SELECT c.last_error FROM litellm_spend.capture c))
+    GROUP BY last_error
+    UNION ALL
+    SELECT last_error, last_error_at, 'capture of ' || relation FROM litellm_spend.capture WHERE last_error IS NOT NULL
     UNION ALL
     SELECT last_error, last_error_at, 'maintenance of ' || relation FROM litellm_spend.policy WHERE last_error IS NOT NULL
     UNION ALL
@@ -415,28 +425,43 @@ WITH status AS (
     SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations,
            min(blocked) AS blocked
     FROM @extschema@.spend_partition_status
-    WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour' GROUP BY "table"
+    WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour'
+      -- Not what a policy has let expire a moment ago.
+      AND (blocked IS NOT NULL OR coalesce(last_maintained_at, 'infinity') < clock_timestamp() - interval '1 hour')
+    GROUP BY "table"
 )
 SELECT 'error' AS severity, 'no worker serves this database: nothing is merged or maintained' AS problem, NULL::timestamptz AS since,
        NULL AS caused_by, 'look for litellm_spend in the server''s log; raise max_worker_processes if it says that there is no slot' AS remedy
 FROM served
-WHERE preloaded AND NOT has_worker AND NOT pg_is_in_recovery()
+WHERE preloaded AND NOT has_worker AND NOT pg_is_in_recovery() AND pg_postmaster_start_time() < clock_timestamp() - interval '10 seconds'
   AND (EXISTS (SELECT FROM litellm_spend.source) OR EXISTS (SELECT FROM litellm_spend.policy)
        OR EXISTS (SELECT FROM litellm_spend.conversion))
 UNION ALL
-SELECT 'error', 'this database came out of a dump, and the end of its restore was not seen: nothing is merged or maintained', NULL, NULL,
-       'SELECT spend_restored();'
-FROM served WHERE restored
+SELECT 'warning', 'this database came out of a dump, and the end of its restore was not seen: nothing is merged or maintained', NULL,
+       restorers.who, CASE WHEN restorers.who IS NULL THEN 'when the restore has ended, not before: SELECT spend_restored();'
+                           ELSE 'wait until the restore has ended' END
+FROM served, (
+    SELECT string_agg(who, '; ') AS who FROM litellm_spend.process
+    WHERE pid IN (SELECT pid FROM pg_stat_progress_copy WHERE datname = current_database() AND command LIKE 'COPY FROM%'
+                  UNION SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database())
+) AS restorers
+WHERE restored
 UNION ALL
 SELECT 'warning', 'the worker is at one thing for long: ' || worker.query, xact_start, 'wait event ' || wait_event,
        format('SELECT pg_cancel_backend(%s);', pid)
 FROM worker WHERE xact_start < clock_timestamp() - interval '5 minutes'
 UNION ALL
 -- A message of ours has its DETAIL and its HINT in lines of their own.
-SELECT 'error', format('%s: %s', subject, split_part(message, E'\n', 1)), errors.since,
+SELECT CASE WHEN message LIKE 'nothing is captured%' OR message LIKE 'could not get a lock on %' THEN 'warning' ELSE 'error' END,
+       format('%s: %s', subject, split_part(message, E'\n', 1)), errors.since,
        substring(message FROM E'\nDETAIL:  ([^\n]*)'),
-       coalesce(substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again; the server''s log has more')
-FROM errors, served WHERE NOT (restored AND message LIKE 'it came out of a dump%')
+       CASE WHEN message LIKE 'could not get a lock on %' AND message ~ E'\nDETAIL:  It is held by process \\d+ '
+           THEN format('SELECT pg_terminate_backend(%s);', substring(message FROM E'\nDETAIL:  It is held by process (\\d+) '))
+           ELSE coalesce(substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again; the server''s log has more') END
+FROM errors, served
+WHERE NOT (restored AND message LIKE 'it came out of a dump%')
+  -- What is tried again and again has not failed at the first try.
+  AND NOT (message LIKE 'could not get a lock on %' AND errors.since > clock_timestamp() - interval '20 seconds')
 UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),
@@ -471,11 +496,13 @@ SELECT 'error', format('%s expired partitions of %s are still there', partitions
                  WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
                 blocked),
-       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+       coalesce('SELECT pg_terminate_backend(' || substring(blocked FROM 'held by process (\d+) ') || ');',
+                format('SELECT * FROM spend_partition_maintain(%L);', "table"))
 FROM expired
 UNION ALL
 SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
-       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+       coalesce('SELECT pg_terminate_backend(' || substring(blocked FROM 'held by process (\d+) ') || ');',
+                format('SELECT * FROM spend_partition_maintain(%L);', "table"))
 FROM @extschema@.spend_partition_status
 WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
 GROUP BY "table", blocked
@@ -485,7 +512,8 @@ SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
 FROM @extschema@.spend_partition_status, served
 WHERE partitions_ahead < precreate AND last_error IS NULL AND blocked IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
-  AND coalesce(last_maintained_at, '-infinity') < clock_timestamp() - interval '1 hour'
+  -- A worker comes to a new policy within a second, or says what it met.
+  AND coalesce(last_maintained_at, CASE WHEN has_worker THEN 'infinity' ELSE '-infinity' END::timestamptz) < clock_timestamp() - interval '1 hour'
   AND NOT EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = "table")
 GROUP BY "table", partitions_ahead, precreate
 UNION ALL

@@ -26,6 +26,8 @@ pub enum Error {
     Distributed(String),
     #[error("must be owner of relation \"{0}\"")]
     NotOwner(String),
+    #[error("must be owner of extension \"litellm_spend\"")]
+    NotExtensionOwner,
     #[error("cannot change rollups during recovery")]
     Standby,
     #[error("cannot change rollups in a read-only transaction")]
@@ -198,7 +200,7 @@ impl Error {
             | Error::NotCovered { .. }
             | Error::NotRepaired(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Error::ColumnType { .. } | Error::NotATime(_) => ERRCODE_DATATYPE_MISMATCH,
-            Error::NotOwner(_) => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Error::NotOwner(_) | Error::NotExtensionOwner => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Error::Standby | Error::ReadOnly => ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Error::Isolation(_) => ERRCODE_INVALID_TRANSACTION_STATE,
             Error::Encoding(_)
@@ -269,6 +271,7 @@ impl Error {
             Error::Distributed(_) => {
                 "Other nodes' writers are not seen among this node's locks: a row that commits late would be missing for ever.".into()
             }
+            Error::NotExtensionOwner => "It belongs to no table any more whose owner could decide, or to all of them.".into(),
             Error::NotOwner(_) => "Triggers and views of the table are changed on behalf of its owner.".into(),
             Error::Standby => "This server is a standby: it replays what its primary does.".into(),
             Error::ReadOnly => "transaction_read_only is on.".into(),
@@ -378,8 +381,7 @@ impl Error {
                 "Pass the table, as in 'myschema.\"LiteLLM_SpendLogs\"', when LiteLLM has made it.".into()
             }
             Error::StillAttached(_) => {
-                "SELECT * FROM spend_detach(drop_history => true); gives the views back. If that fails, DELETE FROM litellm_spend.capture; \
-                 lets CASCADE take them along."
+                "SELECT * FROM spend_detach(drop_history => true); gives the views back. If that fails, see Uninstall in docs/operations.md."
                     .into()
             }
             Error::Ambiguous(names) => {
@@ -401,13 +403,14 @@ impl Error {
             Error::Distributed(relation) => {
                 format!("SELECT undistribute_table('{}') makes an ordinary table of it.", relation.replace('\'', "''"))
             }
+            Error::NotExtensionOwner => "Call it as a superuser, or as a member of the extension's owner.".into(),
             Error::NotOwner(_) => {
                 "Call it as the table's owner, as a member of that role, or as a superuser.".into()
             }
             Error::Standby => {
                 "Run it on the primary; monthly_global_spend() and the views answer here.".into()
             }
-            Error::ReadOnly => "Run SET TRANSACTION READ WRITE first.".into(),
+            Error::ReadOnly => "BEGIN READ WRITE, or SET default_transaction_read_only = off.".into(),
             Error::Isolation(_) => "Use READ COMMITTED.".into(),
             Error::Encoding(_) => {
                 "Use a database with ENCODING 'UTF8', which LiteLLM's own client needs as well.".into()
@@ -451,7 +454,11 @@ impl Error {
                 format!("ALTER TABLE {relation} ALTER COLUMN {column} SET DEFAULT nextval('{}').", sequence.replace('\'', "''"))
             }
             Error::Restoring => "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.".into(),
-            Error::RollupBusy(_) | Error::AttachmentBusy | Error::LogNotMerged { .. } => "Try again.".into(),
+            Error::RollupBusy(_) => {
+                "Try again. Who is at it: SELECT pid FROM pg_locks WHERE relation = 'litellm_spend.rollup'::regclass AND mode = 'RowShareLock';"
+                    .into()
+            }
+            Error::AttachmentBusy | Error::LogNotMerged { .. } => "Try again.".into(),
             Error::Frozen { .. } => "Choose a range without them. A rebuild with force => true gives up their history.".into(),
             Error::RawRowsLost { .. } => "Pass force => true to count only what is there, in all built-in rollups if it is one of them.".into(),
             Error::Range { bucketed: true, .. } => "Pass such times in UTC, midnights as in '2026-11-01' for days.".into(),

@@ -170,6 +170,8 @@ fn retention_behind_a_dashboard_names_it() {
     eventually("no other maintainer is at it", || holds(&mut client, &skipped));
     dashboard.batch_execute("COMMIT").unwrap();
     client.batch_execute(&remedy).unwrap();
+    // The worker comes half a minute later.
+    client.batch_execute("SELECT * FROM spend_partition_maintain('logs')").unwrap();
     none(&mut client);
     // Also where nothing has expired, and only if it lasts.
     let held_up = |since: &str| {
@@ -229,6 +231,9 @@ fn a_worker_that_was_killed_is_missed_until_it_is_back() {
     let db = shared().database().attached();
     let mut client = db.connect();
     none(&mut client);
+    eventually("the server is no longer starting", || {
+        holds(&mut client, "SELECT pg_postmaster_start_time() < clock_timestamp() - interval '10 seconds'")
+    });
     let sql = "SELECT pg_terminate_backend(pid) FROM spend_worker_status WHERE database = current_database()";
     assert!(holds(&mut client, sql));
     let (severity, _, _, _) = only(&mut client, "no worker serves this database");
@@ -294,4 +299,69 @@ fn too_few_slots_are_one_fault() {
     client.batch_execute("SELECT spend_attach()").unwrap();
     let (severity, _, _, remedy) = only(&mut client, "no worker serves this database");
     assert!(severity == "error" && remedy.contains("max_worker_processes"), "{remedy}");
+}
+
+#[test]
+fn a_restore_under_way_is_one_warning_that_proposes_nothing_rash() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    none(&mut client);
+    // As pg_restore has it before it loads rows: tables, and neither state nor what it makes last.
+    client
+        .batch_execute(
+            "BEGIN; DROP EVENT TRIGGER litellm_spend_restored; DELETE FROM litellm_spend.rollup; DELETE FROM litellm_spend.capture;
+             DELETE FROM litellm_spend.source",
+        )
+        .unwrap();
+    assert_eq!(faults(&mut client), [], "no state is lost");
+    client.batch_execute("ROLLBACK; BEGIN").unwrap();
+    // Then state of another installation, while a table is being filled.
+    client
+        .batch_execute(
+            "DROP EVENT TRIGGER litellm_spend_restored; UPDATE litellm_spend.source SET origin = gen_random_uuid()",
+        )
+        .unwrap();
+    let found = faults(&mut client);
+    assert_eq!(found.len(), 1, "{found:?}");
+    let (severity, problem, _, remedy) = &found[0];
+    assert!(severity == "warning" && problem.contains("came out of a dump"), "{found:?}");
+    assert_eq!(remedy, "when the restore has ended, not before: SELECT spend_restored();");
+    client.batch_execute("ROLLBACK").unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn a_retention_that_is_new_is_no_fault_and_a_swap_that_waits_is_one_after_a_while() {
+    let db = shared().database();
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE INDEX ON logs (at);
+             CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             BEGIN; SELECT spend_partition_set('logs', retention => '30 days')",
+        )
+        .unwrap();
+    assert_eq!(faults(&mut client), [], "nobody has tried yet");
+    client.batch_execute("COMMIT").unwrap();
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    reader
+        .batch_execute(
+            r#"SET application_name = 'a reader'; BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#,
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    let waits = "SELECT coalesce(bool_or(last_error LIKE 'could not get a lock%'), false) FROM litellm_spend.conversion";
+    eventually("the swap waits", || holds(&mut client, waits));
+    let since = "SELECT coalesce(min(last_error_at) > clock_timestamp() - interval '15 seconds', true) FROM litellm_spend.conversion";
+    let found = faults(&mut client);
+    assert!(!holds(&mut client, since) || found.is_empty(), "{found:?}");
+    let (severity, _, who, remedy) = only(&mut client, "could not get a lock on");
+    let pid: i32 = value(&mut reader, "SELECT pg_backend_pid()");
+    assert!(severity == "warning" && who.unwrap().contains("a reader"));
+    assert_eq!(remedy, format!("SELECT pg_terminate_backend({pid});"));
+    client.batch_execute(&remedy).unwrap();
+    none(&mut client);
 }

@@ -223,3 +223,58 @@ fn a_lock_that_is_not_to_be_had_names_who_has_it_and_the_right_setting() {
         )
     });
 }
+
+#[test]
+fn who_attaches_beside_a_rebuild_is_told_what_is_in_the_way() {
+    let db = shared().database().attached();
+    let (mut client, mut dba) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 10, 3)).unwrap();
+    wait_until_merged(&mut client);
+    dba.batch_execute("BEGIN; SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 1, CURRENT_DATE)")
+        .unwrap();
+    assert_says(
+        &mut client,
+        "SELECT spend_attach()",
+        [
+            "55P03",
+            "rollup \"daily_spend\" is locked by another transaction",
+            "A merge or a rebuild holds it; …",
+            "Try again. Who is at it: SELECT pid FROM pg_locks …",
+        ],
+    );
+    let hint = error(&mut client, "SELECT spend_attach()").hint().unwrap().to_string();
+    let who: i32 = value(&mut client, hint.split_once("at it: ").unwrap().1);
+    assert_eq!(who, value::<i32>(&mut dba, "SELECT pg_backend_pid()"));
+}
+
+#[test]
+fn days_before_the_first_row_are_not_said_to_have_lost_any() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    let frozen = "SELECT frozen_before > '-infinity' FROM spend_rollup_status WHERE rollup = 'daily_spend'";
+    assert!(holds(&mut client, frozen), "a round has looked");
+    assert!(value::<i64>(&mut client, "SELECT spend_rollup_rebuild('daily_spend')") > 0);
+    assert!(value::<i64>(&mut client, "SELECT spend_rollup_rebuild(NULL)") > 0);
+    assert!(!db.notices("SELECT count(*) FROM spend_rollup_verify('daily_spend')").contains("frozen"));
+    assert_verified(&mut client);
+}
+
+#[test]
+fn the_plan_of_a_table_that_is_converted_says_that_it_is_done() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("it is converted", || {
+        holds(
+            &mut client,
+            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    let action: String = value(&mut client, "SELECT action FROM spend_partition_plan()");
+    assert_eq!(action, "is done; spend_partition_status shows its partitions");
+}

@@ -104,6 +104,12 @@ fn spend_partition_plan(
 > {
     report(|| {
         let (_elevated, table) = enter(source)?;
+        if let Some(policy) = converted(&table)? {
+            let name = qualified(&policy.schema, &policy.table);
+            let done = ["swap", "is done; spend_partition_status shows its partitions", &name, "", ""];
+            let [step, action, object, lock, estimate] = done.map(str::to_string);
+            return Ok(vec![(step, action, object, lock, estimate)]);
+        }
         let wish = Wish { interval, cutover, time_column, precreate };
         let options = wish.options(&table)?;
         plan::plan(table, options)

@@ -447,18 +447,18 @@ fn spend_rollup_create(
     report(|| {
         require_changeable()?;
         session::require_utf8()?;
-        let texts = |list: Option<Vec<Option<String>>>, what| {
+        let texts = |list: Option<Vec<Option<String>>>, what, one| {
             let list = list.ok_or(Error::Null(what))?;
             if list.is_empty() {
                 return Err(Error::Empty(what));
             }
-            list.into_iter().map(|text| text.ok_or(Error::Null(what))).collect::<error::Result<Vec<_>>>()
+            list.into_iter().map(|text| text.ok_or(Error::Null(one))).collect::<error::Result<Vec<_>>>()
         };
         let declaration = Declaration {
             name: name.ok_or(Error::Null("rollup name"))?.into(),
             source: source.ok_or(Error::Null("source"))?.0,
-            dimensions: texts(dimensions, "list of dimensions")?,
-            measures: texts(measures, "list of measures")?,
+            dimensions: texts(dimensions, "list of dimensions", "dimension")?,
+            measures: texts(measures, "list of measures", "measure")?,
             sequence: sequence.map(|Regclass(oid)| oid),
             time_column: time_column.map(str::to_string),
             search_path: session::search_path(),

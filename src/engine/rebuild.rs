@@ -242,9 +242,19 @@ fn check_range(fence: &Fence, range: Range) -> Result<()> {
     Ok(())
 }
 
-/// The parts of the range that only the rollup has a record of.
+/// The parts of the range that only the rollup has a record of. Where it has none either, nothing is missing.
 fn frozen_parts(fence: &Fence, range: Range) -> Result<Vec<Range>> {
-    if fence.is_built_in() { frozen::frozen_in(range) } else { Ok(vec![]) }
+    if !fence.is_built_in() {
+        return Ok(vec![]);
+    }
+    let has_rows = fence.filled()?.has_rows();
+    let mut parts = vec![];
+    for part in frozen::frozen_in(range)? {
+        if spi::exists(&has_rows, &[part.start.into(), part.end.into()])? {
+            parts.push(part);
+        }
+    }
+    Ok(parts)
 }
 
 /// A range ends where buckets do. For the built-in rollups that is at midnight.

@@ -30,8 +30,9 @@ use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::definition::Definition;
-use crate::state::fence;
+use crate::state::fence::{self, Fence};
 use crate::state::restore::{self, HERE};
+use crate::state::rollups;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
 
@@ -147,6 +148,10 @@ pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
 pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
     if !fence::lock_attachment(Patience::of_call())? {
         return Err(Error::AttachmentBusy);
+    }
+    // In the queue, as detach: who rebuilds a rollup holds its row until the transaction ends.
+    for name in rollups::rollup_names(Some(CHANGE_LOG))? {
+        drop(Fence::wait(&name)?);
     }
     let actions = attach_locked(oid, subtract)?;
     restore::mark()?;

@@ -51,8 +51,18 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
             })
         }
         "permission denied for view %s" => {
-            words(&message).find(|word| VIEWS.contains(word))?;
-            Some(format!("A superuser lets it: GRANT pg_monitor TO {}; or {}", role(), grant_admin()))
+            let name = words(&message).find(|word| {
+                VIEWS.contains(word) || OF_SESSIONS.contains(word) || REPORTS.iter().any(|ours| word.starts_with(ours))
+            })?;
+            Some(match name {
+                name if OF_SESSIONS.contains(&name) => {
+                    format!("A superuser lets it: GRANT pg_monitor TO {};", role())
+                }
+                name if VIEWS.contains(&name) => {
+                    format!("A superuser lets it: GRANT pg_monitor TO {}; or {}", role(), grant_admin())
+                }
+                _ => format!("A superuser lets it: SELECT * FROM spend_grant_reports({});", as_regrole()),
+            })
         }
         "permission denied for schema %s" => {
             words(&message).find(|word| *word == "litellm_spend")?;
@@ -89,8 +99,13 @@ const FUNCTIONS: [&str; 9] = [
     "maintain_at",
 ];
 
-const VIEWS: [&str; 4] =
-    ["spend_health", "spend_rollup_status", "spend_partition_status", "spend_worker_status"];
+const VIEWS: [&str; 3] = ["spend_rollup_status", "spend_partition_status", "spend_progress"];
+
+/// Views of other sessions' activity, which take pg_monitor.
+const OF_SESSIONS: [&str; 2] = ["spend_health", "spend_worker_status"];
+
+/// How the names of the report views begin.
+const REPORTS: [&str; 2] = ["daily_", "hourly_"];
 
 fn grant_admin() -> String {
     format!("SELECT * FROM spend_grant_admin({});", as_regrole())

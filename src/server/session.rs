@@ -55,7 +55,7 @@ pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
 pub fn require_extension_owner(caller: pg_sys::Oid) -> Result<()> {
     let sql = "SELECT pg_catalog.pg_has_role($1, current_user, 'USAGE')";
     let owns = query(sql, &[caller.into()], |r| value::<bool>(r, 1))?;
-    if owns == [true] { Ok(()) } else { Err(Error::NotOwner("litellm_spend".into())) }
+    if owns == [true] { Ok(()) } else { Err(Error::NotExtensionOwner) }
 }
 
 /// Whether `caller` has the rights of `owner`.

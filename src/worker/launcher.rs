@@ -65,6 +65,9 @@ pub fn announce() {
 /// How long a worker that had work stays away after it ended. Long enough for DROP DATABASE.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
 
+/// How long it is not said again that there is no slot for a database.
+const NOTED_FOR: Duration = Duration::from_secs(3600);
+
 /// How long the launcher waits for a new worker to say whether it found the extension.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -99,6 +102,8 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     LAUNCHES.get().fetch_add(1, Ordering::Relaxed);
     BackgroundWorker::connect_worker_to_spi(None, None);
     let mut tenants: HashMap<u32, Tenant> = HashMap::new();
+    // Databases for whose worker there was no slot, and when that was said.
+    let mut noted = HashMap::new();
     let mut announcements = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
     let mut searched: Option<Instant> = None;
     loop {
@@ -122,7 +127,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
                 };
                 // One after the other, so that databases without the extension never hold more than one slot.
                 if probe {
-                    tenants.insert(oid, serve(oid, &name));
+                    tenants.insert(oid, serve(oid, &name, &mut noted));
                 }
             }
         }
@@ -134,7 +139,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
 }
 
 /// Starts a worker in a database and waits until it has found the extension there, or has left.
-fn serve(database: u32, name: &str) -> Tenant {
+fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant {
     let found = FOUND.get().load(Ordering::Relaxed);
     let worker = BackgroundWorkerBuilder::new("litellm_spend worker")
         .set_type("litellm_spend worker")
@@ -147,7 +152,13 @@ fn serve(database: u32, name: &str) -> Tenant {
         .set_restart_time(None)
         .load_dynamic();
     let Ok(worker) = worker else {
-        log::now(format_args!("no slot for the worker of database \"{name}\"; raise max_worker_processes"));
+        // Once an hour: it is tried again every few seconds.
+        if noted.get(&database).is_none_or(|at| at.elapsed() > NOTED_FOR) {
+            noted.insert(database, Instant::now());
+            log::now(format_args!(
+                "no slot for the worker of database \"{name}\"; raise max_worker_processes"
+            ));
+        }
         return Tenant::Unserved(Instant::now());
     };
     let started = Instant::now();
