@@ -285,10 +285,11 @@ fn truncate_keeps_history() {
     let before: f64 = value(&mut client, total);
     client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
+    // The newest row is 37 minutes old: of yesterday, soon after midnight.
     eventually("the days are frozen", || {
         holds(
             &mut client,
-            "SELECT frozen_before > CURRENT_DATE FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+            "SELECT frozen_before > now() AT TIME ZONE 'UTC' - interval '37 minutes' FROM spend_rollup_status WHERE rollup = 'daily_spend'",
         )
     });
     assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)", "55000");

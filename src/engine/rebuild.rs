@@ -247,10 +247,10 @@ fn frozen_parts(fence: &Fence, range: Range) -> Result<Vec<Range>> {
     if !fence.is_built_in() {
         return Ok(vec![]);
     }
-    let has_rows = fence.filled()?.has_rows();
+    let knows_rows = fence.filled()?.knows_rows();
     let mut parts = vec![];
     for part in frozen::frozen_in(range)? {
-        if spi::exists(&has_rows, &[part.start.into(), part.end.into()])? {
+        if spi::exists(&knows_rows, &[part.start.into(), part.end.into()])? {
             parts.push(part);
         }
     }

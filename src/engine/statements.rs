@@ -330,6 +330,13 @@ impl Definition {
         format!("SELECT FROM {} WHERE {}", self.table(), self.bucket_in_range())
     }
 
+    /// Whether the rollup or its tail has rows in `[$1, $2)`.
+    pub fn knows_rows(&self) -> String {
+        let bucket = self.bucket.as_ref().map(|b| b.dimension.as_str());
+        let known = self.partial_rows(|name| Some(name) == bucket, None);
+        format!("SELECT FROM ({known}) AS known WHERE {}", self.bucket_in_range())
+    }
+
     /// The last bucket of `[$1, $2)` of which the rollup knows more source rows than [`Definition::refill`] would find.
     pub fn last_lost_bucket(&self, truth: Option<&str>, watermark: i64) -> String {
         let (bucket, presence) = (self.bucket_name(), quoted(&self.presence));
