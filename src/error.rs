@@ -532,13 +532,7 @@ impl Error {
 
 impl From<Error> for ErrorReport {
     fn from(error: Error) -> Self {
-        let mut report = ErrorReport::new(error.sqlstate(), error.to_string(), "litellm_spend");
-        if let Some(detail) = error.detail() {
-            report = report.set_detail(detail);
-        }
-        if let Some(hint) = error.hint() {
-            report = report.set_hint(hint);
-        }
-        report
+        let failure = Failure::from(error);
+        failure.explain(failure.message.clone())
     }
 }

@@ -16,7 +16,7 @@ use crate::guc;
 use crate::server::locks::{self, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::rewrite;
-use crate::server::session::{self, Elevated, Owner, attempt};
+use crate::server::session::{self, Elevated, Owner, advised, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::definition::Definition;
@@ -399,10 +399,17 @@ fn release(fence: &Fence) -> Result<()> {
     spi::execute(
         &format!(
             "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
-                 last_error = format(E'its source was dropped; it keeps what had been merged\\nHINT:  SELECT spend_rollup_drop(%L);', name)
+                 last_error = $2
              WHERE name = $1"
         ),
-        &[fence.name.as_str().into()],
+        &[
+            fence.name.as_str().into(),
+            advised(
+                "its source was dropped; it keeps what had been merged",
+                &format!("SELECT spend_rollup_drop({});", literal(&fence.name)),
+            )
+            .into(),
+        ],
     )?;
     source::forget_unused_sources()
 }

@@ -16,7 +16,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::rewrite;
-use crate::server::session::{self, Owner, attempt};
+use crate::server::session::{self, Owner, advised, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::captured;
@@ -211,10 +211,8 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
         },
         _ => {
             forget(view)?;
-            Ok(Some(format!(
-                "view \"{}\" was replaced\nHINT:  SELECT * FROM spend_attach();  -- puts ours back",
-                view.name
-            )))
+            let message = format!("view \"{}\" was replaced", view.name);
+            Ok(Some(advised(&message, "SELECT * FROM spend_attach();  -- puts ours back")))
         }
     }
 }

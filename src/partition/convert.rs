@@ -26,8 +26,9 @@ use crate::partition::swap;
 use crate::server::locks;
 use crate::server::log;
 use crate::server::relation::{self, Table};
+use crate::server::session::advised;
 use crate::server::spi::{self, value};
-use crate::server::text::{SCHEMA, qualified, quoted, suffixed};
+use crate::server::text::{SCHEMA, literal, qualified, quoted, suffixed};
 use crate::state::conversion::{self, Pending, Progress, has_worker, progress};
 use crate::state::step::{Runner, Subject};
 use pgrx::prelude::*;
@@ -258,11 +259,8 @@ impl Conversion {
     /// Waits for a new call.
     pub fn stop(&self) -> Result<()> {
         self.drop_check()?;
-        self.halt(&format!(
-            "the cutover {} came before the swap\nHINT:  SELECT * FROM spend_partition_convert('{}');",
-            self.cutover(),
-            self.name().replace('\'', "''")
-        ))
+        let hint = format!("SELECT * FROM spend_partition_convert({});", literal(&self.name()));
+        self.halt(&advised(&format!("the cutover {} came before the swap", self.cutover()), &hint))
     }
 
     /// Whether an older version's is there.

@@ -10,6 +10,7 @@ use crate::partition::calendar::{Instant, Interval};
 use crate::partition::layout::{self, Layout};
 use crate::server::locks::Patience;
 use crate::server::relation::Table;
+use crate::server::session::advised;
 use crate::server::spi;
 use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::fence::Work;
@@ -183,8 +184,9 @@ pub fn look_after() -> Result<()> {
             continue;
         }
         let heir = heir.unwrap_or_default();
-        let message = format!(
-            "it was {owner}'s policy, and the table is {heir}'s now\nHINT:  Call spend_partition_set() again."
+        let message = advised(
+            &format!("it was {owner}'s policy, and the table is {heir}'s now"),
+            "Call spend_partition_set() again.",
         );
         if noted.as_ref() != Some(&message) {
             record_error(relation, Some(&message))?;

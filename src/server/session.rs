@@ -418,14 +418,8 @@ impl Failure {
 
     /// As the status views show it: the message, and if it is ours its DETAIL and its HINT, each in a line of its own.
     pub fn text(&self) -> String {
-        let line = |text: &str| text.replace(['\n', '\r'], " ");
-        let mut text = line(&self.message);
-        for (label, more) in [("DETAIL", &self.detail), ("HINT", &self.hint)] {
-            if let Some(more) = more.as_ref().filter(|_| self.ours) {
-                text.push_str(&format!("\n{label}:  {}", line(more)));
-            }
-        }
-        text
+        let ours = |more: &Option<String>| more.clone().filter(|_| self.ours);
+        in_lines(&self.message, ours(&self.detail), ours(&self.hint))
     }
 
     /// The message, and what its DETAIL says.
@@ -475,6 +469,23 @@ impl Failure {
         use PgSqlErrorCode::*;
         [ERRCODE_LOCK_NOT_AVAILABLE, ERRCODE_T_R_DEADLOCK_DETECTED].contains(&self.sqlstate)
     }
+}
+
+/// A message of ours with what to do, as [`Failure::text`] has it.
+pub fn advised(message: &str, hint: &str) -> String {
+    in_lines(message, None, Some(hint.into()))
+}
+
+/// Each in one line, whatever names are in it.
+fn in_lines(message: &str, detail: Option<String>, hint: Option<String>) -> String {
+    let line = |text: &str| text.replace(['\n', '\r'], " ");
+    let mut text = line(message);
+    for (label, more) in [("DETAIL", detail), ("HINT", hint)] {
+        if let Some(more) = more {
+            text.push_str(&format!("\n{label}:  {}", line(&more)));
+        }
+    }
+    text
 }
 
 impl From<Error> for Failure {
