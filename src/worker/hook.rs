@@ -119,11 +119,9 @@ unsafe fn may_bring_foreign_partition(node: *mut pg_sys::Node) -> bool {
                 !(*(node as *mut pg_sys::CreateForeignTableStmt)).base.inhRelations.is_null()
             }
             T_AlterTableStmt => {
-                let commands = (*(node as *mut pg_sys::AlterTableStmt)).cmds;
-                let count = if commands.is_null() { 0 } else { (*commands).length as usize };
-                (0..count).any(|i| {
-                    let command = (*(*commands).elements.add(i)).ptr_value as *mut pg_sys::AlterTableCmd;
-                    [AT_AddInherit, AT_AttachPartition].contains(&(*command).subtype)
+                nodes((*(node as *mut pg_sys::AlterTableStmt)).cmds).into_iter().any(|command| {
+                    let subtype = (*(command as *mut pg_sys::AlterTableCmd)).subtype;
+                    [AT_AddInherit, AT_AttachPartition].contains(&subtype)
                 })
             }
             _ => false,
@@ -162,10 +160,8 @@ unsafe extern "C-unwind" fn make_way() {
 unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
     unsafe {
         let mut named = false;
-        let options = (*statement).options;
-        let count = if options.is_null() { 0 } else { (*options).length as usize };
-        for i in 0..count {
-            let option = (*(*options).elements.add(i)).ptr_value as *mut pg_sys::DefElem;
+        for option in nodes((*statement).options) {
+            let option = option as *mut pg_sys::DefElem;
             let is_template = CStr::from_ptr((*option).defname).to_bytes() == b"template";
             if is_template && !(*option).arg.is_null() {
                 end_worker(pg_sys::defGetString(option));
