@@ -123,7 +123,7 @@ fn converted(table: &Table) -> error::Result<Option<Policy>> {
     if table.kind == "p" {
         return policy::find(table.oid);
     }
-    let Some(parent) = layout::parent(table.oid)?.map(relation::open).transpose()? else { return Ok(None) };
+    let Some(parent) = relation::parent(table.oid)?.map(relation::open).transpose()? else { return Ok(None) };
     let is_first = table.name == text::suffixed(&parent.name, convert::LEGACY);
     if is_first { policy::find(parent.oid) } else { Ok(None) }
 }

@@ -145,14 +145,20 @@ pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
     Ok(found)
 }
 
-pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+/// From here on nobody else attaches, or changes a built-in rollup, until the transaction ends.
+pub fn hold_rollups() -> Result<()> {
     if !fence::lock_attachment(Patience::of_call())? {
         return Err(Error::AttachmentBusy);
     }
-    // In the queue, as detach: who rebuilds a rollup holds its row until the transaction ends.
     for name in rollups::rollup_names(Some(CHANGE_LOG))? {
+        // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge the rollup.
         drop(Fence::wait(&name)?);
     }
+    Ok(())
+}
+
+pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+    hold_rollups()?;
     let actions = attach_locked(oid, subtract)?;
     restore::mark()?;
     Ok(actions)
@@ -394,7 +400,7 @@ pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
     lock_for_triggers(&missing)?;
     require_no_foreign_partition(state.relation)?;
-    let keys = relation::partition_keys(state.relation)?;
+    let keys = relation::partition_keys(&relation::relation_tree(state.relation)?)?;
     put_triggers(&missing, |operation, table| Capture::trigger(operation, table, &keys))?;
     Ok(missing.len())
 }
@@ -507,6 +513,11 @@ pub fn missing_triggers_within(
     relation: pg_sys::Oid,
 ) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
+    let tree = relation::relation_tree(relation)?;
+    let keys = match table == relation {
+        true => relation::partition_keys(&tree)?,
+        false => relation::partition_keys(&relation::relation_tree(table)?)?,
+    };
     spi::query(
         &format!(
             "SELECT r.oid, o.operation
@@ -523,12 +534,7 @@ pub fn missing_triggers_within(
                        WHERE a.attrelid = r.oid AND a.attnum = ANY (t.tgattr) ORDER BY 1)))
              ORDER BY r.n"
         ),
-        &[
-            relation::relation_tree(relation)?.into(),
-            operations.into(),
-            table.into(),
-            relation::partition_keys(table)?.into(),
-        ],
+        &[tree.into(), operations.into(), table.into(), keys.into()],
         |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
     )
 }

@@ -9,7 +9,7 @@ use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::builtin::{self, DAILY_REPORTS};
-use crate::litellm::capture::{attached, grantees, lock_rows, revoke};
+use crate::litellm::capture::{attached, grantees, hold_rollups, lock_rows, revoke};
 use crate::litellm::spend_log::{self, OPERATIONS};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
@@ -19,9 +19,7 @@ use crate::server::session::Owner;
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::captured::CaptureState;
-use crate::state::fence::{self, Fence};
 use crate::state::restore;
-use crate::state::rollups;
 use crate::state::sources::{self, CHANGE_LOG};
 use pgrx::prelude::*;
 use std::time::Instant;
@@ -100,13 +98,7 @@ pub fn forget_history() -> Result<Vec<Action>> {
 /// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each waited for within a
 /// limit: nothing later waits for one while it holds a table.
 fn hold() -> Result<()> {
-    if !fence::lock_attachment(Patience::of_call())? {
-        return Err(Error::AttachmentBusy);
-    }
-    for name in rollups::rollup_names(Some(CHANGE_LOG))? {
-        // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge the rollup.
-        drop(Fence::wait(&name)?);
-    }
+    hold_rollups()?;
     let log = format!("WHERE name = {}", literal(CHANGE_LOG));
     [("source", log.as_str()), ("capture", ""), ("dirty_range", "")]
         .into_iter()

@@ -229,15 +229,9 @@ pub fn partition_key(table: &Table) -> Result<String> {
     }
 }
 
-/// The table that it is a partition of.
-pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
-    let sql = "SELECT inhparent FROM pg_catalog.pg_inherits WHERE inhrelid = $1";
-    Ok(spi::query(sql, &[relation.into()], |r| spi::value(r, 1))?.into_iter().next())
-}
-
 /// Refuses a table that is a partition itself.
 pub fn require_root(table: &Table) -> Result<()> {
-    match parent(table.oid)? {
+    match relation::parent(table.oid)? {
         None => Ok(()),
         Some(parent) => Err(Error::NotByTime {
             relation: table.name.clone(),

@@ -220,7 +220,7 @@ fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
 pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
     let captured = captured::capture()?.is_some_and(|state| state.relation == layout.table.oid);
     if captured && let Some(table) = Table::named(table)? {
-        let keys = relation::partition_keys(layout.table.oid)?;
+        let keys = relation::partition_keys(&relation::relation_tree(layout.table.oid)?)?;
         for (_, operation) in missing_triggers_within(layout.table.oid, table.oid)? {
             spi::execute(&Capture::trigger(&operation, &table.qualified(), &keys), &[])?;
         }

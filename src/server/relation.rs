@@ -56,15 +56,15 @@ pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
     Ok(current(sql, &[relation.into()], |r| value(r, 1))?.pop())
 }
 
-/// The columns by which a table and its partitions are partitioned, in order of their names. Empty if one of them is partitioned
-/// by an expression.
-pub fn partition_keys(relation: pg_sys::Oid) -> Result<Vec<String>> {
+/// The columns by which a table and its partitions, which are its [`relation_tree`], are partitioned, in order of their names. Empty
+/// if one of them is partitioned by an expression.
+pub fn partition_keys(tree: &[pg_sys::Oid]) -> Result<Vec<String>> {
     let keys = query(
         "SELECT DISTINCT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_partitioned_table p
          CROSS JOIN unnest(p.partattrs::int2[]) AS key(attnum)
          LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = key.attnum AND a.attnum > 0
          WHERE p.partrelid = ANY ($1) ORDER BY 1",
-        &[relation_tree(relation)?.into()],
+        &[tree.to_vec().into()],
         |r| Ok(r.get::<String>(1)?),
     )?;
     Ok(keys.into_iter().collect::<Option<_>>().unwrap_or_default())
