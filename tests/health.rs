@@ -53,12 +53,7 @@ fn a_sound_database_has_no_row_whatever_is_used() {
     wait_until_live(&mut client);
     none(&mut client);
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
-    eventually("it is converted", || {
-        holds(
-            &mut client,
-            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
+    wait_until_converted(&mut client);
     none(&mut client);
 }
 

@@ -95,12 +95,7 @@ fn what_matters_once_is_in_the_log_once() {
     client.batch_execute("SELECT spend_attach(); SELECT spend_attach()").unwrap();
     wait_until_live(&mut client);
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
-    eventually("it is converted", || {
-        holds(
-            &mut client,
-            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
+    wait_until_converted(&mut client);
     eventually("its partitions are there", || {
         holds(&mut client, "SELECT bool_and(partitions_ahead = precreate) FROM spend_partition_status")
     });
@@ -216,12 +211,7 @@ fn a_lock_that_is_not_to_be_had_names_who_has_it_and_the_right_setting() {
         like(&value::<Option<String>>(&mut client, error).unwrap_or_default(), &expected)
     });
     writer.batch_execute("COMMIT").unwrap();
-    eventually("it is converted", || {
-        holds(
-            &mut client,
-            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
+    wait_until_converted(&mut client);
 }
 
 #[test]
@@ -269,12 +259,7 @@ fn the_plan_of_a_table_that_is_converted_says_that_it_is_done() {
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
-    eventually("it is converted", || {
-        holds(
-            &mut client,
-            r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
+    wait_until_converted(&mut client);
     let action: String = value(&mut client, "SELECT action FROM spend_partition_plan()");
     assert_eq!(action, "is done; spend_partition_status shows its partitions");
 }

@@ -393,6 +393,12 @@ pub fn assert_refused(client: &mut Client, sql: &str, sqlstate: &str) {
     assert!(!message.ends_with('.') && !message.starts_with(char::is_uppercase), "style: {message}");
 }
 
+pub fn wait_until_converted(client: &mut Client) {
+    eventually("it is converted", || {
+        holds(client, r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#)
+    });
+}
+
 pub fn wait_until_live(client: &mut Client) {
     eventually("the view is live", || {
         holds(
