@@ -707,6 +707,31 @@ fn workers_come_and_go_with_their_databases() {
     cluster.connect_as("postgres", "creator").batch_execute("CREATE DATABASE from_template1").unwrap();
 }
 
+/// A worker that starts shows in pg_stat_activity late: the statement that drops its database cannot end it.
+#[test]
+fn a_worker_that_starts_leaves_a_database_that_is_being_dropped() {
+    let settings = &["litellm_spend.discovery_interval = '1s'"];
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(settings)));
+    let mut admin = cluster.connect("postgres");
+    let db = cluster.database();
+    // Whoever connects from now on stands still for a second, just before it shows.
+    admin.batch_execute("ALTER SYSTEM SET post_auth_delay = 1").unwrap();
+    admin.batch_execute("SELECT pg_reload_conf()").unwrap();
+    admin.batch_execute(&format!("CREATE DATABASE short_lived TEMPLATE {}", db.name)).unwrap();
+    eventually("its worker starts", || {
+        holds(
+            &mut admin,
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'object' AND classid = 'pg_database'::regclass
+             AND objid = (SELECT oid FROM pg_database WHERE datname = 'short_lived'))",
+        )
+    });
+    assert!(holds(
+        &mut admin,
+        "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = 'short_lived')"
+    ));
+    admin.batch_execute("DROP DATABASE short_lived").unwrap();
+}
+
 #[test]
 fn a_standby_answers_and_a_promoted_one_merges() {
     let cluster: &'static Cluster =

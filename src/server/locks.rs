@@ -5,6 +5,7 @@
 //! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
 //! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates, renames or drops it |
 //! | [`lock_all`] | a partitioned table, its partitions | as the mode says |
+//! | [`database_is_wanted`] | this database, ROW EXCLUSIVE, for a moment | who drops, renames, moves or copies it |
 //! | [`lock`] | whatever the statement needs | as the statement says |
 //!
 //! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
@@ -43,6 +44,24 @@ impl Patience {
             }
             _ => false,
         }
+    }
+}
+
+/// Whether somebody drops, renames, moves or copies this database, or waits to: such a statement gives up after five seconds if
+/// anybody is still connected. Its lock is asked for as a new connection asks for it, and given back with the transaction.
+pub fn database_is_wanted() -> bool {
+    // SAFETY: reads a variable of this process; the tag is that of SET_LOCKTAG_OBJECT for a shared object.
+    unsafe {
+        let tag = pg_sys::LOCKTAG {
+            locktag_field1: 0,
+            locktag_field2: pg_sys::DatabaseRelationId.to_u32(),
+            locktag_field3: pg_sys::MyDatabaseId.to_u32(),
+            locktag_field4: 0,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+        };
+        let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+        pg_sys::LockAcquire(&tag, mode, false, true) == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::error::Result;
 use crate::partition::convert::{Conversion, Step};
-use crate::server::locks::Patience;
+use crate::server::locks::{Patience, database_is_wanted};
 use crate::server::log;
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
@@ -45,6 +45,9 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
     pin_settings();
     in_transaction(log::learn_database);
+    if in_transaction(database_is_wanted) {
+        return;
+    }
     let found = in_transaction(|| attempt_as_owner(|| statement(relation)));
     let Ok(Some((subject, owner, sql))) = found else { return };
     log::now(&sql);

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::guc;
 use crate::server::limit::{self, Limit};
-use crate::server::locks::{Patience, jittered};
+use crate::server::locks::{Patience, database_is_wanted, jittered};
 use crate::server::log;
 use crate::server::session::{Elevated, Failure, Owner, attempt};
 use crate::server::spi;
@@ -39,7 +39,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     // What failed in an earlier life is noted again if it still does.
     steps.take_back(&Subject::Task("watch"));
     let (mut tidied, mut maintenance) = (Instant::now(), Instant::now());
-    while launcher::launch() == launch && in_transaction(extension_exists) {
+    while launcher::launch() == launch && in_transaction(|| extension_exists() && !database_is_wanted()) {
         reload_settings();
         let round = tick::tick(&mut steps);
         if maintenance.elapsed() > MAINTENANCE_LOOK {
