@@ -4,7 +4,7 @@ use crate::engine::source::{Notice, Numbering};
 use crate::error::{Error, Result};
 use crate::server::expression::{self, Aggregate, Cut, Parsed, Scalar, Scope, Volatility};
 use crate::server::relation::{self, Table};
-use crate::server::session::Owner;
+use crate::server::session::{Owner, attempt};
 use crate::server::text::{float, quoted};
 use crate::state::definition::{
     Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES,
@@ -127,6 +127,9 @@ fn dimension(
         }
         None => notices.extend(require_steady(&scalar, refuse)?),
     }
+    if let Some(column) = time_column(table, &scalar) {
+        try_moment(scope, &scalar, column, refuse)?;
+    }
     if !relation::is_sortable(scalar.type_oid) {
         return Err(refuse(&format!("Values of type {} cannot be sorted.", scalar.r#type)));
     }
@@ -149,6 +152,9 @@ fn require_steady(scalar: &Scalar, refuse: impl Fn(&str) -> Error) -> Result<Opt
     match scalar.volatility {
         Volatility::Immutable => Ok(None),
         Volatility::Volatile => Err(refuse("It is volatile: it has another value each time.")),
+        Volatility::OfSession => {
+            Err(refuse("It reads the clock, or asks who the session is: it has another value each time."))
+        }
         Volatility::Stable => Ok(Some(Notice {
             message: format!("{} depends on settings such as TimeZone", scalar.text),
             hint: "Rows are merged with TimeZone UTC; until then they appear as the reader's settings say. AT TIME ZONE makes an expression independent.".into(),
@@ -168,6 +174,25 @@ fn time_column<'a>(table: &'a Table, scalar: &Scalar) -> Option<(&'a str, &'a st
 /// What cuts a column of time into consecutive pieces can be looked up by the column itself, which may have an index.
 fn cuts_time(table: &Table, scalar: &Scalar) -> bool {
     scalar.cut.is_some() && time_column(table, scalar).is_some()
+}
+
+/// Computes an expression over one column of time for some moment. What fails here, for a unit or a time zone that does not exist,
+/// would fail for each row.
+fn try_moment(
+    scope: &Scope,
+    scalar: &Scalar,
+    (column, r#type): (&str, &str),
+    refuse: impl Fn(&str) -> Error,
+) -> Result<()> {
+    let (moment, expression) = ("2026-02-28 13:37:59.25+00", &scalar.text);
+    let sql = format!(
+        "SELECT FROM (SELECT '{moment}'::{type} AS {}) t WHERE ({expression}) IS NULL",
+        quote_identifier(column)
+    );
+    match attempt(|| scope.owner.query(&sql, &[], |_| Ok(()))) {
+        Ok(_) => Ok(()),
+        Err(failure) => Err(refuse(&expression::sentence(&failure.unless_cancel().message))),
+    }
 }
 
 /// A dimension that buckets time: of a type of time, and over one column of such a type.

@@ -12,8 +12,8 @@
 use crate::error::{Error, Result};
 use crate::server::session::{Elevated, Owner, attempt};
 use crate::server::spi::{query, value};
-use pgrx::{FromDatum, pg_sys};
-use std::ffi::{CStr, CString};
+use pgrx::{FromDatum, pg_guard, pg_sys};
+use std::ffi::{CStr, CString, c_void};
 
 /// `expression AS name`, understood.
 pub struct Parsed {
@@ -54,6 +54,8 @@ pub enum Volatility {
     Immutable,
     /// It depends on settings, such as TimeZone.
     Stable,
+    /// It reads the clock, or asks who the session is: the server calls that stable as well, for the time of one statement.
+    OfSession,
     Volatile,
 }
 
@@ -89,7 +91,8 @@ pub fn parse(scope: &Scope, text: &str, what: &'static str) -> Result<Parsed> {
     }
 }
 
-fn sentence(message: &str) -> String {
+/// A message of the server's, as a sentence.
+pub fn sentence(message: &str) -> String {
     let mut letters = message.chars();
     letters.next().map_or(String::new(), |first| format!("{}{}.", first.to_uppercase(), letters.as_str()))
 }
@@ -254,8 +257,9 @@ impl Analyzed {
             };
             match (pg_sys::contain_mutable_functions(planned), pg_sys::contain_volatile_functions(planned)) {
                 (false, _) => Volatility::Immutable,
-                (true, false) => Volatility::Stable,
                 (true, true) => Volatility::Volatile,
+                (true, false) if asks_session(planned, std::ptr::null_mut()) => Volatility::OfSession,
+                (true, false) => Volatility::Stable,
             }
         };
         let mut numbers: *mut pg_sys::Bitmapset = std::ptr::null_mut();
@@ -313,6 +317,45 @@ impl Analyzed {
         let filter = (!call.aggfilter.is_null()).then(|| self.scalar(call.aggfilter.cast())).transpose()?;
         let ordered = [call.aggdistinct, call.aggorder, call.aggdirectargs].iter().any(|l| !l.is_null());
         Ok(Aggregate { function, built_in, arguments, filter, ordered })
+    }
+}
+
+/// Functions whose value is that of a session or of a moment.
+const OF_SESSION: [u32; 20] = [
+    pg_sys::F_NOW,
+    pg_sys::F_TRANSACTION_TIMESTAMP,
+    pg_sys::F_STATEMENT_TIMESTAMP,
+    pg_sys::F_AGE_TIMESTAMP,
+    pg_sys::F_AGE_TIMESTAMPTZ,
+    pg_sys::F_CURRENT_USER,
+    pg_sys::F_SESSION_USER,
+    pg_sys::F_GETPGUSERNAME,
+    pg_sys::F_CURRENT_DATABASE,
+    pg_sys::F_CURRENT_SCHEMA,
+    pg_sys::F_CURRENT_SCHEMAS,
+    pg_sys::F_CURRENT_SETTING_TEXT,
+    pg_sys::F_CURRENT_SETTING_TEXT_BOOL,
+    pg_sys::F_PG_BACKEND_PID,
+    pg_sys::F_PG_CURRENT_XACT_ID,
+    pg_sys::F_TXID_CURRENT,
+    pg_sys::F_INET_CLIENT_ADDR,
+    pg_sys::F_INET_CLIENT_PORT,
+    pg_sys::F_INET_SERVER_ADDR,
+    pg_sys::F_PG_POSTMASTER_START_TIME,
+];
+
+/// Whether something in an expression has its value from the session or the moment. `true` ends the walk.
+#[pg_guard]
+unsafe extern "C-unwind" fn asks_session(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    // SAFETY: nodes of an analyzed expression, each read as what its tag says.
+    unsafe {
+        match node.as_ref() {
+            None => false,
+            // CURRENT_DATE, CURRENT_USER and their like.
+            Some(_) if is(node, pg_sys::NodeTag::T_SQLValueFunction) => true,
+            Some(_) if call(node).is_some_and(|(function, _)| OF_SESSION.contains(&function)) => true,
+            Some(_) => pg_sys::expression_tree_walker(node, Some(asks_session), context),
+        }
     }
 }
 
