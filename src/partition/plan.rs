@@ -1,7 +1,7 @@
 //! What a conversion would do, for a DBA to read before it does it: each step with its lock, its size and about how long
 //! it takes, every object that it touches, and what is in its way. Changes nothing.
 
-use crate::error::Result;
+use crate::error::{Result, Told};
 use crate::partition::calendar::{self, Instant, Range, missing};
 use crate::partition::convert::{Conversion, Options};
 use crate::partition::layout;
@@ -26,16 +26,12 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         row("in the way", obstacle, &name, "", "the conversion is refused until it is gone".into());
     }
     if let Err(missing) = conversion.require_time_index() {
-        row(
-            "in the way",
-            &format!("{missing}; {}", missing.hint().unwrap_or_default()),
-            &name,
-            "",
-            missing.reason(),
-        );
+        let Told { message, detail, hint, .. } = missing.tell();
+        let what = format!("{message}; {}", hint.unwrap_or_default());
+        row("in the way", &what, &name, "", detail.unwrap_or_default());
     }
     if let Some(beyond) = conversion.rows_beyond()? {
-        row("in the way", "rows from the cutover on", &name, "", beyond.reason());
+        row("in the way", "rows from the cutover on", &name, "", beyond.tell().detail.unwrap_or_default());
     }
     if rows.is_empty() {
         rows.push(("in the way".into(), "nothing".into(), name.clone(), String::new(), String::new()));

@@ -1,6 +1,6 @@
 //! Who acts, where, and what becomes of an error.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Told};
 use crate::server::limit;
 use crate::server::relation;
 use crate::server::spi::{self, query, value};
@@ -492,15 +492,10 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
             Error::Failed(failure) => failure,
-            error => Failure {
-                sqlstate: error.sqlstate(),
-                message: error.to_string(),
-                detail: error.detail(),
-                hint: error.hint(),
-                ours: true,
-                cancel: false,
-                timed_out: false,
-            },
+            error => {
+                let Told { sqlstate, message, detail, hint } = error.tell();
+                Failure { sqlstate, message, detail, hint, ours: true, cancel: false, timed_out: false }
+            }
         }
     }
 }
