@@ -280,7 +280,7 @@ fn the_worker_leaves_it_alone_and_dropping_it_leaves_the_users_table() {
     let mut client = db.connect();
     client.batch_execute(ARTICLE).unwrap();
     client.batch_execute(&insert(10, "0")).unwrap();
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for_a_round(&mut client);
     assert!(holds(
         &mut client,
         "SELECT kind = 'by hand' AND watermark = 0 AND last_error IS NULL FROM spend_rollup_status"

@@ -77,7 +77,7 @@ fn a_failure_that_commits_late_is_repaired_when_it_commits() {
         .unwrap();
     writer.batch_execute("BEGIN").unwrap();
     assert_eq!(insert(&mut writer, "late"), 20);
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    wait_for_a_round(&mut client);
     // The number of the failure can be seen, its rows cannot: it must not be taken for repaired.
     assert_eq!(value::<i64>(&mut client, "SELECT failures_seen FROM litellm_spend.capture"), 0);
     writer.batch_execute("COMMIT").unwrap();

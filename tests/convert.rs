@@ -214,14 +214,14 @@ fn a_conversion_that_is_killed_at_any_step_goes_on() {
                 client.query_one(&next, &[]).is_ok_and(|row| row.get::<_, Option<bool>>(0) == Some(true))
             })
         });
-        std::thread::sleep(Duration::from_millis(700));
+        wait_for_a_round(&mut db.connect());
     };
     // A worker that is killed takes the server down and up again.
     let kill_worker = || {
         let sql = "SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'";
         let pid: i32 = value(&mut db.connect(), sql);
-        std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
-        std::thread::sleep(Duration::from_millis(500));
+        kill(pid);
+        eventually("the server is back", || cluster.try_connect(&db.name, "postgres").is_ok());
     };
     let read = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
     hold("writer", &insert_rows("prepared", 1, 3));
@@ -239,7 +239,7 @@ fn a_conversion_that_is_killed_at_any_step_goes_on() {
     hold("another reader", read);
     if !holds(&mut db.connect(), IS_PARTITIONED) {
         cluster.crash_and_restart();
-        std::thread::sleep(Duration::from_millis(700));
+        wait_for_a_round(&mut db.connect());
         kill_worker();
     }
     release("another reader");
@@ -264,8 +264,12 @@ fn an_index_that_was_left_half_built_is_built_again() {
     db.connect().batch_execute("SELECT spend_partition_convert()").unwrap();
     eventually("the index is being built", || holds(&mut db.connect(), invalid));
     // In the middle of CREATE INDEX CONCURRENTLY, and then of DROP INDEX CONCURRENTLY.
-    for _ in 0..2 {
-        std::thread::sleep(Duration::from_millis(700));
+    for creates in [true, false] {
+        let at_it = format!(
+            "SELECT bool_or(wait_event_type = 'Lock') AND {creates} = EXISTS (SELECT FROM pg_stat_progress_create_index)
+             FROM pg_stat_activity WHERE backend_type = 'litellm_spend builder'"
+        );
+        eventually("the builder waits for the writer", || holds(&mut db.connect(), &at_it));
         cluster.crash_and_restart();
         assert!(holds(&mut db.connect(), invalid));
     }
@@ -314,7 +318,7 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
     let pid: i32 = value(&mut victim, "SELECT pg_backend_pid()");
     std::thread::scope(|scope| {
         let call = scope.spawn(|| victim.batch_execute("SELECT spend_partition_convert()"));
-        std::thread::sleep(Duration::from_millis(700));
+        eventually("it waits", || waits_for_a_lock(&mut client, pid));
         client.batch_execute(&format!("SELECT pg_terminate_backend({pid})")).unwrap();
         assert!(call.join().unwrap().is_err());
     });
@@ -870,11 +874,7 @@ fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
         } else if let Ok(mut client) = cluster.try_connect(&db.name, "postgres") {
             let sql = "SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'";
             if let Ok(Some(row)) = client.query_opt(sql, &[]) {
-                std::process::Command::new("kill")
-                    .args(["-9", &row.get::<_, i32>(0).to_string()])
-                    .status()
-                    .unwrap();
-                std::thread::sleep(Duration::from_millis(500));
+                kill(row.get(0));
             }
             eventually("the server is back", || cluster.try_connect(&db.name, "postgres").is_ok());
         }
@@ -934,7 +934,7 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
     let mut holder = db.connect();
     holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    std::thread::sleep(Duration::from_millis(1500));
+    wait_for_a_round(&mut client);
     writer.batch_execute("COMMIT").unwrap();
     let at_the_swap = "SELECT bool_or(step = 'swap' AND state = 'next') FROM spend_partition_revert()";
     eventually("all is copied", || holds(&mut client, at_the_swap));
@@ -944,7 +944,7 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
             r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN newer text DEFAULT 'n'; CREATE INDEX newer_idx ON "LiteLLM_SpendLogs" (newer)"#,
         )
         .unwrap();
-    std::thread::sleep(Duration::from_millis(700));
+    wait_for_a_round(&mut client);
     eventually("all is copied again", || holds(&mut client, at_the_swap));
     // Rows that come with a partition, which no trigger sees.
     client
@@ -955,7 +955,7 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
                ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION came FOR VALUES FROM ('2040-01-01') TO ('2040-01-02'); RESET ROLE"#,
         )
         .unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    wait_for_a_round(&mut client);
     client.batch_execute(r#"CREATE INDEX newest_idx ON "LiteLLM_SpendLogs" (newer, model)"#).unwrap();
     holder.batch_execute("COMMIT").unwrap();
     wait_until_plain(&mut client);

@@ -312,7 +312,7 @@ fn a_rolled_back_or_prepared_row_is_counted_only_once_committed() {
     writer.batch_execute(&format!("BEGIN; {}; PREPARE TRANSACTION 'declared'", views(10, 10))).unwrap();
     client.batch_execute(&views(20, 5)).unwrap();
     assert_eq!(value::<i64>(&mut client, counted), 5);
-    std::thread::sleep(Duration::from_millis(400));
+    wait_for_a_round(&mut client);
     assert!(
         holds(&mut client, "SELECT watermark <= 10 AND tail_rows = 5 FROM spend_rollup_status"),
         "merged too far"
@@ -349,7 +349,7 @@ fn a_row_inserted_straight_into_a_leaf_is_counted() {
                 "INSERT INTO events_a (at, kind) VALUES ('2026-01-06', 'x'); INSERT INTO events (at, kind) VALUES ('2026-02-03', 'x')",
             )
             .unwrap();
-        std::thread::sleep(Duration::from_millis(60));
+        wait_for_a_round(&mut client);
     }
     assert!(
         holds(&mut client, "SELECT watermark <= 10 FROM spend_rollup_status"),
@@ -737,7 +737,7 @@ fn a_sequence_set_back_stops_the_rollup_and_says_so() {
     assert_views_exact(&mut client);
     // A restart that goes forward is none.
     client.batch_execute("ALTER SEQUENCE page_views_view_id_seq RESTART 5000").unwrap();
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for_a_round(&mut client);
     assert!(holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
     client.batch_execute(&views(300, 20)).unwrap();
     merged(&mut client, "views");

@@ -146,7 +146,7 @@ fn an_idle_writer_freezes_the_watermark_only() {
             "SELECT blocked_by_pids FROM spend_rollup_status WHERE rollup = 'daily_spend'",
         ) == Some(vec![pid])
     });
-    std::thread::sleep(Duration::from_millis(500));
+    wait_for_a_round(&mut client);
     assert_eq!(
         value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'"),
         frozen
@@ -205,7 +205,7 @@ fn a_prepared_row_is_merged_only_once_it_is_committed() {
             "SELECT blocked_by_prepared = ARRAY['rows'] FROM spend_rollup_status WHERE rollup = 'daily_spend'",
         )
     });
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for_a_round(&mut client);
     assert_eq!(
         value::<i64>(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'"),
         0

@@ -442,7 +442,7 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
             "SELECT live_views IS NULL AND last_error LIKE '%was replaced%' FROM spend_rollup_status WHERE rollup = 'daily_spend'",
         )
     });
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    wait_for_a_round(&mut client);
     assert_eq!(value::<f64>(&mut client, r#"SELECT spend FROM "MonthlyGlobalSpend""#), 1.0);
     client.batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; SELECT spend_attach()"#).unwrap();
     wait_until_live(&mut client);

@@ -30,14 +30,11 @@ fn while_it_waits(
     let mut caller = db.connect();
     // Longer than anything here takes; a call that waits without a limit ends nevertheless.
     caller.batch_execute("SET statement_timeout = '60s'").unwrap();
-    let waiting = format!(
-        "SELECT coalesce((SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = {}), false)",
-        pid(&mut caller)
-    );
+    let pid = pid(&mut caller);
     std::thread::scope(|scope| {
         let running = scope.spawn(|| caller.batch_execute(call));
         let mut client = db.connect();
-        eventually("it waits", || holds(&mut client, &waiting) || running.is_finished());
+        eventually("it waits", || waits_for_a_lock(&mut client, pid) || running.is_finished());
         assert!(!running.is_finished(), "it does not wait: {:?}", running.join());
         beside(&mut client);
         running.join().unwrap().err().map(|error| error.as_db_error().unwrap().clone())

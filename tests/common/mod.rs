@@ -442,6 +442,30 @@ impl Drop for RaiseOnDrop<'_> {
     }
 }
 
+/// Waits until the worker has been through a whole round that began after the call.
+pub fn wait_for_a_round(client: &mut Client) {
+    let mut ends: Vec<String> = vec![value(client, "SELECT clock_timestamp()::text")];
+    eventually("the worker goes through a round", || {
+        let sql = "SELECT max(state_change)::text FROM pg_stat_activity WHERE datname = current_database()
+                   AND backend_type = 'litellm_spend worker' AND state = 'idle' AND state_change > $1::text::timestamptz";
+        // Of two ends, the first may be that of a round which had begun.
+        ends.extend(client.query_one(sql, &[ends.last().unwrap()]).unwrap().get::<_, Option<String>>(0));
+        ends.len() > 2
+    });
+}
+
+/// Whether the session with this pid waits for a lock.
+pub fn waits_for_a_lock(client: &mut Client, pid: i32) -> bool {
+    let sql = format!("SELECT bool_or(wait_event_type = 'Lock') FROM pg_stat_activity WHERE pid = {pid}");
+    holds(client, &sql)
+}
+
+/// Kills a process of a server with SIGKILL, and waits until its postmaster knows: it then ends all others.
+pub fn kill(pid: i32) {
+    assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    eventually("it is gone", || !Path::new(&format!("/proc/{pid}")).exists());
+}
+
 /// The worker has merged everything that was committed.
 pub fn wait_until_merged(client: &mut Client) {
     eventually("the tail is empty", || {
