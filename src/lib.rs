@@ -16,6 +16,8 @@ mod api;
 mod engine;
 mod error;
 mod guc;
+#[cfg(feature = "pg_test")]
+mod inside;
 mod litellm;
 mod partition;
 mod server;
@@ -43,5 +45,15 @@ pub extern "C-unwind" fn _PG_init() {
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
         worker::launcher::register();
         worker::hook::install();
+    }
+}
+
+/// For pgrx-tests.
+#[cfg(test)]
+pub mod pg_test {
+    pub fn setup(_options: Vec<&str>) {}
+
+    pub fn postgresql_conf_options() -> Vec<&'static str> {
+        vec![]
     }
 }

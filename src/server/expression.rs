@@ -11,7 +11,7 @@
 
 use crate::error::{Error, Result};
 use crate::server::session::{Elevated, Owner, attempt};
-use crate::server::spi::{query, value};
+use crate::server::spi::{current, value};
 use pgrx::{FromDatum, pg_guard, pg_sys};
 use std::ffi::{CStr, CString, c_void};
 
@@ -459,7 +459,7 @@ pub fn drawn_from(stored: &str) -> Option<pg_sys::Oid> {
 /// A function's name, qualified and quoted, and whether it is the server's own.
 fn function_name(function: pg_sys::Oid) -> std::result::Result<(String, bool), Reason> {
     let _settings = Elevated::pinned();
-    let names = query(
+    let names = current(
         "SELECT pg_catalog.format('%I.%I', n.nspname, p.proname), n.nspname = 'pg_catalog'
          FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace WHERE p.oid = $1",
         &[function.into()],
