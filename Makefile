@@ -27,6 +27,9 @@ test: setup fixtures ## all tests; NAME=convert … those of one file
 bench: install fixtures ## measure; results in bench/
 	@bench/run
 
+bench-%: install fixtures
+	@bench/run $*
+
 fmt:         ## format the code
 	@cargo fmt
 

@@ -131,7 +131,7 @@ def drop(*databases):
     on_server(*(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)" for database in databases))
 
 
-def _schema():
+def empty():
     """An empty database as LiteLLM makes it, with all seven indexes of the spend log, of a role that is no superuser."""
     if not exists("litellm"):
         on_server("CREATE ROLE litellm LOGIN", "CREATE DATABASE litellm OWNER litellm")
@@ -146,7 +146,7 @@ def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
     if exists(name):
         return name
     start = time.monotonic()
-    on_server(f"CREATE DATABASE {name} TEMPLATE {_schema()}")
+    on_server(f"CREATE DATABASE {name} TEMPLATE {empty()}")
     for index in without:
         _psql(name, "-c", f'DROP INDEX "LiteLLM_SpendLogs_{index}_idx"')
     # Two sessions, for two cores; different seeds make different rows, the same ones the same request_id.
