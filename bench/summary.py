@@ -9,6 +9,7 @@ import statistics
 from collections import defaultdict
 
 import merge
+import pipeline
 import views
 import whole
 from harness import QUICK, RESULTS
@@ -24,6 +25,7 @@ TITLES = {
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
+    "pipeline": f"Two connections COPY {pipeline.ROWS:,} page views, merged beside them into a million groups",
     "convert": "spend_partition_convert(), and what others wait for it",
     "expire": "Expiry of a day of 100,000 rows",
     "partitioned": "Inserts of 100 rows into the partitioned and the plain table, both captured",
@@ -56,6 +58,10 @@ RATIOS = {
         for _, cases in merge.CASES for case in cases
         for above, below in (("ours", "plain"), ("ours", "plain, windows"), ("ours, one window", "plain"))
         for metric in ("time", "cpu")
+    ],
+    "pipeline": [
+        *((metric, ["ours"], "article") for metric in ("end to end", "longest lag", "merge cpu", "memory")),
+        *(("ingest", [variant], "ingest alone") for variant in ("ours", "article")),
     ],
     "convert": [
         *(("time", [f"{size}: ours, swap"], "0.1 GB: ours, swap") for size in GIGABYTES[1:]),

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""The pipeline of "Scalable incremental data aggregation on Postgres and Citus" (2018) on one node: two connections COPY
+page views as fast as they can, and a third process merges them into views by page and minute, until all is merged.
+
+    article       the article's tables and functions; its own session calls do_page_view_aggregation() in a loop
+    ours          a declared rollup of the same dimensions, merged by the worker at its default pace
+    ingest alone  nobody merges
+
+Each on a new database, in turns. The views are of 100,000 pages of 1,000 sites at random times of ten minutes: a million
+groups, which every COPY of 100,000 rows may touch. The server reads the rows from files, so that no client takes part.
+
+Lag is how long ago the oldest row that is not merged yet was numbered, twice a second; pipeline_lag.csv keeps it, with what
+had been numbered and merged. Memory is the merging process's own, without shared buffers. ROWS=2000000 bench/run pipeline
+tries it with fewer.
+"""
+
+import csv
+import os
+import threading
+import time
+from pathlib import Path
+
+import harness
+from harness import QUICK, Results, Session, say
+
+RUNS = 2 if QUICK else 5
+ROWS = int(os.environ.get("ROWS", 400_000 if QUICK else 20_000_000))
+CONNECTIONS = 2
+BATCH = 100_000 if ROWS >= 1_000_000 else 10_000
+FILES = 20  # of a batch each, copied in turns
+SAMPLING = 0.5  # seconds
+DATABASE = "pipeline"
+
+FILE = """
+COPY (SELECT page % 1000, '/page/' || page / 1000, '127.0.0.1',
+             timestamptz '2026-01-10 00:00 UTC' + random() * interval '10 minutes'
+      FROM (SELECT (random() * 100000)::int % 100000 AS page FROM generate_series(1, {rows})) AS pages)
+TO '{directory}/page_views.{file}'
+"""
+COPY = "COPY page_views (site_id, path, client_ip, view_time) FROM 'page_views.{file}'"  # in the data directory
+
+PAGE_VIEWS = """
+CREATE TABLE page_views (
+    site_id int, path text, client_ip inet, view_time timestamptz DEFAULT now(), view_id bigserial);
+CREATE INDEX view_id_idx ON page_views USING BRIN (view_id);
+"""
+
+# As the article has them.
+ARTICLE = """
+CREATE TABLE rollups (
+    name text PRIMARY KEY, event_table_name text NOT NULL, event_id_sequence_name text NOT NULL,
+    last_aggregated_id bigint DEFAULT 0);
+
+CREATE FUNCTION incremental_rollup_window(rollup_name text, OUT window_start bigint, OUT window_end bigint)
+RETURNS record LANGUAGE plpgsql AS $function$
+DECLARE
+    table_to_lock regclass;
+BEGIN
+    SELECT event_table_name, last_aggregated_id+1, pg_sequence_last_value(event_id_sequence_name)
+    INTO table_to_lock, window_start, window_end
+    FROM rollups WHERE name = rollup_name FOR UPDATE;
+    IF NOT FOUND THEN
+        RAISE 'rollup ''%'' is not in the rollups table', rollup_name;
+    END IF;
+    IF window_end IS NULL THEN
+        window_end := 0;
+        RETURN;
+    END IF;
+    BEGIN
+        EXECUTE format('LOCK %s IN EXCLUSIVE MODE', table_to_lock);
+        RAISE 'release table lock';
+    EXCEPTION WHEN OTHERS THEN
+    END;
+    UPDATE rollups SET last_aggregated_id = window_end WHERE name = rollup_name;
+END
+$function$;
+
+CREATE TABLE page_views_1min (
+    site_id int, path text, period_start timestamptz, view_count bigint, PRIMARY KEY (site_id, path, period_start));
+INSERT INTO rollups VALUES ('page_views_1min_rollup', 'page_views', 'page_views_view_id_seq');
+
+CREATE FUNCTION do_page_view_aggregation(OUT start_id bigint, OUT end_id bigint)
+RETURNS record LANGUAGE plpgsql AS $function$
+BEGIN
+    SELECT window_start, window_end INTO start_id, end_id FROM incremental_rollup_window('page_views_1min_rollup');
+    IF start_id > end_id THEN RETURN; END IF;
+    INSERT INTO page_views_1min (site_id, path, period_start, view_count)
+      SELECT site_id, path, date_trunc('minute', view_time), count(*) AS view_count
+      FROM page_views
+      WHERE view_id BETWEEN start_id AND end_id
+      GROUP BY site_id, path, date_trunc('minute', view_time)
+      ON CONFLICT (site_id, path, period_start) DO UPDATE
+      SET view_count = page_views_1min.view_count + EXCLUDED.view_count;
+END
+$function$;
+"""
+
+
+class Article:
+    name = "article"
+    merged_to = "SELECT last_aggregated_id FROM rollups"
+    table = "page_views_1min"
+
+    def start(self, session):
+        session.run(ARTICLE)
+        self.session, self.stop = Session(DATABASE), threading.Event()
+        self.pid = self.session.pid
+        self.thread = threading.Thread(target=self.aggregate)
+        self.thread.start()
+
+    def aggregate(self):
+        while not self.stop.is_set():
+            (start, end), = self.session.rows("SELECT * FROM do_page_view_aggregation()")
+            if int(start) > int(end):
+                self.stop.wait(0.1)
+
+    def end(self, _):
+        self.stop.set()
+        self.thread.join()
+        self.session.close()
+
+
+class Ours:
+    name = "ours"
+    merged_to = "SELECT watermark FROM litellm_spend.rollup"
+    table = "litellm_spend.page_views_1min_rollup"
+
+    def start(self, session):
+        harness.create_extension(session)
+        session.run("SELECT spend_rollup_create('page_views_1min', 'page_views', ARRAY['site_id', 'path',"
+                    " 'date_trunc(''minute'', view_time) AS period_start'], ARRAY['count(*) AS view_count'])")
+        self.set_interval(session, "1s")
+        self.pid = int(session.value("SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'"
+                                     " AND database = current_database()"))
+
+    def end(self, session):
+        self.set_interval(session, "1h")
+
+    @staticmethod
+    def set_interval(session, interval):
+        session.run(f"ALTER SYSTEM SET litellm_spend.merge_interval = '{interval}'")
+        session.run("SELECT pg_reload_conf()")
+
+
+class Alone:
+    name = "ingest alone"
+    merged_to = None
+
+
+def copy(first, failures):
+    """The batches of one connection."""
+    try:
+        session = Session(DATABASE)
+        for batch in range(first, ROWS // BATCH, CONNECTIONS):
+            session.run(COPY.format(file=batch % FILES))
+        session.close()
+    except Exception as failure:  # the main thread tells
+        failures.append(failure)
+
+
+class Watch:
+    """What had been numbered and merged at each moment, and the memory of who merges."""
+
+    def __init__(self, variant):
+        self.variant, self.session = variant, Session(DATABASE)
+        self.moments = []  # (seconds, numbered, merged, lag)
+        self.memory, self.start = 0, time.perf_counter()
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def look(self):
+        merged = f"({self.variant.merged_to})"
+        numbered, merged = self.session.rows(f"SELECT coalesce(pg_sequence_last_value('page_views_view_id_seq'), 0), {merged}")[0]
+        now, numbered, merged = self.seconds(), int(numbered), int(merged)
+        # Since when there has been a number that is not merged; between two looks, as if numbers rose evenly.
+        before, since = (0.0, 0), now
+        for seconds, then, *_ in [*self.moments, (now, numbered)]:
+            if then > merged:
+                since = before[0] + (seconds - before[0]) * (merged - before[1]) / (then - before[1])
+                break
+            before = (seconds, then)
+        self.moments.append((now, numbered, merged, now - since))
+        for line in Path(f"/proc/{self.variant.pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                self.memory = max(self.memory, int(line.split()[1]) / 1024)
+        return merged
+
+
+def cpu_seconds(pid):
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def one_run(results, lags, run, variant):
+    harness.drop(DATABASE)
+    harness.on_server(f"CREATE DATABASE {DATABASE}")
+    session = Session(DATABASE)
+    session.run("SET client_min_messages = warning; SET timezone = 'UTC'")
+    session.run(PAGE_VIEWS)
+    if variant.merged_to:
+        variant.start(session)
+    session.run("CHECKPOINT")
+    failures, metrics = [], []
+    copies = [threading.Thread(target=copy, args=(first, failures)) for first in range(CONNECTIONS)]
+    watch = Watch(variant)
+    cpu = cpu_seconds(variant.pid) if variant.merged_to else 0
+    for thread in copies:
+        thread.start()
+    if variant.merged_to:
+        ingested = None
+        while watch.look() < ROWS:
+            if ingested is None and not any(thread.is_alive() for thread in copies):
+                ingested = watch.seconds()
+            if failures:
+                raise failures[0]
+            time.sleep(SAMPLING)
+        seconds, ingested = watch.seconds(), ingested or watch.seconds()
+        metrics = [("end to end", ROWS / seconds, "rows/s"), ("longest lag", max(m[3] for m in watch.moments), "s"),
+                   ("merge cpu", cpu_seconds(variant.pid) - cpu, "s"), ("memory", watch.memory, "MiB")]
+    for thread in copies:
+        thread.join()
+    if failures:
+        raise failures[0]
+    if not variant.merged_to:
+        ingested = watch.seconds()
+    watch.session.close()
+    metrics = [("ingest", ROWS / ingested, "rows/s"), *metrics]
+    for metric, value, unit in metrics:
+        results.add(run, variant.name, metric, value, unit)
+    results.write()
+    lags += [(variant.name, run, *(f"{value:.6g}" for value in moment)) for moment in watch.moments]
+    with open(harness.RESULTS / "pipeline_lag.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("variant", "run", "seconds", "numbered", "merged", "lag"))
+        writer.writerows(lags)
+    say(f"run {run} of {RUNS}: {variant.name}: " + ", ".join(f"{m} {v:,.1f} {u}" for m, v, u in metrics))
+    rows = None
+    if variant.merged_to:
+        variant.end(session)
+        rows = session.rows("SELECT count(*), sum(view_count), sum(hash_record_extended(ROW(site_id, path, period_start,"
+                            f" view_count), 0)) FROM {variant.table}")
+    session.close()
+    return rows
+
+
+def main():
+    results, lags = Results("pipeline"), []
+    session = Session("postgres")
+    directory = session.value("SHOW data_directory")
+    for file in range(FILES):
+        session.run(FILE.format(rows=BATCH, directory=directory, file=file))
+    session.close()
+    for run in range(1, RUNS + 1):  # no warm-up: each is a new database
+        found = [one_run(results, lags, run, variant) for variant in harness.rotated([Article(), Ours(), Alone()], run)]
+        if len({str(rows) for rows in found if rows}) != 1:
+            raise RuntimeError(f"not all variants made the same rows: {found}")
+    harness.drop(DATABASE)
+
+
+if __name__ == "__main__":
+    main()
