@@ -4,6 +4,7 @@ use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 use std::time::Duration;
 
 static MERGE_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static MERGE_ROWS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 static LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static SWAP_LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
@@ -11,10 +12,19 @@ static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(1_000_000);
 static MAINTAIN_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static DISCOVERY_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
 
-/// Time between two looks of a worker at its sources. Live views are exact whatever it is; it only bounds their
-/// tail. One second keeps the tail of a busy gateway (2,000 rows/s) at about 2,000 rows.
+/// Time between two looks of a worker at its sources.
 pub fn merge_interval() -> Duration {
     millis(&MERGE_INTERVAL)
+}
+
+/// New rows of a source that a worker merges at its next look. Live views are exact whatever it is: it bounds their tail.
+pub fn merge_rows() -> i64 {
+    i64::from(MERGE_ROWS.get())
+}
+
+/// How long fewer wait: for ten looks.
+pub fn merge_delay() -> Duration {
+    merge_interval() * 10
 }
 
 /// How long a lock is waited for, and which setting says so.
@@ -66,13 +76,23 @@ pub fn register() {
     let (ms, s) = (GucFlags::UNIT_MS, GucFlags::UNIT_S);
     GucRegistry::define_int_guc(
         c"litellm_spend.merge_interval",
-        c"Time between two merges of the worker.",
-        c"Live views are exact whatever this is: it bounds the number of rows that they add up themselves.",
+        c"Time between two looks of the worker at what is new.",
+        c"Fewer new rows than litellm_spend.merge_rows are merged after ten looks.",
         &MERGE_INTERVAL,
         10,
         3_600_000,
         GucContext::Sighup,
         ms,
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.merge_rows",
+        c"New rows of a source that the worker merges at its next look.",
+        c"Live views are exact whatever this is: it bounds the number of rows that they add up themselves.",
+        &MERGE_ROWS,
+        1,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::default(),
     );
     GucRegistry::define_int_guc(
         c"litellm_spend.lock_timeout",

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use postgres::IsolationLevel;
+use postgres::{Client, IsolationLevel};
 use rand::prelude::*;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -249,6 +249,104 @@ fn two_mergers_never_count_a_row_twice() {
         assert!(merged > 0, "the callers merged nothing");
         assert_exact(&mut client);
     });
+}
+
+fn own(settings: &[&str]) -> Database {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(settings)));
+    cluster.database()
+}
+
+/// In how many transactions the built-in rollups were merged last.
+const MERGED_IN: &str =
+    "SELECT count(DISTINCT xmin::text) FROM litellm_spend.rollup WHERE source = 'change_log'";
+
+#[test]
+fn built_in_rollups_are_merged_together_unless_one_of_them_fails() {
+    // The worker leaves it to the test.
+    let db = own(&["litellm_spend.merge_interval = '1h'"]);
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    let mut rng = StdRng::seed_from_u64(1);
+    let mut change = |client: &mut Client| {
+        let round: u32 = rng.random();
+        client.batch_execute(&insert_rows(&format!("r{round}-"), rng.random_range(50..300), 40)).unwrap();
+        let changes = format!(
+            r#"UPDATE "LiteLLM_SpendLogs" SET spend = spend + 1, model = 'other', request_tags = '["a", "b", "a"]'
+               WHERE request_id LIKE 'r%{0}';
+               UPDATE "LiteLLM_SpendLogs" SET request_tags = NULL, "user" = NULL WHERE request_id LIKE 'r%{1}';
+               DELETE FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'r%{2}'"#,
+            rng.random_range(0..10),
+            rng.random_range(0..10),
+            rng.random_range(10..100)
+        );
+        client.batch_execute(&changes).unwrap();
+    };
+    let outcomes = |client: &mut Client, call: &str| -> Vec<(String, String)> {
+        let sql = format!("SELECT rollup, outcome FROM {call} ORDER BY rollup");
+        client.query(&sql, &[]).unwrap().iter().map(|r| (r.get(0), r.get(1))).collect()
+    };
+
+    // Together, in several windows as in one.
+    for window in [1_000_000, 400] {
+        change(&mut client);
+        client.batch_execute(&format!("SET litellm_spend.max_window = {window}")).unwrap();
+        let merged = outcomes(&mut client, "spend_rollup_run()");
+        assert!(merged.len() == 8 && merged.iter().all(|(_, text)| text == "merged"), "{merged:?}");
+        assert_eq!(value::<i64>(&mut client, MERGED_IN), 1);
+        assert_verified(&mut client);
+        assert!(holds(&mut client, "SELECT bool_and(tail_rows = 0) FROM spend_rollup_status"));
+    }
+    client.batch_execute("RESET litellm_spend.max_window").unwrap();
+
+    // Each alone: the same groups.
+    change(&mut client);
+    for (rollup, _) in outcomes(&mut client, "spend_rollup_run()") {
+        change(&mut client);
+        outcomes(&mut client, &format!("spend_rollup_run('{rollup}')"));
+        assert_verified(&mut client);
+    }
+
+    // One that fails keeps none of the others, and is with them again afterwards.
+    client
+        .batch_execute(
+            "SELECT spend_rollup_run();
+             ALTER TABLE litellm_spend.daily_spend_by_model_rollup ADD CONSTRAINT no CHECK (model <> 'other') NOT VALID",
+        )
+        .unwrap();
+    change(&mut client);
+    for (rollup, text) in outcomes(&mut client, "spend_rollup_run()") {
+        assert_eq!(text, if rollup == "daily_spend_by_model" { "failed" } else { "merged" }, "{rollup}");
+    }
+    assert_verified(&mut client);
+    client.batch_execute("ALTER TABLE litellm_spend.daily_spend_by_model_rollup DROP CONSTRAINT no").unwrap();
+    outcomes(&mut client, "spend_rollup_run()");
+    change(&mut client);
+    outcomes(&mut client, "spend_rollup_run()");
+    assert_eq!(value::<i64>(&mut client, MERGED_IN), 1);
+    assert_verified(&mut client);
+}
+
+#[test]
+fn many_rows_are_merged_at_the_next_look_and_few_after_ten() {
+    let db = own(&["litellm_spend.merge_interval = '1s'", "litellm_spend.merge_rows = 100"]).attached();
+    let mut client = db.connect();
+    wait_until_merged(&mut client);
+    let looks = "SELECT seq_scan + coalesce(idx_scan, 0) FROM pg_stat_all_tables
+                 WHERE relid = 'litellm_spend.source'::regclass";
+    let watermark = "SELECT min(watermark) FROM litellm_spend.rollup WHERE source = 'change_log'";
+    let (before, looked) = (value::<i64>(&mut client, watermark), value::<i64>(&mut client, looks));
+    client.batch_execute(&insert_rows("few", 60, 3)).unwrap();
+    let inserted = Instant::now();
+    eventually("the worker has looked again and again", || value::<i64>(&mut client, looks) > looked + 8);
+    if inserted.elapsed() < Duration::from_secs(8) {
+        assert_eq!(value::<i64>(&mut client, watermark), before, "60 rows wait");
+    }
+    client.batch_execute(&insert_rows("more", 60, 3)).unwrap();
+    wait_until_merged(&mut client);
+    client.batch_execute(&insert_rows("one", 1, 3)).unwrap();
+    wait_until_merged(&mut client);
+    assert_verified(&mut client);
 }
 
 #[test]

@@ -14,6 +14,8 @@ pub enum Subject {
     Task(&'static str),
     Source(String),
     Rollup(String),
+    /// All rollups of a source, merged at once.
+    Together(String),
     /// A rollup whose source was dropped or has another owner: its merges fail and rest until that is settled.
     Stray(String),
     /// A table on its way to being partitioned, or back: its schema and name.
@@ -32,10 +34,16 @@ pub trait Runner {
     /// Has a process of its own run the statement that comes next for the conversion of a table, and that no transaction may
     /// surround. Only a worker can.
     fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}
-    /// Most sequence values of a rollup that it merges in a step.
-    fn most_merged(&self, _rollup: &str) -> i64 {
+    /// Most sequence values that it merges in a step.
+    fn most_merged(&self, _subject: &Subject) -> i64 {
         guc::max_window()
     }
+    /// Whether it is time to merge that many new numbers of a source.
+    fn merge_is_due(&mut self, _source: &str, _numbers: i64) -> bool {
+        true
+    }
+    /// All of them are merged.
+    fn merged(&mut self, _source: &str) {}
     /// Whether it may work on a rollup.
     fn may_fill(&self, _rollup: &str) -> bool {
         true
@@ -59,6 +67,7 @@ impl fmt::Display for Subject {
             Subject::Task(task) => write!(f, "{task}"),
             Subject::Source(name) => write!(f, "look at {name}"),
             Subject::Rollup(name) => write!(f, "merge of rollup {name}"),
+            Subject::Together(name) => write!(f, "merge of {name}"),
             Subject::Stray(name) => write!(f, "source of rollup {name}"),
             Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
                 write!(f, "conversion of {}", qualified(schema, table))

@@ -101,11 +101,13 @@ struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
     /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
     limits: HashMap<Subject, Duration>,
-    /// Smaller windows than `litellm_spend.max_window`, for rollups whose merge took too long.
-    windows: HashMap<String, i64>,
+    /// Smaller windows than `litellm_spend.max_window`, for merges that took too long.
+    windows: HashMap<Subject, i64>,
     /// Processes that build or drop an index.
     builders: HashMap<Subject, DynamicBackgroundWorker>,
     watched: Option<Instant>,
+    /// Since when sources have had something to merge.
+    waiting: HashMap<String, Instant>,
 }
 
 impl Steps {
@@ -127,7 +129,7 @@ impl Steps {
 
     fn limit(&self, subject: &Subject) -> Duration {
         match subject {
-            Subject::Rollup(_) => MERGE_LIMIT,
+            Subject::Rollup(_) | Subject::Together(_) => MERGE_LIMIT,
             _ => self.limits.get(subject).copied().unwrap_or(SHORTEST_LIMIT),
         }
     }
@@ -142,11 +144,10 @@ impl Steps {
     fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
         match outcome {
             Ok(value) => {
-                if let Subject::Rollup(name) = &subject
-                    && let Some(window) = self.windows.remove(name)
+                if let Some(window) = self.windows.remove(&subject)
                     && window < guc::max_window() / 2
                 {
-                    self.windows.insert(name.clone(), window * 2);
+                    self.windows.insert(subject.clone(), window * 2);
                 }
                 if self.resting.remove(&subject).is_some() {
                     self.take_back(&subject);
@@ -168,9 +169,9 @@ impl Steps {
     /// A smaller window for a merge, a longer limit for what cannot be divided.
     fn make_easier(&mut self, subject: &Subject) {
         match subject {
-            Subject::Rollup(name) => {
-                let window = (self.most_merged(name) / 8).max(SMALLEST_WINDOW);
-                self.windows.insert(name.clone(), window);
+            Subject::Rollup(_) | Subject::Together(_) => {
+                let window = (self.most_merged(subject) / 8).max(SMALLEST_WINDOW);
+                self.windows.insert(subject.clone(), window);
             }
             _ => {
                 let limit = (self.limit(subject) * 2).min(LONGEST_LIMIT);
@@ -249,8 +250,17 @@ impl Runner for Steps {
         }
     }
 
-    fn most_merged(&self, rollup: &str) -> i64 {
-        self.windows.get(rollup).copied().unwrap_or(i64::MAX).min(guc::max_window())
+    fn most_merged(&self, subject: &Subject) -> i64 {
+        self.windows.get(subject).copied().unwrap_or(i64::MAX).min(guc::max_window())
+    }
+
+    fn merge_is_due(&mut self, source: &str, numbers: i64) -> bool {
+        let since = *self.waiting.entry(source.into()).or_insert_with(Instant::now);
+        numbers >= guc::merge_rows() || since.elapsed() >= guc::merge_delay()
+    }
+
+    fn merged(&mut self, source: &str) {
+        self.waiting.remove(source);
     }
 
     fn watch_is_due(&mut self) -> bool {

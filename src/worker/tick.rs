@@ -108,11 +108,31 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         run.step(Subject::Task("watch"), || watch::raise_sequence(&source, source.merged_to));
     }
     // With nothing new the fences are not touched: an idle source writes no WAL.
-    let news = safe_end != source.merged_to;
-    let mut more = false;
+    let waiting = safe_end != source.merged_to;
+    let news = waiting && run.merge_is_due(&source.name, safe_end - source.merged_to);
+    let together =
+        if news && source.name == CHANGE_LOG { merge_together(run, &source, safe_end) } else { vec![] };
+    let mut together = together.into_iter();
+    let (mut more, mut all) = (false, !waiting || news);
     for rollup in &source.rollups {
-        let (merge, end) = if news { merge_windows(run, rollup, safe_end) } else { (None, End::Done) };
+        let (merge, end) = match together.next() {
+            _ if !news => (None, End::Done),
+            Some(merge) if merge.window_end == safe_end => (Some(merge), End::Done),
+            Some(merge) if matches!(patience, Patience::None) => (Some(merge), End::More),
+            Some(merge) => {
+                let (rest, end) = merge_windows(run, rollup, safe_end);
+                (
+                    Some(match rest {
+                        Some(rest) => joined(Some(merge), rest),
+                        None => merge,
+                    }),
+                    end,
+                )
+            }
+            None => merge_windows(run, rollup, safe_end),
+        };
         more |= matches!(end, End::More);
+        all &= matches!(end, End::Done);
         let text = match end {
             End::Failed => "failed",
             End::Busy => "busy",
@@ -121,6 +141,9 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
             _ => "up to date",
         };
         outcomes.push(Outcome { rollup: rollup.clone(), merge, text });
+    }
+    if all {
+        run.merged(&source.name);
     }
     if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
         run.step(subject, || rollup::trim(&source));
@@ -136,15 +159,35 @@ enum End {
     Failed,
 }
 
+/// As [`merge_windows`], but all rollups of the change log at once, for as long as they can be. Returns what was merged, of all of
+/// them or of none.
+fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<Merge> {
+    let patience = run.patience();
+    let subject = Subject::Together(source.name.clone());
+    let mut merged: Vec<Merge> = vec![];
+    while merged
+        .first()
+        .is_none_or(|merge| merge.window_end < safe_end && !matches!(patience, Patience::None))
+    {
+        let most = run.most_merged(&subject);
+        let step =
+            run.step(subject.clone(), || rollup::merge_together(&source.rollups, safe_end, most, patience));
+        let Some(Some(next)) = step else { break };
+        let mut earlier = merged.into_iter();
+        merged = next.into_iter().map(|next| joined(earlier.next(), next)).collect();
+    }
+    merged
+}
+
 /// Merges windows up to `safe_end`, each in a step of its own: all of them for a SQL call, one for the worker, so that no
 /// rollup keeps the others waiting.
 fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<Merge>, End) {
     let patience = run.patience();
     let mut merged = None;
     loop {
-        let most = run.most_merged(rollup);
-        let step =
-            run.step(Subject::Rollup(rollup.into()), || rollup::merge(rollup, safe_end, most, patience));
+        let subject = Subject::Rollup(rollup.into());
+        let most = run.most_merged(&subject);
+        let step = run.step(subject, || rollup::merge(rollup, safe_end, most, patience));
         match step {
             Some(Merged::Window(next)) => {
                 let last = next.window_end == safe_end;
@@ -185,6 +228,8 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
     let message = message.as_deref();
     match subject {
         Subject::Task(_) => captured::record_capture_error(message),
+        // Each is merged alone now, and what fails is that one's.
+        Subject::Together(_) => Ok(()),
         Subject::Rollup(name) | Subject::Stray(name) => rollups::record_error(name, message),
         Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
             conversion::record_error(schema, table, message, again)
