@@ -8,7 +8,7 @@ static MERGE_ROWS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 static LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static SWAP_LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
-static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(1_000_000);
+static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(10_000_000);
 static MAINTAIN_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static DISCOVERY_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
 
@@ -51,7 +51,8 @@ pub fn window_wait() -> Duration {
     millis(&WINDOW_WAIT)
 }
 
-/// Most sequence values merged in one transaction: bounds its time and memory after an outage.
+/// Most sequence values merged in one transaction: bounds its time after an outage. The worker begins with fewer, and comes here
+/// only where that many are merged within seconds.
 pub fn max_window() -> i64 {
     i64::from(MAX_WINDOW.get())
 }
@@ -127,7 +128,7 @@ pub fn register() {
     GucRegistry::define_int_guc(
         c"litellm_spend.max_window",
         c"Most sequence values merged in one transaction.",
-        c"Bounds time and memory of a merge after an outage.",
+        c"Bounds the time of a merge after an outage; the worker's windows are as long as is merged in seconds.",
         &MAX_WINDOW,
         1,
         i32::MAX,

@@ -696,6 +696,31 @@ fn rows_that_are_there_are_merged_in_bounded_batches_with_progress() {
 }
 
 #[test]
+fn the_worker_begins_with_a_small_window() {
+    let (_db, mut client) = page_views();
+    client
+        .batch_execute(
+            "SELECT spend_rollup_create('numbers', 'page_views', ARRAY['view_id AS number'], ARRAY['count(*) AS n']);
+             INSERT INTO page_views (site_id) SELECT 1 FROM generate_series(1, 150000)",
+        )
+        .unwrap();
+    eventually("all is merged", || {
+        holds(&mut client, "SELECT count(*) = 150000 FROM litellm_spend.numbers_rollup")
+    });
+    // All rows of a window are of one transaction.
+    let windows: Vec<i64> = client
+        .query(
+            "SELECT count(*) FROM litellm_spend.numbers_rollup GROUP BY xmin::text ORDER BY min(number)",
+            &[],
+        )
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!(windows, [100_000, 50_000]);
+}
+
+#[test]
 fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
     let (_db, mut client) = without_worker();
     client

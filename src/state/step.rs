@@ -6,6 +6,7 @@ use crate::server::locks::Patience;
 use crate::server::text::qualified;
 use pgrx::pg_sys;
 use std::fmt;
+use std::time::Duration;
 
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -38,6 +39,8 @@ pub trait Runner {
     fn most_merged(&self, _subject: &Subject) -> i64 {
         guc::max_window()
     }
+    /// It has merged a window of so many sequence values, in a step that took so long.
+    fn has_merged(&mut self, _subject: &Subject, _values: i64, _took: Duration) {}
     /// Whether it is time to merge that many new numbers of a source.
     fn merge_is_due(&mut self, _source: &str, _numbers: i64) -> bool {
         true

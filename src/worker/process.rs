@@ -101,7 +101,7 @@ struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
     /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
     limits: HashMap<Subject, Duration>,
-    /// Smaller windows than `litellm_spend.max_window`, for merges that took too long.
+    /// How large the next window of a merge may be, by how long the last ones took.
     windows: HashMap<Subject, i64>,
     /// Processes that build or drop an index.
     builders: HashMap<Subject, DynamicBackgroundWorker>,
@@ -144,11 +144,6 @@ impl Steps {
     fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
         match outcome {
             Ok(value) => {
-                if let Some(window) = self.windows.remove(&subject)
-                    && window < guc::max_window() / 2
-                {
-                    self.windows.insert(subject.clone(), window * 2);
-                }
                 if self.resting.remove(&subject).is_some() {
                     self.take_back(&subject);
                 }
@@ -184,9 +179,23 @@ impl Steps {
 const SHORTEST_REST: Duration = Duration::from_millis(500);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
-/// A window of a million rows was merged in 1.2 to 2.5 s (PostgreSQL 15, two shared cores, 2026-11); a slower one is divided.
-const MERGE_LIMIT: Duration = Duration::from_secs(3);
+/// Windows grow to what is merged in this time where rows come faster than that: the larger, the more rows meet in a group that is
+/// written once, and the longer others wait for their turn.
+const WINDOW_TIME: Duration = Duration::from_secs(5);
+/// For a machine that becomes four times as slow between two windows.
+const MERGE_LIMIT: Duration = Duration::from_secs(20);
+/// Takes 0.1 to 1 s (PostgreSQL 15, two shared cores, 2026-11).
+const FIRST_WINDOW: i64 = 100_000;
 const SMALLEST_WINDOW: i64 = 1000;
+
+/// How many values the next window may have, after one of `values` of the `most` that were allowed.
+fn next_window(most: i64, values: i64, took: Duration) -> i64 {
+    if values < most && took <= WINDOW_TIME {
+        return most;
+    }
+    let fits = values as f64 * WINDOW_TIME.as_secs_f64() / took.as_secs_f64();
+    (fits as i64).clamp(most / 2, most.saturating_mul(2)).max(SMALLEST_WINDOW)
+}
 
 const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
 const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
@@ -251,7 +260,11 @@ impl Runner for Steps {
     }
 
     fn most_merged(&self, subject: &Subject) -> i64 {
-        self.windows.get(subject).copied().unwrap_or(i64::MAX).min(guc::max_window())
+        self.windows.get(subject).copied().unwrap_or(FIRST_WINDOW).min(guc::max_window())
+    }
+
+    fn has_merged(&mut self, subject: &Subject, values: i64, took: Duration) {
+        self.windows.insert(subject.clone(), next_window(self.most_merged(subject), values, took));
     }
 
     fn merge_is_due(&mut self, source: &str, numbers: i64) -> bool {
@@ -437,5 +450,23 @@ fn report_idle() {
     unsafe {
         pg_sys::pgstat_report_stat(false);
         pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, std::ptr::null());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_grows_while_there_is_time_and_shrinks_when_there_is_not() {
+        let seconds = Duration::from_secs_f64;
+        assert_eq!(next_window(100_000, 100_000, seconds(0.2)), 200_000);
+        assert_eq!(next_window(100_000, 100_000, seconds(4.0)), 125_000);
+        assert_eq!(next_window(100_000, 100_000, seconds(8.0)), 62_500);
+        assert_eq!(next_window(100_000, 100_000, seconds(80.0)), 50_000, "not by one slow window alone");
+        assert_eq!(next_window(100_000, 3, seconds(0.1)), 100_000, "few rows say nothing");
+        assert_eq!(next_window(100_000, 60_000, seconds(6.0)), 50_000);
+        assert_eq!(next_window(100_000, 5_000_000, Duration::ZERO), 200_000, "a gap of the numbers");
+        assert_eq!(next_window(SMALLEST_WINDOW, 1000, seconds(60.0)), SMALLEST_WINDOW);
     }
 }

@@ -25,7 +25,7 @@ use crate::state::sources::{self, CHANGE_LOG, Source};
 use crate::state::step::{Runner, Subject};
 
 use pgrx::pg_sys;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a round did to one rollup.
 pub struct Outcome {
@@ -169,10 +169,13 @@ fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<
         .first()
         .is_none_or(|merge| merge.window_end < safe_end && !matches!(patience, Patience::None))
     {
-        let most = run.most_merged(&subject);
+        let (most, started) = (run.most_merged(&subject), Instant::now());
         let step =
             run.step(subject.clone(), || rollup::merge_together(&source.rollups, safe_end, most, patience));
         let Some(Some(next)) = step else { break };
+        let full = next.iter().any(|merge| merge.window_end < safe_end);
+        let values = next.iter().map(|merge| merge.window_end - merge.window_start + 1).sum();
+        run.has_merged(&subject, if full { most } else { values }, started.elapsed());
         let mut earlier = merged.into_iter();
         merged = next.into_iter().map(|next| joined(earlier.next(), next)).collect();
     }
@@ -185,11 +188,12 @@ fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<
     let patience = run.patience();
     let mut merged = None;
     loop {
-        let subject = Subject::Rollup(rollup.into());
+        let (subject, started) = (Subject::Rollup(rollup.into()), Instant::now());
         let most = run.most_merged(&subject);
-        let step = run.step(subject, || rollup::merge(rollup, safe_end, most, patience));
+        let step = run.step(subject.clone(), || rollup::merge(rollup, safe_end, most, patience));
         match step {
             Some(Merged::Window(next)) => {
+                run.has_merged(&subject, next.window_end - next.window_start + 1, started.elapsed());
                 let last = next.window_end == safe_end;
                 merged = Some(joined(merged, next));
                 if last {
