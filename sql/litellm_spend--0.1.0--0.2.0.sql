@@ -664,6 +664,26 @@ LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_partition_set_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean) IS 'Sets how a table is partitioned and how long its rows stay; what is not passed stays as it is';
 
+-- Indexes for LiteLLM's Logs page.
+CREATE FUNCTION @extschema@.spend_index_plan(
+    "source" regclass DEFAULT NULL
+) RETURNS TABLE (
+    "item" TEXT,
+    "definition" TEXT,
+    "serves" TEXT,
+    "since" TEXT,
+    "rows" bigint,
+    "bytes" bigint,
+    "seconds" bigint,
+    "insert_cost" TEXT,
+    "state" TEXT
+)
+STABLE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_index_plan_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_index_plan(regclass) IS 'What each index for LiteLLM''s Logs page would cost and serve here, and what else would help; changes nothing';
+REVOKE ALL ON FUNCTION @extschema@.spend_index_plan(regclass) FROM PUBLIC;
+
 -- Whoever may call the old one may call the new one.
 DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
     FOR old, new IN VALUES

@@ -595,6 +595,12 @@ errors! {
         "Planning a query can call its owner's functions, so it must run as its owner. Nothing was read.";
         "Please report this as a bug.";
 
+    NoTrigrams(index: &'static str):
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "index \"{index}\" needs extension pg_trgm";
+        "It finds a part of a text by its groups of three letters.";
+        "CREATE EXTENSION pg_trgm; comes with the server's contrib package.";
+
     Needed(failure: Failure):
         failure.sqlstate;
         { failure.message.clone() };

@@ -3,6 +3,7 @@
 //! ```text
 //!  api         the SQL functions
 //!  worker      processes, and one round of everything
+//!  index       indexes for what LiteLLM asks of its log
 //!  partition   tables divided by time: conversion, reversion, upkeep
 //!  litellm     LiteLLM's table and views: capture, built-in rollups, backfill, repair
 //!  engine      rollups of any source that a sequence numbers
@@ -16,6 +17,7 @@ mod api;
 mod engine;
 mod error;
 mod guc;
+mod index;
 #[cfg(feature = "pg_test")]
 mod inside;
 mod litellm;

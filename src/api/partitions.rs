@@ -23,7 +23,7 @@ use pgrx::prelude::*;
 use std::time::Duration;
 
 /// The table, open to a caller who may act for its owner. Who holds its lock waits for nothing without a limit.
-fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
+pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let source = source_or_default(source)?;
     let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
     let table = relation::open(source)?;
