@@ -76,6 +76,8 @@ COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of time in which capture f
 COMMENT ON TABLE litellm_spend.public_view IS 'LiteLLM''s views that are answered from rollups, with their own definitions';
 COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
 COMMENT ON TABLE litellm_spend.conversion IS 'Tables on their way to being partitioned, or back';
+COMMENT ON TABLE litellm_spend.index_set IS 'Indexes that were asked for on LiteLLM''s spend log';
+COMMENT ON TABLE litellm_spend.index_failure IS 'Indexes that could not be built or dropped, why, and when it is tried again';
 COMMENT ON TABLE litellm_spend.expired_partition IS 'Proof of each partition that expired: its bounds, rows, spend, and by which policy';
 COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
 COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of the days';
@@ -84,6 +86,8 @@ COMMENT ON VIEW @extschema@.spend_rollup_status IS 'One row a rollup: watermark,
 COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
 COMMENT ON VIEW litellm_spend.process IS 'Processes, as they are named where one is in the way';
 COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
+COMMENT ON VIEW litellm_spend.index_survey IS 'What became of each index that was asked for, on its table or on each partition';
+COMMENT ON VIEW @extschema@.spend_index_status IS 'One row an index and partition: state, size, scans, what blocks it, last error';
 COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair; looking changes nothing';
 COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a fault; no row: all is well';
 COMMENT ON VIEW @extschema@.spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
@@ -105,6 +109,8 @@ COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, "any", text
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, "any", text, integer) IS 'Partitions a table by time without copying it; says how far it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
 COMMENT ON FUNCTION @extschema@.spend_index_plan(regclass) IS 'What each index for LiteLLM''s Logs page would cost and serve here, and what else would help; changes nothing';
+COMMENT ON FUNCTION @extschema@.spend_index_set(regclass, text[], boolean) IS 'Asks for indexes that LiteLLM leaves alone, built on closed partitions, or on all with hot; says how far they are';
+COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has the indexes that spend_index_set() made dropped; NULL means all';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
 COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
@@ -125,7 +131,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_partition_convert(regclass, text, "any", text, integer),
     litellm_spend.maintain_at(regclass, "any"),
     @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean), @extschema@.spend_partition_maintain(regclass),
-    @extschema@.spend_index_plan(regclass)
+    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[])
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
 
@@ -137,6 +143,6 @@ DO $$ BEGIN
     END IF;
 END $$;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text) TO pg_monitor;
-GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_progress, @extschema@.spend_health TO pg_monitor;
+GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_progress, @extschema@.spend_index_status, @extschema@.spend_health TO pg_monitor;
 
 SET LOCAL search_path = @extschema@, pg_temp;

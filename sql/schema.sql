@@ -159,6 +159,33 @@ CREATE TABLE litellm_spend.conversion (
     PRIMARY KEY (table_schema, table_name)
 );
 
+-- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to this owner.
+CREATE TABLE litellm_spend.index_set (
+    relation   regclass NOT NULL,
+    name       text NOT NULL,
+    owner      regrole NOT NULL,
+    -- Also where LiteLLM writes at the moment.
+    hot        boolean NOT NULL,
+    -- They are to be dropped.
+    dropped    boolean NOT NULL DEFAULT false,
+    -- What an index without a predicate that does the same begins with, and what else it holds; {}: none does the same.
+    keys       text[] NOT NULL,
+    included   text[] NOT NULL,
+    asked_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    origin     uuid,
+    PRIMARY KEY (relation, name)
+);
+
+-- An index of a table or partition that could not be built or dropped. Not dumped: it is tried again elsewhere.
+CREATE TABLE litellm_spend.index_failure (
+    partition      regclass NOT NULL,
+    name           text NOT NULL,
+    last_error     text NOT NULL,
+    last_error_at  timestamptz NOT NULL,
+    retry_at       timestamptz NOT NULL,
+    PRIMARY KEY (partition, name)
+);
+
 -- What was in each partition that expired: the proof that nothing was lost unseen.
 CREATE TABLE litellm_spend.expired_partition (
     table_schema   name NOT NULL,
@@ -177,6 +204,7 @@ CREATE TABLE litellm_spend.expired_partition (
 
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.policy', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.conversion', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.index_set', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.expired_partition', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.rollup', '');

@@ -205,7 +205,7 @@ FROM pg_stat_activity;
 
 -- Who builds an index on a table or, for a conversion, drops one; and for whom that waits.
 CREATE VIEW litellm_spend.index_work AS
-SELECT l.relation, a.query_start AS started_at, p.phase,
+SELECT l.relation, a.query_start AS started_at, nullif(p.index_relid, 0) AS index, p.phase,
        CASE WHEN p.tuples_total > 0 THEN round(100.0 * p.tuples_done / p.tuples_total, 1)
             WHEN p.blocks_total > 0 THEN round(100.0 * p.blocks_done / p.blocks_total, 1)
             WHEN p.lockers_total > 0 THEN round(100.0 * p.lockers_done / p.lockers_total, 1) END AS percent,
@@ -217,6 +217,82 @@ CROSS JOIN LATERAL (SELECT nullif(pg_blocking_pids(l.pid), '{}') AS pids) AS blo
 WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datname = current_database()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (a.backend_type = 'litellm_spend builder' OR p.pid IS NOT NULL);
+
+-- What became of each index that was asked for, on its table or on each partition.
+CREATE VIEW litellm_spend.index_survey AS
+WITH parts AS (
+    SELECT s.*, t.relkind = 'p' AS partitioned, t.relowner AS owner_now, c.oid AS partition_oid, c.relkind AS kind,
+           c.relowner AS partition_owner, substring(pg_get_expr(c.relpartbound, c.oid) FROM ' TO \((.*)\)$') AS bound
+    FROM litellm_spend.index_set s
+    JOIN pg_class t ON t.oid = s.relation
+    LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
+    JOIN pg_class c ON c.oid = CASE WHEN t.relkind = 'p' THEN i.inhrelid ELSE t.oid END
+    WHERE NOT coalesce(i.inhdetachpending, false)
+), ranges AS (
+    -- A plain table is closed as a whole, DEFAULT never is.
+    SELECT parts.*, CASE WHEN NOT partitioned THEN '-infinity' WHEN bound IS NULL OR bound = 'MAXVALUE' THEN 'infinity'
+                         ELSE btrim(bound, '''')::timestamp END AS range_end
+    FROM parts
+), work AS MATERIALIZED (
+    SELECT DISTINCT ON (relation) * FROM litellm_spend.index_work ORDER BY relation, index
+), found AS (
+    SELECT r.*, coalesce(ours.indexrelid, theirs.indexrelid) AS index_oid, coalesce(ours.indisvalid, theirs.indexrelid IS NOT NULL) AS is_valid,
+           ours.indexrelid IS NOT NULL AND w.index = ours.indexrelid AS is_building, w.started_at, w.percent, w.waits_for
+    FROM ranges r
+    LEFT JOIN work w ON w.relation = r.partition_oid
+    LEFT JOIN LATERAL (
+        SELECT x.indexrelid, x.indisvalid FROM pg_index x JOIN pg_class o ON o.oid = x.indexrelid
+        WHERE x.indrelid = r.partition_oid AND starts_with(o.relname, 'litellm_spend_' || r.name || '_')
+        ORDER BY x.indisvalid DESC, 1 LIMIT 1
+    ) AS ours ON true
+    -- LiteLLM's own, or somebody's.
+    LEFT JOIN LATERAL (
+        SELECT x.indexrelid FROM pg_index x JOIN pg_class o ON o.oid = x.indexrelid JOIN pg_am m ON m.oid = o.relam
+        WHERE x.indrelid = r.partition_oid AND x.indisvalid AND x.indpred IS NULL AND m.amname = 'btree' AND r.keys <> '{}'
+          AND r.keys = ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, cardinality(r.keys)) AS n)
+          AND r.included <@ ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, x.indnatts) AS n)
+        ORDER BY 1 LIMIT 1
+    ) AS theirs ON ours.indexrelid IS NULL AND NOT r.dropped
+)
+SELECT f.relation, f.name, f.partition_oid::regclass AS partition, f.range_end, f.index_oid::regclass AS index,
+       CASE WHEN f.dropped THEN 'to drop'
+            WHEN f.is_building THEN 'building'
+            WHEN f.is_valid THEN 'built'
+            WHEN wrong.message IS NOT NULL THEN 'failed'
+            WHEN f.range_end > clock_timestamp() AT TIME ZONE 'UTC' AND NOT f.hot THEN 'open partition'
+            -- Somebody was in the way: it is tried again at once.
+            WHEN e.retry_at > e.last_error_at + interval '1 minute' THEN 'failed'
+            ELSE 'waiting' END AS state,
+       f.asked_at, f.started_at, f.percent, f.waits_for,
+       coalesce(wrong.message, e.last_error) AS last_error, e.last_error_at, e.retry_at
+FROM found f
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN f.origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
+            THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
+        WHEN f.owner <> f.owner_now
+            THEN format(E'it was asked for by %s, and the table is %s''s now\nHINT:  Call spend_index_set() again.', f.owner, f.owner_now::regrole)
+        WHEN f.kind <> 'r'
+            THEN E'the partition is partitioned itself, or foreign\nHINT:  Index it by hand.'
+        WHEN f.partition_owner <> f.owner
+            THEN format(E'the partition belongs to %s\nHINT:  ALTER TABLE %s OWNER TO %s;', f.partition_owner::regrole,
+                        f.partition_oid::regclass, f.owner)
+        END AS message
+) AS wrong
+LEFT JOIN litellm_spend.index_failure e
+    ON e.partition = f.partition_oid AND e.name = f.name AND (f.dropped OR NOT f.is_valid) AND wrong.message IS NULL
+WHERE NOT f.dropped OR f.index_oid IS NOT NULL;
+
+-- One row for each index that was asked for, on its table or on each partition.
+CREATE VIEW @extschema@.spend_index_status AS
+SELECT relation AS "table", name AS "index", partition, index AS name, state, percent,
+       pg_relation_size(index) AS bytes, pg_stat_get_numscans(index) AS scans,
+       CASE WHEN state IN ('building', 'to drop') THEN waits_for
+            WHEN state = 'waiting' AND EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = s.relation AND NOT v.stopped)
+                THEN 'its table is being converted or reverted: see spend_progress' END AS blocked_by,
+       last_error, last_error_at, retry_at
+FROM litellm_spend.index_survey s
+ORDER BY s.relation::text, range_end DESC, s.name;
 
 -- How far each long work is. Reads state and catalogs only.
 CREATE VIEW @extschema@.spend_progress AS
@@ -298,7 +374,8 @@ WITH status AS (
     SELECT current_setting('shared_preload_libraries') LIKE '%litellm\_spend%' AS preloaded, EXISTS (SELECT FROM worker) AS has_worker,
            EXISTS (SELECT origin FROM litellm_spend.source WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.policy WHERE origin IS DISTINCT FROM i.id
-                   UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id) AS restored
+                   UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id
+                   UNION ALL SELECT origin FROM litellm_spend.index_set WHERE origin IS DISTINCT FROM i.id) AS restored
     FROM (SELECT id FROM litellm_spend.installation LIMIT 1) AS i
 ), errors AS (
     -- The eight built-in rollups share most of theirs.
@@ -314,6 +391,9 @@ WITH status AS (
     SELECT last_error, last_error_at, format('%s of %I.%I', CASE direction WHEN 'convert' THEN 'conversion' ELSE 'reversion' END,
                                              table_schema, table_name) || CASE WHEN stopped THEN ' (stopped)' ELSE '' END
     FROM litellm_spend.conversion WHERE last_error IS NOT NULL
+    UNION ALL
+    SELECT last_error, min(last_error_at), format('index %s of %s', name, string_agg(partition::text, ', ' ORDER BY range_end DESC))
+    FROM litellm_spend.index_survey WHERE state = 'failed' GROUP BY relation, name, last_error
 ), tails AS (
     SELECT source, max(lag_seconds) AS lag_seconds, max(tail_rows) AS tail_rows,
            (SELECT array_agg(DISTINCT pid) FROM status b, unnest(b.blocked_by_pids) AS pid WHERE b.source = s.source) AS pids,
@@ -341,7 +421,7 @@ SELECT 'error' AS severity, 'no worker serves this database: nothing is merged o
 FROM served
 WHERE preloaded AND NOT has_worker AND NOT pg_is_in_recovery() AND pg_postmaster_start_time() < clock_timestamp() - interval '10 seconds'
   AND (EXISTS (SELECT FROM litellm_spend.source) OR EXISTS (SELECT FROM litellm_spend.policy)
-       OR EXISTS (SELECT FROM litellm_spend.conversion))
+       OR EXISTS (SELECT FROM litellm_spend.conversion) OR EXISTS (SELECT FROM litellm_spend.index_set))
 UNION ALL
 SELECT 'warning', 'this database came out of a dump, and the end of its restore was not seen: nothing is merged or maintained', NULL,
        restorers.who, CASE WHEN restorers.who IS NULL THEN 'when the restore has ended, not before: SELECT spend_restored();'
@@ -396,6 +476,18 @@ WHERE w.relation IN (SELECT v.relation FROM litellm_spend.conversion v) AND w.st
   -- Not who is there for a moment.
   AND EXISTS (SELECT FROM pg_stat_activity b
               WHERE b.pid = ANY (w.blocked_by_pids) AND b.xact_start < clock_timestamp() - interval '20 seconds')
+UNION ALL
+SELECT 'warning', format('index %s of %s waits for an hour', name, partition), started_at, waits_for, NULL
+FROM litellm_spend.index_survey
+WHERE state = 'building' AND waits_for IS NOT NULL AND started_at < clock_timestamp() - interval '1 hour'
+UNION ALL
+-- Not where statistics do not reach back so far.
+SELECT 'warning', format('nothing has used index %s of %s for 30 days', name, relation), min(asked_at), NULL,
+       format('SELECT * FROM spend_index_drop(%L, ARRAY[%L]);', relation, name)
+FROM litellm_spend.index_survey
+WHERE asked_at < clock_timestamp() - interval '30 days'
+  AND NOT EXISTS (SELECT FROM pg_stat_database WHERE datname = current_database() AND stats_reset > clock_timestamp() - interval '30 days')
+GROUP BY relation, name HAVING bool_or(state = 'built') AND sum(pg_stat_get_numscans(index)) = 0
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
        coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN litellm_spend.process USING (pid)

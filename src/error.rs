@@ -601,6 +601,12 @@ errors! {
         "It finds a part of a text by its groups of three letters.";
         "CREATE EXTENSION pg_trgm; comes with the server's contrib package.";
 
+    NoIndex(name: String):
+        ERRCODE_UNDEFINED_OBJECT;
+        "there is no index \"{name}\"";
+        "The catalogue has none of that name.";
+        "SELECT item, serves FROM spend_index_plan(); lists them.";
+
     Needed(failure: Failure):
         failure.sqlstate;
         { failure.message.clone() };

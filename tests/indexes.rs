@@ -4,6 +4,8 @@ mod common;
 
 use common::*;
 use postgres::Client;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 /// Rows as the Logs page looks for them: of 200 teams and 50 aliases, one in fifty a failure, one in a hundred with an end user.
 const ROWS: &str = r#"
@@ -130,4 +132,446 @@ fn what_is_not_litellm_s_table_and_who_is_not_its_owner_are_refused() {
     let mut owner = shared().connect_as(&db.name, LITELLM);
     assert!(owner.query("SELECT * FROM spend_index_plan()", &[]).unwrap().len() >= 8);
     client.batch_execute("DROP OWNED BY stranger; DROP ROLE stranger").unwrap();
+}
+
+// ---- to be built -------------------------------------------------------------------------------------------
+
+/// The log as LiteLLM's own script partitions it: the day before yesterday, yesterday, today, DEFAULT.
+fn partitioned(cluster: &'static Cluster) -> (Database, Client) {
+    let db = cluster.database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"SET ROLE litellm;
+               ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_old";
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_old" INCLUDING DEFAULTS, PRIMARY KEY (request_id, "startTime"))
+                   PARTITION BY RANGE ("startTime");
+               CREATE INDEX ON "LiteLLM_SpendLogs" ("startTime");
+               CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
+               DO $$ BEGIN
+                   FOR d IN -2 .. 0 LOOP
+                       EXECUTE format('CREATE TABLE p%s PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)', abs(d),
+                                      (now() AT TIME ZONE 'UTC')::date + d, (now() AT TIME ZONE 'UTC')::date + d + 1);
+                   END LOOP;
+               END $$;
+               RESET ROLE"#,
+        )
+        .unwrap();
+    client.batch_execute(&format!(r#"{ROWS}; ANALYZE "LiteLLM_SpendLogs""#)).unwrap();
+    (db, client)
+}
+
+fn without_worker() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"]))
+}
+
+/// Index, partition and state, as a monitor sees them.
+fn status(client: &mut Client) -> Vec<(String, String, String)> {
+    client.batch_execute("SET ROLE pg_monitor").unwrap();
+    let sql = r#"SELECT "index", partition::text, state FROM spend_index_status"#;
+    let rows = client.query(sql, &[]).unwrap();
+    client.batch_execute("RESET ROLE").unwrap();
+    rows.iter().map(|r| (r.get(0), r.get(1), r.get(2))).collect()
+}
+
+fn wait_for(client: &mut Client, index: &str, partition: &str, state: &str) {
+    let mut found = vec![];
+    for _ in 0..600 {
+        found = status(client);
+        if found.iter().any(|(i, p, s)| (i.as_str(), p.as_str(), s.as_str()) == (index, partition, state)) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    panic!("{index} of {partition} is never {state}: {found:?}");
+}
+
+/// Ours, by name, and whether they are valid.
+fn ours(client: &mut Client) -> Vec<(String, bool)> {
+    let sql = "SELECT indexrelid::regclass::text, indisvalid FROM pg_index
+               WHERE indexrelid::regclass::text LIKE '%litellm_spend\\_%' AND indrelid::regclass::text NOT LIKE 'litellm_spend.%' ORDER BY 1";
+    client.query(sql, &[]).unwrap().iter().map(|r| (r.get(0), r.get(1))).collect()
+}
+
+/// A transaction that any CREATE INDEX CONCURRENTLY waits for, and that has no lock on the log.
+fn old_snapshot(db: &Database) -> Client {
+    let mut client = db.connect();
+    client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM pg_class LIMIT 1").unwrap();
+    client
+}
+
+fn wait_until_it_waits(client: &mut Client, index: &str, partition: &str) {
+    eventually("the build waits", || {
+        holds(
+            client,
+            &format!(
+                r#"SELECT bool_or(state = 'building' AND blocked_by IS NOT NULL) FROM spend_index_status
+                   WHERE "index" = '{index}' AND partition = '{partition}'::regclass"#
+            ),
+        )
+    });
+}
+
+/// What was tried in vain is tried now, not in half a minute.
+fn try_again(client: &mut Client) {
+    client.batch_execute("UPDATE litellm_spend.index_failure SET retry_at = clock_timestamp()").unwrap();
+}
+
+#[test]
+fn closed_partitions_get_their_indexes_the_newest_first_and_the_open_one_when_that_was_asked_for() {
+    let (db, mut client) = partitioned(shared());
+    let mut owner = shared().connect_as(&db.name, LITELLM);
+    client.batch_execute("SELECT spend_grant_admin('litellm'); CREATE EXTENSION pg_trgm").unwrap();
+    owner.batch_execute("SELECT * FROM spend_index_set(indexes => '{team, key_alias}')").unwrap();
+    wait_for(&mut client, "team", "p2", "built");
+    assert_eq!(
+        status(&mut client),
+        [
+            ("key_alias", r#""LiteLLM_SpendLogs_pdefault""#, "open partition"),
+            ("team", r#""LiteLLM_SpendLogs_pdefault""#, "open partition"),
+            ("key_alias", "p0", "open partition"),
+            ("team", "p0", "open partition"),
+            ("key_alias", "p1", "built"),
+            ("team", "p1", "built"),
+            ("key_alias", "p2", "built"),
+            ("team", "p2", "built"),
+        ]
+        .map(|(i, p, s)| (i.to_string(), p.to_string(), s.to_string()))
+    );
+    assert!(holds(
+        &mut client,
+        "SELECT string_agg(relname, ' ' ORDER BY oid) = 'litellm_spend_key_alias_p1 litellm_spend_team_p1 litellm_spend_key_alias_p2 '
+                    || 'litellm_spend_team_p2' AND bool_and(relowner = 'litellm'::regrole)
+         FROM pg_class WHERE relname LIKE 'litellm\\_spend\\_%' AND relkind = 'i' AND relnamespace = 'public'::regnamespace"
+    ));
+    // LiteLLM's queries use them as they are: the filter by team, a team's budget, the filter by a part of the alias.
+    client.batch_execute("SET enable_seqscan = off").unwrap();
+    client.batch_execute("VACUUM p1").unwrap();
+    for (sql, index) in [
+        (
+            r#"SELECT * FROM "LiteLLM_SpendLogs" WHERE team_id = $1 ORDER BY "startTime" DESC LIMIT 50"#,
+            "litellm_spend_team_p1",
+        ),
+        (
+            r#"SELECT sum(spend) FROM "LiteLLM_SpendLogs" WHERE team_id = $1 AND "startTime" >= '2020-01-01'"#,
+            "Index Only Scan using litellm_spend_team_p1",
+        ),
+        (
+            "SELECT * FROM \"LiteLLM_SpendLogs\" WHERE metadata->>'user_api_key_alias' LIKE $1",
+            "litellm_spend_key_alias_p1",
+        ),
+    ] {
+        client.batch_execute(&format!("PREPARE q(text) AS {sql}")).unwrap();
+        let plan: Vec<String> =
+            client.query("EXPLAIN EXECUTE q('team1%')", &[]).unwrap().iter().map(|r| r.get(0)).collect();
+        assert!(plan.iter().any(|line| line.contains(index)), "{plan:#?}");
+        client.batch_execute("DEALLOCATE q").unwrap();
+    }
+    owner.batch_execute("SELECT * FROM spend_index_set(indexes => '{team}', hot => true)").unwrap();
+    wait_for(&mut client, "team", "p0", "built");
+    wait_for(&mut client, "team", r#""LiteLLM_SpendLogs_pdefault""#, "built");
+    assert!(status(&mut client).contains(&("key_alias".into(), "p0".into(), "open partition".into())));
+    let state: String = planned(&mut client, "state", "team");
+    assert_eq!(state, "built on 4 of 4 partitions");
+    owner.batch_execute("SELECT * FROM spend_index_drop()").unwrap();
+    eventually("all are gone", || status(&mut client).is_empty());
+    assert_eq!(ours(&mut client), []);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_set"), 0);
+}
+
+#[test]
+fn a_partition_gets_its_indexes_when_it_closes() {
+    let (_db, mut client) = partitioned(shared());
+    client
+        .batch_execute(
+            r#"SELECT spend_index_set(indexes => '{team}');
+               ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION p0;
+               DO $$ BEGIN
+                   EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION p0 FOR VALUES FROM (%L) TO (%L)',
+                                  (now() AT TIME ZONE 'UTC')::date, clock_timestamp() AT TIME ZONE 'UTC' + interval '4 s');
+               END $$"#,
+        )
+        .unwrap();
+    assert!(status(&mut client).contains(&("team".into(), "p0".into(), "open partition".into())));
+    wait_for(&mut client, "team", "p0", "built");
+}
+
+#[test]
+fn a_plain_table_is_indexed_as_a_whole_and_what_litellm_has_is_not_doubled() {
+    let (_db, mut client) = with_rows();
+    let own =
+        r#"CREATE INDEX "LiteLLM_SpendLogs_litellm_call_id_idx" ON "LiteLLM_SpendLogs" (litellm_call_id)"#;
+    client.batch_execute(own).unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{user, call_id}')").unwrap();
+    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
+    wait_for(&mut client, "call_id", r#""LiteLLM_SpendLogs""#, "built");
+    assert_eq!(ours(&mut client), [(r#""litellm_spend_user_LiteLLM_SpendLogs""#.to_string(), true)]);
+    client.batch_execute("SET enable_seqscan = off").unwrap();
+    client.batch_execute(r#"SELECT count(*) FROM "LiteLLM_SpendLogs" WHERE "user" = 'user7'"#).unwrap();
+    eventually("its size and its scans are shown", || {
+        holds(&mut client, r#"SELECT bytes > 0 AND scans > 0 FROM spend_index_status WHERE "index" = 'user'"#)
+    });
+    // When that is gone ours takes its place.
+    client.batch_execute(r#"DROP INDEX "LiteLLM_SpendLogs_litellm_call_id_idx""#).unwrap();
+    eventually("ours is there", || ours(&mut client).len() == 2);
+}
+
+#[test]
+fn what_is_killed_in_the_midst_of_a_build_goes_on_and_leaves_nothing() {
+    let (db, mut client) = partitioned(shared());
+    let mut dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    assert_eq!(ours(&mut client), [("litellm_spend_team_p1".to_string(), false)]);
+    let kill = |kind: &str| {
+        format!(
+            "SELECT pg_terminate_backend(pid) FROM spend_worker_status WHERE kind = '{kind}' AND database = current_database()"
+        )
+    };
+    // The worker: the build goes on, and is not taken for one that was left.
+    client.batch_execute(&kill("litellm_spend worker")).unwrap();
+    let workers = "SELECT count(*) = 1 FROM spend_worker_status WHERE kind = 'litellm_spend worker' AND database = current_database()";
+    eventually("another worker comes", || holds(&mut client, workers));
+    wait_until_it_waits(&mut client, "team", "p1");
+    let first: i64 = value(&mut client, "SELECT 'litellm_spend_team_p1'::regclass::oid::bigint");
+    // The build itself.
+    client.batch_execute(&kill("litellm_spend builder")).unwrap();
+    eventually("what was left is gone", || {
+        holds(&mut client, &format!("SELECT NOT EXISTS (SELECT FROM pg_class WHERE oid = {first})"))
+    });
+    dump.batch_execute("COMMIT").unwrap();
+    wait_for(&mut client, "user", "p2", "built");
+    let names =
+        ["team_p1", "team_p2", "user_p1", "user_p2"].map(|name| (format!("litellm_spend_{name}"), true));
+    assert_eq!(ours(&mut client), names);
+}
+
+#[test]
+fn a_build_that_fails_leaves_nothing_and_keeps_no_other_from_being_built() {
+    let (_db, mut client) = partitioned(shared());
+    // Longer than an entry of a B-tree may be, whatever compresses it.
+    let long = r#"UPDATE p1 SET "user" = (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300) AS i) WHERE request_id = 'r1000'"#;
+    assert_eq!(client.execute(long, &[]).unwrap(), 1);
+    client.batch_execute("SELECT spend_index_set(indexes => '{user, team}')").unwrap();
+    wait_for(&mut client, "user", "p1", "failed");
+    wait_for(&mut client, "user", "p2", "built");
+    let names = ["team_p1", "team_p2", "user_p2"].map(|name| (format!("litellm_spend_{name}"), true));
+    assert_eq!(ours(&mut client), names);
+    let said = client
+        .query_one(r#"SELECT last_error, retry_at > now() + interval '30 min' FROM spend_index_status WHERE state = 'failed'"#, &[])
+        .unwrap();
+    assert!(said.get::<_, String>(0).starts_with("index row "), "{said:?}");
+    assert!(said.get::<_, bool>(1));
+    let health = "SELECT problem FROM spend_health WHERE severity = 'error'";
+    assert!(value::<String>(&mut client, health).starts_with("index user of p1: index row "));
+    // Asked for again, it is tried again.
+    client.batch_execute(r#"UPDATE p1 SET "user" = 'short' WHERE request_id = 'r1000'"#).unwrap();
+    client.batch_execute("VACUUM p1").unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{user}')").unwrap();
+    wait_for(&mut client, "user", "p1", "built");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_failure"), 0);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_health"), 0);
+}
+
+#[test]
+fn a_build_gives_way_to_who_changes_the_table_and_nobody_who_reads_or_writes_waits() {
+    let (db, mut client) = partitioned(shared());
+    let mut dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    let mut other = db.connect();
+    other.batch_execute("SET lock_timeout = '100ms'").unwrap();
+    other.batch_execute(&insert_rows("beside", 200, 3)).unwrap();
+    other.batch_execute(r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
+    // A migration of LiteLLM's.
+    let began = Instant::now();
+    other
+        .batch_execute(r#"SET lock_timeout = '60s'; ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN later text"#)
+        .unwrap();
+    let waited = began.elapsed();
+    assert!(waited < Duration::from_secs(20), "{waited:?}: the snapshot is there still");
+    eventually("what it leaves is gone", || ours(&mut client).is_empty());
+    assert!(status(&mut client).contains(&("team".into(), "p1".into(), "waiting".into())));
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_health"), 0);
+    dump.batch_execute("COMMIT").unwrap();
+    try_again(&mut client);
+    wait_for(&mut client, "team", "p2", "built");
+    assert_eq!(ours(&mut client).len(), 2);
+}
+
+#[test]
+fn what_is_dropped_while_it_is_built_is_gone() {
+    let (db, mut client) = partitioned(shared());
+    let mut dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    client.batch_execute("SELECT spend_index_drop(indexes => '{team}')").unwrap();
+    eventually("the other is being built", || {
+        status(&mut client).contains(&("user".into(), "p1".into(), "building".into()))
+    });
+    dump.batch_execute("COMMIT").unwrap();
+    wait_for(&mut client, "user", "p2", "built");
+    assert_eq!(ours(&mut client), ["user_p1", "user_p2"].map(|name| (format!("litellm_spend_{name}"), true)));
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_set"), 1);
+}
+
+#[test]
+fn without_a_worker_the_statements_are_said_and_called_again_it_is_done() {
+    let (_db, mut client) = partitioned(without_worker());
+    let call = |client: &mut Client, call: &str| -> Vec<(String, String, String)> {
+        let sql = format!("SELECT partition, state, detail FROM {call}");
+        client.query(&sql, &[]).unwrap().iter().map(|r| (r.get(0), r.get(1), r.get(2))).collect()
+    };
+    let set = "spend_index_set(indexes => '{team}')";
+    let said = call(&mut client, set);
+    let states: Vec<&str> = said.iter().map(|(_, state, _)| state.as_str()).collect();
+    assert_eq!(states, ["open partition", "open partition", "waiting", "waiting"]);
+    assert_eq!(
+        said[2].2,
+        r#"CREATE INDEX CONCURRENTLY "litellm_spend_team_p1" ON "public"."p1" USING btree (team_id, "startTime") INCLUDE (spend) WHERE (team_id IS NOT NULL);"#
+    );
+    // No transaction can run it, which leaves nothing.
+    assert_eq!(error(&mut client, &format!("BEGIN; {}", said[2].2)).code().code(), "25001");
+    client.batch_execute("ROLLBACK").unwrap();
+    // One is cut off.
+    let long = r#"UPDATE p1 SET team_id = (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300) AS i) WHERE request_id = 'r1000'"#;
+    client.batch_execute(long).unwrap();
+    assert_eq!(error(&mut client, &said[2].2).code().code(), "54000");
+    client.batch_execute("UPDATE p1 SET team_id = NULL WHERE request_id = 'r1000'").unwrap();
+    client.batch_execute("VACUUM p1").unwrap();
+    let drop: String = r#"DROP INDEX CONCURRENTLY IF EXISTS "public"."litellm_spend_team_p1";"#.into();
+    assert_eq!(call(&mut client, set)[0], ("p1".into(), "to drop".into(), drop));
+    // Until nothing is said any more.
+    for round in 0.. {
+        let said = call(&mut client, set);
+        let statements: Vec<_> = said.iter().map(|(.., sql)| sql).filter(|sql| !sql.is_empty()).collect();
+        if statements.is_empty() {
+            break;
+        }
+        assert!(round < 3, "{said:?}");
+        statements.iter().for_each(|sql| client.batch_execute(sql).unwrap());
+    }
+    assert_eq!(
+        ours(&mut client),
+        ["team_p1_2", "team_p2"].map(|name| (format!("litellm_spend_{name}"), true))
+    );
+    let said = call(&mut client, "spend_index_drop()");
+    assert!(said.len() == 2 && said.iter().all(|(_, state, _)| state == "to drop"), "{said:?}");
+    said.iter().for_each(|(.., sql)| client.batch_execute(sql).unwrap());
+    assert_eq!(call(&mut client, "spend_index_drop(indexes => '{team}')")[0].1, "gone");
+    assert!(status(&mut client).is_empty());
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_set"), 0);
+}
+
+#[test]
+fn bad_input_is_refused_and_changes_nothing() {
+    let (db, mut client) = partitioned(shared());
+    client
+        .batch_execute(
+            r#"CREATE TABLE other (id int, "startTime" timestamp); CREATE ROLE passer_by LOGIN; SELECT spend_grant_admin('passer_by');
+               CREATE TABLE by_id (LIKE "LiteLLM_SpendLogs") PARTITION BY RANGE (request_id)"#,
+        )
+        .unwrap();
+    for (call, sqlstate) in [
+        ("spend_index_set(indexes => '{team, teams}')", "42704"),
+        ("spend_index_set()", "22004"),
+        ("spend_index_set(indexes => ARRAY['team', NULL])", "22004"),
+        ("spend_index_set(indexes => '{team, key_alias}')", "55000"),
+        ("spend_index_set('other', '{team}')", "42703"),
+        ("spend_index_set('p1', '{team}')", "42809"),
+        ("spend_index_set('by_id', '{team}')", "42809"),
+        ("spend_index_drop(indexes => '{teams}')", "42704"),
+    ] {
+        assert_refused(&mut client, &format!("SELECT * FROM {call}"), sqlstate);
+    }
+    let mut stranger = shared().connect_as(&db.name, "passer_by");
+    for call in ["spend_index_set(indexes => '{team}')", "spend_index_drop()"] {
+        assert_refused(&mut stranger, &format!("SELECT * FROM {call}"), "42501");
+    }
+    // What was taken back was not asked for.
+    client.batch_execute("BEGIN; SELECT spend_index_set(indexes => '{team}'); ROLLBACK").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_set"), 0);
+    assert_eq!(status(&mut client), []);
+    // Nothing to be done is no error.
+    client.batch_execute("SELECT spend_index_set(indexes => '{}'); SELECT spend_index_drop()").unwrap();
+    client.batch_execute("DROP OWNED BY passer_by; DROP ROLE passer_by").unwrap();
+}
+
+#[test]
+fn what_belongs_to_another_role_is_left_alone_and_named() {
+    let (_db, mut client) = partitioned(shared());
+    client
+        .batch_execute("CREATE ROLE heir; GRANT CREATE ON SCHEMA public TO heir; ALTER TABLE p1 OWNER TO heir; SELECT spend_index_set(indexes => '{team}')")
+        .unwrap();
+    wait_for(&mut client, "team", "p2", "built");
+    wait_for(&mut client, "team", "p1", "failed");
+    assert_eq!(ours(&mut client), [("litellm_spend_team_p2".to_string(), true)]);
+    let health = "SELECT problem || ' / ' || remedy FROM spend_health";
+    assert_eq!(
+        value::<String>(&mut client, health),
+        "index team of p1: the partition belongs to heir / ALTER TABLE p1 OWNER TO litellm;"
+    );
+    client
+        .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" OWNER TO heir; ALTER TABLE p0 OWNER TO heir"#)
+        .unwrap();
+    wait_for(&mut client, "team", "p1", "failed");
+    assert!(
+        value::<String>(&mut client, health)
+            .contains("it was asked for by litellm, and the table is heir's now")
+    );
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_for(&mut client, "team", "p1", "built");
+    client.batch_execute("DROP OWNED BY heir CASCADE; DROP ROLE heir").unwrap();
+    // Its table is gone, and so is what was asked for.
+    eventually("it is forgotten", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_set") == 0
+    });
+}
+
+#[test]
+fn an_index_that_nothing_has_used_for_thirty_days_is_named() {
+    let (_db, mut client) = with_rows();
+    client.batch_execute("SELECT spend_index_set(indexes => '{user}')").unwrap();
+    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
+    let unused = "SELECT count(*) FROM spend_health WHERE problem LIKE 'nothing has used index user of %'";
+    assert_eq!(value::<i64>(&mut client, unused), 0);
+    client.batch_execute("UPDATE litellm_spend.index_set SET asked_at = now() - interval '31 days'").unwrap();
+    assert_eq!(value::<i64>(&mut client, unused), 1);
+    let remedy: String = value(&mut client, "SELECT remedy FROM spend_health");
+    client.batch_execute(&remedy).unwrap();
+    eventually("it is gone", || ours(&mut client).is_empty());
+}
+
+// ---- converted and back ------------------------------------------------------------------------------------
+
+#[test]
+fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_back() {
+    let (_db, mut client) = with_rows();
+    client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
+    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_converted(&mut client);
+    eventually("its partitions are there", || {
+        holds(&mut client, "SELECT bool_and(partitions_ahead = precreate) FROM spend_partition_status")
+    });
+    let names =
+        ["team", "user"].map(|name| (format!(r#""litellm_spend_{name}_LiteLLM_SpendLogs_legacy""#), true));
+    assert_eq!(ours(&mut client), names, "of the old table only");
+    let built = status(&mut client).into_iter().filter(|(.., state)| state == "built");
+    assert!(
+        built
+            .map(|(_, partition, _)| partition)
+            .all(|partition| partition == r#""LiteLLM_SpendLogs_legacy""#)
+    );
+    assert_eq!(status(&mut client).iter().filter(|(.., state)| state == "open partition").count() % 2, 0);
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    eventually("it is plain again", || {
+        holds(
+            &mut client,
+            r#"SELECT relkind = 'r' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+    wait_for(&mut client, "team", r#""LiteLLM_SpendLogs""#, "built");
+    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
 }

@@ -30,11 +30,15 @@ fn original() -> (Database, Client) {
             r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 33;
                SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
                SELECT spend_rollup_register('hand', 'byhand');
+               SELECT spend_index_set(indexes => '{team}');
                SELECT spend_partition_set('logs', precreate => 3)"#,
         )
         .unwrap();
     client.batch_execute("INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 300) AS i").unwrap();
     wait_until_merged(&mut client);
+    eventually("its index is built", || {
+        holds(&mut client, "SELECT bool_and(state = 'built') FROM spend_index_status")
+    });
     eventually("partitions are made", || {
         holds(&mut client, "SELECT count(*) = 4 FROM spend_partition_status WHERE NOT is_default")
     });
@@ -123,6 +127,10 @@ fn check(database: &str, totals: &str) {
                   AND (SELECT count(*) FROM "LiteLLM_SpendLogs") < 2070
                   AND (SELECT sum(n) FROM litellm_spend.by_kind) = 340"#
     ));
+    // The index came with its table, and is looked after.
+    let index =
+        "SELECT count(*) = 1 AND bool_and(state = 'built' AND name IS NOT NULL) FROM spend_index_status";
+    assert!(holds(&mut client, index), "{database}");
     let window = client.query_one("SELECT * FROM spend_rollup_window('hand')", &[]).unwrap();
     assert_eq!((window.get::<_, i64>(0), window.get::<_, i64>(1)), (1, 30), "{database}");
     assert!(holds(

@@ -1,8 +1,17 @@
 //! The SQL functions about indexes, as in `api`.
 
 use crate::api::partitions::enter;
-use crate::api::rollups::{Regclass, report};
+use crate::api::rollups::{Regclass, report, require_changeable};
+use crate::error::{self, Error};
+use crate::index::build::{self, Row};
+use crate::index::catalogue::{self, Index};
 use crate::index::plan;
+use crate::litellm::spend_log;
+use crate::partition::layout::{self, Layout};
+use crate::server::relation::Table;
+use crate::server::session::Owner;
+use crate::state::conversion::has_worker;
+use crate::state::indexes;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -48,4 +57,88 @@ fn spend_index_plan(
             )
         }))
     })
+}
+
+/// Asks for indexes of the catalogue. The worker builds them; without one the statements are said.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_index_set(
+    source: default!(Option<Regclass>, "NULL"),
+    indexes: default!(Option<Vec<Option<String>>>, "NULL"),
+    hot: default!(Option<bool>, "false"),
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(index, String), name!(partition, String), name!(state, String), name!(detail, String)),
+    >,
+    ErrorReport,
+> {
+    report(|| {
+        require_changeable()?;
+        let (_elevated, table) = enter(source)?;
+        let wanted = named(indexes)?.ok_or(Error::Null("list of indexes"))?;
+        require_suitable(&table)?;
+        wanted.iter().try_for_each(|index| index.require_possible(&table))?;
+        let hot = hot.unwrap_or(false);
+        wanted.iter().try_for_each(|index| indexes::request(&table, &index.wanted(hot)))?;
+        rows(&table)
+    })
+    .map(TableIterator::new)
+}
+
+/// Has indexes of ours dropped, and forgets them.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_index_drop(
+    source: default!(Option<Regclass>, "NULL"),
+    indexes: default!(Option<Vec<Option<String>>>, "NULL"),
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(index, String), name!(partition, String), name!(state, String), name!(detail, String)),
+    >,
+    ErrorReport,
+> {
+    report(|| {
+        require_changeable()?;
+        let (_elevated, table) = enter(source)?;
+        let named = named(indexes)?;
+        let names = named.map(|named| named.iter().map(|index| index.name.to_string()).collect::<Vec<_>>());
+        let dropped = indexes::request_drop(&table, names.as_deref())?;
+        build::cancel(table.oid)?;
+        let mut rows = rows(&table)?;
+        rows.retain(|(index, ..)| dropped.contains(index));
+        // Those of which nothing is there, or never was.
+        for name in names.unwrap_or(dropped) {
+            if !rows.iter().any(|(index, ..)| *index == name) {
+                rows.push((name, table.name.clone(), "gone".into(), String::new()));
+            }
+        }
+        Ok(rows)
+    })
+    .map(TableIterator::new)
+}
+
+fn rows(table: &Table) -> error::Result<Vec<Row>> {
+    build::report(table.oid, Owner::role(table.owner_oid), !has_worker()?)
+}
+
+/// The indexes of the catalogue that a call names; `None`: it names none.
+fn named(indexes: Option<Vec<Option<String>>>) -> error::Result<Option<Vec<&'static Index>>> {
+    let Some(names) = indexes else { return Ok(None) };
+    let find = |name: Option<String>| {
+        let name = name.ok_or(Error::Null("name of an index"))?;
+        catalogue::find(&name).ok_or(Error::NoIndex(name))
+    };
+    names.into_iter().map(find).collect::<error::Result<_>>().map(Some)
+}
+
+/// LiteLLM's spend log, plain or partitioned by its time.
+fn require_suitable(table: &Table) -> error::Result<()> {
+    catalogue::require_spend_log(table)?;
+    layout::require_root(table)?;
+    if table.kind == "p" {
+        Layout::of(table.oid, spend_log::TIME)?;
+    }
+    Ok(())
 }

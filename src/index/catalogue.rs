@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::litellm::spend_log::TIME;
 use crate::server::relation::Table;
 use crate::server::spi;
-use crate::server::text::{quoted, suffixed};
+use crate::server::text::{qualified, quoted, suffixed};
+use crate::state::indexes::{PREFIX, Wanted};
 
 /// An index of the catalogue.
 pub struct Index {
@@ -140,8 +141,9 @@ pub const CATALOGUE: [Index; 8] = [
     },
 ];
 
-/// The names of ours begin so. Then come the catalogue's name and that of the partition.
-const PREFIX: &str = "litellm_spend_";
+pub fn find(name: &str) -> Option<&'static Index> {
+    CATALOGUE.iter().find(|index| index.name == name)
+}
 
 /// Refuses a table that lacks what every index here, and LiteLLM's spend log, has.
 pub fn require_spend_log(table: &Table) -> Result<()> {
@@ -204,6 +206,14 @@ impl Index {
         suffixed(&format!("{PREFIX}{}_{partition}", self.name), "")
     }
 
+    /// As it is asked for.
+    pub fn wanted(&self, hot: bool) -> Wanted {
+        let texts = |texts: &[&str]| texts.iter().map(|text| text.to_string()).collect();
+        let is_plain = self.leaves_out_nulls_only() && self.method == Method::Btree;
+        let (keys, included) = if is_plain { (self.keys, self.included) } else { (&[][..], &[][..]) };
+        Wanted { name: self.name, hot, keys: texts(keys), included: texts(included) }
+    }
+
     /// Whether an index of that name is this one.
     pub fn is_name(&self, name: &str) -> bool {
         name.starts_with(&self.name_on(""))
@@ -212,6 +222,12 @@ impl Index {
     /// Whether one without a predicate does the same.
     pub fn leaves_out_nulls_only(&self) -> bool {
         self.predicate.ends_with(" IS NOT NULL)") && !self.predicate.contains(" AND ")
+    }
+
+    /// The statement that builds it under a name.
+    pub fn create(&self, name: &str, schema: &str, partition: &str) -> Result<String> {
+        let (name, on, definition) = (quoted(name), qualified(schema, partition), self.definition()?);
+        Ok(format!("CREATE INDEX CONCURRENTLY {name} ON {on} {definition}"))
     }
 
     /// Whether it opens the JSON of each row.

@@ -5,7 +5,8 @@
 //! as they are. Each partition has its own, none belongs to the partitioned table: a partition that LiteLLM writes to stays
 //! without, and inserts pay nothing.
 //!
-//! May call partition, LiteLLM's room, state and server.
+//! May call LiteLLM's room, partition, state and server.
 
+pub mod build;
 pub mod catalogue;
 pub mod plan;

@@ -16,13 +16,14 @@ use crate::server::rewrite;
 use crate::server::session::Owner;
 use crate::server::spi::{execute, query, value};
 use crate::server::text::{literal, qualified, quoted};
+use crate::state::indexes::PREFIX;
 use pgrx::prelude::*;
 
 pub struct Blueprint {
     pub table: Table,
     /// The primary key's constraint and its columns.
     pub key: Option<(String, Vec<String>)>,
-    /// Valid indexes that are not the primary key's.
+    /// Valid indexes that are neither the primary key's nor ours.
     pub indexes: Vec<Index>,
     /// Those that are not ours.
     pub triggers: Vec<Trigger>,
@@ -176,8 +177,9 @@ fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
         "SELECT c.relname::text, pg_catalog.pg_get_indexdef(i.indexrelid), d.description
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
          LEFT JOIN pg_catalog.pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid AND d.objsubid = 0
-         WHERE i.indrelid = $1 AND i.indisvalid AND NOT i.indisprimary AND NOT i.indisunique ORDER BY 1",
-        &[table.into()],
+         WHERE i.indrelid = $1 AND i.indisvalid AND NOT i.indisprimary AND NOT i.indisunique AND NOT starts_with(c.relname, $2)
+         ORDER BY 1",
+        &[table.into(), PREFIX.into()],
         |r| Ok(Index { name: value(r, 1)?, sql: value(r, 2)?, comment: r.get(3)? }),
     )
 }
@@ -340,7 +342,9 @@ const OBSTACLES: &str = "
     UNION ALL SELECT format('Index %s is unique, which only an index with the partition key can be.', indexrelid::regclass)
     FROM pg_index WHERE indrelid = $1 AND indisunique AND NOT indisprimary AND indexrelid <> coalesce(to_regclass(nullif($2, '')), 0::oid)
     UNION ALL SELECT format('Index %s is not valid.', indexrelid::regclass)
-    FROM pg_index WHERE indrelid = $1 AND NOT indisvalid AND indexrelid <> coalesce(to_regclass(nullif($2, '')), 0::oid)
+    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE indrelid = $1 AND NOT indisvalid AND indexrelid <> coalesce(to_regclass(nullif($2, '')), 0::oid)
+      AND NOT starts_with(relname, $3)
     UNION ALL SELECT format('Column %s is an identity column.', quote_ident(attname)) FROM pg_attribute
     WHERE attrelid = $1 AND attidentity <> '' AND NOT attisdropped
     UNION ALL SELECT format('It inherits from %s.', inhparent::regclass) FROM pg_inherits WHERE inhrelid = $1
@@ -399,7 +403,8 @@ const READ_AGAIN: &str = "
     FROM pg_statistic_ext k JOIN pg_class c ON c.oid = k.stxrelid WHERE c.oid = $1";
 
 fn obstacles(table: &Table, key_index: &str) -> Result<Vec<String>> {
-    let mut obstacles = query(OBSTACLES, &[table.oid.into(), key_index.into()], |r| value(r, 1))?;
+    let mut obstacles =
+        query(OBSTACLES, &[table.oid.into(), key_index.into(), PREFIX.into()], |r| value(r, 1))?;
     obstacles.extend(code_of_third_roles(READ_AGAIN, &[table.oid.into()])?);
     Ok(obstacles)
 }

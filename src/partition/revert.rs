@@ -34,6 +34,7 @@ use crate::server::text::{literal, qualified, quoted, suffixed};
 use crate::state::captured;
 use crate::state::conversion::{self, Pending, Progress, progress};
 use crate::state::fence;
+use crate::state::indexes;
 use crate::state::step::{Runner, Subject};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -263,6 +264,7 @@ impl Reversion {
         // 4. capture and rollups go on there; what is kept out had been counted.
         let plain = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
         capture::follow(self.relation, plain)?;
+        indexes::follow(self.relation, plain)?;
         if let Some(state) = captured::capture()?.filter(|state| state.relation == plain) {
             run(Capture { columns: &state.columns }.retire(&self.duplicates()))?;
         }

@@ -13,6 +13,8 @@
 //! They are waited for at most `litellm_spend.swap_lock_timeout`; then the conversion tries again later. Before them, within the
 //! same limit, our own rows about the table are locked: whoever has one must not make us wait while we have the table.
 //!
+//! Indexes of ours stay on the old table: those of a partitioned table would be on each new partition, too.
+//!
 //! Every statement runs as the table's owner, or as the owner of the view or function that it changes: their texts come from the
 //! catalog and may call what is theirs. `blueprint` says what is ours to do.
 
@@ -30,6 +32,7 @@ use crate::server::relation;
 use crate::server::spi;
 use crate::server::text::{SCHEMA, qualified, quoted, suffixed};
 use crate::state::fence;
+use crate::state::indexes;
 use crate::state::restore::HERE;
 use pgrx::prelude::*;
 
@@ -79,8 +82,9 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     attach_default(&layout, &create(&layout, &layout.free_name(&suffixed(table, "_pdefault"))?)?)?;
     // 6. whatever read the old table reads the new one.
     blueprint.point_readers()?;
-    // 7. capture, rollups and maintenance go on there.
+    // 7. capture, rollups, indexes and maintenance go on there.
     capture::follow(conversion.relation, parent)?;
+    indexes::follow(conversion.relation, parent)?;
     store_policy(conversion, parent)
 }
 

@@ -23,11 +23,12 @@ use crate::state::fence;
 pub const HERE: &str = "(SELECT id FROM litellm_spend.installation)";
 
 /// The tables whose rows name who wrote them, and what of a row means nothing to another server.
-const WRITTEN: [(&str, &str); 4] = [
+const WRITTEN: [(&str, &str); 5] = [
     ("source", ", candidates = '[]'"),
     ("capture", ", candidates = '[]'"),
     ("policy", ""),
     ("conversion", ""),
+    ("index_set", ""),
 ];
 
 const MARKER: &str = "litellm_spend_restored";

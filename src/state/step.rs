@@ -23,6 +23,10 @@ pub enum Subject {
     Conversion(String, String),
     /// What comes next for it, and whether its cutover is over: looked at also while the conversion rests.
     Look(String, String),
+    /// A look at what comes next for the indexes of a table: its Oid, and what it is called.
+    Indexes(u32, String),
+    /// An index on a table or partition: its Oid, the index's name in the catalogue, and what the partition is called.
+    Index(u32, String, String),
     /// The maintenance of a table: its Oid, and what it is called.
     Policy(u32, String),
 }
@@ -32,8 +36,8 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
-    /// Has a process of its own run the statement that comes next for the conversion of a table, and that no transaction may
-    /// surround. Only a worker can.
+    /// Has a process of its own run the statement that comes next for the conversion or the indexes of a table, and that no
+    /// transaction may surround. Only a worker can.
     fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}
     /// Most sequence values that it merges in a step.
     fn most_merged(&self, _subject: &Subject) -> i64 {
@@ -75,6 +79,8 @@ impl fmt::Display for Subject {
             Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
                 write!(f, "conversion of {}", qualified(schema, table))
             }
+            Subject::Indexes(_, table) => write!(f, "indexes of {table}"),
+            Subject::Index(_, index, partition) => write!(f, "index {index} of {partition}"),
             Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
         }
     }

@@ -1,10 +1,11 @@
-//! Builds or drops the index of a conversion, in a process of its own.
+//! Builds or drops an index, of a conversion or one that was asked for, in a process of its own.
 //!
 //! CREATE INDEX CONCURRENTLY waits for every transaction that was there before it, however long: one owner's open transaction
 //! would keep the database's only worker, and with it everybody's merges, for as long as that lasts. The worker starts this
-//! process, looks now and then how far the index is, and goes on with the conversion when it is there.
+//! process, looks now and then how far the index is, and goes on when it is there.
 
 use crate::error::Result;
+use crate::index::build::{self, Next};
 use crate::partition::convert::{Conversion, Step};
 use crate::server::locks::{Patience, database_is_wanted};
 use crate::server::log;
@@ -19,7 +20,7 @@ use crate::worker::tick;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 
-/// Starts the process for the conversion of `relation`. `None`: there is no slot for it.
+/// Starts the process for the conversion or the indexes of `relation`. `None`: there is no slot for it.
 pub fn start(relation: pg_sys::Oid) -> Option<DynamicBackgroundWorker> {
     // SAFETY: reads a variable of this process.
     let database = unsafe { pg_sys::MyDatabaseId };
@@ -74,20 +75,22 @@ fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
     Ok(conversion.lock(Patience::of_call())? && conversion.options.aborted)
 }
 
-/// What is to be run for the conversion of a table, if that is still what comes next and nobody is at it: a builder goes on when
-/// its worker is terminated, and what it builds must not be taken for an index that was left half built.
+/// What is to be run for the conversion or the indexes of a table, if that is still what comes next and nobody is at it: a builder
+/// goes on when its worker is terminated, and what it builds must not be taken for an index that was left half built.
 fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> {
     let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index WHERE relid = $1";
     if !spi::query(at_work, &[relation.into()], |_| Ok(()))?.is_empty() {
         return Ok(None);
     }
     let all: Vec<Conversion> = Pending::all()?;
-    let Some(conversion) = all.into_iter().find(|conversion| conversion.relation == relation) else {
-        return Ok(None);
-    };
-    let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
-    Ok(match conversion.next_step()? {
-        Step::TopLevel(sql) => Some((subject, conversion.owner, sql)),
-        _ => None,
+    if let Some(conversion) = all.into_iter().find(|conversion| conversion.relation == relation)
+        && let Step::TopLevel(sql) = conversion.next_step()?
+    {
+        let subject = Subject::Conversion(conversion.schema, conversion.table);
+        return Ok(Some((subject, conversion.owner, sql)));
+    }
+    Ok(match build::next(relation)? {
+        Next::Do(work) => Some((work.subject(), work.owner, work.sql)),
+        Next::Wait | Next::Nothing => None,
     })
 }

@@ -38,13 +38,18 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     steps.rest_after_crash();
     // What failed in an earlier life is noted again if it still does.
     steps.take_back(&Subject::Task("watch"));
-    let (mut tidied, mut maintenance) = (Instant::now(), Instant::now());
+    let (mut tidied, mut maintenance, mut indexed) = (Instant::now(), Instant::now(), Instant::now());
+    let mut indexing = true;
     while launcher::launch() == launch && in_transaction(|| extension_exists() && !database_is_wanted()) {
         reload_settings();
         let round = tick::tick(&mut steps);
         if maintenance.elapsed() > MAINTENANCE_LOOK {
             tick::maintain(&mut steps);
             maintenance = Instant::now();
+        }
+        if indexing || indexed.elapsed() > INDEX_LOOK {
+            indexing = tick::index(&mut steps);
+            indexed = Instant::now();
         }
         if tidied.elapsed() > TIDY_INTERVAL {
             tick::tidy(&mut steps);
@@ -65,6 +70,9 @@ const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Between two looks whether a table is to be maintained. When it is, `litellm_spend.maintain_interval` says.
 const MAINTENANCE_LOOK: Duration = Duration::from_secs(1);
+
+/// Between two looks for indexes that are to be built, while none is: a partition closes once a day.
+const INDEX_LOOK: Duration = Duration::from_secs(5);
 
 fn extension_exists() -> bool {
     let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend')";

@@ -5,6 +5,7 @@
 use crate::engine::declare;
 use crate::engine::rollup::{self, Look, Merge, Merged};
 use crate::error::Result;
+use crate::index::build;
 use crate::litellm::backfill;
 use crate::litellm::repair;
 use crate::litellm::views;
@@ -19,6 +20,7 @@ use crate::server::spi;
 use crate::server::text::{SCHEMA, literal};
 use crate::state::captured;
 use crate::state::conversion;
+use crate::state::indexes;
 use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources::{self, CHANGE_LOG, Source};
@@ -72,6 +74,7 @@ pub fn tidy(run: &mut impl Runner) {
     if run.may_watch() {
         run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
     }
+    run.step(Subject::Task("indexes"), indexes::look_after);
 }
 
 /// Maintains the tables whose turn it is.
@@ -80,6 +83,11 @@ pub fn maintain(run: &mut impl Runner) {
     for policy in run.step(Subject::Task("maintain"), policy::due).unwrap_or_default() {
         maintain::round(run, policy, None);
     }
+}
+
+/// Goes on with the indexes that were asked for. `true`: there is more to do soon.
+pub fn index(run: &mut impl Runner) -> bool {
+    build::tick(run)
 }
 
 /// Merges what is safe. `true`: there are more windows.
@@ -238,6 +246,9 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
         Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
             conversion::record_error(schema, table, message, again)
         }
+        Subject::Index(partition, name, _) => indexes::record((*partition).into(), name, failure),
+        // It only reads catalogs: the server's log has what failed.
+        Subject::Indexes(..) => Ok(()),
         Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
         Subject::Source(name) => rollups::rollup_names(Some(name))?
             .iter()

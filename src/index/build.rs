@@ -1,0 +1,197 @@
+//! Has indexes built and dropped: what comes next on a table, and what only top level can run.
+//!
+//! ```text
+//!  step          lock on the partition         who waits
+//!  drop, build   SHARE UPDATE EXCLUSIVE        nobody who reads or writes; who changes the table or vacuums it
+//! ```
+//! CONCURRENTLY, one at a time on a table, on the newest partition first; a partition that LiteLLM writes to only where that was
+//! asked for. A process of its own does it ([`crate::index`] only says what): a build waits for every transaction that was there before
+//! it, however long. Whoever waits for its lock longer than `litellm_spend.lock_timeout` ends it, as an autovacuum would be ended, and it
+//! is tried again.
+//!
+//! What has been done is read from the catalogs each time. An index of ours that is not valid, and that nobody builds, was left by a
+//! build that failed or was killed: it is dropped before anything else.
+//!
+//! Whose rights: everything is done as the table's owner. A partition of somebody else's is left alone.
+
+use crate::error::Result;
+use crate::guc;
+use crate::index::catalogue;
+use crate::server::relation::free_name;
+use crate::server::session::{Failure, Owner};
+use crate::server::spi;
+use crate::state::conversion;
+use crate::state::indexes::{self, Leftover, Place};
+use crate::state::step::{Runner, Subject};
+use pgrx::prelude::*;
+
+/// A statement for top level.
+pub struct Work {
+    /// The index's name in the catalogue.
+    pub name: String,
+    pub partition: pg_sys::Oid,
+    pub partition_name: String,
+    pub owner: Owner,
+    pub sql: String,
+}
+
+impl Work {
+    pub fn subject(&self) -> Subject {
+        Subject::Index(self.partition.to_u32(), self.name.clone(), self.partition_name.clone())
+    }
+}
+
+/// What comes next.
+pub enum Next {
+    Nothing,
+    /// Somebody is at work on the table.
+    Wait,
+    Do(Work),
+}
+
+pub fn next(relation: pg_sys::Oid) -> Result<Next> {
+    let Some(subject) = indexes::subject_of(relation)? else { return Ok(Next::Nothing) };
+    if indexes::is_at_work(relation)? {
+        return Ok(Next::Wait);
+    }
+    if let Some(leftover) = leftovers(relation)?.into_iter().next() {
+        return Ok(Next::Do(drop_of(leftover, subject.owner)));
+    }
+    indexes::forget_dropped(relation)?;
+    // Its swap would wait for the build, and the other way round.
+    if conversion::is_under_way(&subject.schema, &subject.table)? {
+        return Ok(Next::Wait);
+    }
+    for place in indexes::survey(relation)? {
+        if !place.due {
+            continue;
+        }
+        match create_of(&place, subject.owner) {
+            Ok(Some(work)) => return Ok(Next::Do(work)),
+            Ok(None) => {}
+            Err(error) => indexes::record(place.partition, &place.name, Some(&Failure::from(error)))?,
+        }
+    }
+    Ok(Next::Nothing)
+}
+
+/// What a build may have ended between the snapshot and the look at who builds is seen by a second one.
+fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
+    let first = indexes::leftovers(relation)?;
+    if first.is_empty() {
+        return Ok(first);
+    }
+    let again = indexes::leftovers(relation)?;
+    Ok(first.into_iter().filter(|leftover| again.contains(leftover)).collect())
+}
+
+fn drop_of(leftover: Leftover, owner: Owner) -> Work {
+    Work {
+        sql: format!("DROP INDEX CONCURRENTLY IF EXISTS {}", leftover.index),
+        name: leftover.name,
+        partition: leftover.partition,
+        partition_name: leftover.partition_name,
+        owner,
+    }
+}
+
+/// `None`: another version of ours knows that index.
+fn create_of(place: &Place, owner: Owner) -> Result<Option<Work>> {
+    let Some(index) = catalogue::find(&place.name) else { return Ok(None) };
+    let schema = &place.partition_schema;
+    let name = free_name([schema, schema], &index.name_on(&place.partition_name))?;
+    Ok(Some(Work {
+        sql: index.create(&name, schema, &place.partition_name)?,
+        name: place.name.clone(),
+        partition: place.partition,
+        partition_name: place.partition_name.clone(),
+        owner,
+    }))
+}
+
+/// How it stands with an index on a table or partition, for whoever asked for it: index, partition, state, and what there is to say.
+pub type Row = (String, String, String, String);
+
+/// What became of all that was asked for; where no worker does it, with the statements that are to be run.
+pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<Row>> {
+    let statement = |work: Work| format!("{};", work.sql);
+    let mut rows = vec![];
+    if by_hand {
+        for leftover in leftovers(relation)? {
+            let (name, partition) = (leftover.name.clone(), leftover.partition_name.clone());
+            rows.push((name, partition, "to drop".into(), statement(drop_of(leftover, owner))));
+        }
+        indexes::forget_dropped(relation)?;
+    }
+    for place in indexes::survey(relation)? {
+        if by_hand && place.state == "to drop" {
+            continue;
+        }
+        let is_to_do = by_hand && ["waiting", "failed"].contains(&place.state.as_str());
+        let detail = match place.last_error.clone() {
+            Some(error) => error,
+            None if is_to_do => create_of(&place, owner)?.map(statement).unwrap_or_default(),
+            None => String::new(),
+        };
+        rows.push((place.name, place.partition_name, place.state, detail));
+    }
+    Ok(rows)
+}
+
+/// One round over all tables. `true`: there is more to do soon.
+pub fn tick(run: &mut impl Runner) -> bool {
+    let mut more = false;
+    for table in run.step(Subject::Task("indexes"), indexes::subjects).unwrap_or_default() {
+        let subject = Subject::Indexes(table.relation.to_u32(), table.table.clone());
+        match run.step(subject.clone(), || look(table.relation)) {
+            Some(Next::Nothing) => {}
+            Some(Next::Do(_)) => {
+                run.begin_top_level(subject, table.relation);
+                more = true;
+            }
+            // It rests until what was begun has come to something, or what failed is tried again.
+            Some(Next::Wait) | None => more = true,
+        }
+    }
+    more
+}
+
+fn look(relation: pg_sys::Oid) -> Result<Next> {
+    let next = next(relation)?;
+    if matches!(next, Next::Wait) {
+        give_way(relation)?;
+    }
+    Ok(next)
+}
+
+/// Cancels our build or drop for whom somebody has waited longer than a lock of ours may be waited for.
+fn give_way(relation: pg_sys::Oid) -> Result<()> {
+    spi::current(
+        "SELECT pg_catalog.pg_cancel_backend(h.pid)
+         FROM pg_catalog.pg_locks w
+         JOIN pg_catalog.pg_locks h ON h.locktype = 'relation' AND h.granted AND h.relation = w.relation
+             AND h.database = w.database AND h.mode = 'ShareUpdateExclusiveLock'
+         JOIN pg_catalog.pg_stat_activity a ON a.pid = h.pid
+         WHERE w.locktype = 'relation' AND NOT w.granted AND a.backend_type = 'litellm_spend builder'
+           AND h.pid = ANY (pg_catalog.pg_blocking_pids(w.pid))
+           AND w.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+           AND w.relation IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)
+           AND w.waitstart < clock_timestamp() - make_interval(secs => $2)",
+        &[relation.into(), guc::lock_timeout().time.as_secs_f64().into()],
+        |_| Ok(()),
+    )
+    .map(drop)
+}
+
+/// Ends a build of ours that is not wanted any more. What it leaves is dropped.
+pub fn cancel(relation: pg_sys::Oid) -> Result<()> {
+    spi::query(
+        "SELECT pg_catalog.pg_cancel_backend(p.pid)
+         FROM pg_catalog.pg_stat_progress_create_index p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid
+         WHERE a.backend_type = 'litellm_spend builder' AND p.datname = pg_catalog.current_database()
+           AND p.relid IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)",
+        &[relation.into()],
+        |_| Ok(()),
+    )
+    .map(drop)
+}

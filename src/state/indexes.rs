@@ -1,0 +1,241 @@
+//! Indexes that were asked for on LiteLLM's spend log, and those that could not be built. What there is, the view `index_survey` reads
+//! from the catalogs.
+//!
+//! What was asked for holds for the table that it was asked for, while that belongs to the same owner.
+
+use crate::error::Result;
+use crate::server::relation::Table;
+use crate::server::session::{Failure, Owner};
+use crate::server::spi::{self, value};
+use crate::server::text::{SCHEMA, qualified};
+use crate::state::restore::HERE;
+use pgrx::prelude::*;
+use std::time::Duration;
+
+/// An index as it is to be on a table.
+pub struct Wanted {
+    pub name: &'static str,
+    pub hot: bool,
+    /// What one without a predicate that does the same begins with, and what else it holds. Empty: none does.
+    pub keys: Vec<String>,
+    pub included: Vec<String>,
+}
+
+/// Stores what was asked for. What failed is tried again.
+pub fn request(table: &Table, wanted: &Wanted) -> Result<()> {
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.index_set (relation, name, owner, hot, keys, included, origin)
+             VALUES ($1, $2, $3, $4, $5, $6, {HERE})
+             ON CONFLICT (relation, name) DO UPDATE SET owner = excluded.owner, hot = excluded.hot, dropped = false,
+                 keys = excluded.keys, included = excluded.included, origin = excluded.origin,
+                 asked_at = CASE WHEN index_set.dropped THEN excluded.asked_at ELSE index_set.asked_at END"
+        ),
+        &[
+            table.oid.into(),
+            wanted.name.into(),
+            table.owner_oid.into(),
+            wanted.hot.into(),
+            wanted.keys.clone().into(),
+            wanted.included.clone().into(),
+        ],
+    )?;
+    let sql = format!(
+        "DELETE FROM {SCHEMA}.index_failure WHERE name = $2 AND partition IN (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)"
+    );
+    spi::execute(&sql, &[table.oid.into(), wanted.name.into()]).map(drop)
+}
+
+/// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before included.
+pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<String>> {
+    spi::fresh(
+        &format!(
+            "UPDATE {SCHEMA}.index_set SET dropped = true, owner = $3 WHERE relation = $1 AND ($2 IS NULL OR name = ANY ($2))
+             RETURNING name"
+        ),
+        &[table.oid.into(), names.map(<[String]>::to_vec).into(), table.owner_oid.into()],
+        |r| value(r, 1),
+    )
+}
+
+/// The indexes that were asked for on one table are those of another from now on, which takes its place.
+pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
+    let sql = format!("UPDATE {SCHEMA}.index_set SET relation = $2 WHERE relation = $1");
+    spi::execute(&sql, &[old.into(), new.into()]).map(drop)
+}
+
+/// The names of ours begin so. Then come the catalogue's name and that of the table or partition.
+pub const PREFIX: &str = "litellm_spend_";
+
+/// A table for which indexes were asked, while it belongs to whom it did.
+pub struct Subject {
+    pub relation: pg_sys::Oid,
+    pub schema: String,
+    pub table: String,
+    pub owner: Owner,
+}
+
+const SUBJECTS: &str = "SELECT DISTINCT c.oid, n.nspname::text, c.relname::text, c.relowner
+     FROM litellm_spend.index_set s JOIN litellm_spend.installation i ON i.id = s.origin
+     JOIN pg_catalog.pg_class c ON c.oid = s.relation AND c.relowner = s.owner
+     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
+
+pub fn subjects() -> Result<Vec<Subject>> {
+    spi::query(&format!("{SUBJECTS} ORDER BY 1"), &[], subject)
+}
+
+pub fn subject_of(relation: pg_sys::Oid) -> Result<Option<Subject>> {
+    Ok(spi::query(&format!("{SUBJECTS} WHERE c.oid = $1"), &[relation.into()], subject)?.pop())
+}
+
+fn subject(r: &pgrx::spi::SpiHeapTupleData) -> Result<Subject> {
+    Ok(Subject {
+        relation: value(r, 1)?,
+        schema: value(r, 2)?,
+        table: value(r, 3)?,
+        owner: Owner::role(value(r, 4)?),
+    })
+}
+
+/// An index on a table or partition, as it is now.
+pub struct Place {
+    pub name: String,
+    pub partition: pg_sys::Oid,
+    pub partition_schema: String,
+    pub partition_name: String,
+    pub state: String,
+    pub last_error: Option<String>,
+    /// It may be tried, as far as earlier failures go.
+    pub due: bool,
+}
+
+/// The newest partitions first, and on each the indexes by name.
+pub fn survey(relation: pg_sys::Oid) -> Result<Vec<Place>> {
+    spi::current(
+        &format!(
+            "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error,
+                    coalesce(s.retry_at <= clock_timestamp(), s.state = 'waiting')
+             FROM {SCHEMA}.index_survey s JOIN pg_catalog.pg_class c ON c.oid = s.partition
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+             WHERE s.relation = $1 ORDER BY s.range_end DESC, c.relname, s.name"
+        ),
+        &[relation.into()],
+        |r| {
+            Ok(Place {
+                name: value(r, 1)?,
+                partition: value(r, 2)?,
+                partition_schema: value(r, 3)?,
+                partition_name: value(r, 4)?,
+                state: value(r, 5)?,
+                last_error: r.get(6)?,
+                due: value(r, 7)?,
+            })
+        },
+    )
+}
+
+/// An index of ours that has to go.
+#[derive(PartialEq, Eq)]
+pub struct Leftover {
+    pub name: String,
+    pub partition: pg_sys::Oid,
+    pub partition_name: String,
+    /// Qualified.
+    pub index: String,
+}
+
+/// Those that are to be dropped, and those that somebody has left half built. One that was being built until a moment ago may be
+/// among them: who finds any looks again.
+pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
+    spi::current(
+        &format!(
+            "SELECT s.name, t.oid, t.relname::text, n.nspname::text, o.relname::text
+             FROM {SCHEMA}.index_set s JOIN pg_catalog.pg_class t
+                 ON t.oid = s.relation OR t.oid IN (SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = s.relation)
+             JOIN pg_catalog.pg_index x ON x.indrelid = t.oid JOIN pg_catalog.pg_class o ON o.oid = x.indexrelid
+             JOIN pg_catalog.pg_namespace n ON n.oid = o.relnamespace
+             WHERE s.relation = $1 AND t.relkind = 'r' AND t.relowner = s.owner
+               AND starts_with(o.relname, 'litellm_spend_' || s.name || '_') AND (s.dropped OR NOT x.indisvalid)
+             ORDER BY 1, 3, 5"
+        ),
+        &[relation.into()],
+        |r| {
+            Ok(Leftover {
+                name: value(r, 1)?,
+                partition: value(r, 2)?,
+                partition_name: value(r, 3)?,
+                index: qualified(&value::<String>(r, 4)?, &value::<String>(r, 5)?),
+            })
+        },
+    )
+}
+
+/// Whether an index of the table, or of a partition, is being built or dropped.
+pub fn is_at_work(relation: pg_sys::Oid) -> Result<bool> {
+    let sql = format!(
+        "SELECT FROM {SCHEMA}.index_work WHERE relation IN (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1) LIMIT 1"
+    );
+    Ok(!spi::current(&sql, &[relation.into()], |_| Ok(()))?.is_empty())
+}
+
+/// How soon it is tried again when somebody was in the way, and when the build itself failed: it reads all of a partition for that.
+const SOON: Duration = Duration::from_secs(30);
+const LATER: Duration = Duration::from_secs(3600);
+
+/// Notes why an index was not built or dropped. `None`: it worked, which takes the note back if the index is there now. What dropped the
+/// rest of a build that failed does not.
+pub fn record(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> Result<()> {
+    let Some(failure) = failure else {
+        let sql = format!(
+            "DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND EXISTS (
+                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = $1 AND s.name = $2 AND s.state = 'built')"
+        );
+        return spi::execute(&sql, &[partition.into(), name.into()]).map(drop);
+    };
+    let rest = if failure.is_cancel() || failure.is_lock_timeout() { SOON } else { LATER };
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.index_failure AS f (partition, name, last_error, last_error_at, retry_at)
+             SELECT $1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $4)
+             FROM pg_catalog.pg_class WHERE oid = $1
+             ON CONFLICT (partition, name) DO UPDATE SET last_error = excluded.last_error, retry_at = excluded.retry_at,
+                 last_error_at = excluded.last_error_at"
+        ),
+        &[partition.into(), name.into(), failure.text().into(), rest.as_secs_f64().into()],
+    )
+    .map(drop)
+}
+
+/// Forgets the indexes of a table that are dropped by now.
+pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
+    let gone = format!(
+        "FROM {SCHEMA}.index_set AS s WHERE relation = $1 AND dropped
+         AND NOT EXISTS (SELECT FROM {SCHEMA}.index_survey v WHERE v.relation = s.relation AND v.name = s.name)"
+    );
+    // A look that finds nothing writes nothing.
+    if spi::query(&format!("SELECT {gone} LIMIT 1"), &[relation.into()], |_| Ok(()))?.is_empty() {
+        return Ok(());
+    }
+    spi::execute(&format!("DELETE {gone}"), &[relation.into()]).map(drop)
+}
+
+/// Forgets what speaks of tables that are gone, or of indexes that nobody asks for any more. Not what a restore brings before its table.
+pub fn look_after() -> Result<()> {
+    for sql in [
+        format!(
+            "FROM {SCHEMA}.index_set WHERE origin = {HERE}
+             AND NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = relation)"
+        ),
+        format!(
+            "FROM {SCHEMA}.index_failure AS f WHERE NOT EXISTS (
+                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = f.partition AND s.name = f.name)"
+        ),
+    ] {
+        if !spi::query(&format!("SELECT {sql} LIMIT 1"), &[], |_| Ok(()))?.is_empty() {
+            spi::execute(&format!("DELETE {sql}"), &[])?;
+        }
+    }
+    Ok(())
+}
