@@ -52,7 +52,7 @@ pub fn window_wait() -> Duration {
 }
 
 /// Most sequence values merged in one transaction: bounds its time after an outage. The worker begins with fewer, and comes here
-/// only where that many are merged within seconds.
+/// only where that many are merged within a second.
 pub fn max_window() -> i64 {
     i64::from(MAX_WINDOW.get())
 }
@@ -128,7 +128,7 @@ pub fn register() {
     GucRegistry::define_int_guc(
         c"litellm_spend.max_window",
         c"Most sequence values merged in one transaction.",
-        c"Bounds the time of a merge after an outage; the worker's windows are as long as is merged in seconds.",
+        c"Bounds the time of a merge after an outage; the worker's windows are as long as is merged in a second.",
         &MAX_WINDOW,
         1,
         i32::MAX,

@@ -189,9 +189,10 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// Windows grow to what is merged in this time where rows come faster than that: the larger, the more rows meet in a group that is
 /// written once, and the longer others wait for their turn.
-const WINDOW_TIME: Duration = Duration::from_secs(5);
-/// For a machine that becomes four times as slow between two windows.
-const MERGE_LIMIT: Duration = Duration::from_secs(20);
+const WINDOW_TIME: Duration = Duration::from_secs(1);
+/// For a machine that becomes three times as slow between two windows, and for no longer: what a merge calls may be anybody's, and
+/// others wait for their turn.
+const MERGE_LIMIT: Duration = Duration::from_secs(3);
 /// Takes 0.1 to 1 s (PostgreSQL 15, two shared cores, 2026-11).
 const FIRST_WINDOW: i64 = 100_000;
 const SMALLEST_WINDOW: i64 = 1000;
@@ -468,12 +469,12 @@ mod tests {
     #[test]
     fn a_window_grows_while_there_is_time_and_shrinks_when_there_is_not() {
         let seconds = Duration::from_secs_f64;
-        assert_eq!(next_window(100_000, 100_000, seconds(0.2)), 200_000);
-        assert_eq!(next_window(100_000, 100_000, seconds(4.0)), 125_000);
-        assert_eq!(next_window(100_000, 100_000, seconds(8.0)), 62_500);
-        assert_eq!(next_window(100_000, 100_000, seconds(80.0)), 50_000, "not by one slow window alone");
+        assert_eq!(next_window(100_000, 100_000, seconds(0.04)), 200_000);
+        assert_eq!(next_window(100_000, 100_000, seconds(0.8)), 125_000);
+        assert_eq!(next_window(100_000, 100_000, seconds(1.6)), 62_500);
+        assert_eq!(next_window(100_000, 100_000, seconds(16.0)), 50_000, "not by one slow window alone");
         assert_eq!(next_window(100_000, 3, seconds(0.1)), 100_000, "few rows say nothing");
-        assert_eq!(next_window(100_000, 60_000, seconds(6.0)), 50_000);
+        assert_eq!(next_window(100_000, 60_000, seconds(1.2)), 50_000);
         assert_eq!(next_window(100_000, 5_000_000, Duration::ZERO), 200_000, "a gap of the numbers");
         assert_eq!(next_window(SMALLEST_WINDOW, 1000, seconds(60.0)), SMALLEST_WINDOW);
     }
