@@ -87,8 +87,9 @@ impl Policy {
         };
         spi::execute(
             &format!(
-                "UPDATE {SCHEMA}.policy SET maintained_at = clock_timestamp(),
-                     retry_at = clock_timestamp() + make_interval(secs => $2), last_error = $3,
+                "UPDATE {SCHEMA}.policy SET (maintained_at, retry_at) =
+                         (SELECT now, now + make_interval(secs => $2) FROM (SELECT clock_timestamp() AS now OFFSET 0) t),
+                     last_error = $3,
                      last_error_at = CASE WHEN $3 IS NULL THEN NULL WHEN last_error = $3 THEN last_error_at
                                           ELSE clock_timestamp() END,
                      blocked = $4,
