@@ -150,6 +150,40 @@ fn buckets_of_hours_and_days_are_those_of_utc_for_every_reader() {
 }
 
 #[test]
+fn a_bucket_is_that_of_date_trunc_for_every_time_there_is() {
+    let (_db, mut client) = without_worker();
+    let units = ["second", "minute", "hour", "day", "week", "year"];
+    let truncated = units.map(|unit| format!("date_trunc('{unit}', at) AS {unit}"));
+    client
+        .batch_execute(&format!(
+            "SET timezone = 'Asia/Kolkata';
+             CREATE TABLE moments (at timestamptz, id bigserial);
+             SELECT spend_rollup_create('moments', 'moments', ARRAY[$d${}$d$], ARRAY['count(*) AS n', 'min(at) AS at']);
+             INSERT INTO moments (at) SELECT unnest(ARRAY[NULL, '-infinity', 'infinity', '4713-01-01 00:00Z BC',
+                 '4713-02-01 12:34:56.789Z BC', '294276-12-31 23:59:59.999999Z', '1883-11-18 12:03:58.25Z']::timestamptz[]);
+             -- On both sides of the border between centuries, on borders and beside them.
+             INSERT INTO moments (at)
+             SELECT timestamptz '2000-01-01 00:00Z' + n * width + off
+             FROM generate_series(-3, 3) AS n, unnest('{{1 second, 1 minute, 1 hour, 1 day, 400 days}}'::interval[]) AS width,
+                  unnest('{{-1 microsecond, 0, 1 microsecond, 30.5 seconds}}'::interval[]) AS off",
+            truncated.join("$d$, $d$")
+        ))
+        .unwrap();
+    let theirs = units.map(|unit| format!("date_trunc('{unit}', at, 'UTC')"));
+    let theirs =
+        format!("SELECT {}, count(*), min(at) FROM moments GROUP BY 1, 2, 3, 4, 5, 6", theirs.join(", "));
+    assert_same(&mut client, "SELECT * FROM litellm_spend.moments", &theirs);
+    client.batch_execute("SELECT spend_rollup_run('moments')").unwrap();
+    assert_same(&mut client, "SELECT * FROM litellm_spend.moments", &theirs);
+    assert!(holds(&mut client, "SELECT sum(n) = 147 FROM litellm_spend.moments_rollup"));
+    // A rebuild's borders are those of the buckets.
+    client
+        .batch_execute("SELECT spend_rollup_rebuild('moments', '1999-12-31 23:59:58', '2000-01-01')")
+        .unwrap();
+    assert_same(&mut client, "SELECT * FROM litellm_spend.moments", &theirs);
+}
+
+#[test]
 fn odd_types_collations_and_merge_functions_stay_exact() {
     let db = shared().database();
     let mut client = db.connect();
