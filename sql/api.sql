@@ -111,6 +111,7 @@ COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Tu
 COMMENT ON FUNCTION @extschema@.spend_index_plan(regclass) IS 'What each index for LiteLLM''s Logs page would cost and serve here, and what else would help; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_index_set(regclass, text[], boolean) IS 'Asks for indexes that LiteLLM leaves alone, built on closed partitions, or on all with hot; says how far they are';
 COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has the indexes that spend_index_set() made dropped; NULL means all';
+COMMENT ON FUNCTION @extschema@.spend_upgrade_check(text, regclass) IS 'What a release of LiteLLM does to its spend log when it starts, and what to do before; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
 COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
@@ -131,7 +132,8 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_partition_convert(regclass, text, "any", text, integer),
     litellm_spend.maintain_at(regclass, "any"),
     @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean), @extschema@.spend_partition_maintain(regclass),
-    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[])
+    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[]),
+    @extschema@.spend_upgrade_check(text, regclass)
 FROM PUBLIC;
 REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
 

@@ -822,6 +822,19 @@ VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_index_set_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_index_set(regclass, text[], boolean) IS 'Asks for indexes that LiteLLM leaves alone, built on closed partitions, or on all with hot; says how far they are';
+CREATE FUNCTION @extschema@.spend_upgrade_check(
+    "version" TEXT,
+    "source" regclass DEFAULT NULL
+) RETURNS TABLE (
+    "change" TEXT,
+    "by" TEXT,
+    "effect" TEXT,
+    "remedy" TEXT
+)
+STABLE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_upgrade_check_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_upgrade_check(text, regclass) IS 'What a release of LiteLLM does to its spend log when it starts, and what to do before; changes nothing';
 CREATE FUNCTION @extschema@.spend_index_drop(
     "source" regclass DEFAULT NULL,
     "indexes" TEXT[] DEFAULT NULL
@@ -836,7 +849,8 @@ LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_index_drop_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has the indexes that spend_index_set() made dropped; NULL means all';
 REVOKE ALL ON FUNCTION
-    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[])
+    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[]),
+    @extschema@.spend_upgrade_check(text, regclass)
 FROM PUBLIC;
 
 -- Whoever may call the old one may call the new one.

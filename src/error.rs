@@ -607,6 +607,12 @@ errors! {
         "The catalogue has none of that name.";
         "SELECT item, serves FROM spend_index_plan(); lists them.";
 
+    Version(given: String):
+        ERRCODE_INVALID_PARAMETER_VALUE;
+        "\"{given}\" is no version of LiteLLM";
+        "A version begins with two numbers.";
+        "Pass one such as '1.110.2'.";
+
     Needed(failure: Failure):
         failure.sqlstate;
         { failure.message.clone() };

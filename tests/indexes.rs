@@ -575,3 +575,107 @@ fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_b
     wait_for(&mut client, "team", r#""LiteLLM_SpendLogs""#, "built");
     wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
 }
+
+// ---- what a release does -----------------------------------------------------------------------------------
+
+/// What is changed and by what, and the remedies that are statements.
+fn check(client: &mut Client, version: &str) -> (Vec<(String, String)>, Vec<String>) {
+    let sql = format!("SELECT change, by, remedy FROM spend_upgrade_check('{version}')");
+    let rows = client.query(&sql, &[]).unwrap();
+    let changes = rows.iter().map(|r| (r.get(0), r.get(1))).collect();
+    let remedies = rows
+        .iter()
+        .map(|r| r.get::<_, String>(2))
+        .filter(|sql| sql.ends_with(';') && !sql.contains("revert"));
+    (changes, remedies.collect())
+}
+
+/// The log as it was before LiteLLM 1.83, but for what is asked of it here.
+const AS_BEFORE: &str = r#"
+    DROP INDEX "LiteLLM_SpendLogs_startTime_request_id_idx";
+    ALTER TABLE "LiteLLM_SpendLogs" DROP COLUMN request_duration_ms, DROP COLUMN created_at, DROP COLUMN updated_at,
+        DROP COLUMN litellm_call_id, DROP COLUMN billing_agent_id"#;
+
+#[test]
+fn what_a_release_does_is_said_before_and_nothing_is_left_to_do_when_that_was_followed() {
+    for convert in [false, true] {
+        let (db, mut client) = with_rows();
+        if convert {
+            client.batch_execute("SELECT spend_partition_convert()").unwrap();
+            wait_until_converted(&mut client);
+            eventually("its partitions are there", || {
+                holds(
+                    &mut client,
+                    "SELECT bool_and(partitions_ahead = precreate) FROM spend_partition_status",
+                )
+            });
+        }
+        client.batch_execute(AS_BEFORE).unwrap();
+        let names = |changes: &[(String, String)], by: &str| -> Vec<String> {
+            changes.iter().filter(|(_, found)| found == by).map(|(change, _)| change.clone()).collect()
+        };
+        let (changes, _) = check(&mut client, "v1.92.2-stable");
+        let index = r#"index "LiteLLM_SpendLogs_startTime_request_id_idx" on ("startTime", "request_id")"#;
+        assert_eq!(names(&changes, "a migration"), [r#"column "request_duration_ms""#, index]);
+        let (changes, remedies) = check(&mut client, "1.110.2");
+        let columns =
+            ["request_duration_ms", "created_at", "updated_at", "litellm_call_id", "billing_agent_id"];
+        let mut expected: Vec<String> = columns.iter().map(|name| format!(r#"column "{name}""#)).collect();
+        expected.push(index.into());
+        assert_eq!(names(&changes, "a migration"), expected);
+        assert_eq!(names(&changes, "LiteLLM's index job, once it serves").len(), 2);
+        // Each statement alone, as psql sends them, by who owns the table.
+        let mut owner = shared().connect_as(&db.name, LITELLM);
+        for sql in remedies.iter().flat_map(|remedy| remedy.split_inclusive(';')) {
+            owner.batch_execute(sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        }
+        let (changes, remedies) = check(&mut client, "1.110.2");
+        assert_eq!(names(&changes, "a migration"), [""; 0]);
+        assert!(remedies.is_empty(), "{remedies:?}");
+        assert_eq!(
+            names(&changes, "--use_prisma_db_push only"),
+            vec![r#"primary key ("request_id")"#; convert.into()]
+        );
+        // LiteLLM's own migrations find nothing to build.
+        let filenodes = "SELECT string_agg(i.indexrelid::text, ' ' ORDER BY i.indexrelid) FROM pg_index i
+                         WHERE indrelid IN (SELECT '\"LiteLLM_SpendLogs\"'::regclass UNION SELECT inhrelid FROM pg_inherits
+                                            WHERE inhparent = '\"LiteLLM_SpendLogs\"'::regclass)";
+        let before: String = value(&mut client, filenodes);
+        db.cluster.run_again(&db.name, "migrations.sql");
+        assert_eq!(value::<String>(&mut client, filenodes), before);
+        assert!(holds(&mut client, "SELECT bool_and(indisvalid) FROM pg_index"));
+    }
+}
+
+#[test]
+fn what_an_upgrade_takes_away_or_cannot_do_is_said() {
+    let (_db, mut client) = with_rows();
+    client
+        .batch_execute(
+            r#"CREATE INDEX added ON "LiteLLM_SpendLogs" (team_id);
+               CREATE INDEX partial ON "LiteLLM_SpendLogs" (team_id) WHERE team_id IS NOT NULL"#,
+        )
+        .unwrap();
+    let by = |client: &mut Client, version: &str, change: &str| -> Vec<String> {
+        let (changes, _) = check(client, version);
+        changes.into_iter().filter(|(found, _)| found == change).map(|(_, by)| by).collect()
+    };
+    let (always, asked) = (
+        "LiteLLM's start after any migration, and --use_prisma_db_push",
+        "--use_prisma_db_push and --use_legacy_migration_resolver only",
+    );
+    assert_eq!(by(&mut client, "1.100", r#"index "added""#), [always]);
+    assert_eq!(by(&mut client, "1.110", r#"index "added""#), [asked]);
+    let key = r#"primary key ("request_id")"#;
+    assert_eq!(by(&mut client, "1.110", key), [""; 0]);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_converted(&mut client);
+    assert_eq!(by(&mut client, "1.92", key), [always]);
+    assert_eq!(by(&mut client, "1.110", key), ["--use_prisma_db_push only"]);
+    assert_eq!(by(&mut client, "2.0", "LiteLLM 2.0"), [""]);
+    for (call, sqlstate) in
+        [("'latest'", "22023"), ("NULL", "22004"), ("'1.110', 'litellm_spend.policy'", "42703")]
+    {
+        assert_refused(&mut client, &format!("SELECT * FROM spend_upgrade_check({call})"), sqlstate);
+    }
+}

@@ -6,6 +6,7 @@ use crate::error::{self, Error};
 use crate::index::build::{self, Row};
 use crate::index::catalogue::{self, Index};
 use crate::index::plan;
+use crate::index::upgrade;
 use crate::litellm::spend_log;
 use crate::partition::layout::{self, Layout};
 use crate::server::relation::Table;
@@ -56,6 +57,30 @@ fn spend_index_plan(
                 row.state,
             )
         }))
+    })
+}
+
+/// What a release of LiteLLM does to the table when it starts. Changes nothing.
+#[pg_extern(stable, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn spend_upgrade_check(
+    version: Option<&str>,
+    source: default!(Option<Regclass>, "NULL"),
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(change, String), name!(by, String), name!(effect, String), name!(remedy, String)),
+    >,
+    ErrorReport,
+> {
+    report(|| {
+        let (_elevated, table) = enter(source)?;
+        upgrade::check(&table, version.ok_or(Error::Null("version"))?)
+    })
+    .map(|rows| {
+        TableIterator::new(
+            rows.into_iter().map(|row| (row.change, row.by.to_string(), row.effect, row.remedy)),
+        )
     })
 }
 

@@ -1,4 +1,5 @@
-//! Indexes for what LiteLLM asks of its spend log: which there are, what they would cost here, and their building.
+//! Indexes for what LiteLLM asks of its spend log: which there are, what they would cost here, and their building; and what a release
+//! of LiteLLM does to the table and its indexes.
 //!
 //! LiteLLM's schema tools drop plain indexes that they do not know, and LiteLLM's own index job renames those that equal one of
 //! its own. Partial indexes and indexes of expressions both leave alone, so ours are nothing else. They serve LiteLLM's queries
@@ -10,3 +11,4 @@
 pub mod build;
 pub mod catalogue;
 pub mod plan;
+pub mod upgrade;

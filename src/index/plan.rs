@@ -139,7 +139,7 @@ impl Existing {
 
 // ---- what it would cost ----------------------------------------------------------------------------------
 
-struct Size {
+pub struct Size {
     owner: Owner,
     /// How many have rows: partitions, or the table itself.
     tables: usize,
@@ -164,7 +164,7 @@ const FILL: f64 = 0.9;
 const TRIGRAM: f64 = 1.5;
 
 impl Size {
-    fn of(table: &Table, tree: &[pg_sys::Oid]) -> Result<Size> {
+    pub fn of(table: &Table, tree: &[pg_sys::Oid]) -> Result<Size> {
         let mut sizes = spi::query(
             "SELECT count(*), coalesce(sum(pg_catalog.pg_relation_size(oid)), 0)::bigint, coalesce(sum(greatest(reltuples, 0)), 0)::float8
              FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'r'",
@@ -203,6 +203,12 @@ impl Size {
             false => (TUPLE + (width + 7) / 8 * 8) as f64 / FILL,
         };
         (rows as f64 * tuple) as i64
+    }
+
+    /// Of an index on all rows.
+    pub fn seconds(&self) -> i64 {
+        let time = 2.0 * self.heap as f64 / SCANNED_BYTES_A_SECOND + self.rows / INDEXED_ROWS_A_SECOND;
+        time.ceil().max(1.0) as i64
     }
 
     /// A build reads the table twice: what was written meanwhile comes in the second time.
