@@ -88,7 +88,7 @@ COMMENT ON VIEW litellm_spend.process IS 'Processes, as they are named where one
 COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
 COMMENT ON VIEW litellm_spend.index_survey IS 'What became of each index that was asked for, on its table or on each partition';
 COMMENT ON VIEW @extschema@.spend_index_status IS 'One row an index and partition: state, size, scans, what blocks it, last error';
-COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair; looking changes nothing';
+COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair, rebuild; looking changes nothing';
 COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a fault; no row: all is well';
 COMMENT ON VIEW @extschema@.spend_partition_status IS 'One row a partition: bounds, size, when it expires; how far its table is maintained';
 COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, "any") IS 'spend_partition_maintain() as if it were another time, in UTC: for tests and rehearsals';

@@ -356,6 +356,13 @@ LEFT JOIN LATERAL (
       AND (l.relation = v.relation OR l.relation IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = v.relation))
 ) AS holders ON true
 UNION ALL
+-- What a session does in one transaction, of which others see but a lock.
+SELECT 'rebuild', coalesce('rollup ' || t.relname, (SELECT relation::text FROM litellm_spend.capture)), who, NULL, a.xact_start,
+       (SELECT string_agg(b.who, '; ') FROM litellm_spend.process b WHERE b.pid = ANY (pg_blocking_pids(l.pid))), NULL, NULL, NULL
+FROM pg_locks l JOIN litellm_spend.process USING (pid) JOIN pg_stat_activity a USING (pid) LEFT JOIN pg_class t ON t.oid = l.objid
+WHERE l.locktype = 'advisory' AND l.classid = 1936745838 AND l.objsubid = 2
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+UNION ALL
 SELECT 'repair', c.relation::text, format('%s ranges are to be recomputed', count(*)), NULL, min(d.noticed_at), NULL,
        min(CASE WHEN c.last_error LIKE 'repair: %' THEN substr(c.last_error, length('repair: ') + 1) END), NULL, NULL
 FROM litellm_spend.dirty_range d, litellm_spend.capture c
@@ -408,14 +415,23 @@ WITH status AS (
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - interval '30 seconds'
 ), expired AS (
-    SELECT "table", count(*) AS partitions, min(expires_at) AS since, array_agg(partition::oid) || "table"::oid AS relations,
-           min(blocked) AS blocked
+    SELECT "table", count(*) AS partitions, min(expires_at) AS since, min(blocked) AS blocked
     FROM @extschema@.spend_partition_status
     WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour'
       -- Not what a policy has let expire a moment ago.
       AND (blocked IS NOT NULL OR coalesce(last_maintained_at, 'infinity') < clock_timestamp() - interval '1 hour')
     GROUP BY "table"
-)
+), holders AS (
+    -- Who is in the way of maintenance now, the oldest transaction first; not who is there for a moment.
+    SELECT "table", string_agg(who, '; ' ORDER BY xact_start) AS who, (array_agg(pid ORDER BY xact_start))[1] AS oldest
+    FROM (SELECT DISTINCT p.relation AS "table", who, pid, xact_start
+          FROM litellm_spend.policy p
+          JOIN pg_locks l ON l.relation = p.relation OR l.relation IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = p.relation)
+          JOIN litellm_spend.process USING (pid) JOIN pg_stat_activity a USING (pid)
+          WHERE l.locktype = 'relation' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND xact_start < clock_timestamp() - interval '1 second' AND a.backend_type NOT LIKE 'litellm\_spend %') AS holder
+    GROUP BY "table"
+), fault AS (
 SELECT 'error' AS severity, 'no worker serves this database: nothing is merged or maintained' AS problem, NULL::timestamptz AS since,
        NULL AS caused_by, 'look for litellm_spend in the server''s log; raise max_worker_processes if it says that there is no slot' AS remedy
 FROM served
@@ -441,9 +457,12 @@ UNION ALL
 SELECT CASE WHEN message LIKE 'nothing is captured%' OR message LIKE 'could not get a lock on %' THEN 'warning' ELSE 'error' END,
        format('%s: %s', subject, split_part(message, E'\n', 1)), errors.since,
        substring(message FROM E'\nDETAIL:  ([^\n]*)'),
-       CASE WHEN message LIKE 'could not get a lock on %' AND message ~ E'\nDETAIL:  It is held by process \\d+ '
-           THEN format('SELECT pg_terminate_backend(%s);', substring(message FROM E'\nDETAIL:  It is held by process (\\d+) '))
-           ELSE coalesce(substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again; the server''s log has more') END
+       coalesce(CASE WHEN message LIKE 'could not get a lock on %' THEN (
+                    -- If it is the same process still.
+                    SELECT format('SELECT pg_terminate_backend(%s);', pid) FROM pg_stat_activity a
+                    WHERE pid = substring(message FROM E'\nDETAIL:  It is held by process (\\d+) ')::integer AND a.xact_start < errors.since
+                ) END,
+                substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again; the server''s log has more')
 FROM errors, served
 WHERE NOT (restored AND message LIKE 'it came out of a dump%')
   -- What is tried again and again has not failed at the first try.
@@ -490,18 +509,13 @@ WHERE asked_at < clock_timestamp() - interval '30 days'
 GROUP BY relation, name HAVING bool_or(state = 'built') AND sum(pg_stat_get_numscans(index)) = 0
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
-       coalesce((SELECT string_agg(DISTINCT who, '; ') FROM pg_locks l JOIN litellm_spend.process USING (pid)
-                 WHERE l.locktype = 'relation' AND l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
-                   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
-                blocked),
-       coalesce('SELECT pg_terminate_backend(' || substring(blocked FROM 'held by process (\d+) ') || ');',
-                format('SELECT * FROM spend_partition_maintain(%L);', "table"))
-FROM expired
+       coalesce(holders.who, blocked),
+       coalesce('SELECT pg_terminate_backend(' || holders.oldest || ');', format('SELECT * FROM spend_partition_maintain(%L);', "table"))
+FROM expired LEFT JOIN holders USING ("table")
 UNION ALL
 SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
-       coalesce('SELECT pg_terminate_backend(' || substring(blocked FROM 'held by process (\d+) ') || ');',
-                format('SELECT * FROM spend_partition_maintain(%L);', "table"))
-FROM @extschema@.spend_partition_status
+       coalesce('SELECT pg_terminate_backend(' || min(holders.oldest) || ');', format('SELECT * FROM spend_partition_maintain(%L);', "table"))
+FROM @extschema@.spend_partition_status LEFT JOIN holders USING ("table")
 WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
 GROUP BY "table", blocked
 UNION ALL
@@ -517,6 +531,12 @@ GROUP BY "table", partitions_ahead, precreate
 UNION ALL
 SELECT 'warning', format('rollup %s is filled by hand, and nobody has for an hour: %s numbers are waiting', rollup, tail_rows), last_merge_at, NULL,
        format('run the SQL that calls spend_rollup_window(%L)', rollup)
-FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND last_merge_at < clock_timestamp() - interval '1 hour';
+FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND last_merge_at < clock_timestamp() - interval '1 hour'
+)
+SELECT severity, problem, since, caused_by,
+       -- Calls of ours as they can be typed; public is on most paths.
+       CASE '@extschema@' WHEN 'public' THEN remedy
+           ELSE regexp_replace(remedy, '(?<![.\w])(spend_[a-z_]+\()', '@extschema@.\1', 'g') END AS remedy
+FROM fault;
 
 SET LOCAL search_path = @extschema@, pg_temp;

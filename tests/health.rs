@@ -178,8 +178,17 @@ fn retention_behind_a_dashboard_names_it() {
     client.batch_execute(&held_up("50 minutes")).unwrap();
     none(&mut client);
     client.batch_execute(&held_up("2 hours")).unwrap();
-    let (severity, _, who, _) = only(&mut client, "maintenance of logs is held up");
+    let (severity, _, who, remedy) = only(&mut client, "maintenance of logs is held up");
     assert!(severity == "warning" && who.as_deref() == Some("logs: held by process 1"));
+    // Whom to end is asked of the locks as they are now: a name of somebody's is no process.
+    assert_eq!(remedy, "SELECT * FROM spend_partition_maintain('logs');");
+    dashboard = db.connect();
+    dashboard.batch_execute("BEGIN; SELECT count(*) FROM logs").unwrap();
+    let pid: i32 = value(&mut dashboard, "SELECT pg_backend_pid()");
+    eventually("it is in the way for more than a moment", || {
+        only(&mut client, "maintenance of logs is held up").3
+            == format!("SELECT pg_terminate_backend({pid});")
+    });
 }
 
 #[test]

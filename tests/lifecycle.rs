@@ -898,7 +898,12 @@ fn table_and_extension_may_be_in_any_schema() {
         .unwrap();
     let plan = "SELECT spend_partition_plan()";
     client.batch_execute(plan).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    // What to do can be typed, whatever the path is.
+    client.batch_execute("SET search_path = pg_catalog").unwrap();
+    let error = client.batch_execute("SELECT ext.spend_rollup_rebuild(NULL)").unwrap_err();
+    let hint = error.as_db_error().unwrap().hint().unwrap().to_string();
+    assert!(hint.contains("SELECT * FROM ext.spend_attach("), "{hint}");
+    client.batch_execute("SET search_path = ext; SELECT spend_attach()").unwrap();
     // Another table of that name is in nobody's way now.
     client
         .batch_execute(

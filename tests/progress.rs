@@ -196,3 +196,34 @@ fn a_reversion_says_its_step_and_how_much_is_copied() {
     let [(_, step, Some(percent))] = &steps(&mut client)[..] else { panic!("{:?}", steps(&mut client)) };
     assert!(step == "copy" && (90.0..=100.0).contains(percent), "{step} {percent}");
 }
+
+#[test]
+fn a_rebuild_in_a_session_says_who_is_at_it() {
+    let db = shared().database().attached();
+    let (mut client, mut session, mut other) = (db.connect(), db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    session
+        .batch_execute("SET application_name = 'a repair'; BEGIN; SELECT spend_rollup_rebuild(NULL)")
+        .unwrap();
+    let subject = |client: &mut Client, wanted: &str| {
+        let sql = format!(
+            "SELECT subject FROM spend_progress WHERE operation = 'rebuild' AND step LIKE '%{wanted}%'"
+        );
+        client.query(&sql, &[]).unwrap().first().map(|row| row.get::<_, String>(0))
+    };
+    let found = wait_for(&mut client, "its row", |work| work.0 == "rebuild");
+    assert!(found.1.is_some_and(|step| step.contains("a repair")) && found.3.is_none());
+    assert_eq!(subject(&mut client, "a repair").unwrap(), r#""LiteLLM_SpendLogs""#);
+    session.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(progress(&mut client), []);
+    // Of one rollup.
+    other
+        .batch_execute(
+            "SET application_name = 'one of them'; BEGIN; SELECT spend_rollup_rebuild('daily_spend')",
+        )
+        .unwrap();
+    assert_eq!(subject(&mut client, "one of them").unwrap(), "rollup daily_spend");
+    other.batch_execute("COMMIT").unwrap();
+    assert_eq!(progress(&mut client), []);
+}

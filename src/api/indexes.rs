@@ -10,7 +10,7 @@ use crate::index::upgrade;
 use crate::litellm::spend_log;
 use crate::partition::layout::{self, Layout};
 use crate::server::relation::Table;
-use crate::server::session::Owner;
+use crate::server::session::{self, Owner};
 use crate::state::conversion::has_worker;
 use crate::state::indexes;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -79,7 +79,8 @@ fn spend_upgrade_check(
     })
     .map(|rows| {
         TableIterator::new(
-            rows.into_iter().map(|row| (row.change, row.by.to_string(), row.effect, row.remedy)),
+            rows.into_iter()
+                .map(|row| (row.change, row.by.to_string(), row.effect, session::callable(row.remedy))),
         )
     })
 }

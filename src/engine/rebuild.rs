@@ -19,7 +19,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::relation;
 use crate::server::session::{self, Owner};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, next_midnight};
+use crate::server::text::{SCHEMA, next_midnight, qualified};
 use crate::state::captured::CaptureState;
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
@@ -209,6 +209,7 @@ pub fn rebuild_range(
     if force && first.is_built_in() {
         frozen::thaw(range)?;
     }
+    show(one.as_ref())?;
     let frozen = frozen_parts(first, range)?;
     if !frozen.is_empty() {
         return Err(frozen::error(&first.name, &frozen));
@@ -216,6 +217,18 @@ pub fn rebuild_range(
     let fences: Vec<&Fence> = fences.iter().collect();
     rebuild(&fences, range, if force { Shrink::Allow } else { Shrink::Refuse })
 }
+
+/// Lets spend_progress show it: until the transaction ends other sessions see nothing of it but its locks. Nobody waits for this one.
+fn show(rollup: Option<&Fence>) -> Result<()> {
+    let table =
+        rollup.map(|fence| relation::find_relation(&qualified(SCHEMA, &fence.name))).transpose()?.flatten();
+    let key = table.map_or(0, |oid| oid.to_u32() as i32);
+    spi::execute(&format!("SELECT pg_catalog.pg_advisory_xact_lock_shared({REBUILD}, $1)"), &[key.into()])
+        .map(drop)
+}
+
+/// The first key of that lock; the second is the rollup's table, or 0 for all built-in ones. The view has the same number.
+const REBUILD: i32 = 0x7370_656e;
 
 /// The built-in rollups are for the captured table's owner to use, the others for their own.
 pub fn require_right(caller: pg_sys::Oid, fence: &Fence) -> Result<()> {

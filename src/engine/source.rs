@@ -203,7 +203,7 @@ pub struct Notice {
 impl Notice {
     pub fn report(self) {
         ErrorReport::new(PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, self.message, "litellm_spend")
-            .set_hint(self.hint)
+            .set_hint(session::callable(self.hint))
             .report(PgLogLevel::NOTICE);
     }
 }

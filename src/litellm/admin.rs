@@ -48,12 +48,12 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let mut actions = vec![];
     spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"), &[])?;
     actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
-    for schema in extension_schema()? {
-        if let Some(owner) = relation::owner_of_closed_schema(role, &schema)? {
-            let schema = quoted(&schema);
-            Owner::role(owner).run(format!("GRANT USAGE ON SCHEMA {schema} TO {grantee}"))?;
-            actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
-        }
+    if let Some(schema) = relation::extension_schema()?
+        && let Some(owner) = relation::owner_of_closed_schema(role, &schema)?
+    {
+        let schema = quoted(&schema);
+        Owner::role(owner).run(format!("GRANT USAGE ON SCHEMA {schema} TO {grantee}"))?;
+        actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
     }
     for (privilege, object) in rights(sees_sessions(role)?)? {
         spi::execute(&format!("GRANT {privilege} ON {object} TO {grantee}"), &[])?;
@@ -76,15 +76,6 @@ pub fn revoke(role: pg_sys::Oid) -> Result<Vec<Action>> {
 
 fn sees_sessions(role: pg_sys::Oid) -> Result<bool> {
     session::may_act_for(role, pg_sys::Oid::from(pg_sys::ROLE_PG_MONITOR))
-}
-
-fn extension_schema() -> Result<Vec<String>> {
-    spi::query(
-        "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
-         WHERE e.extname = 'litellm_spend'",
-        &[],
-        |r| spi::value(r, 1),
-    )
 }
 
 /// What the role cannot do by that, and what would let it.

@@ -6,6 +6,7 @@ use crate::partition::calendar::{self, Instant, Range, missing};
 use crate::partition::convert::{Conversion, Options};
 use crate::partition::layout;
 use crate::server::relation::Table;
+use crate::server::session;
 use crate::server::spi::{self, value};
 use crate::server::text::{self, quoted};
 
@@ -27,7 +28,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     }
     if let Err(missing) = conversion.require_time_index() {
         let Told { message, detail, hint, .. } = missing.tell();
-        let what = format!("{message}; {}", hint.unwrap_or_default());
+        let what = format!("{message}; {}", hint.map(session::callable).unwrap_or_default());
         row("in the way", &what, &name, "", detail.unwrap_or_default());
     }
     if let Some(beyond) = conversion.rows_beyond()? {

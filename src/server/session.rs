@@ -473,7 +473,33 @@ impl Failure {
 
 /// A message of ours with what to do, as [`Failure::text`] has it.
 pub fn advised(message: &str, hint: &str) -> String {
-    in_lines(message, None, Some(hint.into()))
+    in_lines(message, None, Some(callable(hint.into())))
+}
+
+/// The calls of ours in a HINT as they can be typed: qualified, unless they are in `public`, which is on most paths.
+pub fn callable(hint: String) -> String {
+    // SAFETY: reads a variable of this process. A transaction that has failed looks nothing up.
+    let may_look = hint.contains("spend_") && unsafe { pg_sys::IsTransactionState() };
+    match may_look.then(relation::extension_schema) {
+        Some(Ok(Some(schema))) if schema != "public" => {
+            with_schema(&hint, &pgrx::spi::quote_identifier(schema))
+        }
+        _ => hint,
+    }
+}
+
+/// Puts the schema before each name that begins with `spend_`, is called, and has none.
+fn with_schema(hint: &str, schema: &str) -> String {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let (mut text, mut copied) = (String::new(), 0);
+    for (at, _) in hint.match_indices("spend_") {
+        let is_call = hint[at..].trim_start_matches(is_word).starts_with('(');
+        if is_call && !hint[..at].ends_with(|c| is_word(c) || c == '.') {
+            text += &format!("{}{schema}.", &hint[copied..at]);
+            copied = at;
+        }
+    }
+    text + &hint[copied..]
 }
 
 /// Each in one line, whatever names are in it.
@@ -494,6 +520,7 @@ impl From<Error> for Failure {
             Error::Failed(failure) => failure,
             error => {
                 let Told { sqlstate, message, detail, hint } = error.tell();
+                let hint = hint.map(callable);
                 Failure { sqlstate, message, detail, hint, ours: true, cancel: false, timed_out: false }
             }
         }

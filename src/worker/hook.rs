@@ -5,7 +5,7 @@
 use crate::error::{Error, Result};
 use crate::litellm::capture;
 use crate::server::expression::{nodes, text};
-use crate::server::session::{Elevated, attempt};
+use crate::server::session::{Elevated, attempt, callable};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, qualified};
 use crate::worker::launcher::announce;
@@ -152,7 +152,9 @@ unsafe extern "C-unwind" fn make_way() {
             failure.unless_cancel().message
         );
         ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message, "make_way")
-            .set_hint("Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it.")
+            .set_hint(callable(
+                "Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it.".into(),
+            ))
             .report(PgLogLevel::WARNING);
     }
 }
