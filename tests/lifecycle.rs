@@ -927,6 +927,11 @@ fn table_and_extension_may_be_in_any_schema() {
         &mut client,
         "SELECT relation = 'llm.\"LiteLLM_SpendLogs\"'::regclass FROM litellm_spend.policy"
     ));
+    let held_up = "UPDATE litellm_spend.policy SET blocked = 'x', blocked_since = now() - interval '2 hours'";
+    let remedy = "SELECT remedy FROM ext.spend_health WHERE problem LIKE 'maintenance of % is held up'";
+    client.batch_execute(held_up).unwrap();
+    let remedy: String = value(&mut client, remedy);
+    assert!(remedy.starts_with("SELECT * FROM ext.spend_partition_maintain("), "{remedy}");
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     eventually("the attached table is partitioned", || {
         holds(
