@@ -1,11 +1,13 @@
 //! The SQL functions about partitions, as in `api`.
 
-use crate::api::rollups::{Moment, Regclass, Subtransactions, report, require_changeable, source_or_default};
+use crate::api::rollups::{
+    Regclass, Subtransactions, TimeArgument, report, require_changeable, source_or_default,
+};
 use crate::error::{self, Error};
 use crate::guc;
 use crate::litellm::spend_log;
 use crate::partition::archive::ARCHIVE;
-use crate::partition::calendar::Instant;
+use crate::partition::calendar::Moment;
 use crate::partition::convert::{self, Conversion, Options};
 use crate::partition::layout::{self, Layout};
 use crate::partition::maintain;
@@ -41,7 +43,7 @@ const LEAD_BY_HAND: Duration = Duration::from_secs(7 * 86_400);
 /// How a table is to be partitioned. What is left out is as its policy says, if it has one.
 struct Wish<'a> {
     interval: Option<&'a str>,
-    cutover: Option<Moment>,
+    cutover: Option<TimeArgument>,
     time_column: Option<&'a str>,
     precreate: Option<i32>,
 }
@@ -67,8 +69,8 @@ impl Wish<'_> {
         let precreate = self.precreate.or(policy.as_ref().map(|policy| policy.precreate as i32));
         let (parsed, precreate) = policy::parse(&interval, precreate.unwrap_or(policy::PRECREATE))?;
         Layout::of(table.oid, &time_column)?;
-        let Instant(cutover) = match self.cutover {
-            Some(cutover) => layout::instant(cutover.timestamp()?),
+        let Moment(cutover) = match self.cutover {
+            Some(cutover) => layout::moment(cutover.timestamp()?),
             None => convert::default_cutover(parsed, if has_worker()? { LEAD } else { LEAD_BY_HAND }),
         };
         Ok(Options { interval, precreate, cutover, time_column, aborted: false })
@@ -86,7 +88,7 @@ fn row(step: &str, state: &str, detail: String) -> (String, String, String) {
 fn spend_partition_plan(
     source: default!(Option<Regclass>, "NULL"),
     interval: default!(Option<&str>, "NULL"),
-    cutover: default!(Option<Moment>, "NULL"),
+    cutover: default!(Option<TimeArgument>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
     precreate: default!(Option<i32>, "NULL"),
 ) -> Result<
@@ -134,7 +136,7 @@ fn converted(table: &Table) -> error::Result<Option<Policy>> {
 fn spend_partition_convert(
     source: default!(Option<Regclass>, "NULL"),
     interval: default!(Option<&str>, "NULL"),
-    cutover: default!(Option<Moment>, "NULL"),
+    cutover: default!(Option<TimeArgument>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
     precreate: default!(Option<i32>, "NULL"),
 ) -> Result<
@@ -265,7 +267,7 @@ mod litellm_spend {
     #[allow(clippy::type_complexity)]
     fn maintain_at(
         source: Option<Regclass>,
-        now: Option<Moment>,
+        now: Option<TimeArgument>,
     ) -> Result<
         TableIterator<
             'static,
@@ -281,7 +283,7 @@ mod litellm_spend {
 #[allow(clippy::type_complexity)]
 fn round(
     source: Option<Regclass>,
-    now: Option<Moment>,
+    now: Option<TimeArgument>,
 ) -> Result<
     TableIterator<
         'static,
@@ -294,8 +296,8 @@ fn round(
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
         let policy = policy::find(table.oid)?.ok_or_else(|| Error::NoPolicy(table.qualified()))?;
-        let now = now.map(Moment::timestamp).transpose()?;
-        Ok(maintain::round(&mut run, policy, now.map(layout::instant)))
+        let now = now.map(TimeArgument::timestamp).transpose()?;
+        Ok(maintain::round(&mut run, policy, now.map(layout::moment)))
     })?;
     run.end()?;
     Ok(TableIterator::new(actions.into_iter().map(|a| (a.action.to_string(), a.partition, a.rows, a.detail))))

@@ -62,25 +62,25 @@ reg_type!(Regrole, "regrole");
 
 /// A time, in whatever type people have one: without a time zone it is in UTC. By overloads a literal would be read in the
 /// session's.
-pub struct Moment(AnyElement);
+pub struct TimeArgument(AnyElement);
 
 // SAFETY: it comes with its type.
-unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for Moment {
+unsafe impl<'fcx> pgrx::callconv::ArgAbi<'fcx> for TimeArgument {
     unsafe fn unbox_arg_unchecked(arg: pgrx::callconv::Arg<'_, 'fcx>) -> Self {
         // Of NULL an Option is made without this.
-        Moment(unsafe { arg.unbox_arg_using_from_datum() }.expect("a time"))
+        TimeArgument(unsafe { arg.unbox_arg_using_from_datum() }.expect("a time"))
     }
 }
 
-unsafe impl SqlTranslatable for Moment {
-    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(Moment);
+unsafe impl SqlTranslatable for TimeArgument {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(TimeArgument);
     const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
     const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("\"any\""));
     const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
         Ok(ReturnsRef::One(SqlMappingRef::literal("\"any\"")));
 }
 
-impl Moment {
+impl TimeArgument {
     /// In UTC. The session's time zone must be pinned.
     pub fn timestamp(self) -> error::Result<Timestamp> {
         use pg_sys::{DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID};

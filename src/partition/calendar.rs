@@ -10,14 +10,14 @@ use std::fmt;
 
 /// A point of time as the server's `timestamp` has it: microseconds since 1970, UTC. The ends of the line are unbounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Instant(pub i64);
+pub struct Moment(pub i64);
 
-impl Instant {
-    pub const MIN: Instant = Instant(i64::MIN);
-    pub const MAX: Instant = Instant(i64::MAX);
+impl Moment {
+    pub const MIN: Moment = Moment(i64::MIN);
+    pub const MAX: Moment = Moment(i64::MAX);
 
-    fn midnight(day: NaiveDate) -> Instant {
-        Instant(day.and_time(chrono::NaiveTime::MIN).and_utc().timestamp_micros())
+    fn midnight(day: NaiveDate) -> Moment {
+        Moment(day.and_time(chrono::NaiveTime::MIN).and_utc().timestamp_micros())
     }
 
     fn utc(self) -> Option<NaiveDateTime> {
@@ -26,11 +26,11 @@ impl Instant {
 }
 
 /// As in `FOR VALUES FROM (…) TO (…)`, and as the server reads a time: years have four digits or more, and no sign.
-impl fmt::Display for Instant {
+impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match (*self, self.utc()) {
-            (Instant::MIN, _) => f.write_str("MINVALUE"),
-            (Instant::MAX, _) | (_, None) => f.write_str("MAXVALUE"),
+            (Moment::MIN, _) => f.write_str("MINVALUE"),
+            (Moment::MAX, _) | (_, None) => f.write_str("MAXVALUE"),
             (_, Some(at)) => {
                 let (year, era) = match at.year() {
                     year if year > 0 => (year, ""),
@@ -45,12 +45,12 @@ impl fmt::Display for Instant {
 /// What a partition holds: `[from, to)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Range {
-    pub from: Instant,
-    pub to: Instant,
+    pub from: Moment,
+    pub to: Moment,
 }
 
 impl Range {
-    pub const EVERYTHING: Range = Range { from: Instant::MIN, to: Instant::MAX };
+    pub const EVERYTHING: Range = Range { from: Moment::MIN, to: Moment::MAX };
 
     /// The part of it that is in `other` as well; nothing if that is empty.
     pub fn within(self, other: Range) -> Option<Range> {
@@ -110,13 +110,13 @@ impl Interval {
     }
 
     /// The period that `at` is in; nothing for a time that no calendar has.
-    pub fn period(self, at: Instant) -> Option<Range> {
+    pub fn period(self, at: Moment) -> Option<Range> {
         let start = self.start(at.utc()?.date())?;
-        Some(Range { from: Instant::midnight(start), to: Instant::midnight(self.next(start)?) })
+        Some(Range { from: Moment::midnight(start), to: Moment::midnight(self.next(start)?) })
     }
 
     /// The period of `now` and the `ahead` that follow.
-    pub fn periods(self, now: Instant, ahead: u32) -> Vec<Range> {
+    pub fn periods(self, now: Moment, ahead: u32) -> Vec<Range> {
         let mut at = now;
         (0..=ahead)
             .map_while(|_| {
@@ -163,8 +163,8 @@ pub fn gaps(existing: &[Range]) -> Vec<Range> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Group {
     pub gap: Range,
-    pub first: Instant,
-    pub last: Instant,
+    pub first: Moment,
+    pub last: Moment,
     /// Counted up to some limit beyond the size of a batch.
     pub rows: i64,
 }
@@ -181,7 +181,7 @@ pub enum Drain {
 
 /// Decides it. `others` are rows in DEFAULT that belong there, up to some limit; `batch` is how many rows can move at once;
 /// a period that ends by `cutoff` is left to the deletion of its rows.
-pub fn drain(interval: Interval, groups: &[Group], others: i64, batch: i64, cutoff: Instant) -> Drain {
+pub fn drain(interval: Interval, groups: &[Group], others: i64, batch: i64, cutoff: Moment) -> Drain {
     let bulk: Vec<&Group> = groups.iter().filter(|g| g.rows > batch).collect();
     if let [one] = bulk[..]
         && others + groups.iter().filter(|g| *g != one).map(|g| g.rows).sum::<i64>() <= batch
@@ -210,10 +210,10 @@ mod tests {
     use super::*;
     use crate::server::text::LONGEST_NAME;
 
-    fn at(text: &str) -> Instant {
+    fn at(text: &str) -> Moment {
         let text = if text.len() == 10 { format!("{text} 00:00:00") } else { text.to_string() };
         let at = NaiveDateTime::parse_from_str(&text, "%Y-%m-%d %H:%M:%S").unwrap();
-        Instant(at.and_utc().timestamp_micros())
+        Moment(at.and_utc().timestamp_micros())
     }
 
     fn range(from: &str, to: &str) -> Range {
@@ -256,13 +256,13 @@ mod tests {
     #[test]
     fn borders_are_written_as_the_server_reads_them() {
         assert_eq!(at("2026-06-01").to_string(), "'2026-06-01 00:00:00'");
-        assert_eq!(Instant(1).to_string(), "'1970-01-01 00:00:00.000001'");
+        assert_eq!(Moment(1).to_string(), "'1970-01-01 00:00:00.000001'");
         let day = |year| NaiveDate::from_ymd_opt(year, 1, 2).unwrap();
-        assert_eq!(Instant::midnight(day(10_000)).to_string(), "'10000-01-02 00:00:00'");
-        assert_eq!(Instant::midnight(day(0)).to_string(), "'0001-01-02 00:00:00 BC'");
-        assert_eq!(Instant::midnight(day(-4712)).to_string(), "'4713-01-02 00:00:00 BC'");
+        assert_eq!(Moment::midnight(day(10_000)).to_string(), "'10000-01-02 00:00:00'");
+        assert_eq!(Moment::midnight(day(0)).to_string(), "'0001-01-02 00:00:00 BC'");
+        assert_eq!(Moment::midnight(day(-4712)).to_string(), "'4713-01-02 00:00:00 BC'");
         assert_eq!(
-            (Instant::MIN.to_string(), Instant::MAX.to_string()),
+            (Moment::MIN.to_string(), Moment::MAX.to_string()),
             ("MINVALUE".into(), "MAXVALUE".into())
         );
     }
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn a_change_of_interval_fills_the_gaps_without_overlap() {
         let existing = [
-            Range { from: Instant::MIN, to: at("2026-11-18") },
+            Range { from: Moment::MIN, to: at("2026-11-18") },
             range("2026-11-18", "2026-11-19"),
             range("2026-11-20", "2026-11-21"),
             range("2026-12-01", "2026-12-02"),
@@ -287,16 +287,16 @@ mod tests {
                 range("2026-12-02", "2026-12-07"),
             ]
         );
-        assert_eq!(missing(&wanted, &[Range { from: Instant::MIN, to: Instant::MAX }]), []);
+        assert_eq!(missing(&wanted, &[Range { from: Moment::MIN, to: Moment::MAX }]), []);
         assert_eq!(missing(&wanted, &[]), wanted);
     }
 
     #[test]
     fn a_time_beyond_the_calendar_has_no_period() {
-        assert_eq!(Interval::Day.period(Instant::MAX), None);
-        assert_eq!(Interval::Day.periods(Instant::MIN, 3), []);
+        assert_eq!(Interval::Day.period(Moment::MAX), None);
+        assert_eq!(Interval::Day.periods(Moment::MIN, 3), []);
         let last = NaiveDate::MAX.and_time(chrono::NaiveTime::MIN).and_utc().timestamp_micros();
-        assert_eq!(Interval::Month.period(Instant(last)), None);
+        assert_eq!(Interval::Month.period(Moment(last)), None);
     }
 
     fn group(gap: Range, first: &str, last: &str, rows: i64) -> Group {
@@ -316,8 +316,8 @@ mod tests {
         assert_eq!(
             gaps(&[range("2026-11-18", "2026-11-19"), range("2026-11-19", "2026-11-20")]),
             [
-                Range { from: Instant::MIN, to: at("2026-11-18") },
-                Range { from: at("2026-11-20"), to: Instant::MAX }
+                Range { from: Moment::MIN, to: at("2026-11-18") },
+                Range { from: at("2026-11-20"), to: Moment::MAX }
             ]
         );
     }
@@ -325,15 +325,15 @@ mod tests {
     #[test]
     fn default_is_adopted_when_all_but_a_few_rows_fit_one_gap() {
         let all = group(Range::EVERYTHING, "2026-11-01 10:00:00", "2026-11-21 09:00:00", 5001);
-        let decide = |groups: &[Group], others| drain(Interval::Day, groups, others, 1000, Instant::MIN);
+        let decide = |groups: &[Group], others| drain(Interval::Day, groups, others, 1000, Moment::MIN);
         assert_eq!(decide(&[all], 0), Drain::Adopt(range("2026-11-01", "2026-11-22")));
         assert_eq!(decide(&[all], 1001), Drain::Move(range("2026-11-01", "2026-11-02")));
         // LiteLLM's own job made the partition of tomorrow.
-        let gap = Range { from: Instant::MIN, to: at("2026-11-22") };
-        let month = drain(Interval::Month, &[Group { gap, ..all }], 0, 1000, Instant::MIN);
+        let gap = Range { from: Moment::MIN, to: at("2026-11-22") };
+        let month = drain(Interval::Month, &[Group { gap, ..all }], 0, 1000, Moment::MIN);
         assert_eq!(month, Drain::Adopt(range("2026-11-01", "2026-11-22")));
         let late =
-            group(Range { from: at("2026-12-01"), to: Instant::MAX }, "2026-12-03 00:00:00", "2026-12-09", 7);
+            group(Range { from: at("2026-12-01"), to: Moment::MAX }, "2026-12-03 00:00:00", "2026-12-09", 7);
         assert_eq!(decide(&[Group { gap, ..all }, late], 0), Drain::Adopt(range("2026-11-01", "2026-11-22")));
         let late = Group { rows: 1001, ..late };
         assert_eq!(decide(&[Group { gap, ..all }, late], 0), Drain::Move(range("2026-12-03", "2026-12-04")));

@@ -19,7 +19,7 @@
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::blueprint::Blueprint;
-use crate::partition::calendar::{Instant, Interval};
+use crate::partition::calendar::{Interval, Moment};
 use crate::partition::layout;
 use crate::partition::spread::{self, Spread};
 use crate::partition::swap;
@@ -84,8 +84,8 @@ impl Conversion {
         suffixed(&self.table, "_legacy_pkey")
     }
 
-    pub fn cutover(&self) -> Instant {
-        Instant(self.options.cutover)
+    pub fn cutover(&self) -> Moment {
+        Moment(self.options.cutover)
     }
 
     pub fn interval(&self) -> Interval {
@@ -175,8 +175,8 @@ pub fn request(table: &Table, options: Options) -> Result<Conversion> {
 }
 
 /// The first border of a period that leaves time to build the index.
-pub fn default_cutover(interval: Interval, lead: std::time::Duration) -> Instant {
-    let earliest = Instant(layout::now().0.saturating_add(lead.as_micros() as i64));
+pub fn default_cutover(interval: Interval, lead: std::time::Duration) -> Moment {
+    let earliest = Moment(layout::now().0.saturating_add(lead.as_micros() as i64));
     interval.period(earliest).map_or(earliest, |period| period.to)
 }
 

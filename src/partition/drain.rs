@@ -13,7 +13,7 @@
 
 use crate::error::Result;
 use crate::guc;
-use crate::partition::calendar::{self, Drain, Group, Instant, Interval, Range};
+use crate::partition::calendar::{self, Drain, Group, Interval, Moment, Range};
 use crate::partition::layout::Layout;
 use crate::partition::place::{
     attach, attach_default, create, create_triggers, detach, inside, move_rows, outside, rename,
@@ -26,7 +26,7 @@ use crate::server::text::qualified;
 use pgrx::prelude::*;
 
 /// What is next. Rows from `horizon` on stay, and those before `cutoff` are deleted elsewhere.
-pub fn look(layout: &Layout, interval: Interval, horizon: Instant, cutoff: Instant) -> Result<Drain> {
+pub fn look(layout: &Layout, interval: Interval, horizon: Moment, cutoff: Moment) -> Result<Drain> {
     let Some(default) = layout.default.as_ref().filter(|_| layout.partitioned) else {
         return Ok(Drain::Nothing);
     };
@@ -39,8 +39,8 @@ pub fn look(layout: &Layout, interval: Interval, horizon: Instant, cutoff: Insta
 }
 
 /// The rows of each gap, and how many belong to none, both counted until it is clear that they are many.
-fn groups(layout: &Layout, spread: &Spread, horizon: Instant, batch: i64) -> Result<(Vec<Group>, i64)> {
-    let past = Range { from: Instant::MIN, to: horizon };
+fn groups(layout: &Layout, spread: &Spread, horizon: Moment, batch: i64) -> Result<(Vec<Group>, i64)> {
+    let past = Range { from: Moment::MIN, to: horizon };
     let mut groups = vec![];
     for gap in calendar::gaps(&layout.ranges()).into_iter().filter_map(|gap| gap.within(past)) {
         if let Some((first, last)) = spread.ends(gap)? {
@@ -72,7 +72,7 @@ pub struct Adopted {
 }
 
 /// Makes DEFAULT the partition of `range`, and a new, empty table DEFAULT. `None`: it no longer fits.
-pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Instant) -> Result<Option<Adopted>> {
+pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Moment) -> Result<Option<Adopted>> {
     let Some(default) = &layout.default else { return Ok(None) };
     let batch = batch_size(default.oid)?;
     // 1. nobody reads or writes from here on; then what was seen before is looked at again.

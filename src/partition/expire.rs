@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::capture::missing_triggers;
 use crate::partition::archive;
-use crate::partition::calendar::Instant;
+use crate::partition::calendar::Moment;
 use crate::partition::layout::{Layout, Partition, timestamp};
 use crate::partition::place::{detach, finish_detach};
 use crate::partition::policy::{OnExpire, Policy};
@@ -38,7 +38,7 @@ pub struct Proof {
 }
 
 /// Whether all of the partition is before the cutoff.
-pub fn has_expired(partition: &Partition, cutoff: Instant) -> bool {
+pub fn has_expired(partition: &Partition, cutoff: Moment) -> bool {
     partition.range.to <= cutoff
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::partition::calendar::{Instant, Range};
+use crate::partition::calendar::{Moment, Range};
 use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
@@ -94,7 +94,7 @@ impl Layout {
         let found = spi::fresh(&sql, &[self.table.oid.into()], |r| {
             let range = match spi::value::<bool>(r, 5)? {
                 true => Range::EVERYTHING,
-                false => Range { from: Instant(spi::value(r, 6)?), to: Instant(spi::value(r, 7)?) },
+                false => Range { from: Moment(spi::value(r, 6)?), to: Moment(spi::value(r, 7)?) },
             };
             let partition = Partition {
                 oid: spi::value(r, 1)?,
@@ -169,24 +169,24 @@ fn bound_micros(bound: &str) -> String {
 /// Microseconds from 1970, where ours begin, to 2000, where the server's do.
 const TO_2000: i64 = 946_684_800_000_000;
 
-pub fn instant(at: Timestamp) -> Instant {
+pub fn moment(at: Timestamp) -> Moment {
     match at {
-        at if at.is_neg_infinity() => Instant::MIN,
-        at if at.is_infinity() => Instant::MAX,
-        at => Instant(at.into_inner().saturating_add(TO_2000)),
+        at if at.is_neg_infinity() => Moment::MIN,
+        at if at.is_infinity() => Moment::MAX,
+        at => Moment(at.into_inner().saturating_add(TO_2000)),
     }
 }
 
 /// `None`: unbounded.
-pub fn timestamp(at: Instant) -> Option<Timestamp> {
-    let bounded = at != Instant::MIN && at != Instant::MAX;
+pub fn timestamp(at: Moment) -> Option<Timestamp> {
+    let bounded = at != Moment::MIN && at != Moment::MAX;
     bounded.then(|| Timestamp::saturating_from_raw(at.0.saturating_sub(TO_2000)))
 }
 
 /// The server's clock.
-pub fn now() -> Instant {
+pub fn now() -> Moment {
     // SAFETY: asks the operating system.
-    Instant(unsafe { pg_sys::GetCurrentTimestamp() }.saturating_add(TO_2000))
+    Moment(unsafe { pg_sys::GetCurrentTimestamp() }.saturating_add(TO_2000))
 }
 
 /// A finite timestamp in UTC as microseconds since 1970.

@@ -16,7 +16,7 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::partition::calendar::{Drain, Instant, Range, missing};
+use crate::partition::calendar::{Drain, Moment, Range, missing};
 use crate::partition::drain;
 use crate::partition::expire::{self, Proof};
 use crate::partition::layout::{Layout, Partition};
@@ -50,7 +50,7 @@ const SLICE_OF_CALL: Duration = Duration::from_millis(300);
 /// Most rows that one SQL call deletes: it is one transaction.
 const MOST_DELETED: i64 = 100_000;
 
-pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Instant>) -> Vec<Action> {
+pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Moment>) -> Vec<Action> {
     let mut round = Round {
         run,
         policy,
@@ -83,7 +83,7 @@ struct Round<'a, R: Runner> {
 }
 
 impl<R: Runner> Round<'_, R> {
-    fn go(&mut self, now: Option<Instant>) {
+    fn go(&mut self, now: Option<Moment>) {
         let table = self.policy.table.clone();
         let policy = self.policy.clone();
         let looked = self.step(&table, || {
@@ -189,7 +189,7 @@ impl<R: Runner> Round<'_, R> {
     // ---- expiry ------------------------------------------------------------------------------------------
 
     /// Expires the partitions that end before the cutoff, oldest first; in a SQL call it only counts them.
-    fn expire(&mut self, layout: &Layout, cutoff: Instant) -> Vec<(Partition, Proof)> {
+    fn expire(&mut self, layout: &Layout, cutoff: Moment) -> Vec<(Partition, Proof)> {
         let mut counted = vec![];
         let expired = layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff));
         for partition in expired.cloned().collect::<Vec<_>>() {
@@ -224,7 +224,7 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    fn purge(&mut self, layout: &Layout, cutoff: Instant) {
+    fn purge(&mut self, layout: &Layout, cutoff: Moment) {
         let began = std::time::Instant::now();
         for target in purge::targets(layout, self.policy.interval, cutoff) {
             let mut deleted = 0;
@@ -281,13 +281,13 @@ impl<R: Runner> Round<'_, R> {
     }
 
     /// The end of what is to be created.
-    fn horizon(&self, now: Instant) -> Instant {
+    fn horizon(&self, now: Moment) -> Moment {
         self.policy.interval.periods(now, self.policy.precreate).last().map_or(now, |last| last.to)
     }
 
-    fn drain(&mut self, now: Instant, cutoff: Option<Instant>) {
+    fn drain(&mut self, now: Moment, cutoff: Option<Moment>) {
         let (interval, horizon) = (self.policy.interval, self.horizon(now));
-        let cutoff = cutoff.unwrap_or(Instant::MIN);
+        let cutoff = cutoff.unwrap_or(Moment::MIN);
         let slice = if self.is_one_transaction() { SLICE_OF_CALL } else { SLICE };
         let began = std::time::Instant::now();
         while self.blocked.is_none() {
@@ -317,7 +317,7 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    fn create(&mut self, now: Instant) {
+    fn create(&mut self, now: Moment) {
         let began = std::time::Instant::now();
         while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };
@@ -335,7 +335,7 @@ impl<R: Runner> Round<'_, R> {
 
     /// Whoever began to detach a partition wants it as a table of its own. Last, because it also waits for old snapshots. One that
     /// has expired is dropped or detached with the others.
-    fn finish_detach(&mut self, cutoff: Option<Instant>) {
+    fn finish_detach(&mut self, cutoff: Option<Moment>) {
         let Some(layout) = self.layout().filter(|_| self.blocked.is_none()) else { return };
         let expired = |p: &Partition| cutoff.is_some_and(|cutoff| expire::has_expired(p, cutoff));
         for partition in layout.partitions.iter().filter(|p| p.pending && !expired(p)) {
@@ -347,7 +347,7 @@ impl<R: Runner> Round<'_, R> {
     }
 
     /// `false`: it did not work.
-    fn place(&mut self, layout: &Layout, range: Range, now: Instant) -> bool {
+    fn place(&mut self, layout: &Layout, range: Range, now: Moment) -> bool {
         let interval = self.policy.interval;
         let name = crate::partition::calendar::name(&layout.table.name, range);
         let placed = self.step(&name, || {
@@ -370,11 +370,11 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    fn next(&mut self, now: Instant) {
+    fn next(&mut self, now: Moment) {
         let Some(layout) = self.layout() else { return };
         let policy = self.policy.clone();
         let ahead = layout.partitions.iter().filter(|p| !p.pending && p.range.from > now).count();
-        let oldest = layout.partitions.first().filter(|p| p.range.to != Instant::MAX);
+        let oldest = layout.partitions.first().filter(|p| p.range.to != Moment::MAX);
         let expires = self
             .step(&layout.table.name, || oldest.map_or(Ok(None), |oldest| policy.expiry(oldest.range.to)));
         let detail = match expires.flatten() {
@@ -399,7 +399,7 @@ pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
     let worker = conversion::has_worker()? && !guc::maintain_interval().is_zero();
     let next = if worker { "the worker's next round" } else { "the next call of spend_partition_maintain()" };
     let mut said = vec![];
-    let before = Range { from: Instant::MIN, to: cutoff };
+    let before = Range { from: Moment::MIN, to: cutoff };
     let rows = |oid| {
         let spread = Spread::of_any(layout.owner, oid, &policy.time_column)?;
         let condition = spread.condition(before);
@@ -445,7 +445,7 @@ pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
         ));
     }
     if said.is_empty() {
-        let first = layout.partitions.iter().find(|p| p.range.to > cutoff && p.range.to != Instant::MAX);
+        let first = layout.partitions.iter().find(|p| p.range.to > cutoff && p.range.to != Moment::MAX);
         let then = match first.map(|p| Ok::<_, Error>((p, policy.expiry(p.range.to)?))).transpose()? {
             Some((partition, Some(at))) => {
                 format!("; {} is the first to expire, at {at} UTC", quoted(&partition.name))

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::capture::missing_triggers_within;
 use crate::litellm::spend_log::Capture;
-use crate::partition::calendar::{self, Instant, Interval, Range};
+use crate::partition::calendar::{self, Interval, Moment, Range};
 use crate::partition::layout::{Layout, Partition};
 use crate::partition::spread::Spread;
 use crate::server::locks::{self, Mode};
@@ -48,7 +48,7 @@ pub fn place(
     layout: &Layout,
     interval: Interval,
     range: Range,
-    now: Instant,
+    now: Moment,
     batch: i64,
 ) -> Result<Option<Placed>> {
     let continued = calendar::continued(interval, range, &layout.ranges());
@@ -351,16 +351,16 @@ pub fn attach_default(layout: &Layout, table: &str) -> Result<()> {
 /// What a partition's rows are, as the server says it.
 pub fn inside(layout: &Layout, range: Range) -> String {
     let time = layout.time();
-    let from = (range.from != Instant::MIN).then(|| format!(" AND {time} >= {}", range.from));
-    let to = (range.to != Instant::MAX).then(|| format!(" AND {time} < {}", range.to));
+    let from = (range.from != Moment::MIN).then(|| format!(" AND {time} >= {}", range.from));
+    let to = (range.to != Moment::MAX).then(|| format!(" AND {time} < {}", range.to));
     format!("{time} IS NOT NULL{}{}", from.unwrap_or_default(), to.unwrap_or_default())
 }
 
 /// What the rows of DEFAULT are beside a partition of `range`.
 pub fn outside(layout: &Layout, range: Range) -> String {
     let time = layout.time();
-    let before = (range.from != Instant::MIN).then(|| format!(" OR {time} < {}", range.from));
-    let after = (range.to != Instant::MAX).then(|| format!(" OR {time} >= {}", range.to));
+    let before = (range.from != Moment::MIN).then(|| format!(" OR {time} < {}", range.from));
+    let after = (range.to != Moment::MAX).then(|| format!(" OR {time} >= {}", range.to));
     format!("{time} IS NULL{}{}", before.unwrap_or_default(), after.unwrap_or_default())
 }
 

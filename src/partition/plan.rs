@@ -2,7 +2,7 @@
 //! it takes, every object that it touches, and what is in its way. Changes nothing.
 
 use crate::error::{Result, Told};
-use crate::partition::calendar::{self, Instant, Range, missing};
+use crate::partition::calendar::{self, Moment, Range, missing};
 use crate::partition::convert::{Conversion, Options};
 use crate::partition::layout;
 use crate::server::relation::Table;
@@ -93,7 +93,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         blueprint.functions.iter().map(|f| swap("function with an SQL body: reads the new table", &f.name)),
     );
     let periods = conversion.interval().periods(layout::now(), conversion.options.precreate);
-    let before = Range { from: Instant::MIN, to: conversion.cutover() };
+    let before = Range { from: Moment::MIN, to: conversion.cutover() };
     for period in missing(&periods, &[before]) {
         rows.push((
             "after".into(),

@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::spend_log;
-use crate::partition::calendar::{Instant, Interval};
+use crate::partition::calendar::{Interval, Moment};
 use crate::partition::layout::{self, Layout};
 use crate::server::locks::Patience;
 use crate::server::relation::Table;
@@ -42,16 +42,16 @@ pub enum OnExpire {
 
 impl Policy {
     /// Rows before this time expire.
-    pub fn cutoff(&self, now: Instant) -> Result<Option<Instant>> {
+    pub fn cutoff(&self, now: Moment) -> Result<Option<Moment>> {
         let Some(retention) = &self.retention else { return Ok(None) };
         let cutoff = format!("{now}::timestamp - $1::interval");
         let sql = format!("SELECT {}", layout::micros(&format!("({cutoff})")));
         let cutoffs = spi::query(&sql, &[retention.as_str().into()], |r| spi::value::<i64>(r, 1))?;
-        Ok(cutoffs.first().copied().map(Instant))
+        Ok(cutoffs.first().copied().map(Moment))
     }
 
     /// When what ends at `end` expires, as text; `None`: it does not.
-    pub fn expiry(&self, end: Instant) -> Result<Option<String>> {
+    pub fn expiry(&self, end: Moment) -> Result<Option<String>> {
         let (Some(retention), Some(end)) = (&self.retention, layout::timestamp(end)) else { return Ok(None) };
         // Beyond, the sum need not be a timestamp.
         let sql = "SELECT ($1 + $2::interval)::text WHERE $1 < '200000-01-01'";

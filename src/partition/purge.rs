@@ -7,7 +7,7 @@
 
 use crate::error::Result;
 use crate::litellm::spend_log::EXPIRING;
-use crate::partition::calendar::{Instant, Interval, Range};
+use crate::partition::calendar::{Interval, Moment, Range};
 use crate::partition::expire;
 use crate::partition::layout::{Layout, Partition};
 use crate::partition::spread;
@@ -26,7 +26,7 @@ pub struct Target {
 }
 
 /// The tables to delete from. A partition that ends with the period of the cutoff is left: it goes as a whole, soon.
-pub fn targets(layout: &Layout, interval: Interval, cutoff: Instant) -> Vec<Target> {
+pub fn targets(layout: &Layout, interval: Interval, cutoff: Moment) -> Vec<Target> {
     if !layout.partitioned {
         let (oid, name) = (layout.table.oid, layout.table.name.clone());
         return vec![Target { oid, name, partition: None }];
@@ -44,11 +44,11 @@ pub fn targets(layout: &Layout, interval: Interval, cutoff: Instant) -> Vec<Targ
 pub const BATCH: i64 = 1000;
 
 /// Deletes a batch of the rows before `cutoff`, oldest first. Returns how many: fewer than [`BATCH`] are the last.
-pub fn batch(layout: &Layout, target: &Target, cutoff: Instant) -> Result<i64> {
+pub fn batch(layout: &Layout, target: &Target, cutoff: Moment) -> Result<i64> {
     target.partition.iter().try_for_each(|partition| layout.require_usable(partition))?;
     layout.lock()?;
     let (relation, time) = (relation::relation_name(target.oid)?, layout.time());
-    let expired = spread::condition(&time, Range { from: Instant::MIN, to: cutoff });
+    let expired = spread::condition(&time, Range { from: Moment::MIN, to: cutoff });
     let merged = expire::merged(layout, target.oid)?;
     let order = if spread::is_indexed(target.oid, &layout.time_column)? {
         format!("ORDER BY {time}")

@@ -2,7 +2,7 @@
 //! asked while the table is locked; a table without one is read only if it is small.
 
 use crate::error::{Error, Result};
-use crate::partition::calendar::{Instant, Range};
+use crate::partition::calendar::{Moment, Range};
 use crate::partition::layout::micros;
 use crate::server::relation;
 use crate::server::session::Owner;
@@ -41,13 +41,13 @@ impl Spread {
     }
 
     /// The first and last row of a range.
-    pub fn ends(&self, range: Range) -> Result<Option<(Instant, Instant)>> {
+    pub fn ends(&self, range: Range) -> Result<Option<(Moment, Moment)>> {
         let time = &self.time;
         let [first, last] = ["min", "max"].map(|end| micros(&format!("{end}({time})::timestamp")));
         let sql =
             format!("SELECT {first}, {last} FROM ONLY {} WHERE {}", self.relation, self.condition(range));
         let ends = self.ask(&sql, |r| Ok(r.get::<i64>(1)?.zip(r.get::<i64>(2)?)))?;
-        Ok(ends.into_iter().next().flatten().map(|(first, last)| (Instant(first), Instant(last))))
+        Ok(ends.into_iter().next().flatten().map(|(first, last)| (Moment(first), Moment(last))))
     }
 
     /// How many rows meet a condition, counted up to `limit`.
@@ -69,20 +69,20 @@ impl Spread {
     }
 
     /// The time that follows those of the first `rows` rows of a range; `None` when there are no more.
-    pub fn after(&self, range: Range, rows: i64) -> Result<Option<Instant>> {
+    pub fn after(&self, range: Range, rows: i64) -> Result<Option<Moment>> {
         let (relation, time, condition) = (&self.relation, &self.time, self.condition(range));
         let ordered = format!("FROM ONLY {relation} WHERE {condition} ORDER BY {time}");
         let at = |offset: i64| {
             let sql =
                 format!("SELECT {} {ordered} OFFSET {offset} LIMIT 1", micros(&format!("{time}::timestamp")));
-            Ok::<_, Error>(self.ask(&sql, |r| spi::value::<i64>(r, 1))?.into_iter().next().map(Instant))
+            Ok::<_, Error>(self.ask(&sql, |r| spi::value::<i64>(r, 1))?.into_iter().next().map(Moment))
         };
         let (Some(first), Some(next)) = (at(0)?, at(rows)?) else { return Ok(None) };
         // Rows of one time stay together: at least those of the first.
         if next > first {
             return Ok(Some(next));
         }
-        let later = Range { from: Instant(first.0 + 1), to: range.to };
+        let later = Range { from: Moment(first.0 + 1), to: range.to };
         Ok(self.ends(later)?.map(|(next, _)| next))
     }
 
@@ -96,11 +96,11 @@ impl Spread {
 /// The rows of a range by a quoted column, as a condition. Neither infinity is in any.
 pub fn condition(time: &str, range: Range) -> String {
     let from = match range.from {
-        Instant::MIN => format!("{time} > '-infinity'"),
+        Moment::MIN => format!("{time} > '-infinity'"),
         from => format!("{time} >= {from}"),
     };
     match range.to {
-        Instant::MAX => format!("{from} AND {time} < 'infinity'"),
+        Moment::MAX => format!("{from} AND {time} < 'infinity'"),
         to => format!("{from} AND {time} < {to}"),
     }
 }
