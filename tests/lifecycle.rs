@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use postgres::Client;
+use std::time::{Duration, Instant};
 
 /// Everything about the view that must survive.
 fn view_identity(client: &mut Client) -> String {
@@ -730,6 +731,98 @@ fn a_worker_that_starts_leaves_a_database_that_is_being_dropped() {
         "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = 'short_lived')"
     ));
     admin.batch_execute("DROP DATABASE short_lived").unwrap();
+}
+
+#[test]
+fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
+    let settings = ["litellm_spend.merge_interval = '100ms'", "autovacuum = off"];
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&settings)));
+    let db = cluster.database().attached();
+    let (mut client, mut admin) = (db.connect(), cluster.connect("postgres"));
+    let used = format!(
+        "SELECT xact_commit, (pg_current_wal_insert_lsn() - '0/0')::bigint FROM pg_stat_database WHERE datname = '{}'",
+        db.name
+    );
+    let mut used = || -> (i64, i64) {
+        let row = admin.query_one(&used, &[]).unwrap();
+        (row.get(0), row.get(1))
+    };
+    // There are indexes and policies already: that there are any does not say that there is something to do.
+    client
+        .batch_execute(
+            "CREATE TABLE events (at timestamptz NOT NULL) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('events', 'day');
+             SELECT spend_index_set(indexes => '{user}', hot => true)",
+        )
+        .unwrap();
+    eventually("the index is built", || {
+        holds(
+            &mut client,
+            "SELECT EXISTS (SELECT FROM pg_class WHERE relname LIKE 'litellm\\_spend\\_user\\_%')",
+        )
+    });
+    // A round is ten transactions and more, of four looks at the table in a second.
+    eventually("a look is one transaction, and writes nothing", || {
+        let (commits, wal) = used();
+        std::thread::sleep(Duration::from_secs(4));
+        let now = used();
+        now.0 - commits > 5 && now.0 - commits <= 45 && now.1 == wal
+    });
+
+    let changes = [
+        (
+            r#"DROP TRIGGER litellm_spend_capture_insert ON "LiteLLM_SpendLogs""#,
+            "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgname = 'litellm_spend_capture_insert')",
+        ),
+        (
+            "DROP TABLE litellm_spend.hourly_usage_by_tag_rollup CASCADE",
+            "SELECT to_regclass('litellm_spend.hourly_usage_by_tag') IS NOT NULL",
+        ),
+        (
+            r#"ALTER TABLE "LiteLLM_SpendLogs" RENAME TO old;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE old INCLUDING ALL);
+               ALTER TABLE "LiteLLM_SpendLogs" OWNER TO litellm"#,
+            r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#,
+        ),
+        (
+            "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES (CURRENT_DATE, CURRENT_DATE + 1, 'rebuild', 'INSERT')",
+            "SELECT NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)",
+        ),
+        (
+            "SELECT setval('litellm_spend.change_log_seq', 1)",
+            "SELECT last_value >= 2000 FROM litellm_spend.change_log_seq",
+        ),
+        (
+            "SELECT spend_index_set(indexes => '{team}', hot => true)",
+            "SELECT EXISTS (SELECT FROM pg_class WHERE relname LIKE 'litellm\\_spend\\_team\\_%')",
+        ),
+        ("DROP TABLE events", "SELECT NOT EXISTS (SELECT FROM litellm_spend.policy)"),
+    ];
+    for (change, mended) in changes {
+        if change.starts_with("SELECT setval") {
+            client
+                .batch_execute("SELECT nextval('litellm_spend.change_log_seq') FROM generate_series(1, 2000)")
+                .unwrap();
+            eventually("that far is merged", || {
+                holds(
+                    &mut client,
+                    "SELECT min(watermark) >= 2000 FROM litellm_spend.rollup WHERE source = 'change_log'",
+                )
+            });
+        }
+        wait_until_live(&mut client);
+        wait_until_merged(&mut client);
+        // It settles again.
+        std::thread::sleep(Duration::from_secs(2));
+        client.batch_execute(change).unwrap();
+        let changed = Instant::now();
+        eventually(change, || holds(&mut client, mended));
+        // Not because nothing is left alone for longer than 30 s.
+        assert!(changed.elapsed() < Duration::from_secs(20), "{change}: after {:?}", changed.elapsed());
+    }
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
 }
 
 #[test]

@@ -26,9 +26,12 @@ use crate::state::sources::{self, CHANGE_LOG, Source};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
-/// Notices what happened to the table since the last look and mends it. `true`: something was mended.
-pub fn watch(patience: Patience) -> Result<bool> {
-    Ok(damage()?.is_some() && fence::lock_attachment(patience)? && mend()?)
+/// Notices what happened to the table since the last look and mends it. `None`: nothing is wrong; else whether something was mended.
+pub fn watch(patience: Patience) -> Result<Option<bool>> {
+    Ok(match damage()? {
+        None => None,
+        Some(_) => Some(fence::lock_attachment(patience)? && mend()?),
+    })
 }
 
 /// What is wrong with the attachment.

@@ -186,6 +186,14 @@ pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     Ok(query("SELECT pg_catalog.to_regclass($1)::oid", &[name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
 }
 
+/// Has all sessions of this database told, once the transaction has committed, that the relation has changed.
+pub fn tell_of(name: &str) -> Result<()> {
+    let relation = find_relation(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
+    // SAFETY: the relation is there.
+    unsafe { pg_sys::CacheInvalidateRelcacheByRelid(relation) };
+    Ok(())
+}
+
 /// A name that nothing has in either schema: `name`, or `name_2`, …
 pub fn free_name(schemas: [&str; 2], name: &str) -> Result<String> {
     for number in 1..1000 {

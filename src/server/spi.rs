@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::server::session::Failure;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
-use pgrx::spi::{SpiHeapTupleData, SpiTupleTable};
+use pgrx::spi::{OwnedPreparedStatement, SpiHeapTupleData, SpiTupleTable};
+use std::cell::RefCell;
+use std::collections::HashMap;
 
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
@@ -32,6 +34,23 @@ fn require_one_statement(sql: &str) -> Result<()> {
 pub fn query<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
     require_one_statement(sql)?;
     Spi::connect(|client| rows(client.select(sql, None, args)?, row))
+}
+
+thread_local! {
+    static KEPT: RefCell<HashMap<String, OwnedPreparedStatement>> = RefCell::default();
+}
+
+/// As [`query`], with a plan that the session keeps: for what is asked again and again.
+pub fn kept<T>(sql: &str, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    Spi::connect(|client| {
+        KEPT.with_borrow_mut(|kept| {
+            if !kept.contains_key(sql) {
+                require_one_statement(sql)?;
+                kept.insert(sql.into(), client.prepare(sql, &[])?.keep());
+            }
+            rows(client.select(&kept[sql], None, &[])?, row)
+        })
+    })
 }
 
 /// Runs a query on a snapshot of now, however long the statement has been running. Takes no XID.

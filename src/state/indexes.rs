@@ -4,7 +4,7 @@
 //! What was asked for holds for the table that it was asked for, while that belongs to the same owner.
 
 use crate::error::Result;
-use crate::server::relation::Table;
+use crate::server::relation::{self, Table};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi::{self, value};
 use crate::server::text::{SCHEMA, qualified};
@@ -44,11 +44,18 @@ pub fn request(table: &Table, wanted: &Wanted) -> Result<()> {
         "DELETE FROM {SCHEMA}.index_failure WHERE name = $2 AND partition IN (
              SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)"
     );
-    spi::execute(&sql, &[table.oid.into(), wanted.name.into()]).map(drop)
+    spi::execute(&sql, &[table.oid.into(), wanted.name.into()])?;
+    tell()
+}
+
+/// Has the worker look at once what has become of indexes: most of its looks do not ask.
+fn tell() -> Result<()> {
+    relation::tell_of(&format!("{SCHEMA}.index_set"))
 }
 
 /// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before included.
 pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<String>> {
+    tell()?;
     spi::fresh(
         &format!(
             "UPDATE {SCHEMA}.index_set SET dropped = true, owner = $3 WHERE relation = $1 AND ($2 IS NULL OR name = ANY ($2))

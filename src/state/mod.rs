@@ -7,6 +7,7 @@ pub mod definition;
 pub mod fence;
 pub mod frozen;
 pub mod indexes;
+pub mod news;
 pub mod restore;
 pub mod rollups;
 pub mod sources;

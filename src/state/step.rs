@@ -65,6 +65,8 @@ pub trait Runner {
     }
     /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
     fn watch_is_due(&mut self) -> bool;
+    /// That look found nothing wrong.
+    fn settled(&mut self) {}
 }
 
 /// As it is called in the server's log and in pg_stat_activity.

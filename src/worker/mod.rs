@@ -4,4 +4,5 @@ pub mod builder;
 pub mod hook;
 pub mod launcher;
 pub mod process;
+pub mod quiet;
 pub mod tick;

@@ -1,4 +1,5 @@
-//! The worker of one database: a round of everything, each step in a transaction of its own, then a pause.
+//! The worker of one database: a round of everything that may have something to do, each step in a transaction of its own, then a
+//! pause.
 
 use crate::error::Result;
 use crate::guc;
@@ -7,9 +8,11 @@ use crate::server::locks::{Patience, database_is_wanted, jittered};
 use crate::server::log;
 use crate::server::session::{Elevated, Failure, Owner, attempt};
 use crate::server::spi;
+use crate::state::news;
 use crate::state::step::{Runner, Subject};
 use crate::worker::builder;
 use crate::worker::launcher;
+use crate::worker::quiet::{self, Look};
 use crate::worker::tick;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
@@ -38,28 +41,30 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     steps.rest_after_crash();
     // What failed in an earlier life is noted again if it still does.
     steps.take_back(&Subject::Task("watch"));
-    let (mut tidied, mut maintenance, mut indexed) = (Instant::now(), Instant::now(), Instant::now());
-    let mut indexing = true;
-    while launcher::launch() == launch && in_transaction(|| extension_exists() && !database_is_wanted()) {
-        reload_settings();
-        let round = tick::tick(&mut steps);
-        if maintenance.elapsed() > MAINTENANCE_LOOK {
+    let (mut tidied, mut more, mut indexing) = (Instant::now(), false, false);
+    quiet::listen();
+    while launcher::launch() == launch
+        && let Some(work) = steps.look()
+    {
+        more = (more || work || steps.watch.is_due()) && tick::tick(&mut steps).more;
+        if steps.maintenance.begins() {
             tick::maintain(&mut steps);
-            maintenance = Instant::now();
+            steps.maintenance.settle();
         }
-        if indexing || indexed.elapsed() > INDEX_LOOK {
+        if indexing || steps.indexes.begins() {
             indexing = tick::index(&mut steps);
-            indexed = Instant::now();
+            steps.indexes.settle();
         }
         if tidied.elapsed() > TIDY_INTERVAL {
             tick::tidy(&mut steps);
             tidied = Instant::now();
         }
         report_idle();
-        if !round.more && !BackgroundWorker::wait_latch(Some(guc::merge_interval())) {
+        if !more && !BackgroundWorker::wait_latch(Some(guc::merge_interval())) {
             return;
         }
         pgrx::check_for_interrupts!();
+        reload_settings();
     }
 }
 
@@ -68,10 +73,10 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(900);
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Between two looks whether a table is to be maintained. When it is, `litellm_spend.maintain_interval` says.
+/// Between two rounds over the tables that are to be maintained. When one is, `litellm_spend.maintain_interval` says.
 const MAINTENANCE_LOOK: Duration = Duration::from_secs(1);
 
-/// Between two looks for indexes that are to be built, while none is: a partition closes once a day.
+/// Between two looks for indexes that are to be built, while none is.
 const INDEX_LOOK: Duration = Duration::from_secs(5);
 
 fn extension_exists() -> bool {
@@ -104,7 +109,6 @@ pub fn pin_settings() {
 
 /// Runs each step in its own transaction and within a limit of time. After a failure its subject is left alone, for longer each
 /// time; after one that took too long, for longer than it took, so that most of the time is the others'.
-#[derive(Default)]
 struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
     /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
@@ -113,12 +117,60 @@ struct Steps {
     windows: HashMap<Subject, i64>,
     /// Processes that build or drop an index.
     builders: HashMap<Subject, DynamicBackgroundWorker>,
-    watched: Option<Instant>,
+    /// At the captured table and what else others may change.
+    watch: Look,
+    maintenance: Look,
+    indexes: Look,
     /// Since when sources have had something to merge.
     waiting: HashMap<String, Instant>,
+    /// What their sequences had given at the last look.
+    last_values: HashMap<String, Option<i64>>,
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Steps {
+            resting: HashMap::new(),
+            limits: HashMap::new(),
+            windows: HashMap::new(),
+            builders: HashMap::new(),
+            watch: Look::every(WATCH_INTERVAL),
+            maintenance: Look::every(MAINTENANCE_LOOK),
+            indexes: Look::every(INDEX_LOOK),
+            waiting: HashMap::new(),
+            last_values: HashMap::new(),
+        }
+    }
 }
 
 impl Steps {
+    /// Whether a round would find something to do; looks at what only now and then changes are made due. `None`: the worker is to leave.
+    fn look(&mut self) -> Option<bool> {
+        let news = in_transaction(|| (!database_is_wanted()).then(|| attempt_as_owner(news::look)))?;
+        if quiet::was_told() {
+            [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
+        }
+        let Ok(news) = news else { return in_transaction(extension_exists).then_some(true) };
+        if news.policies {
+            self.maintenance.expect();
+        }
+        if news.indexes {
+            self.indexes.expect();
+        }
+        let mut work = news.other;
+        for news::Numbers { source, last_value, merged_to, trims } in news.sources {
+            if self.last_values.insert(source.clone(), last_value).is_some_and(|before| last_value < before) {
+                self.watch.expect();
+            }
+            let numbers = last_value.map_or(0, |last_value| last_value - merged_to);
+            if numbers == 0 {
+                self.merged(&source);
+            }
+            work |= trims || numbers < 0 || numbers > 0 && self.merge_is_due(&source, numbers);
+        }
+        Some(work)
+    }
+
     fn take_back(&self, subject: &Subject) {
         in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None, None))));
     }
@@ -286,11 +338,11 @@ impl Runner for Steps {
     }
 
     fn watch_is_due(&mut self) -> bool {
-        let due = self.watched.is_none_or(|at| at.elapsed() >= WATCH_INTERVAL);
-        if due {
-            self.watched = Some(Instant::now());
-        }
-        due
+        self.watch.begins()
+    }
+
+    fn settled(&mut self) {
+        self.watch.settle();
     }
 }
 

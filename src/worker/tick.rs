@@ -48,11 +48,17 @@ pub fn tick(run: &mut impl Runner) -> Round {
     if run.watch_is_due() {
         let mends = run.step(Subject::Task("restore"), restore::look).unwrap_or(false);
         let strays = if mends { run.step(Subject::Task("sources"), declare::strays) } else { None };
+        let none = strays.as_ref().is_some_and(Vec::is_empty);
         for rollup in strays.unwrap_or_default() {
             run.step(Subject::Stray(rollup.clone()), || declare::settle(&rollup, patience));
         }
-        more |=
-            watching && mends && run.step(Subject::Task("watch"), || watch::watch(patience)).unwrap_or(false);
+        if watching && mends {
+            let watched = run.step(Subject::Task("watch"), || watch::watch(patience));
+            more |= watched == Some(Some(true));
+            if none && watched == Some(None) {
+                run.settled();
+            }
+        }
     }
     let (outcomes, more_windows) = merge_all(run);
     more |= more_windows;
@@ -121,7 +127,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     let together =
         if news && source.name == CHANGE_LOG { merge_together(run, &source, safe_end) } else { vec![] };
     let mut together = together.into_iter();
-    let (mut more, mut all) = (false, !waiting || news);
+    let (mut more, mut all) = (false, last_value == source.merged_to || news);
     for rollup in &source.rollups {
         let (merge, end) = match together.next() {
             _ if !news => (None, End::Done),

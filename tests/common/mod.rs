@@ -442,10 +442,10 @@ impl Drop for RaiseOnDrop<'_> {
     }
 }
 
-/// Waits until the worker has been through a whole round that began after the call.
+/// Waits until the worker has looked, and done what it found, in a look that began after the call.
 pub fn wait_for_a_round(client: &mut Client) {
     let mut ends: Vec<String> = vec![value(client, "SELECT clock_timestamp()::text")];
-    eventually("the worker goes through a round", || {
+    eventually("the worker has looked", || {
         let sql = "SELECT max(state_change)::text FROM pg_stat_activity WHERE datname = current_database()
                    AND backend_type = 'litellm_spend worker' AND state = 'idle' AND state_change > $1::text::timestamptz";
         // Of two ends, the first may be that of a round which had begun.
