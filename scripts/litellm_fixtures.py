@@ -5,7 +5,10 @@ Writes, the first two for `psql -f` with ON_ERROR_STOP:
 
     target/litellm/migrations.sql   every migration of litellm-proxy-extras, in order
     target/litellm/views.sql        the views that the proxy creates at start-up
-    target/litellm/reports.json     name -> SQL of each report over the spend log or those views
+    target/litellm/reports.json     name -> SQL of each report over the spend log or those views; those that LiteLLM 1.110 asks
+                                    otherwise a second time, as budget_window_1_110.key beside budget_window.key
+    target/litellm/1.110.sql        what LiteLLM 1.110 has more for its spend log than those migrations make
+    target/litellm/1.110.json       name -> SQL of how it writes the log
 
 Nothing of LiteLLM is imported or committed. Does nothing when these files are newer than this script.
 """
@@ -24,6 +27,7 @@ from typing import NamedTuple
 
 PROXY_EXTRAS = "litellm-proxy-extras==0.4.110"
 LITELLM = "litellm==1.109.1"
+LITELLM_1_110 = "litellm==1.110.2"  # there are no newer proxy-extras, so its tables are read from its schema.prisma
 MIGRATIONS, VIEWS = 220, 8  # how many those versions have: anything else means that we read them wrongly
 
 OUT = Path(__file__).resolve().parent.parent / "target" / "litellm"
@@ -143,12 +147,83 @@ def views(wheel: zipfile.ZipFile) -> str:
     return "\n\n".join(s.rstrip(";") + ";" for s in statements) + "\n"
 
 
-def reports(wheel: zipfile.ZipFile) -> str:
-    """The query of each report, as JSON."""
+def reports(wheel: zipfile.ZipFile) -> dict[str, str]:
+    """The query of each report."""
     trees = {file: ast.parse(wheel.read(f"litellm/proxy/{file}")) for file in {r.file for r in REPORTS}}
     found = {r.name: query(trees[r.file], r) for r in REPORTS}
     assert len(found) == len(REPORTS), "two reports have one name"
-    return json.dumps(found, indent=1) + "\n"
+    return found
+
+
+def with_changed(older: dict[str, str], newer: dict[str, str]) -> str:
+    """The older queries, and those of the newer that are others, as JSON."""
+    changed = {re.sub(r"^\w+", r"\g<0>_1_110", name): sql for name, sql in newer.items() if sql != older[name]}
+    return json.dumps(older | changed, indent=1) + "\n"
+
+
+TYPES = {"String": "TEXT", "Int": "INTEGER", "Float": "DOUBLE PRECISION", "Boolean": "BOOLEAN", "Json": "JSONB",
+         "DateTime": "TIMESTAMP(3)"}
+DEFAULTS = {"now()": "CURRENT_TIMESTAMP", "uuid()": None}  # Prisma's client makes the latter
+
+
+def push(wheel: zipfile.ZipFile, models: list[str]) -> str:
+    """What `prisma db push` does for these models where they, or columns or indexes of theirs, are missing."""
+    schema = re.sub(r"[ \t]*//.*", "", wheel.read("litellm/proxy/schema.prisma").decode())
+    return "\n".join(statement for model in models for statement in pushed(schema, model)) + "\n"
+
+
+def pushed(schema: str, model: str) -> Iterator[str]:
+    columns, indexes = [], []
+    for line in filter(None, map(str.strip, block(schema, "model", model))):
+        if index := re.fullmatch(r"@@index\(\[([\w, ]+)\]\)", line):
+            indexes.append(re.split(r",\s*", index[1]))
+            continue
+        field = re.fullmatch(r"(\w+)\s+(\w+)(\??)((?:\s+@.*)?)", line)
+        assert field, f"{model}: {line}"
+        name, kind, optional, attributes = field.groups()
+        if kind not in TYPES:
+            values = ", ".join(f"'{value.strip()}'" for value in block(schema, "enum", kind) if value.strip())
+            yield f'CREATE TYPE "{kind}" AS ENUM ({values});'
+        column = f'"{name}" ' + TYPES.get(kind, f'"{kind}"') + ("" if optional else " NOT NULL")
+        if default := re.search(r"@default\s*\(((?:[^()]|\(\))*)\)", attributes):
+            value = DEFAULTS.get(default[1], re.sub(r'^"?(.*?)"?$', r"'\1'", default[1]))
+            column += f" DEFAULT {value}" if value else ""
+        if "@id" in attributes:
+            yield f'CREATE TABLE IF NOT EXISTS "{model}" ({column} PRIMARY KEY);'
+        else:
+            columns.append(column)
+    yield f'ALTER TABLE "{model}" ' + ", ".join(f"ADD COLUMN IF NOT EXISTS {column}" for column in columns) + ";"
+    for index in indexes:
+        keys = ", ".join(f'"{column}"' for column in index)
+        yield f'CREATE INDEX IF NOT EXISTS "{model}_{"_".join(index)}_idx" ON "{model}" ({keys});'
+
+
+def block(schema: str, kind: str, name: str) -> list[str]:
+    """The lines of a model or an enum."""
+    (body,) = re.findall(rf"^{kind} {name} {{\n(.*?)^}}", schema, re.M | re.S)
+    return body.splitlines()
+
+
+def statements(wheel: zipfile.ZipFile) -> str:
+    """How the log is written, as JSON: rows of the log, and the deliveries in the same transaction."""
+    log = ast.parse(wheel.read("litellm/repositories/spend_log_insert.py"))
+    (columns,) = (ast.literal_eval(node.value) for node in log.body if defines(node) == "_COLUMNS")
+    inserts = [joined(node) for node in ast.walk(log) if isinstance(node, ast.BinOp)]
+    (insert,) = (text for text in inserts if text.startswith("INSERT") and text.endswith("RETURNING request_id"))
+    repository = ast.parse(wheel.read("litellm/repositories/table_repositories.py"))
+    (delivery,) = (text for text in strings(repository) if text.startswith('INSERT INTO "LiteLLM_SpendLogDelivery"'))
+    insert = insert.replace("{columns}", ", ".join(f'"{column}"' for column in columns))
+    return json.dumps({"spend_log": insert, "delivery": delivery}, indent=1) + "\n"
+
+
+def joined(node: ast.AST) -> str:
+    """A sum of strings; what is none is its expression in braces."""
+    match node:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return joined(left) + joined(right)
+        case ast.Constant(value=str(text)):
+            return text
+    return f"{{{ast.unparse(node)}}}"
 
 
 def query(tree: ast.Module, report: Report) -> str:
@@ -164,6 +239,9 @@ def query(tree: ast.Module, report: Report) -> str:
     for expression, value in report.holes.items():
         assert f"{{{expression}}}" in sql, f"{report.name}: no {expression}"
         sql = sql.replace(f"{{{expression}}}", value)
+    for constant in tree.body:
+        if f"{{{defines(constant)}}}" in sql:
+            sql = sql.replace(f"{{{defines(constant)}}}", joined(constant.value))
     assert "{" not in sql, f"{report.name}: a hole is not filled"
     return sql
 
@@ -179,10 +257,12 @@ def defines(node: ast.stmt) -> str | None:
 
 
 def strings(node: ast.AST) -> Iterator[str]:
-    """The strings in a piece of code; a hole of an f-string is its expression in braces."""
+    """The strings in a piece of code; what is put into one is its expression in braces."""
     match node:
         case ast.Constant(value=str(text)):
             yield text
+        case ast.BinOp(op=ast.Add()):
+            yield joined(node)
         case ast.JoinedStr(values=parts):
             yield "".join(p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in parts)
         case _:
@@ -191,17 +271,24 @@ def strings(node: ast.AST) -> Iterator[str]:
 
 
 def main() -> None:
-    outputs = [OUT / "migrations.sql", OUT / "views.sql", OUT / "reports.json"]
+    outputs = [OUT / name for name in ("migrations.sql", "views.sql", "reports.json", "1.110.sql", "1.110.json")]
     script_time = Path(__file__).stat().st_mtime
     if all(o.exists() and o.stat().st_mtime > script_time for o in outputs):
         return
 
-    print(f"fetching LiteLLM's schema and queries ({PROXY_EXTRAS}, {LITELLM})", flush=True)
+    print(f"fetching LiteLLM's schema and queries ({PROXY_EXTRAS}, {LITELLM}, {LITELLM_1_110})", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        litellm = download(LITELLM, folder)
-        texts = [migrations(download(PROXY_EXTRAS, folder)), views(litellm), reports(litellm)]
+    with tempfile.TemporaryDirectory() as older, tempfile.TemporaryDirectory() as newer:
+        extras, litellm = download(PROXY_EXTRAS, Path(older)), download(LITELLM, Path(older))
+        newest = download(LITELLM_1_110, Path(newer))
+        assert views(newest) == views(litellm), "LiteLLM 1.110 makes other views"
+        texts = [
+            migrations(extras),
+            views(litellm),
+            with_changed(reports(litellm), reports(newest)),
+            push(newest, ["LiteLLM_SpendLogs", "LiteLLM_SpendLogDelivery"]),
+            statements(newest),
+        ]
     for output, text in zip(outputs, texts):
         output.write_text(text)
 
