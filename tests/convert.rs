@@ -510,6 +510,7 @@ fn all_that_hangs_on_the_table_hangs_on_the_partitioned_one() {
         "cutover|rows before it stay in the old table, one partition; from it on a partition holds a day|%",
         "swap|trigger: made on the new table|%: %each_row, each_statement%",
         "after|maintenance creates a partition|_: LiteLLM_SpendLogs_p%, LiteLLM_SpendLogs_p%",
+        "after|LiteLLM must be started without --use_prisma_db_push;%|\"public\".\"LiteLLM_SpendLogs\"",
     ] {
         let rows = format!(
             "SELECT count(*) FROM spend_partition_plan() WHERE concat_ws('|', step, action, object) LIKE '{like}'"

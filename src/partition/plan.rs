@@ -2,6 +2,7 @@
 //! it takes, every object that it touches, and what is in its way. Changes nothing.
 
 use crate::error::{Result, Told};
+use crate::litellm::spend_log::SPEND_LOGS;
 use crate::partition::calendar::{self, Moment, Range, missing};
 use crate::partition::convert::{Conversion, Options};
 use crate::partition::layout;
@@ -101,6 +102,15 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
             calendar::name(&table.name, period),
             "SHARE UPDATE EXCLUSIVE on the table, ACCESS EXCLUSIVE on the default partition".into(),
             "a moment".into(),
+        ));
+    }
+    if table.name == SPEND_LOGS {
+        rows.push((
+            "after".into(),
+            "LiteLLM must be started without --use_prisma_db_push; up to 1.92 it does not start after a migration either".into(),
+            name,
+            String::new(),
+            "until the table is reverted; spend_upgrade_check() knows what else a release does".into(),
         ));
     }
     Ok(in_one(rows))
