@@ -23,7 +23,7 @@ use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources;
 use crate::state::step::{Runner, Subject};
-use crate::worker::tick;
+use crate::worker::round;
 use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pgrx_sql_entity_graph::metadata::{
@@ -248,7 +248,7 @@ impl Runner for Subtransactions {
             Err(failure) => {
                 let message = format!("litellm_spend: {subject} failed: {}", failure.message);
                 failure.explain(message).report(PgLogLevel::WARNING);
-                drop(attempt(|| tick::record(&subject, Some(&failure), None)));
+                drop(attempt(|| round::record(&subject, Some(&failure), None)));
                 None
             }
         }
@@ -328,8 +328,8 @@ fn spend_rollup_run(
         let elevated = Elevated::enter()?;
         restore::require_over()?;
         let mut run = scope(elevated.caller(), name)?;
-        let round = tick::tick(&mut run);
-        tick::tidy(&mut run);
+        let round = round::round(&mut run);
+        round::tidy(&mut run);
         Ok((round, run))
     })?;
     run.end()?;

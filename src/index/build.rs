@@ -139,7 +139,7 @@ pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<
 }
 
 /// One round over all tables. `true`: there is more to do soon.
-pub fn tick(run: &mut impl Runner) -> bool {
+pub fn round(run: &mut impl Runner) -> bool {
     let mut more = false;
     for table in run.step(Subject::Task("indexes"), indexes::subjects).unwrap_or_default() {
         let subject = Subject::Indexes(table.relation.to_u32(), table.table.clone());

@@ -384,7 +384,7 @@ impl Conversion {
 }
 
 /// One round of all conversions. `true`: there is more to do at once.
-pub fn tick(run: &mut impl Runner) -> bool {
+pub fn round(run: &mut impl Runner) -> bool {
     let mut more = false;
     for mut conversion in run.step(Subject::Task("conversions"), Conversion::all).unwrap_or_default() {
         if conversion.stopped && !conversion.options.aborted {

@@ -130,7 +130,7 @@ pub fn request(table: &Table) -> Result<()> {
 // ---- one step --------------------------------------------------------------------------------------------
 
 /// One round of all reversions. `true`: there is more to do at once.
-pub fn tick(run: &mut impl Runner) -> bool {
+pub fn round(run: &mut impl Runner) -> bool {
     let mut more = false;
     for mut reversion in run.step(Subject::Task("reversions"), Reversion::all).unwrap_or_default() {
         let subject = Subject::Conversion(reversion.schema.clone(), reversion.table.clone());

@@ -8,7 +8,7 @@
 //! | [`database_is_wanted`] | this database, ROW EXCLUSIVE, for a moment | who drops, renames, moves or copies it |
 //! | [`lock`] | whatever the statement needs | as the statement says |
 //!
-//! Workers never wait: what is not free is tried again at the next tick. SQL calls wait within a limit.
+//! Workers never wait: what is not free is tried again in the next round. SQL calls wait within a limit.
 
 use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// How long to wait for a fence or a window.
 #[derive(Clone, Copy)]
 pub enum Patience {
-    /// The worker: what is not free now is tried at the next tick.
+    /// The worker: what is not free now is tried in the next round.
     None,
     /// A SQL call.
     Until(Instant),

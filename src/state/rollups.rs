@@ -84,7 +84,7 @@ pub fn record_error(rollup: &str, message: Option<&str>) -> Result<()> {
     record("rollup", "name = $1", rollup, message)
 }
 
-/// Keeps the time of the first occurrence: a failure that repeats at each tick is written once.
+/// Keeps the time of the first occurrence: a failure that repeats in each round is written once.
 pub fn record(table: &str, condition: &str, name: &str, message: Option<&str>) -> Result<()> {
     execute(
         &format!(

@@ -16,7 +16,7 @@ use crate::state::step::Subject;
 use crate::worker::process::{
     attach_signals, attempt_as_owner, in_transaction, pin_settings, report_running, utility,
 };
-use crate::worker::tick;
+use crate::worker::round;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 
@@ -63,7 +63,7 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     if let Err(failure) = &outcome {
         log::failure(format_args!("{subject} failed"), failure);
     }
-    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, outcome.as_ref().err(), None))));
+    in_transaction(|| drop(attempt_as_owner(|| round::record(&subject, outcome.as_ref().err(), None))));
 }
 
 /// Waits for whoever changes the conversion at the moment: an abort cancels before it commits.

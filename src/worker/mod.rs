@@ -5,4 +5,4 @@ pub mod hook;
 pub mod launcher;
 pub mod process;
 pub mod quiet;
-pub mod tick;
+pub mod round;

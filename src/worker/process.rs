@@ -13,7 +13,7 @@ use crate::state::step::{Runner, Subject};
 use crate::worker::builder;
 use crate::worker::launcher;
 use crate::worker::quiet::{self, Look};
-use crate::worker::tick;
+use crate::worker::round;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 use std::cell::RefCell;
@@ -46,17 +46,17 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     while launcher::launch() == launch
         && let Some(work) = steps.look()
     {
-        more = (more || work || steps.watch.is_due()) && tick::tick(&mut steps).more;
+        more = (more || work || steps.watch.is_due()) && round::round(&mut steps).more;
         if steps.maintenance.begins() {
-            tick::maintain(&mut steps);
+            round::maintain(&mut steps);
             steps.maintenance.settle();
         }
         if indexing || steps.indexes.begins() {
-            indexing = tick::index(&mut steps);
+            indexing = round::index(&mut steps);
             steps.indexes.settle();
         }
         if tidied.elapsed() > TIDY_INTERVAL {
-            tick::tidy(&mut steps);
+            round::tidy(&mut steps);
             tidied = Instant::now();
         }
         report_idle();
@@ -68,7 +68,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     }
 }
 
-/// Shorter than the second between two ticks by default, so that each of those looks.
+/// Shorter than the second between two rounds by default, so that each of those looks.
 const WATCH_INTERVAL: Duration = Duration::from_millis(900);
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
@@ -172,7 +172,7 @@ impl Steps {
     }
 
     fn take_back(&self, subject: &Subject) {
-        in_transaction(|| drop(attempt_as_owner(|| tick::record(subject, None, None))));
+        in_transaction(|| drop(attempt_as_owner(|| round::record(subject, None, None))));
     }
 
     fn rests(&self, subject: &Subject) -> bool {
@@ -181,7 +181,7 @@ impl Steps {
 
     /// The last worker may have been terminated in a step: then somebody else's turn comes first.
     fn rest_after_crash(&mut self) {
-        let failed = in_transaction(|| attempt_as_owner(|| tick::endless_within(LONGEST_REST)));
+        let failed = in_transaction(|| attempt_as_owner(|| round::endless_within(LONGEST_REST)));
         for subject in failed.unwrap_or_default() {
             self.resting.insert(subject, (Instant::now() + LONGEST_REST, LONGEST_REST));
         }
@@ -273,7 +273,7 @@ unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
     // SAFETY: as the server does to drop temporary tables at this point.
     unsafe { pg_sys::AbortOutOfAnyTransaction() };
     let failure = Failure::endless();
-    in_transaction(|| drop(attempt_as_owner(|| tick::record(&subject, Some(&failure), None))));
+    in_transaction(|| drop(attempt_as_owner(|| round::record(&subject, Some(&failure), None))));
 }
 
 impl Runner for Steps {
@@ -292,7 +292,7 @@ impl Runner for Steps {
             AT.set(None);
             if let Err(failure) = &outcome
                 && let rest = self.rest(&subject, failure.is_timeout())
-                && let Err(second) = attempt_as_owner(|| tick::record(&subject, Some(failure), Some(rest)))
+                && let Err(second) = attempt_as_owner(|| round::record(&subject, Some(failure), Some(rest)))
             {
                 log::failure("could not record a failure", &second);
             }

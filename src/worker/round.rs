@@ -42,7 +42,7 @@ pub struct Round {
     pub more: bool,
 }
 
-pub fn tick(run: &mut impl Runner) -> Round {
+pub fn round(run: &mut impl Runner) -> Round {
     let patience = run.patience();
     let (watching, mut more) = (run.may_watch(), false);
     if run.watch_is_due() {
@@ -68,8 +68,8 @@ pub fn tick(run: &mut impl Runner) -> Round {
         run.step(Subject::Task("switch views"), || views::switch_covered(patience));
     }
     if run.converts() && run.step(Subject::Task("conversions"), conversion::any).unwrap_or(false) {
-        more |= convert::tick(run);
-        more |= revert::tick(run);
+        more |= convert::round(run);
+        more |= revert::round(run);
     }
     Round { outcomes, more }
 }
@@ -93,7 +93,7 @@ pub fn maintain(run: &mut impl Runner) {
 
 /// Goes on with the indexes that were asked for. `true`: there is more to do soon.
 pub fn index(run: &mut impl Runner) -> bool {
-    build::tick(run)
+    build::round(run)
 }
 
 /// Merges what is safe. `true`: there are more windows.
