@@ -1,8 +1,9 @@
 \echo Use "ALTER EXTENSION litellm_spend UPDATE TO '0.2.0'" to load this file. \quit
 
--- From 0.2.0 on nothing of a user's runs with a superuser's rights, and what we do for an owner is known by the table's OID and
--- owner, not by its name. This file brings our state over. The trigger functions, and the rights of the owner of LiteLLM's
--- table, follow by themselves at the worker's next look, or with spend_attach().
+-- From 0.2.0 on nothing of a user's runs with a superuser's rights, and what we do for an owner is known by
+-- the table's OID and owner, not by its name. This file brings our state over. The trigger functions, and the
+-- rights of the owner of LiteLLM's table, follow by themselves at the worker's next look, or with
+-- spend_attach().
 
 SET LOCAL search_path = pg_catalog, pg_temp;
 
@@ -53,7 +54,8 @@ WHERE t.relname = r.name || '_rollup' AND t.relnamespace = 'litellm_spend'::regn
 ALTER TABLE litellm_spend.capture ADD COLUMN owner regrole;
 ALTER TABLE litellm_spend.public_view ADD COLUMN owner regrole;
 
--- TRUNCATE froze everything before a border, which it still does. From now on a settled row of that kind is a frozen range.
+-- TRUNCATE froze everything before a border, which it still does. From now on a settled row of that kind is a
+-- frozen range.
 DELETE FROM litellm_spend.dirty_range WHERE repair = 'freeze' AND repaired_at IS NOT NULL;
 
 -- A conversion goes on as the owner of its table; one whose table is gone is forgotten.
@@ -84,7 +86,8 @@ CREATE TABLE litellm_spend.policy (
     retry_at       timestamptz,
     last_error     text,
     last_error_at  timestamptz,
-    -- What the last round left undone because of a lock, who had it, and since when each round has left something undone.
+    -- What the last round left undone because of a lock, who had it, and since when each round has left
+    -- something undone.
     blocked        text,
     blocked_since  timestamptz,
     origin         uuid
@@ -98,7 +101,8 @@ JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.table_name AND c.rel
 SELECT pg_extension_config_dump('litellm_spend.policy', '');
 COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
 
--- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to this owner.
+-- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to
+-- this owner.
 CREATE TABLE litellm_spend.index_set (
     relation   regclass NOT NULL,
     name       text NOT NULL,
@@ -107,7 +111,8 @@ CREATE TABLE litellm_spend.index_set (
     hot        boolean NOT NULL,
     -- They are to be dropped.
     dropped    boolean NOT NULL DEFAULT false,
-    -- What an index without a predicate that does the same begins with, and what else it holds; {}: none does the same.
+    -- What an index without a predicate that does the same begins with, and what else it holds; {}: none does
+    -- the same.
     keys       text[] NOT NULL,
     included   text[] NOT NULL,
     asked_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -115,7 +120,8 @@ CREATE TABLE litellm_spend.index_set (
     PRIMARY KEY (relation, name)
 );
 
--- An index of a table or partition that could not be built or dropped. Not dumped: it is tried again elsewhere.
+-- An index of a table or partition that could not be built or dropped. Not dumped: it is tried again
+-- elsewhere.
 CREATE TABLE litellm_spend.index_failure (
     partition      regclass NOT NULL,
     name           text NOT NULL,
@@ -262,8 +268,8 @@ WITH parts AS (
         AND a.atttypid IN ('timestamp'::regtype, 'timestamptz'::regtype, 'date'::regtype)
     LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
     JOIN pg_class c ON c.oid = coalesce(i.inhrelid, t.oid)
-    -- A partitioned table without partitions has no row: it has no rows either. One that is partitioned by something else than
-    -- its policy says has bounds that are no times.
+    -- A partitioned table without partitions has no row: it has no rows either. One that is partitioned by
+    -- something else than its policy says has bounds that are no times.
     WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL AND EXISTS (
         SELECT FROM pg_partitioned_table k
         WHERE k.partrelid = t.oid AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum)
@@ -492,7 +498,8 @@ FROM litellm_spend.dirty_range d, litellm_spend.capture c
 WHERE d.repaired_at IS NULL AND d.repair <> 'keep'
 GROUP BY c.relation;
 
--- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from another is left out.
+-- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from
+-- another is left out.
 CREATE VIEW @extschema@.spend_health AS
 WITH status AS (
     SELECT * FROM @extschema@.spend_rollup_status
@@ -532,7 +539,8 @@ WITH status AS (
     WHERE kind = 'built-in' AND lag_seconds > 60 OR kind = 'declared' AND tail_rows > 100000
     GROUP BY source
 ), at_work AS (
-    -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges it meanwhile.
+    -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges
+    -- it meanwhile.
     SELECT array_agg(l.pid) AS at_work FROM pg_locks l JOIN pg_stat_activity a USING (pid)
     WHERE l.locktype = 'relation' AND l.relation = 'litellm_spend.rollup'::regclass AND l.mode = 'RowShareLock' AND l.granted
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

@@ -2,17 +2,19 @@
 -- spend_attach() and spend_rollup_create() in the same schema. They are not members of the extension, so that
 -- DROP EXTENSION is refused while billing history exists and pg_dump dumps it.
 
--- What follows means the server's own functions and operators, whatever others have made in the extension's schema before.
+-- What follows means the server's own functions and operators, whatever others have made in the extension's
+-- schema before.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 CREATE SCHEMA litellm_spend;
 
--- Names this database among those that its dumps are restored to: it is not dumped. State that another installation wrote came
--- out of a dump, and is left alone until the restore is over.
+-- Names this database among those that its dumps are restored to: it is not dumped. State that another
+-- installation wrote came out of a dump, and is left alone until the restore is over.
 CREATE TABLE litellm_spend.installation (id uuid NOT NULL);
 INSERT INTO litellm_spend.installation VALUES (gen_random_uuid());
 
--- Of the event trigger that a restore makes last: what shows that it is over. It is disabled, and does nothing.
+-- Of the event trigger that a restore makes last: what shows that it is over. It is disabled, and does
+-- nothing.
 CREATE FUNCTION litellm_spend.restored() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN NULL; END';
 
 -- Between these tables there are no foreign keys: pg_restore -j fills them in any order.
@@ -55,7 +57,8 @@ CREATE TABLE litellm_spend.rollup (
     merged_ms       double precision,
     last_error      text,
     last_error_at   timestamptz,
-    -- Of a declared one: who owned its source when it was declared or last followed, and as whom it is merged.
+    -- Of a declared one: who owned its source when it was declared or last followed, and as whom it is
+    -- merged.
     owner           regrole
 );
 
@@ -86,8 +89,8 @@ CREATE TABLE litellm_spend.dirty_range (
     failure      bigint,
     range_start  timestamp NOT NULL,
     range_end    timestamp NOT NULL,
-    -- rebuild: recompute the range. keep: nothing, the rollups are right. freeze: raw rows may be gone; once repaired_at is set
-    -- they are, and the range is never recomputed.
+    -- rebuild: recompute the range. keep: nothing, the rollups are right. freeze: raw rows may be gone; once
+    -- repaired_at is set they are, and the range is never recomputed.
     repair       text NOT NULL CHECK (repair IN ('rebuild', 'keep', 'freeze')),
     operation    text NOT NULL,
     sqlstate     text,
@@ -115,8 +118,8 @@ CREATE TABLE litellm_spend.public_view (
     owner      regrole
 );
 
--- How a table is partitioned, and how long its rows stay. It holds for this table while it belongs to this owner: whoever else
--- gets the name later has not asked for it.
+-- How a table is partitioned, and how long its rows stay. It holds for this table while it belongs to this
+-- owner: whoever else gets the name later has not asked for it.
 CREATE TABLE litellm_spend.policy (
     relation       regclass PRIMARY KEY,
     owner          regrole NOT NULL,
@@ -132,7 +135,8 @@ CREATE TABLE litellm_spend.policy (
     retry_at       timestamptz,
     last_error     text,
     last_error_at  timestamptz,
-    -- What the last round left undone because of a lock, who had it, and since when each round has left something undone.
+    -- What the last round left undone because of a lock, who had it, and since when each round has left
+    -- something undone.
     blocked        text,
     blocked_since  timestamptz,
     origin         uuid
@@ -159,7 +163,8 @@ CREATE TABLE litellm_spend.conversion (
     PRIMARY KEY (table_schema, table_name)
 );
 
--- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to this owner.
+-- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to
+-- this owner.
 CREATE TABLE litellm_spend.index_set (
     relation   regclass NOT NULL,
     name       text NOT NULL,
@@ -168,7 +173,8 @@ CREATE TABLE litellm_spend.index_set (
     hot        boolean NOT NULL,
     -- They are to be dropped.
     dropped    boolean NOT NULL DEFAULT false,
-    -- What an index without a predicate that does the same begins with, and what else it holds; {}: none does the same.
+    -- What an index without a predicate that does the same begins with, and what else it holds; {}: none does
+    -- the same.
     keys       text[] NOT NULL,
     included   text[] NOT NULL,
     asked_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -176,7 +182,8 @@ CREATE TABLE litellm_spend.index_set (
     PRIMARY KEY (relation, name)
 );
 
--- An index of a table or partition that could not be built or dropped. Not dumped: it is tried again elsewhere.
+-- An index of a table or partition that could not be built or dropped. Not dumped: it is tried again
+-- elsewhere.
 CREATE TABLE litellm_spend.index_failure (
     partition      regclass NOT NULL,
     name           text NOT NULL,

@@ -2,8 +2,8 @@
 
 SET LOCAL search_path = pg_catalog, pg_temp;
 
--- How much is covered, in per cent: of the days that had rows when backfill began, or, of a declared rollup, of the
--- sequence values that there were when it was made.
+-- How much is covered, in per cent: of the days that had rows when backfill began, or, of a declared rollup,
+-- of the sequence values that there were when it was made.
 CREATE VIEW litellm_spend.backfill AS
 SELECT r.name, r.covered_from,
        CASE
@@ -139,8 +139,8 @@ WITH parts AS (
         AND a.atttypid IN ('timestamp'::regtype, 'timestamptz'::regtype, 'date'::regtype)
     LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
     JOIN pg_class c ON c.oid = coalesce(i.inhrelid, t.oid)
-    -- A partitioned table without partitions has no row: it has no rows either. One that is partitioned by something else than
-    -- its policy says has bounds that are no times.
+    -- A partitioned table without partitions has no row: it has no rows either. One that is partitioned by
+    -- something else than its policy says has bounds that are no times.
     WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL AND EXISTS (
         SELECT FROM pg_partitioned_table k
         WHERE k.partrelid = t.oid AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum)
@@ -369,7 +369,8 @@ FROM litellm_spend.dirty_range d, litellm_spend.capture c
 WHERE d.repaired_at IS NULL AND d.repair <> 'keep'
 GROUP BY c.relation;
 
--- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from another is left out.
+-- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from
+-- another is left out.
 CREATE VIEW @extschema@.spend_health AS
 WITH status AS (
     SELECT * FROM @extschema@.spend_rollup_status
@@ -409,7 +410,8 @@ WITH status AS (
     WHERE kind = 'built-in' AND lag_seconds > 60 OR kind = 'declared' AND tail_rows > 100000
     GROUP BY source
 ), at_work AS (
-    -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges it meanwhile.
+    -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges
+    -- it meanwhile.
     SELECT array_agg(l.pid) AS at_work FROM pg_locks l JOIN pg_stat_activity a USING (pid)
     WHERE l.locktype = 'relation' AND l.relation = 'litellm_spend.rollup'::regclass AND l.mode = 'RowShareLock' AND l.granted
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

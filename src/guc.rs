@@ -17,7 +17,8 @@ pub fn merge_interval() -> Duration {
     millis(&MERGE_INTERVAL)
 }
 
-/// New rows of a source that a worker merges at its next look. Live views are exact whatever it is: it bounds their tail.
+/// New rows of a source that a worker merges at its next look. Live views are exact whatever it is: it bounds
+/// their tail.
 pub fn merge_rows() -> i64 {
     i64::from(MERGE_ROWS.get())
 }
@@ -40,31 +41,33 @@ pub fn lock_timeout() -> LockLimit {
     LockLimit { setting: "lock_timeout", time: millis(&LOCK_TIMEOUT) }
 }
 
-/// The same for the exclusive locks of a conversion, for which readers queue as well. Less than deadlock_timeout: it is
-/// the conversion that gives way, and tries again.
+/// The same for the exclusive locks of a conversion, for which readers queue as well. Less than
+/// deadlock_timeout: it is the conversion that gives way, and tries again.
 pub fn swap_lock_timeout() -> LockLimit {
     LockLimit { setting: "swap_lock_timeout", time: millis(&SWAP_LOCK_TIMEOUT) }
 }
 
-/// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next call.
+/// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next
+/// call.
 pub fn window_wait() -> Duration {
     millis(&WINDOW_WAIT)
 }
 
-/// Most sequence values merged in one transaction: bounds its time after an outage. The worker begins with fewer, and comes here
-/// only where that many are merged within a second.
+/// Most sequence values merged in one transaction: bounds its time after an outage. The worker begins with
+/// fewer, and comes here only where that many are merged within a second.
 pub fn max_window() -> i64 {
     i64::from(MAX_WINDOW.get())
 }
 
-/// Time between two rounds of a worker over the partitions of a table; 0: it leaves them alone. Partitions are made days
-/// ahead, so ten minutes only bound how long expired rows stay, and how soon DEFAULT is drained.
+/// Time between two rounds of a worker over the partitions of a table; 0: it leaves them alone. Partitions
+/// are made days ahead, so ten minutes only bound how long expired rows stay, and how soon DEFAULT is
+/// drained.
 pub fn maintain_interval() -> Duration {
     Duration::from_secs(MAINTAIN_INTERVAL.get() as u64)
 }
 
-/// How often the launcher looks for databases that got the extension unnoticed (a restore, CREATE DATABASE from a
-/// template). CREATE EXTENSION itself is noticed within a second.
+/// How often the launcher looks for databases that got the extension unnoticed (a restore, CREATE DATABASE
+/// from a template). CREATE EXTENSION itself is noticed within a second.
 pub fn discovery_interval() -> Duration {
     Duration::from_secs(DISCOVERY_INTERVAL.get() as u64)
 }

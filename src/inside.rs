@@ -1,6 +1,6 @@
-//! Tests that run inside a server, as functions of the extension: what no SQL call reaches, which is where nearly all of the unsafe
-//! code is. `make test` runs them by pgrx-tests, each in a transaction that is rolled back. Those that need several connections, or
-//! a server's crash, are in tests/.
+//! Tests that run inside a server, as functions of the extension: what no SQL call reaches, which is where
+//! nearly all of the unsafe code is. `make test` runs them by pgrx-tests, each in a transaction that is
+//! rolled back. Those that need several connections, or a server's crash, are in tests/.
 
 use pgrx::prelude::*;
 

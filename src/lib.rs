@@ -10,8 +10,9 @@
 //!  state       what is stored, in the tables of schema litellm_spend
 //!  server      how we talk to PostgreSQL
 //! ```
-//! A room may call those below it, and errors and settings; tests/rooms.rs fails where it calls one above. What lives in a room stands in
-//! the head of its mod.rs. Words: docs/reference.md. How to build and test: CONTRIBUTING.md.
+//! A room may call those below it, and errors and settings; tests/rooms.rs fails where it calls one above.
+//! What lives in a room stands in the head of its mod.rs. Words: docs/reference.md. How to build and test:
+//! CONTRIBUTING.md.
 
 mod api;
 mod engine;

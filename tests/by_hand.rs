@@ -8,8 +8,8 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The example of the article "Scalable incremental data aggregation on Postgres and Citus" (2018): a table of events, a
-/// rollup table, and the function that fills it, with our function's name.
+/// The example of the article "Scalable incremental data aggregation on Postgres and Citus" (2018): a table
+/// of events, a rollup table, and the function that fills it, with our function's name.
 const ARTICLE: &str = "
     CREATE TABLE page_views (
         site_id int,

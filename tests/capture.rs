@@ -938,7 +938,8 @@ fn a_row_that_a_merge_moves_out_of_a_partition_that_came_later_is_captured_whoev
         ))
         .unwrap();
     wait_until_live(&mut client);
-    // Nobody needs a right to do with our functions to make a partition, the next owner of the table no more than this one.
+    // Nobody needs a right to do with our functions to make a partition, the next owner of the table no more
+    // than this one.
     client
         .batch_execute(
             r#"BEGIN; CREATE ROLE heir; GRANT CREATE, USAGE ON SCHEMA public TO heir;

@@ -988,7 +988,8 @@ fn what_changes_during_a_reversion_is_noted_by_the_statement_and_not_by_the_row(
         value(&mut client, sql)
     };
     assert_eq!(next(), "indexes");
-    // A transaction ID for the statement, and one for each trigger: capture's and ours; none for each row. Autovacuum takes some, too.
+    // A transaction ID for the statement, and one for each trigger: capture's and ours; none for each row.
+    // Autovacuum takes some, too.
     let mut other = db.connect();
     let xid = "SELECT pg_current_xact_id()::text::bigint";
     let before: i64 = value(&mut other, xid);

@@ -1,5 +1,5 @@
-//! Rollups that users declare over their own tables: exact whatever runs beside them, for every kind of source and
-//! measure, and refused where they could not be.
+//! Rollups that users declare over their own tables: exact whatever runs beside them, for every kind of
+//! source and measure, and refused where they could not be.
 
 mod common;
 
@@ -399,7 +399,8 @@ fn a_row_inserted_straight_into_a_leaf_is_counted() {
     assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.per_day"), 21);
 }
 
-/// A database whose function `gate()` lets an INSERT wait that has its number already, until [`open_gate`], and who keeps it.
+/// A database whose function `gate()` lets an INSERT wait that has its number already, until [`open_gate`],
+/// and who keeps it.
 fn gated(db: &Database) -> Client {
     let mut gate = db.connect();
     gate.batch_execute(
@@ -572,7 +573,8 @@ fn a_row_in_a_partition_that_is_attached_while_a_call_waits_is_counted() {
         client.batch_execute("ALTER TABLE ev ATTACH PARTITION ev_b FOR VALUES FROM (10) TO (20)").unwrap();
         second.batch_execute("BEGIN; INSERT INTO ev_b VALUES (DEFAULT, 11)").unwrap();
         first.batch_execute("COMMIT").unwrap();
-        // There is no event to wait for: it must not return, unless with the last value that it had read before.
+        // There is no event to wait for: it must not return, unless with the last value that it had read
+        // before.
         for _ in 0..20 {
             std::thread::sleep(Duration::from_millis(100));
         }

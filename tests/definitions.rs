@@ -1,5 +1,6 @@
-//! Rollups of random definitions: whatever dimensions and measures are declared, over columns of all kinds, with NULLs, FILTER,
-//! MERGE WITH and collations in which different texts are equal, the live view is the GROUP BY that the definition says.
+//! Rollups of random definitions: whatever dimensions and measures are declared, over columns of all kinds,
+//! with NULLs, FILTER, MERGE WITH and collations in which different texts are equal, the live view is the
+//! GROUP BY that the definition says.
 
 mod common;
 
@@ -15,7 +16,8 @@ const TABLE: &str = "
         tz timestamptz, u uuid, yes bool, ip inet, j jsonb, mood mood, list int[]);
     CREATE INDEX ON things USING brin (id);";
 
-/// Values of the columns but for `id`, of a random row: few, so that groups meet. Sums of `f` are exact: multiples of 1/8.
+/// Values of the columns but for `id`, of a random row: few, so that groups meet. Sums of `f` are exact:
+/// multiples of 1/8.
 const VALUES: [(&str, &str); 20] = [
     ("small", "x % 3"),
     ("i", "x % 5 - 2"),

@@ -1,5 +1,6 @@
-//! LiteLLM 1.110 writes rows of its log from one JSON parameter, in one transaction with deliveries, from which it counts the spend of
-//! keys and teams. Its tables and statements are those of its package (scripts/litellm_fixtures.py).
+//! LiteLLM 1.110 writes rows of its log from one JSON parameter, in one transaction with deliveries, from
+//! which it counts the spend of keys and teams. Its tables and statements are those of its package
+//! (scripts/litellm_fixtures.py).
 
 mod common;
 
@@ -31,7 +32,8 @@ fn rows_beside_deliveries_are_captured_exactly_on_a_converted_table() {
     write_and_compare(&db);
 }
 
-/// What opens a key's or a team's budget window leaves out the rows whose delivery is not applied. The report of the docs counts them.
+/// What opens a key's or a team's budget window leaves out the rows whose delivery is not applied. The report
+/// of the docs counts them.
 #[test]
 fn a_budget_window_is_the_report_once_all_deliveries_are_applied() {
     let db = database();
@@ -150,8 +152,8 @@ impl Proxy {
         Proxy { name, client: db.cluster.connect_as(&db.name, LITELLM), spend_log, delivery, columns }
     }
 
-    /// Rows of the log, each with its delivery. Of a batch's cost row the delivery has the request's id, and so there is one only;
-    /// of others each proxy makes an id. Returns the requests that were new to the log.
+    /// Rows of the log, each with its delivery. Of a batch's cost row the delivery has the request's id, and
+    /// so there is one only; of others each proxy makes an id. Returns the requests that were new to the log.
     fn write(&mut self, requests: &[(String, bool)], commit: bool) -> Vec<String> {
         let mut ledger: Vec<_> = requests
             .iter()
@@ -178,7 +180,8 @@ impl Proxy {
         written.iter().map(|row| row.get(0)).collect()
     }
 
-    /// Everything that it has to write. Some transactions are rolled back and tried again, some are tried again though they were not.
+    /// Everything that it has to write. Some transactions are rolled back and tried again, some are tried
+    /// again though they were not.
     fn run(&mut self) -> Vec<String> {
         let mut written = vec![];
         for number in 0..TRANSACTIONS {
@@ -226,7 +229,8 @@ fn write_and_compare(db: &Database) {
     assert_eq!(capture_errors(&mut client), 0);
 }
 
-/// Each view, which reads the rollups, and LiteLLM's own, which reads the log, have the same rows in one snapshot.
+/// Each view, which reads the rollups, and LiteLLM's own, which reads the log, have the same rows in one
+/// snapshot.
 fn assert_views_equal_raw(client: &mut Client) {
     let views = client
         .query("SELECT name, installed IS NOT NULL FROM litellm_spend.public_view ORDER BY 1", &[])

@@ -1,5 +1,5 @@
-//! The pages say what there is: a server is asked for its functions, views, columns, tables and settings, and each must be
-//! documented where readers look for it; what is documented must exist, down to each link.
+//! The pages say what there is: a server is asked for its functions, views, columns, tables and settings, and
+//! each must be documented where readers look for it; what is documented must exist, down to each link.
 
 mod common;
 

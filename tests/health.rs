@@ -1,4 +1,5 @@
-//! `spend_health` has a row for each fault, with who is in the way and what to type, and none when all is well.
+//! `spend_health` has a row for each fault, with who is in the way and what to type, and none when all is
+//! well.
 
 mod common;
 

@@ -7,7 +7,8 @@ use postgres::Client;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// Rows as the Logs page looks for them: of 200 teams and 50 aliases, one in fifty a failure, one in a hundred with an end user.
+/// Rows as the Logs page looks for them: of 200 teams and 50 aliases, one in fifty a failure, one in a
+/// hundred with an end user.
 const ROWS: &str = r#"
     INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, "startTime", "endTime", model, model_id, "user", team_id,
         end_user, status, litellm_call_id, metadata)
@@ -31,7 +32,8 @@ fn planned<T: for<'a> postgres::types::FromSql<'a>>(client: &mut Client, column:
     value(client, &format!("SELECT {column} FROM spend_index_plan() WHERE item = '{item}'"))
 }
 
-// ---- the plan ----------------------------------------------------------------------------------------------
+// ---- the plan
+// ----------------------------------------------------------------------------------------------
 
 #[test]
 fn a_plan_says_what_each_index_costs_and_changes_nothing() {
@@ -134,7 +136,8 @@ fn what_is_not_litellm_s_table_and_who_is_not_its_owner_are_refused() {
     client.batch_execute("DROP OWNED BY stranger; DROP ROLE stranger").unwrap();
 }
 
-// ---- to be built -------------------------------------------------------------------------------------------
+// ---- to be built
+// -------------------------------------------------------------------------------------------
 
 /// The log as LiteLLM's own script partitions it: the day before yesterday, yesterday, today, DEFAULT.
 fn partitioned(cluster: &'static Cluster) -> (Database, Client) {
@@ -245,7 +248,8 @@ fn closed_partitions_get_their_indexes_the_newest_first_and_the_open_one_when_th
                     || 'litellm_spend_team_p2' AND bool_and(relowner = 'litellm'::regrole)
          FROM pg_class WHERE relname LIKE 'litellm\\_spend\\_%' AND relkind = 'i' AND relnamespace = 'public'::regnamespace"
     ));
-    // LiteLLM's queries use them as they are: the filter by team, a team's budget, the filter by a part of the alias.
+    // LiteLLM's queries use them as they are: the filter by team, a team's budget, the filter by a part of
+    // the alias.
     client.batch_execute("SET enable_seqscan = off").unwrap();
     client.batch_execute("VACUUM p1").unwrap();
     for (sql, index) in [
@@ -543,7 +547,8 @@ fn an_index_that_nothing_has_used_for_thirty_days_is_named() {
     eventually("it is gone", || ours(&mut client).is_empty());
 }
 
-// ---- converted and back ------------------------------------------------------------------------------------
+// ---- converted and back
+// ------------------------------------------------------------------------------------
 
 #[test]
 fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_back() {
@@ -576,7 +581,8 @@ fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_b
     wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
 }
 
-// ---- what a release does -----------------------------------------------------------------------------------
+// ---- what a release does
+// -----------------------------------------------------------------------------------
 
 /// What is changed and by what, and the remedies that are statements.
 fn check(client: &mut Client, version: &str) -> (Vec<(String, String)>, Vec<String>) {

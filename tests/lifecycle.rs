@@ -219,7 +219,8 @@ fn a_changed_definition_takes_effect_when_attached_again() {
     );
 }
 
-/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the indexes.
+/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the
+/// indexes.
 const UPSTREAM_SCRIPT: &str = r#"
     BEGIN; SET LOCAL ROLE litellm;
     ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";

@@ -7,7 +7,8 @@ use postgres::Client;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the indexes.
+/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the
+/// indexes.
 const UPSTREAM_SCRIPT: &str = r#"
     BEGIN; SET LOCAL ROLE litellm;
     ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
@@ -120,7 +121,8 @@ fn default_with_many_rows_becomes_a_partition_itself() {
     let before: i64 = value(&mut client, "SELECT 'events_pdefault'::regclass::oid::bigint");
     client.batch_execute("BEGIN").unwrap();
     let actions = maintain_at(&mut client, "events", "2026-11-15 12:00");
-    // Neither we nor ATTACH PARTITION have read it, but for its index; ANALYZE takes a sample, which is no scan.
+    // Neither we nor ATTACH PARTITION have read it, but for its index; ANALYZE takes a sample, which is no
+    // scan.
     let read = format!(
         "SELECT coalesce(sum(seq_tup_read), 0)::bigint FROM pg_stat_xact_user_tables WHERE relid = {before}"
     );
@@ -690,9 +692,11 @@ fn what_a_policy_lets_expire_stays_in_the_totals_also_where_a_delete_subtracts()
     }
 }
 
-// ---- beside others -----------------------------------------------------------------------------------------
+// ---- beside others
+// -----------------------------------------------------------------------------------------
 
-/// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the longest wait of any.
+/// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the
+/// longest wait of any.
 fn beside_readers<T>(db: &Database, table: &str, body: impl FnOnce() -> T) -> (T, Duration) {
     let stop = std::sync::atomic::AtomicBool::new(false);
     let longest = std::sync::Mutex::new(Duration::ZERO);
@@ -732,7 +736,8 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
     let table = "\"LiteLLM_SpendLogs\"";
     beside_writers(&db, 2, 5, 12, || {
         let (_, longest) = beside_readers(&db, table, || {
-            // LiteLLM's own job has made the partition of tomorrow, so that there are two gaps; both are filled again.
+            // LiteLLM's own job has made the partition of tomorrow, so that there are two gaps; both are
+            // filled again.
             for day in 1..4 {
                 let sql = format!("SET ROLE litellm; DO $$ BEGIN EXECUTE format('CREATE TABLE IF NOT EXISTS \"LiteLLM_SpendLogs_p%s\" PARTITION OF {table}
                     FOR VALUES FROM (%L) TO (%L)', to_char(CURRENT_DATE + {day}, 'YYYYMMDD'), CURRENT_DATE + {day}, CURRENT_DATE + {day} + 1); END $$; RESET ROLE");
@@ -1214,7 +1219,8 @@ fn litellms_own_job_may_run_at_the_same_time() {
     );
 }
 
-// ---- by itself -----------------------------------------------------------------------------------------------
+// ---- by itself
+// -----------------------------------------------------------------------------------------------
 
 #[test]
 fn the_worker_maintains_and_goes_on_after_a_crash() {

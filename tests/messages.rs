@@ -1,4 +1,5 @@
-//! What is said when something goes wrong, and where: to the caller, in the status, in spend_health, in the server's log.
+//! What is said when something goes wrong, and where: to the caller, in the status, in spend_health, in the
+//! server's log.
 
 mod common;
 

@@ -11,7 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// Rows `:first` to `:last`, none of them at midnight. The dimensions run through their values at different speeds.
+/// Rows `:first` to `:last`, none of them at midnight. The dimensions run through their values at different
+/// speeds.
 const ROWS: &str = r#"
     INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, prompt_tokens,
         completion_tokens, "startTime", "endTime", model, model_group, custom_llm_provider, "user", team_id,
@@ -38,8 +39,8 @@ const ROWS: &str = r#"
         '{}'
     FROM generate_series(:first, :last) AS i"#;
 
-/// Rows a millisecond and a minute around each UTC midnight, from the day after tomorrow to six weeks ago, and at
-/// midnight itself of every other day and at both ends of a month.
+/// Rows a millisecond and a minute around each UTC midnight, from the day after tomorrow to six weeks ago,
+/// and at midnight itself of every other day and at both ends of a month.
 const MIDNIGHTS: &str = r#"
     INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, prompt_tokens,
         completion_tokens, "startTime", "endTime", model, "user", team_id, end_user, request_tags)
@@ -213,8 +214,8 @@ fn every_view_equals_litellms_own_definition() {
     });
 }
 
-/// Runs `compare` in each time zone: when the table is attached and backfilled; with changes that cannot be merged,
-/// since their transaction is open; when all is merged.
+/// Runs `compare` in each time zone: when the table is attached and backfilled; with changes that cannot be
+/// merged, since their transaction is open; when all is merged.
 fn at_three_moments(compare: impl Fn(&mut Transaction)) {
     let rows = |first: &str, last: &str| ROWS.replace(":first", first).replace(":last", last);
     let db = shared().database();
@@ -292,8 +293,9 @@ fn report_of(name: &str) -> &str {
     name.split('.').next().unwrap()
 }
 
-/// The first and the last day to ask for. LiteLLM adds a day in the session's time zone: not one on which the clock
-/// changes in Los Angeles. The last day has no row at its midnight, which /spend/logs?summarize=true counts.
+/// The first and the last day to ask for. LiteLLM adds a day in the session's time zone: not one on which the
+/// clock changes in Los Angeles. The last day has no row at its midnight, which /spend/logs?summarize=true
+/// counts.
 fn days(tx: &mut Transaction) -> (String, String) {
     let days = "SELECT (today - 12)::text, (today - ago)::text
         FROM generate_series(3, 5, 2) AS ago, date(now() AT TIME ZONE 'UTC') AS today,

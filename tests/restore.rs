@@ -1,5 +1,5 @@
-//! A dump is restored beside the worker, by every mode of the tools, ends without an error, and everything is exact: nothing is
-//! counted twice, nothing is lost, and work goes on by itself once the restore is over.
+//! A dump is restored beside the worker, by every mode of the tools, ends without an error, and everything is
+//! exact: nothing is counted twice, nothing is lost, and work goes on by itself once the restore is over.
 
 mod common;
 
@@ -7,8 +7,8 @@ use common::*;
 use postgres::Client;
 use std::process::Stdio;
 
-/// A database with all that is dumped: attached, with history that only the rollups know, a tail that is not merged, a declared
-/// rollup with a tail, one that is filled by hand, and a table with a policy.
+/// A database with all that is dumped: attached, with history that only the rollups know, a tail that is not
+/// merged, a declared rollup with a tail, one that is filled by hand, and a table with a policy.
 fn original() -> (Database, Client) {
     let db = shared().litellm_database();
     let mut client = db.connect();

@@ -1,6 +1,6 @@
-//! Nothing of a user's runs with our rights. Each script of tests/attacks tries one way, as the owner of LiteLLM's tables, who is
-//! no superuser, or as another role without rights; its head says what it does and what is right, and its last line `held`, or
-//! what it got.
+//! Nothing of a user's runs with our rights. Each script of tests/attacks tries one way, as the owner of
+//! LiteLLM's tables, who is no superuser, or as another role without rights; its head says what it does and
+//! what is right, and its last line `held`, or what it got.
 
 mod common;
 

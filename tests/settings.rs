@@ -1,4 +1,5 @@
-//! Settings of a database or role are meant for its users: the worker does its work whatever they say, and means by it the same.
+//! Settings of a database or role are meant for its users: the worker does its work whatever they say, and
+//! means by it the same.
 
 mod common;
 
@@ -112,7 +113,8 @@ fn a_view_that_shows_what_row_security_lets_its_owner_see_stays_litellms_own() {
     let live = r#"SELECT pg_get_viewdef('"MonthlyGlobalSpendPerKey"'::regclass) LIKE '%litellm_spend%'"#;
     eventually("the view of the table's owner is live", || holds(&mut client, live));
     assert_eq!(value::<i64>(&mut client, keys), 1);
-    // The table's owner is not held to its policies, unless they are forced: then nothing is counted without all rows.
+    // The table's owner is not held to its policies, unless they are forced: then nothing is counted without
+    // all rows.
     client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" FORCE ROW LEVEL SECURITY"#).unwrap();
     eventually("it is LiteLLM's own again", || !holds(&mut client, live));
     assert_eq!(

@@ -1,4 +1,5 @@
-//! A database of an earlier version is brought over by ALTER EXTENSION UPDATE, loses nothing, and is then like a new one.
+//! A database of an earlier version is brought over by ALTER EXTENSION UPDATE, loses nothing, and is then
+//! like a new one.
 
 mod common;
 

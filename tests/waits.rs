@@ -1,4 +1,5 @@
-//! Whoever is in our way delays us, not LiteLLM: no call of ours keeps its table locked while it waits or works.
+//! Whoever is in our way delays us, not LiteLLM: no call of ours keeps its table locked while it waits or
+//! works.
 
 mod common;
 

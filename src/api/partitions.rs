@@ -24,7 +24,8 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use std::time::Duration;
 
-/// The table, open to a caller who may act for its owner. Who holds its lock waits for nothing without a limit.
+/// The table, open to a caller who may act for its owner. Who holds its lock waits for nothing without a
+/// limit.
 pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let source = source_or_default(source)?;
     let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
@@ -36,7 +37,8 @@ pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
 
 // ---- to be partitioned, and back -------------------------------------------------------------------------
 
-/// What a cutover that nobody chose leaves for the index: a day, or a week where it takes a call for each step.
+/// What a cutover that nobody chose leaves for the index: a day, or a week where it takes a call for each
+/// step.
 const LEAD: Duration = Duration::from_secs(86_400);
 const LEAD_BY_HAND: Duration = Duration::from_secs(7 * 86_400);
 
@@ -119,8 +121,8 @@ fn spend_partition_plan(
     .map(TableIterator::new)
 }
 
-/// The policy of a table that is partitioned and has one, which each conversion leaves. Also of its first partition: who has asked
-/// for the conversion of a table knew it by that Oid.
+/// The policy of a table that is partitioned and has one, which each conversion leaves. Also of its first
+/// partition: who has asked for the conversion of a table knew it by that Oid.
 fn converted(table: &Table) -> error::Result<Option<Policy>> {
     if table.kind == "p" {
         return policy::find(table.oid);
@@ -130,7 +132,8 @@ fn converted(table: &Table) -> error::Result<Option<Policy>> {
     if is_first { policy::find(parent.oid) } else { Ok(None) }
 }
 
-/// Partitions a table without copying it, step by step: the worker goes on by itself; without one each call does a step.
+/// Partitions a table without copying it, step by step: the worker goes on by itself; without one each call
+/// does a step.
 #[pg_extern(volatile, parallel_unsafe)]
 #[allow(clippy::type_complexity)]
 fn spend_partition_convert(
@@ -168,8 +171,8 @@ fn spend_partition_convert(
     .map(TableIterator::new)
 }
 
-/// Turns a partitioned table back into a plain one, or takes a conversion back that has not swapped yet. The worker goes
-/// on by itself; without one each call does a step.
+/// Turns a partitioned table back into a plain one, or takes a conversion back that has not swapped yet. The
+/// worker goes on by itself; without one each call does a step.
 #[pg_extern(volatile, parallel_unsafe)]
 #[allow(clippy::type_complexity)]
 fn spend_partition_revert(

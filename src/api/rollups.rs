@@ -1,4 +1,5 @@
-//! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in sql/api.sql.
+//! The SQL functions. Each checks who calls and where, and hands over. Their COMMENTs and grants are in
+//! sql/api.sql.
 
 use crate::engine::declaration::Declaration;
 use crate::engine::declare;
@@ -34,8 +35,8 @@ use pgrx::{AnyElement, JsonB};
 use std::ffi::CStr;
 use std::time::Duration;
 
-/// An argument of one of the `reg…` types: an Oid with a name. pgrx's own PgRelation opens the relation, which fails
-/// without a useful SQLSTATE.
+/// An argument of one of the `reg…` types: an Oid with a name. pgrx's own PgRelation opens the relation,
+/// which fails without a useful SQLSTATE.
 macro_rules! reg_type {
     ($name:ident, $sql:literal) => {
         #[derive(Clone, Copy)]
@@ -60,8 +61,8 @@ macro_rules! reg_type {
 reg_type!(Regclass, "regclass");
 reg_type!(Regrole, "regrole");
 
-/// A time, in whatever type people have one: without a time zone it is in UTC. By overloads a literal would be read in the
-/// session's.
+/// A time, in whatever type people have one: without a time zone it is in UTC. By overloads a literal would
+/// be read in the session's.
 pub struct TimeArgument(AnyElement);
 
 // SAFETY: it comes with its type.
@@ -395,8 +396,8 @@ mod litellm_spend {
     }
 }
 
-/// Recomputes whole buckets of a rollup, or of all built-in ones, from the raw rows, in the caller's transaction. Returns the groups
-/// written.
+/// Recomputes whole buckets of a rollup, or of all built-in ones, from the raw rows, in the caller's
+/// transaction. Returns the groups written.
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_rollup_rebuild(
     name: Option<&str>,

@@ -144,9 +144,10 @@ fn dimension(
     Ok((Dimension { column, nullable }, scalar))
 }
 
-/// `date_trunc()` in UTC, which reads the name of the zone for each row: 0.25 µs more than the column alone, where date_bin() takes
-/// 0.01 (PostgreSQL 15, 2026-11). That does the same for units of a fixed length, but some minor versions of it do not for times before
-/// its origin, and times too far from that are an error: so its origin is the server's own, and earlier times are truncated.
+/// `date_trunc()` in UTC, which reads the name of the zone for each row: 0.25 µs more than the column alone,
+/// where date_bin() takes 0.01 (PostgreSQL 15, 2026-11). That does the same for units of a fixed length, but
+/// some minor versions of it do not for times before its origin, and times too far from that are an error: so
+/// its origin is the server's own, and earlier times are truncated.
 fn truncated_in_utc(unit: &str, column: &str) -> String {
     let truncated = format!("date_trunc('{unit}'::text, {column}, 'UTC'::text)");
     if !["second", "minute", "hour", "day"].contains(&unit) {
@@ -160,7 +161,8 @@ fn truncated_in_utc(unit: &str, column: &str) -> String {
 
 const NO_NAME: &str = "It has no name: write it as \"expression AS name\".";
 
-/// A value that changes by itself would put a row in one group when it is merged and in another when it is compared.
+/// A value that changes by itself would put a row in one group when it is merged and in another when it is
+/// compared.
 fn require_steady(scalar: &Scalar, refuse: impl Fn(&str) -> Error) -> Result<Option<Notice>> {
     match scalar.volatility {
         Volatility::Immutable => Ok(None),
@@ -184,13 +186,14 @@ fn time_column<'a>(table: &'a Table, scalar: &Scalar) -> Option<(&'a str, &'a st
     TIME_TYPES.contains(&r#type.as_str()).then_some((name.as_str(), r#type.as_str()))
 }
 
-/// What cuts a column of time into consecutive pieces can be looked up by the column itself, which may have an index.
+/// What cuts a column of time into consecutive pieces can be looked up by the column itself, which may have
+/// an index.
 fn cuts_time(table: &Table, scalar: &Scalar) -> bool {
     scalar.cut.is_some() && time_column(table, scalar).is_some()
 }
 
-/// Computes an expression over one column of time for some moment. What fails here, for a unit or a time zone that does not exist,
-/// would fail for each row.
+/// Computes an expression over one column of time for some moment. What fails here, for a unit or a time zone
+/// that does not exist, would fail for each row.
 fn try_moment(
     scope: &Scope,
     scalar: &Scalar,

@@ -1,10 +1,10 @@
-//! Rollups that a user declares over a table whose rows are numbered by a sequence, and the watermarks of those that
-//! they fill themselves.
+//! Rollups that a user declares over a table whose rows are numbered by a sequence, and the watermarks of
+//! those that they fill themselves.
 //!
-//! A declared rollup belongs to the owner of its source, whoever calls: expressions, functions and triggers that run
-//! in a merge then are that owner's, and run with no other rights. What we do as ourselves names types, functions and
-//! columns of theirs, but looks at no row and evaluates nothing: the table and the aggregates are made empty and handed over; the
-//! live view gets its query once it is theirs.
+//! A declared rollup belongs to the owner of its source, whoever calls: expressions, functions and triggers
+//! that run in a merge then are that owner's, and run with no other rights. What we do as ourselves names
+//! types, functions and columns of theirs, but looks at no row and evaluates nothing: the table and the
+//! aggregates are made empty and handed over; the live view gets its query once it is theirs.
 //!
 //! Locks: ACCESS SHARE on the source until the call ends.
 
@@ -28,8 +28,8 @@ use pgrx::prelude::*;
 
 // ---- create ----------------------------------------------------------------------------------------------
 
-/// `spend_rollup_create()`: the table, the live view and the watermark. Rows that are there already belong to the tail
-/// until they are merged, so the view is exact from the start.
+/// `spend_rollup_create()`: the table, the live view and the watermark. Rows that are there already belong to
+/// the tail until they are merged, so the view is exact from the start.
 pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
     restore::require_over()?;
@@ -39,11 +39,13 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let Defined { definition, merge_functions, mut notices } = define(declaration, &table, &numbering)?;
     fence::lock_name(&definition.name, table.oid)?;
     require_free(&definition)?;
-    // The name of a function of the owner's is only a name here: nothing of theirs is looked up before they merge.
+    // The name of a function of the owner's is only a name here: nothing of theirs is looked up before they
+    // merge.
     let unchecked = Elevated::enter()?.with(c"check_function_bodies", c"off");
     for merge in &merge_functions {
         let MergeFunction { aggregate, state, function } = merge;
-        // It may not know what to do with the NULL that an aggregate begins with, or take more than two arguments.
+        // It may not know what to do with the NULL that an aggregate begins with, or take more than two
+        // arguments.
         let body = literal(&format!(
             "SELECT CASE WHEN a IS NULL THEN b WHEN b IS NULL THEN a ELSE {function}(a, b) END"
         ));
@@ -86,8 +88,8 @@ const HAS_GRANTS: &str = "
           WHERE attrelid = 'litellm_spend.rollup'::regclass AND attname IN ('name', 'watermark')) AS ours
     WHERE EXISTS (SELECT FROM pg_catalog.aclexplode(acl) AS a WHERE a.grantee = $1 AND a.privilege_type = privilege)";
 
-/// Gives a rollup and all that was made for it to the owner of its source, who also needs to read the watermark, as the
-/// live view does.
+/// Gives a rollup and all that was made for it to the owner of its source, who also needs to read the
+/// watermark, as the live view does.
 fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
     let oid = owner.oid();
     let owner = quoted(&owner.name()?);
@@ -106,8 +108,9 @@ fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
     spi::execute(&sql, &[definition.name.as_str().into(), oid.into()]).map(drop)
 }
 
-/// Makes a rollup's live view, or gives it another query and owner. The query holds expressions of the owner's, so a view with
-/// the same columns and no rows comes first, which only becomes the real one when it is theirs.
+/// Makes a rollup's live view, or gives it another query and owner. The query holds expressions of the
+/// owner's, so a view with the same columns and no rows comes first, which only becomes the real one when it
+/// is theirs.
 fn make_view(definition: &Definition, owner: Owner, query: &str) -> Result<()> {
     let name = definition.live_view();
     if relation::find_relation(&name)?.is_none() {
@@ -188,7 +191,8 @@ pub fn grant_step(owner: &str) -> Result<()> {
     Ok(())
 }
 
-/// The watermark begins before the first row that there is, and before the first value that the sequence can give.
+/// The watermark begins before the first row that there is, and before the first value that the sequence can
+/// give.
 fn insert_rollup(
     name: &str,
     source: &str,
@@ -218,8 +222,8 @@ fn insert_rollup(
     Ok(())
 }
 
-/// The lowest number of a row that is there. Row security may hide rows, of which nobody can say then; as long as it does, merges
-/// fail, and the view shows its reader what that role may see.
+/// The lowest number of a row that is there. Row security may hide rows, of which nobody can say then; as
+/// long as it does, merges fail, and the view shows its reader what that role may see.
 fn first_value(table: &Table, numbering: &Numbering) -> Result<Option<i64>> {
     let sql = format!("SELECT min({})::bigint FROM {}", quoted(&numbering.column), table.qualified());
     let owner = Owner::of(table.oid)?;
@@ -237,8 +241,8 @@ const LOWEST: i64 = i64::MIN / 4;
 
 // ---- window and drop -------------------------------------------------------------------------------------
 
-/// `spend_rollup_window()`: the next safe window of a registered rollup. The watermark advances in the caller's
-/// transaction, together with whatever the caller writes.
+/// `spend_rollup_window()`: the next safe window of a registered rollup. The watermark advances in the
+/// caller's transaction, together with whatever the caller writes.
 pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
     // 1. lock the state row: the window belongs to one transaction at a time.
     let fence = Fence::wait(name)?;
@@ -324,8 +328,8 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The rollups whose source was dropped or has another owner, or whose live view is gone or another's. Only looks: what is to be
-/// done may call code of an owner's, and is a step of that rollup's own.
+/// The rollups whose source was dropped or has another owner, or whose live view is gone or another's. Only
+/// looks: what is to be done may call code of an owner's, and is a step of that rollup's own.
 pub fn strays() -> Result<Vec<String>> {
     spi::query(
         &format!(
@@ -344,7 +348,8 @@ pub fn strays() -> Result<Vec<String>> {
     )
 }
 
-/// Deals with one of them: it follows its source to another owner, gets its live view again, or becomes history.
+/// Deals with one of them: it follows its source to another owner, gets its live view again, or becomes
+/// history.
 pub fn settle(name: &str, patience: Patience) -> Result<()> {
     let Some(fence) = Fence::take(name, patience)? else { return Ok(()) };
     let Some(table) = Table::find(fence.relation)? else { return release(&fence) };
@@ -354,7 +359,8 @@ pub fn settle(name: &str, patience: Patience) -> Result<()> {
     if relation::find_relation(&definition.live_view())?.is_some() {
         require_own(&definition.live_view(), "v", known)?;
     }
-    // 2. another owner gets it only if nothing of the former one's hangs on it, which would then run as the new one.
+    // 2. another owner gets it only if nothing of the former one's hangs on it, which would then run as the
+    //    new one.
     if known != owner && (!known.may_pass_to(owner)? || !is_bare(found.oid)?) {
         return Err(Error::OtherOwner {
             relation: table.qualified(),
@@ -374,7 +380,8 @@ fn require_own(name: &str, kind: &str, owner: Owner) -> Result<Table> {
     Err(Error::OtherOwner { relation: name.into(), owner: found.owner, expected: owner.name()? })
 }
 
-/// Nothing is on the rollup's table that we have not made: no trigger, rule, policy or CHECK, no index with an expression but ours.
+/// Nothing is on the rollup's table that we have not made: no trigger, rule, policy or CHECK, no index with
+/// an expression but ours.
 fn is_bare(table: pg_sys::Oid) -> Result<bool> {
     let sql = "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1
                UNION ALL SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = $1

@@ -1,5 +1,5 @@
-//! Rollups of any source that a sequence numbers: what a user says one is, which rows are safe, merging, recomputing, comparing. Why no
-//! row is counted twice: docs/internals.md. May call state and server.
+//! Rollups of any source that a sequence numbers: what a user says one is, which rows are safe, merging,
+//! recomputing, comparing. Why no row is counted twice: docs/internals.md. May call state and server.
 
 pub mod declaration;
 pub mod declare;

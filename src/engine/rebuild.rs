@@ -1,15 +1,16 @@
 //! Recomputes ranges of a rollup from the truth while writers go on, and compares the two.
 //!
-//! *Truth* is, for the captured table, the raw rows plus the ledger of rows that retention deleted; for any other source
-//! its own rows. Under the fence, and on one snapshot taken after it, a range becomes `truth − tail`; the tail is what
-//! the later merges add. So rollup + tail equals truth at that snapshot, and every change after it arrives through
-//! the sequence like any other.
+//! *Truth* is, for the captured table, the raw rows plus the ledger of rows that retention deleted; for any
+//! other source its own rows. Under the fence, and on one snapshot taken after it, a range becomes `truth −
+//! tail`; the tail is what the later merges add. So rollup + tail equals truth at that snapshot, and every
+//! change after it arrives through the sequence like any other.
 //!
-//! Frozen days have lost raw rows: the rollup is their only record ([`crate::state::frozen`]). They are not recomputed, unless forced.
+//! Frozen days have lost raw rows: the rollup is their only record ([`crate::state::frozen`]). They are not
+//! recomputed, unless forced.
 //!
-//! Whose rights: every statement that reads the raw rows runs as the owner of their table, who may read what is ours of the
-//! captured table, and add to it. Of a declared rollup everything is the owner's; of the built-in ones we remove the rows of
-//! a range ourselves, which the owner may not.
+//! Whose rights: every statement that reads the raw rows runs as the owner of their table, who may read what
+//! is ours of the captured table, and add to it. Of a declared rollup everything is the owner's; of the
+//! built-in ones we remove the rows of a range ourselves, which the owner may not.
 
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
@@ -63,8 +64,9 @@ impl Truth {
     }
 }
 
-/// What to do with a bucket of which the rollup knows more source rows than there are. Capture saw every deletion by
-/// DELETE, so such a day has lost raw rows in another way: a dropped partition, or while nothing was captured.
+/// What to do with a bucket of which the rollup knows more source rows than there are. Capture saw every
+/// deletion by DELETE, so such a day has lost raw rows in another way: a dropped partition, or while nothing
+/// was captured.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Shrink {
     /// Keep what the rollup says.
@@ -75,12 +77,13 @@ pub enum Shrink {
     Allow,
 }
 
-/// Recomputes `range` of rollups of one source, under their fences, reading the truth once. Returns the number of groups
-/// written; an error has written nothing.
+/// Recomputes `range` of rollups of one source, under their fences, reading the truth once. Returns the
+/// number of groups written; an error has written nothing.
 pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     let Some(first) = fences.first() else { return Ok(0) };
     let truth = Truth::of(first)?;
-    // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a partition.
+    // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a
+    //    partition.
     for relation in &truth.relations {
         locks::lock_against_dropping(*relation)?;
     }
@@ -108,7 +111,8 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
         (0..refills.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
     let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
     let groups = owner.fresh(&sql, &[start.into(), end.into()], |r| spi::value::<i64>(r, 1))?;
-    // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only record.
+    // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only
+    //    record.
     if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
         return Err(Error::RawVanished(first.name.clone()));
     }
@@ -134,7 +138,8 @@ fn check_nothing_lost(fences: &[&Fence], truth: &Truth, range: Range) -> Result<
     }
 }
 
-/// Rollups of the same rows know the same number of them, but for those that expand a row: the smallest will do.
+/// Rollups of the same rows know the same number of them, but for those that expand a row: the smallest will
+/// do.
 pub fn smallest<'a>(fences: impl Iterator<Item = &'a Fence>) -> Option<(&'a Fence, &'a Definition)> {
     let definitions = fences.filter_map(|f| f.definition.as_ref().map(|d| (f, d)));
     definitions.min_by_key(|(_, d)| (!d.expansion.is_empty(), d.dimensions.len()))
@@ -184,10 +189,12 @@ pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
 
 // ---- SQL calls -------------------------------------------------------------------------------------------
 
-/// `spend_rollup_rebuild()`: the whole range in the caller's transaction; without a name, of all built-in rollups.
+/// `spend_rollup_rebuild()`: the whole range in the caller's transaction; without a name, of all built-in
+/// rollups.
 ///
-/// Forced, the built-in rollups become what the table holds now. What they knew beyond that is on record in the ledger and as frozen
-/// days, which is common to them: so it is forgotten for all of them at once, or the next rebuild would bring it back.
+/// Forced, the built-in rollups become what the table holds now. What they knew beyond that is on record in
+/// the ledger and as frozen days, which is common to them: so it is forgotten for all of them at once, or the
+/// next rebuild would bring it back.
 pub fn rebuild_range(
     caller: pg_sys::Oid,
     name: Option<&str>,
@@ -218,7 +225,8 @@ pub fn rebuild_range(
     rebuild(&fences, range, if force { Shrink::Allow } else { Shrink::Refuse })
 }
 
-/// Lets spend_progress show it: until the transaction ends other sessions see nothing of it but its locks. Nobody waits for this one.
+/// Lets spend_progress show it: until the transaction ends other sessions see nothing of it but its locks.
+/// Nobody waits for this one.
 fn show(rollup: Option<&Fence>) -> Result<()> {
     let table =
         rollup.map(|fence| relation::find_relation(&qualified(SCHEMA, &fence.name))).transpose()?.flatten();
@@ -227,7 +235,8 @@ fn show(rollup: Option<&Fence>) -> Result<()> {
         .map(drop)
 }
 
-/// The first key of that lock; the second is the rollup's table, or 0 for all built-in ones. The view has the same number.
+/// The first key of that lock; the second is the rollup's table, or 0 for all built-in ones. The view has the
+/// same number.
 const REBUILD: i32 = 0x7370_656e;
 
 /// The built-in rollups are for the captured table's owner to use, the others for their own.
@@ -334,8 +343,8 @@ impl Iterator for Differences {
     }
 }
 
-/// `spend_rollup_verify()`: the groups that differ, in one snapshot, and what the caller should know. None is the only pass: a
-/// range of which nothing can be compared, or that starts in frozen days, is refused.
+/// `spend_rollup_verify()`: the groups that differ, in one snapshot, and what the caller should know. None is
+/// the only pass: a range of which nothing can be compared, or that starts in frozen days, is refused.
 pub fn verify(
     caller: pg_sys::Oid,
     name: &str,
@@ -367,8 +376,9 @@ pub fn verify(
     Ok((differences, not_compared.into_iter().chain(put_back).collect()))
 }
 
-/// Says on which days rows count that are not in the table any more, beside rows that are. As a rule that is so on the day at which
-/// retention has arrived; but whoever takes rows out and puts them back sees them twice.
+/// Says on which days rows count that are not in the table any more, beside rows that are. As a rule that is
+/// so on the day at which retention has arrived; but whoever takes rows out and puts them back sees them
+/// twice.
 fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Notice>> {
     let day = |first: &str, last: &str| {
         format!("tsrange(date_trunc('day', {first}), nullif({}, 'infinity'))", next_midnight(last))

@@ -6,8 +6,9 @@
 //!          watermark             safe end
 //! ```
 //!
-//! Exactly once: the rollup's rows and its watermark commit together, and only the holder of the fence changes
-//! either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing else.
+//! Exactly once: the rollup's rows and its watermark commit together, and only the holder of the fence
+//! changes either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing
+//! else.
 
 use crate::engine::source;
 use crate::engine::statements;
@@ -59,8 +60,8 @@ pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
 pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
     loop {
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
-        //    who has ended. And before the relations that they write to, which are read as they are now: whoever
-        //    drew such a value through a partition that has just been attached is found there.
+        //    who has ended. And before the relations that they write to, which are read as they are now:
+        //    whoever drew such a value through a partition that has just been attached is found there.
         let last_value = relation::last_value(source.sequence)?.unwrap_or(source.merged_to);
         let nothing = Look { safe_end: source.merged_to, last_value };
         let Some(relation) = sources::relation_of(source)? else { return Ok(nothing) };
@@ -87,7 +88,8 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
     }
 }
 
-/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest and holds at most `most` values.
+/// Merges the next window of rollup `name`, which ends at `safe_end` at the latest and holds at most `most`
+/// values.
 pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result<Merged> {
     let started = Instant::now();
     // 1. lock our state row: one merge at a time, and every later statement sees what the earlier ones did.
@@ -117,8 +119,9 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
 }
 
-/// Merges the next window of all built-in rollups in one statement, which reads the change log less often than they would one by one.
-/// `None`: that cannot be done now, one of them is ahead or fails, say; then each goes its own way.
+/// Merges the next window of all built-in rollups in one statement, which reads the change log less often
+/// than they would one by one. `None`: that cannot be done now, one of them is ahead or fails, say; then each
+/// goes its own way.
 pub fn merge_together(
     names: &[String],
     safe_end: i64,
@@ -145,8 +148,8 @@ pub fn merge_together(
     }
     // 3. its rows, on a snapshot that is newer than the fences and the look. All that is mentioned is ours.
     let write = || {
-        // The log comes and goes too quickly for statistics. Groups that are taken for few are sorted by all their keys, which
-        // took a third of a merge (5,000 rows, PostgreSQL 15, 2026-11).
+        // The log comes and goes too quickly for statistics. Groups that are taken for few are sorted by all
+        // their keys, which took a third of a merge (5,000 rows, PostgreSQL 15, 2026-11).
         let _hashed = Elevated::enter()?.with(c"enable_sort", c"off");
         write_window(&definitions, start, end)
     };
@@ -245,8 +248,8 @@ pub fn trim(source: &Source) -> Result<i64> {
 
 // ---- for SQL calls and status ----------------------------------------------------------------------------
 
-/// One step of `spend_backfill()` on a table with declared rollups: a window of each. Says how far they are, `None` when
-/// everything that was safe is merged.
+/// One step of `spend_backfill()` on a table with declared rollups: a window of each. Says how far they are,
+/// `None` when everything that was safe is merged.
 pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<String>> {
     let mut progress = vec![];
     for mut source in sources {
@@ -264,11 +267,12 @@ pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<
     Ok(if progress.is_empty() { None } else { Some(progress.join("; ")) })
 }
 
-/// Rows above the watermark of a rollup, at most a million, and since when the oldest has been there: when it was captured,
-/// or, for a declared rollup, the time that it carries.
+/// Rows above the watermark of a rollup, at most a million, and since when the oldest has been there: when it
+/// was captured, or, for a declared rollup, the time that it carries.
 ///
-/// A status runs in its reader's session, where nobody ends what an owner's function does. So a source whose indexes, constraints
-/// or statistics could call one is not read: then it is how many numbers the sequence is ahead, and no time.
+/// A status runs in its reader's session, where nobody ends what an owner's function does. So a source whose
+/// indexes, constraints or statistics could call one is not read: then it is how many numbers the sequence is
+/// ahead, and no time.
 pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> {
     let fence = Fence::look(name)?;
     if fence.source.is_none() {
@@ -310,8 +314,8 @@ fn numbers_ahead(name: &str, fence: &Fence) -> Result<Option<i64>> {
     Ok(last.map(|last| last.saturating_sub(fence.watermark).clamp(0, MOST_COUNTED)))
 }
 
-/// Whether planning or running a query on the relation could call a function that is not the server's: of an index, a CHECK, a
-/// default or generated column, a partition key, extended statistics, a policy, a rule.
+/// Whether planning or running a query on the relation could call a function that is not the server's: of an
+/// index, a CHECK, a default or generated column, a partition key, extended statistics, a policy, a rule.
 fn calls_functions(relation: pg_sys::Oid) -> Result<bool> {
     let sql = format!(
         "SELECT FROM pg_catalog.pg_depend d

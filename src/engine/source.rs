@@ -1,7 +1,7 @@
 //! Sources that users roll up: tables whose rows are numbered by a sequence as they are inserted.
 //!
-//! The numbers must rise in the order in which they are drawn, and every way into the table must draw them from that one
-//! sequence. What does not keep to that is refused, with the reason.
+//! The numbers must rise in the order in which they are drawn, and every way into the table must draw them
+//! from that one sequence. What does not keep to that is refused, with the reason.
 
 use crate::error::{Error, Result};
 use crate::server::expression;
@@ -60,9 +60,10 @@ pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numberi
     }
 }
 
-/// Refuses a source into which rows could come that got their number elsewhere: in a partition, when they are written straight to
-/// it, or in a parent, whose own default numbers what is written through it. Also asked later, since tables are altered, and
-/// attached to others. (No default is read: that would wait for who has locked its table.)
+/// Refuses a source into which rows could come that got their number elsewhere: in a partition, when they are
+/// written straight to it, or in a parent, whose own default numbers what is written through it. Also asked
+/// later, since tables are altered, and attached to others. (No default is read: that would wait for who has
+/// locked its table.)
 pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     let elsewhere = spi::current(
         &format!(
@@ -132,9 +133,9 @@ fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     }
 }
 
-/// Refuses a table of Citus's, of whatever kind: other nodes insert into it, or into its shards under other names, and their locks are not
-/// seen here. A row that commits late would be missing for ever. The catalog is Citus's whether or not the extension is there: nobody
-/// but a superuser makes a table in pg_catalog.
+/// Refuses a table of Citus's, of whatever kind: other nodes insert into it, or into its shards under other
+/// names, and their locks are not seen here. A row that commits late would be missing for ever. The catalog
+/// is Citus's whether or not the extension is there: nobody but a superuser makes a table in pg_catalog.
 pub fn require_not_distributed(relation: pg_sys::Oid) -> Result<()> {
     let namespace = pg_sys::PG_CATALOG_NAMESPACE.into();
     // SAFETY: looks a name up.
@@ -234,8 +235,8 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
     Ok(names.into_iter().next().unwrap_or_default())
 }
 
-/// What was given as a sequence is one. A number in its place is an OID, as a rule of nothing: where there is `merged_to`, it was
-/// meant for that.
+/// What was given as a sequence is one. A number in its place is an OID, as a rule of nothing: where there is
+/// `merged_to`, it was meant for that.
 pub fn require_sequence(sequence: Option<pg_sys::Oid>, has_merged_to: bool) -> Result<()> {
     let Some(oid) = sequence else { return Ok(()) };
     match Table::find(oid)? {

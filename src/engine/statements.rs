@@ -4,9 +4,9 @@
 //!   source rows ──project──> partial rows ──combine──> one row a group
 //!   (window, tail, range)    (the table's columns)     (merge, live view, refill, comparison)
 //! ```
-//! A *partial row* has the columns of the rollup's table: dimensions, and for each measure the state of some source
-//! rows. The table's own rows are partial rows too, so merged rows and the tail combine like any others. All
-//! statements share these two steps, so they cannot drift apart.
+//! A *partial row* has the columns of the rollup's table: dimensions, and for each measure the state of some
+//! source rows. The table's own rows are partial rows too, so merged rows and the tail combine like any
+//! others. All statements share these two steps, so they cannot drift apart.
 
 use crate::server::text::{SCHEMA, literal, quoted};
 use crate::state::definition::{Bucket, Column, Combine, Definition, Key, Measure, ONE_ROW};
@@ -31,7 +31,8 @@ impl Definition {
         self.measures.iter().any(|m| m.aggregates)
     }
 
-    // ---- the two steps ---------------------------------------------------------------------------------------
+    // ---- the two steps
+    // ---------------------------------------------------------------------------------------
 
     /// Partial rows of the source rows in `relation` that satisfy `condition`.
     fn project(&self, relation: &str, condition: &str) -> String {
@@ -73,7 +74,8 @@ impl Definition {
         format!(" HAVING sum({}) <> 0", quoted(&self.presence))
     }
 
-    // ---- the table and the live view -------------------------------------------------------------------------
+    // ---- the table and the live view
+    // -------------------------------------------------------------------------
 
     pub fn create_table(&self) -> Vec<String> {
         let dimensions = self.dimensions.iter().map(|d| {
@@ -182,8 +184,8 @@ impl Definition {
         daily.shown(&format!("SELECT {columns} FROM ({}) AS hourly", self.partial_rows(|_| true, None)))
     }
 
-    /// Merged rows and the tail, in one snapshot, not combined yet: the columns asked for and the presence, from a bucket on.
-    /// Not a query over the live view: planning two levels takes longer than running one.
+    /// Merged rows and the tail, in one snapshot, not combined yet: the columns asked for and the presence,
+    /// from a bucket on. Not a query over the live view: planning two levels takes longer than running one.
     pub fn partial_rows(&self, wanted: impl Fn(&str) -> bool, first_bucket: Option<&str>) -> String {
         let wanted = |name: &str| name == self.presence || wanted(name);
         let watermark = format!(
@@ -203,8 +205,8 @@ impl Definition {
         )
     }
 
-    /// Lets a role read what [`Definition::partial_rows`] needs for the columns asked for, and no more. `of_source` gives the
-    /// source's column for each of the rollup's.
+    /// Lets a role read what [`Definition::partial_rows`] needs for the columns asked for, and no more.
+    /// `of_source` gives the source's column for each of the rollup's.
     pub fn grant_columns<'a>(
         &self,
         wanted: &[&'a str],
@@ -234,7 +236,8 @@ impl Definition {
         format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}")
     }
 
-    // ---- merge -----------------------------------------------------------------------------------------------
+    // ---- merge
+    // -----------------------------------------------------------------------------------------------
 
     /// The groups of the window `($1, $2]`, with the number of source rows of each.
     fn window_groups(&self) -> String {
@@ -263,8 +266,8 @@ impl Definition {
         self.dimensions.iter().any(|d| d.column == *column)
     }
 
-    /// Whether its groups say all that those of `coarser` do: the same measures of the same rows, and its dimensions, or
-    /// the time itself that `coarser` buckets.
+    /// Whether its groups say all that those of `coarser` do: the same measures of the same rows, and its
+    /// dimensions, or the time itself that `coarser` buckets.
     fn is_finer_than(&self, coarser: &Definition) -> bool {
         let column = coarser.bucket.as_ref().map(|b| b.column.as_str());
         let has_time = self.dimensions.iter().any(|d| {
@@ -294,10 +297,11 @@ impl Definition {
         )
     }
 
-    // ---- rebuild ---------------------------------------------------------------------------------------------
+    // ---- rebuild
+    // ---------------------------------------------------------------------------------------------
 
-    /// `time` lies in `[$1, $2)`; a NULL end is unbounded (`infinity` itself is a time that a row can have). Without a
-    /// bucket every row is in range.
+    /// `time` lies in `[$1, $2)`; a NULL end is unbounded (`infinity` itself is a time that a row can have).
+    /// Without a bucket every row is in range.
     fn in_range(&self, time: impl Fn(&Bucket) -> String) -> String {
         let Some(bucket) = &self.bucket else { return "true".into() };
         let time = time(bucket);
@@ -325,8 +329,8 @@ impl Definition {
         format!("DELETE FROM {} WHERE {}", self.table(), self.bucket_in_range())
     }
 
-    /// Inserts `truth − tail` of the range `[$1, $2)`, and returns the number of groups. `truth` is a relation with the
-    /// source's columns; without one the source itself is the truth.
+    /// Inserts `truth − tail` of the range `[$1, $2)`, and returns the number of groups. `truth` is a
+    /// relation with the source's columns; without one the source itself is the truth.
     pub fn refill(&self, truth: Option<&str>, watermark: i64) -> String {
         let rows = self.merged_truth(truth, watermark);
         let nonzero = list_of(&self.measures, |m| format!("sum({}) <> 0", quoted(&m.column.name)));
@@ -368,7 +372,8 @@ impl Definition {
         format!("SELECT FROM ({known}) AS known WHERE {}", self.bucket_in_range())
     }
 
-    /// The last bucket of `[$1, $2)` of which the rollup knows more source rows than [`Definition::refill`] would find.
+    /// The last bucket of `[$1, $2)` of which the rollup knows more source rows than [`Definition::refill`]
+    /// would find.
     pub fn last_lost_bucket(&self, truth: Option<&str>, watermark: i64) -> String {
         let (bucket, presence) = (self.bucket_name(), quoted(&self.presence));
         format!(
@@ -435,8 +440,9 @@ impl Definition {
 /// What a column is called that no rollup's has the name of: the number of source rows of a group.
 const SOURCE_ROWS: &str = "litellm_spend_rows_";
 
-/// Merges the window `($1, $2]` into rollups of one source. A coarse one is computed from the groups of the finer one that has the
-/// fewest dimensions, not from the source. Returns for each its place in `rollups`, the number of source rows and of groups.
+/// Merges the window `($1, $2]` into rollups of one source. A coarse one is computed from the groups of the
+/// finer one that has the fewest dimensions, not from the source. Returns for each its place in `rollups`,
+/// the number of source rows and of groups.
 pub fn merge(rollups: &[&Definition]) -> String {
     let mut order: Vec<usize> = (0..rollups.len()).collect();
     order.sort_by_key(|i| std::cmp::Reverse(rollups[*i].dimensions.len()));

@@ -4,13 +4,13 @@
 //!  step          lock on the partition         who waits
 //!  drop, build   SHARE UPDATE EXCLUSIVE        nobody who reads or writes; who changes the table or vacuums it
 //! ```
-//! CONCURRENTLY, one at a time on a table, on the newest partition first; a partition that LiteLLM writes to only where that was
-//! asked for. A process of its own does it ([`crate::index`] only says what): a build waits for every transaction that was there before
-//! it, however long. Whoever waits for its lock longer than `litellm_spend.lock_timeout` ends it, as an autovacuum would be ended, and it
-//! is tried again.
+//! CONCURRENTLY, one at a time on a table, on the newest partition first; a partition that LiteLLM writes to
+//! only where that was asked for. A process of its own does it ([`crate::index`] only says what): a build
+//! waits for every transaction that was there before it, however long. Whoever waits for its lock longer than
+//! `litellm_spend.lock_timeout` ends it, as an autovacuum would be ended, and it is tried again.
 //!
-//! What has been done is read from the catalogs each time. An index of ours that is not valid, and that nobody builds, was left by a
-//! build that failed or was killed: it is dropped before anything else.
+//! What has been done is read from the catalogs each time. An index of ours that is not valid, and that
+//! nobody builds, was left by a build that failed or was killed: it is dropped before anything else.
 //!
 //! Whose rights: everything is done as the table's owner. A partition of somebody else's is left alone.
 
@@ -109,7 +109,8 @@ fn create_of(place: &Place, owner: Owner) -> Result<Option<Work>> {
     }))
 }
 
-/// How it stands with an index on a table or partition, for whoever asked for it: index, partition, state, and what there is to say.
+/// How it stands with an index on a table or partition, for whoever asked for it: index, partition, state,
+/// and what there is to say.
 pub type Row = (String, String, String, String);
 
 /// What became of all that was asked for; where no worker does it, with the statements that are to be run.

@@ -1,8 +1,9 @@
-//! The indexes that there are, as data: what each serves, since which LiteLLM, and what an insert pays. Pure, but for the look
-//! where pg_trgm is.
+//! The indexes that there are, as data: what each serves, since which LiteLLM, and what an insert pays. Pure,
+//! but for the look where pg_trgm is.
 //!
-//! Which queries of LiteLLM's read what was read in its packages 1.83.14, 1.92.2, 1.109.1 and 1.110.2. `team_id = $1` proves
-//! `team_id IS NOT NULL`, also in a generic plan, so a partial index costs the query nothing.
+//! Which queries of LiteLLM's read what was read in its packages 1.83.14, 1.92.2, 1.109.1 and 1.110.2.
+//! `team_id = $1` proves `team_id IS NOT NULL`, also in a generic plan, so a partial index costs the query
+//! nothing.
 
 use crate::error::{Error, Result};
 use crate::litellm::spend_log::TIME;

@@ -1,5 +1,5 @@
-//! What each index of the catalogue would cost and serve on a table, and what else would help: for a DBA to read before any is
-//! built. Changes nothing.
+//! What each index of the catalogue would cost and serve on a table, and what else would help: for a DBA to
+//! read before any is built. Changes nothing.
 
 use crate::error::Result;
 use crate::index::catalogue::{self, CATALOGUE, Index};

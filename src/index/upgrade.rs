@@ -1,9 +1,9 @@
-//! What a release of LiteLLM does to its spend log when it starts: columns, indexes, and what its schema tools take away or cannot do.
-//! Changes nothing.
+//! What a release of LiteLLM does to its spend log when it starts: columns, indexes, and what its schema
+//! tools take away or cannot do. Changes nothing.
 //!
-//! The facts are those of LiteLLM's packages 1.83.14, 1.92.2, 1.100.5, 1.105.7, 1.109.1 and 1.110.2 with their migrations: what came
-//! between two of them is held against the later one. What of it is still to come is seen from the table, not from the version that
-//! it was made by.
+//! The facts are those of LiteLLM's packages 1.83.14, 1.92.2, 1.100.5, 1.105.7, 1.109.1 and 1.110.2 with
+//! their migrations: what came between two of them is held against the later one. What of it is still to come
+//! is seen from the table, not from the version that it was made by.
 
 use crate::error::{Error, Result};
 use crate::index::catalogue;
@@ -74,7 +74,8 @@ const INDEXES: [Index; 6] = [
     Index { since: (1, 105), suffix: "litellm_call_id_idx", columns: &["litellm_call_id"], blocks: false },
 ];
 
-/// How many seconds LiteLLM lets its migrations run, of which one may build an index, unless it is told otherwise.
+/// How many seconds LiteLLM lets its migrations run, of which one may build an index, unless it is told
+/// otherwise.
 fn limit_of(version: Version) -> i64 {
     if version < RESOLVES_BY_DEPLOY { 60 } else { 600 }
 }

@@ -1,11 +1,12 @@
 //! Lets a role that is no superuser call everything that needs none, and read the status.
 //!
-//! That gives it no right on anybody's table: each function asks in addition whether its caller may act for the owner of what it
-//! is to change or compare, and works as that owner. So what is granted here is EXECUTE on our functions, USAGE on their schemas and
-//! SELECT on the views that show our state, never a table and never spend: that is `views::grant_reports`.
+//! That gives it no right on anybody's table: each function asks in addition whether its caller may act for
+//! the owner of what it is to change or compare, and works as that owner. So what is granted here is EXECUTE
+//! on our functions, USAGE on their schemas and SELECT on the views that show our state, never a table and
+//! never spend: that is `views::grant_reports`.
 //!
-//! Whose rights: functions and views are ours, and granted as ourselves. The extension's schema may be anybody's: USAGE on it is
-//! granted as its owner.
+//! Whose rights: functions and views are ours, and granted as ourselves. The extension's schema may be
+//! anybody's: USAGE on it is granted as its owner.
 
 use crate::error::Result;
 use crate::litellm::capture;
@@ -19,8 +20,9 @@ use pgrx::prelude::*;
 /// What speaks for every owner, or gives rights away.
 const OF_SUPERUSERS: [&str; 4] = ["spend_restored", "restored", "spend_grant_admin", "spend_revoke_admin"];
 
-/// What is granted, as GRANT and REVOKE write it: what the extension has in this version, whatever it was when it was granted.
-/// A view of other sessions' activity is for who may see that: to others it would say that no worker is there.
+/// What is granted, as GRANT and REVOKE write it: what the extension has in this version, whatever it was
+/// when it was granted. A view of other sessions' activity is for who may see that: to others it would say
+/// that no worker is there.
 fn rights(sees_sessions: bool) -> Result<Vec<(String, String)>> {
     spi::query(
         "WITH member AS (

@@ -15,8 +15,8 @@ use crate::state::rollups;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::datum::Timestamp;
 
-/// Covers one more day of the built-in rollups, the newest that is not covered yet: of those that are furthest behind,
-/// which as a rule are all. `false`: all is covered, or a fence is taken.
+/// Covers one more day of the built-in rollups, the newest that is not covered yet: of those that are
+/// furthest behind, which as a rule are all. `false`: all is covered, or a fence is taken.
 pub fn step(patience: Patience) -> Result<bool> {
     // Before the fences, which take an XID: as a rule all is covered.
     if !rollups::is_uncovered(CHANGE_LOG)? {

@@ -1,4 +1,5 @@
-//! The built-in rollups, the report views, and LiteLLM's own views as queries over them. Pure text, like `definition`.
+//! The built-in rollups, the report views, and LiteLLM's own views as queries over them. Pure text, like
+//! `definition`.
 
 use crate::litellm::spend_log::{LOG_RELATIONS, MEASURES};
 use crate::server::text::{SCHEMA, float, qualified, quoted};
@@ -85,8 +86,9 @@ fn column(name: &str, expression: String, r#type: &str) -> Column {
     Column { name: name.into(), expression, r#type: r#type.into(), collation: None }
 }
 
-/// Keys go into an index, whose entries end at 2,704 bytes, and clients choose some of them freely: longer values appear
-/// as their beginning and their digest. The bounds leave room for all dimensions of a rollup together.
+/// Keys go into an index, whose entries end at 2,704 bytes, and clients choose some of them freely: longer
+/// values appear as their beginning and their digest. The bounds leave room for all dimensions of a rollup
+/// together.
 fn shortened(name: &str) -> String {
     let bound = if ["end_user", "tag"].contains(&name) { 600 } else { 200 };
     let name = quoted(name);
@@ -128,7 +130,8 @@ pub struct PublicView {
     pub reads: &'static [&'static str],
     /// How many days before CURRENT_DATE it reaches; all days if none.
     pub days: Option<i32>,
-    /// Our query: `%live` are the rollup's partial rows, `%spend` is their sum, `%schema` the schema of LiteLLM's tables.
+    /// Our query: `%live` are the rollup's partial rows, `%spend` is their sum, `%schema` the schema of
+    /// LiteLLM's tables.
     pub query: &'static str,
     /// A column of the spend log that older versions lack, without which LiteLLM's query cannot be.
     pub needs: Option<&'static str>,

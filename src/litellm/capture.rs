@@ -1,18 +1,20 @@
 //! Attaches LiteLLM's spend log to the change log.
 //!
 //! Locks on the user's table, each waited for at most `litellm_spend.lock_timeout`:
-//! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE on the table and each partition (writers wait, readers
-//!   do not), from the creation of the triggers to the end of the transaction: about a millisecond for each partition (400 of them:
-//!   writers waited 0.5 s, two busy cores, debug build, PostgreSQL 15, 2026-11). Everything else is done before.
-//! - when a foreign table becomes a partition, by the statement that brings it, or by the watch: the same, for making the triggers
-//!   harmless.
-//! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new table
-//!   got before we noticed.
+//! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE on the table and each partition
+//!   (writers wait, readers do not), from the creation of the triggers to the end of the transaction: about a
+//!   millisecond for each partition (400 of them: writers waited 0.5 s, two busy cores, debug build,
+//!   PostgreSQL 15, 2026-11). Everything else is done before.
+//! - when a foreign table becomes a partition, by the statement that brings it, or by the watch: the same,
+//!   for making the triggers harmless.
+//! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new
+//!   table got before we noticed.
 //!
-//! Whose rights: the log, the ledger, the built-in rollups and their live views are ours, so that LiteLLM's role can neither
-//! drop nor change them; the trigger functions belong to the owner of the captured table, who may add to the log and read it all
-//! (`spend_log::grants_to_owner`). Of what is done here as ourselves to that owner's table, CREATE TRIGGER and DROP TRIGGER
-//! evaluate nothing of theirs; what reads a row of it runs as its owner.
+//! Whose rights: the log, the ledger, the built-in rollups and their live views are ours, so that LiteLLM's
+//! role can neither drop nor change them; the trigger functions belong to the owner of the captured table,
+//! who may add to the log and read it all (`spend_log::grants_to_owner`). Of what is done here as ourselves
+//! to that owner's table, CREATE TRIGGER and DROP TRIGGER evaluate nothing of theirs; what reads a row of it
+//! runs as its owner.
 
 use crate::engine::declare;
 use crate::engine::source;
@@ -36,8 +38,8 @@ use crate::state::rollups;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
 
-/// The table that a NULL source means: the attached one, or the one of LiteLLM's name that the caller's search_path finds, or the
-/// only one of that name.
+/// The table that a NULL source means: the attached one, or the one of LiteLLM's name that the caller's
+/// search_path finds, or the only one of that name.
 pub fn default_source() -> Result<pg_sys::Oid> {
     let name = quoted(SPEND_LOGS);
     let visible = relation::find_relation(&name)?;
@@ -151,7 +153,8 @@ pub fn hold_rollups() -> Result<()> {
         return Err(Error::AttachmentBusy);
     }
     for name in rollups::rollup_names(Some(CHANGE_LOG))? {
-        // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge the rollup.
+        // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge
+        // the rollup.
         drop(Fence::wait(&name)?);
     }
     Ok(())
@@ -190,8 +193,8 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     store_state(&table, &columns, subtract)?;
     views::ensure_reports()?;
     grant(Owner::of(oid)?)?;
-    // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows meanwhile
-    // keep what the rollups say.
+    // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows
+    // meanwhile keep what the rollups say.
     complete &= current.is_some_and(|current| current.columns == columns)
         && missing_triggers(oid)?.iter().all(|(_, operation)| operation == MOVE);
     if !complete {
@@ -244,8 +247,8 @@ fn create_log() -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// Makes a rollup's table, live view and state, or brings them up to the definition at hand. New measures start
-/// as 0; days whose raw rows are gone keep that. Also says whether the table was complete.
+/// Makes a rollup's table, live view and state, or brings them up to the definition at hand. New measures
+/// start as 0; days whose raw rows are gone keep that. Also says whether the table was complete.
 fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
     let name = definition.name.as_str();
     let stored = spi::query(
@@ -348,7 +351,8 @@ fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
     spi::query(&sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
 }
 
-/// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner before.
+/// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner
+/// before.
 fn grant(owner: Owner) -> Result<()> {
     for former in grantees()? {
         if former != owner {
@@ -364,7 +368,8 @@ fn grant(owner: Owner) -> Result<()> {
     Ok(())
 }
 
-/// Who may add to the change log, and who may read columns of it: owners of the captured table and of LiteLLM's views.
+/// Who may add to the change log, and who may read columns of it: owners of the captured table and of
+/// LiteLLM's views.
 pub fn grantees() -> Result<Vec<Owner>> {
     let roles = spi::query(
         &format!(
@@ -379,8 +384,8 @@ pub fn grantees() -> Result<Vec<Owner>> {
     Ok(roles.into_iter().map(Owner::role).collect())
 }
 
-/// Takes from a role what attach gave it, and of the rollups what is said. It may go on to read the watermark, which other
-/// rollups of its own may need.
+/// Takes from a role what attach gave it, and of the rollups what is said. It may go on to read the
+/// watermark, which other rollups of its own may need.
 pub fn revoke(role: Owner, of_rollups: &str) -> Result<()> {
     let role = quoted(&role.name()?);
     let tables = ["change_log", "retired", "dirty_range"].map(|name| (name.to_string(), "ALL"));
@@ -423,7 +428,8 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
     Ok(())
 }
 
-/// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of a shard's on another node.
+/// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of
+/// a shard's on another node.
 pub fn require_all_rows_seen(table: &Table) -> Result<()> {
     source::require_not_distributed(table.oid)?;
     let Some(parent) = relation::parent(table.oid)? else { return Ok(()) };
@@ -442,8 +448,8 @@ pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<Error>> {
     Ok(Some(Error::ForeignPartition { table, foreign }))
 }
 
-/// Triggers that would make a statement fail which reaches a foreign partition: a disabled one would as well. The table before
-/// its partitions.
+/// Triggers that would make a statement fail which reaches a foreign partition: a disabled one would as well.
+/// The table before its partitions.
 pub fn failing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
     spi::query(
@@ -473,8 +479,8 @@ pub fn silence_failing() -> Result<()> {
     if failing.is_empty() { Ok(()) } else { silence(&failing) }
 }
 
-/// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked: whoever has them must
-/// not keep that locked, too.
+/// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked:
+/// whoever has them must not keep that locked, too.
 pub fn lock_rows(limit: LockLimit, table: &str, condition: &str) -> Result<()> {
     let name = qualified(SCHEMA, table);
     let oid = relation::find_relation(&name)?.unwrap_or(pg_sys::InvalidOid);
@@ -502,12 +508,14 @@ pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
     }
 }
 
-/// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock it.
+/// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock
+/// it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     missing_triggers_within(relation, relation)
 }
 
-/// Those that `relation`, which is a partition of the table or is to become one, and what inherits from it lack.
+/// Those that `relation`, which is a partition of the table or is to become one, and what inherits from it
+/// lack.
 pub fn missing_triggers_within(
     table: pg_sys::Oid,
     relation: pg_sys::Oid,

@@ -1,9 +1,9 @@
 //! Detaches LiteLLM's spend log from the change log, and drops what was kept of it.
 //!
-//! Lock on the user's table: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition; last of all, after our own rows and
-//! the views (and, where the history goes too, the rollups' relations): all these waits together have one lock_timeout. It is
-//! held for the DROPs, a fraction of a millisecond each, and for merging at most [`MOST`] rows. What was in the log before is
-//! merged before.
+//! Lock on the user's table: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition;
+//! last of all, after our own rows and the views (and, where the history goes too, the rollups' relations):
+//! all these waits together have one lock_timeout. It is held for the DROPs, a fraction of a millisecond
+//! each, and for merging at most [`MOST`] rows. What was in the log before is merged before.
 
 use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
@@ -24,8 +24,9 @@ use crate::state::sources::{self, CHANGE_LOG};
 use pgrx::prelude::*;
 use std::time::Instant;
 
-/// Values of the log that may be left to merge when the table's lock is asked for, and the most that are merged under it: 0.1 and
-/// 0.6 s (120 µs a row for all built-in rollups, hardly two rows of a group, PostgreSQL 15, two busy cores, 2026-11).
+/// Values of the log that may be left to merge when the table's lock is asked for, and the most that are
+/// merged under it: 0.1 and 0.6 s (120 µs a row for all built-in rollups, hardly two rows of a group,
+/// PostgreSQL 15, two busy cores, 2026-11).
 const FEW: i64 = 1_000;
 const MOST: i64 = 5_000;
 
@@ -95,8 +96,8 @@ pub fn forget_history() -> Result<Vec<Action>> {
     drop_rollups()
 }
 
-/// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each waited for within a
-/// limit: nothing later waits for one while it holds a table.
+/// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each
+/// waited for within a limit: nothing later waits for one while it holds a table.
 fn hold() -> Result<()> {
     hold_rollups()?;
     let log = format!("WHERE name = {}", literal(CHANGE_LOG));
@@ -201,8 +202,8 @@ fn merge_log(patience: Patience) -> Result<()> {
     Ok(())
 }
 
-/// Merges while writers go on, until little is left or an open transaction is in the way: that has the table, too, and is
-/// named when its lock is not to be had.
+/// Merges while writers go on, until little is left or an open transaction is in the way: that has the table,
+/// too, and is named when its lock is not to be had.
 fn merge_most() -> Result<()> {
     let mut before = i64::MAX;
     loop {
@@ -215,7 +216,8 @@ fn merge_most() -> Result<()> {
     }
 }
 
-/// Merges what came since, whose writers are locked out. One that has just committed may not have given back all its locks yet.
+/// Merges what came since, whose writers are locked out. One that has just committed may not have given back
+/// all its locks yet.
 fn merge_rest() -> Result<()> {
     if unmerged()? <= MOST {
         merge_log(Patience::Until(Instant::now() + guc::lock_timeout().time))?;

@@ -1,4 +1,5 @@
-//! LiteLLM's table and views: capture, the built-in rollups, backfill, repair, what changes around them. May call the engine and below.
+//! LiteLLM's table and views: capture, the built-in rollups, backfill, repair, what changes around them. May
+//! call the engine and below.
 
 pub mod admin;
 pub mod backfill;

@@ -92,8 +92,8 @@ fn unrepaired() -> Result<bool> {
     Ok(spi::query(&sql, &[], |r| spi::value(r, 1))?.contains(&true))
 }
 
-/// A failure that could not even be noted left only its number in the sequence. Once every writer of that time has
-/// ended, a number without a note is either rolled back or lost: then everything is computed again.
+/// A failure that could not even be noted left only its number in the sequence. Once every writer of that
+/// time has ended, a number without a note is either rolled back or lost: then everything is computed again.
 fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<bool> {
     let sequence = format!("{SCHEMA}.capture_failures");
     let sequence = relation::find_relation(&sequence)?.ok_or(Error::NoTable(sequence))?;
@@ -134,8 +134,9 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
 /// How long a step compares days before it commits what it found.
 const SETTLING: Duration = Duration::from_secs(1);
 
-/// Finds the days of which rows went without a DELETE, and freezes them. A day is compared at a time, the newest first; what is not
-/// reached within a second is left for the next step. `false`: there was nothing to look at.
+/// Finds the days of which rows went without a DELETE, and freezes them. A day is compared at a time, the
+/// newest first; what is not reached within a second is left for the next step. `false`: there was nothing to
+/// look at.
 pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
     let Some((fence, definition)) = smallest(fences.iter()) else { return Ok(false) };
     // 1. where to look. The notes are ours before the first day is read: one that is committed later stays.

@@ -1,5 +1,5 @@
-//! What is particular to LiteLLM: the columns of its spend log, and how a row becomes a row of the change log. Pure text,
-//! like `definition`.
+//! What is particular to LiteLLM: the columns of its spend log, and how a row becomes a row of the change
+//! log. Pure text, like `definition`.
 //!
 //! Columns are found by name: their order differs between installs, and older versions lack some.
 
@@ -58,8 +58,9 @@ pub const DIMENSIONS: [SourceColumn; 13] = [
     optional("agent_id", "text"),
 ];
 
-/// Name, type in the change log, and value of a spend log row `r`. Money is numeric: sums must not depend on the
-/// order of addition. NaN and the infinities count as 0, or one bad row would make its day unreadable for ever.
+/// Name, type in the change log, and value of a spend log row `r`. Money is numeric: sums must not depend on
+/// the order of addition. NaN and the infinities count as 0, or one bad row would make its day unreadable for
+/// ever.
 pub const MEASURES: [(&str, &str, &str); 6] = [
     (
         "spend",
@@ -105,7 +106,8 @@ impl Capture<'_> {
         format!("SELECT {} FROM {relation} AS r {condition}", columns.join(", "))
     }
 
-    /// The raw rows as the change log would hold them, and the ledger of deleted ones: what rollups must equal.
+    /// The raw rows as the change log would hold them, and the ledger of deleted ones: what rollups must
+    /// equal.
     pub fn truth(&self, relation: &str, predecessor: Option<&str>) -> String {
         let range = format!("r.{0} >= $1 AND ($2 IS NULL OR r.{0} < $2)", quoted(TIME));
         let mut parts = vec![self.rows(relation, 1, &format!("WHERE {range}"))];
@@ -130,12 +132,12 @@ impl Capture<'_> {
 
     /// The trigger functions, as (name, body).
     ///
-    /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. They belong to the table's
-    /// owner and are SECURITY DEFINER, because the writer may be any role that the owner lets write; hence the pinned
-    /// search_path. Whatever they call of the owner's (a cast, say, after a column has changed its type) runs as the owner, who
-    /// may insert into the change log, the ledger and the notes of failures, and no more.
-    /// A failure is caught, counted in a sequence (which no rollback takes back) and, if that can be written,
-    /// its days are marked dirty; the user's statement succeeds.
+    /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. They belong
+    /// to the table's owner and are SECURITY DEFINER, because the writer may be any role that the owner lets
+    /// write; hence the pinned search_path. Whatever they call of the owner's (a cast, say, after a column
+    /// has changed its type) runs as the owner, who may insert into the change log, the ledger and the notes
+    /// of failures, and no more. A failure is caught, counted in a sequence (which no rollback takes back)
+    /// and, if that can be written, its days are marked dirty; the user's statement succeeds.
     pub fn functions(
         &self,
         subtract_deleted: bool,
@@ -144,8 +146,8 @@ impl Capture<'_> {
         let inserted = self.rows("new_rows", 1, "");
         let insert = match predecessor {
             None => write_rows("change_log", &inserted) + ";",
-            // The old table may be dropped, and its owner may give its name to something else, which must not run
-            // with our rights: it is read only when it has been locked under its name.
+            // The old table may be dropped, and its owner may give its name to something else, which must not
+            // run with our rights: it is read only when it has been locked under its name.
             Some((oid, name)) => format!(
                 "IF to_regclass({text})::oid = {oid} THEN
         LOCK TABLE {name} IN ACCESS SHARE MODE;
@@ -162,7 +164,8 @@ impl Capture<'_> {
         };
         let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
         let expiring = format!("coalesce(current_setting('{EXPIRING}', true) = 'on', false)");
-        // A kept row that could not be written to the ledger is still in the rollups, which is where it belongs.
+        // A kept row that could not be written to the ledger is still in the rollups, which is where it
+        // belongs.
         let (delete, delete_repair) = if subtract_deleted {
             let subtract = write_rows("change_log", &self.rows("old_rows", -1, ""));
             (
@@ -186,8 +189,8 @@ impl Capture<'_> {
         ]
     }
 
-    /// A row that a MERGE has moved to another partition is among those that a DELETE takes, but it is still there. Only the owner's
-    /// own table is read as the owner.
+    /// A row that a MERGE has moved to another partition is among those that a DELETE takes, but it is still
+    /// there. Only the owner's own table is read as the owner.
     fn retire_deleted(&self) -> String {
         let all = self.retire("old_rows");
         let condition = format!("WHERE {}", not_in("litellm_spend_table"));
@@ -244,8 +247,8 @@ END
         )
     }
 
-    /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks no reader out. `keys`
-    /// are the columns by which the table is partitioned, none if that cannot be said.
+    /// `CREATE OR REPLACE TRIGGER`, which also enables one that was disabled, and unlike DROP TRIGGER locks
+    /// no reader out. `keys` are the columns by which the table is partitioned, none if that cannot be said.
     pub fn trigger(operation: &str, relation: &str, keys: &[String]) -> String {
         let (when, rows) = match operation {
             "insert" => ("AFTER INSERT", "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT"),
@@ -266,8 +269,9 @@ END
     }
 }
 
-/// On while a policy deletes rows that have expired: they stay in the totals, as those of a partition that is dropped do, also where
-/// a DELETE subtracts. Whoever else sets it for a DELETE of their own keeps the totals as they are.
+/// On while a policy deletes rows that have expired: they stay in the totals, as those of a partition that is
+/// dropped do, also where a DELETE subtracts. Whoever else sets it for a DELETE of their own keeps the totals
+/// as they are.
 pub const EXPIRING: &str = "litellm_spend_internal.expiring";
 
 /// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
@@ -276,11 +280,13 @@ const LOCK_TIMEOUT: &str = "1s";
 /// What triggers capture.
 pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOVE];
 
-/// Of a row, to another partition. Its trigger is on each partition that holds rows, made there by ourselves: from the partitioned
-/// table it would be cloned to new ones by whoever makes those, who then would have to be allowed to execute its function.
+/// Of a row, to another partition. Its trigger is on each partition that holds rows, made there by ourselves:
+/// from the partitioned table it would be cloned to new ones by whoever makes those, who then would have to
+/// be allowed to execute its function.
 pub const MOVE: &str = "move";
 
-/// The setting in which a statement remembers a row that moves to another partition, and days that such rows leave and come to.
+/// The setting in which a statement remembers a row that moves to another partition, and days that such rows
+/// leave and come to.
 const MOVED: &str = "litellm_spend_capture.moved";
 
 pub fn trigger_name(operation: &str) -> String {
@@ -291,8 +297,9 @@ pub fn function_name(operation: &str) -> String {
     format!("{SCHEMA}.capture_{operation}")
 }
 
-/// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later, within the bounds of a
-/// partition by the time column; to read the rows themselves would keep the statement, and who waits for it.
+/// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later,
+/// within the bounds of a partition by the time column; to read the rows themselves would keep the statement,
+/// and who waits for it.
 fn truncate_function() -> String {
     format!(
         "
@@ -329,10 +336,11 @@ END
     )
 }
 
-/// A MERGE that moves a row to another partition passes it to the triggers of DELETE and INSERT, not to those of UPDATE, and
-/// fires them only if it has such actions itself; that of UPDATE it fires (PostgreSQL 15 to 18). So before a row is updated, it is
-/// remembered if it is to move, and with it the days that rows leave and come to. When the statement ends, the trigger of UPDATE
-/// knows which it was: of an UPDATE the row is among those that it was given.
+/// A MERGE that moves a row to another partition passes it to the triggers of DELETE and INSERT, not to those
+/// of UPDATE, and fires them only if it has such actions itself; that of UPDATE it fires (PostgreSQL 15 to
+/// 18). So before a row is updated, it is remembered if it is to move, and with it the days that rows leave
+/// and come to. When the statement ends, the trigger of UPDATE knows which it was: of an UPDATE the row is
+/// among those that it was given.
 ///
 /// It runs as the writer, as whom the server itself computes which partition a row belongs to.
 fn move_function() -> String {
@@ -369,9 +377,9 @@ END
     )
 }
 
-/// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment ago: it may become less than
-/// the rollups say, also if none are left (`MOVE`). If rows could not be noted, a failure is counted that says no days: everything is
-/// computed again.
+/// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment
+/// ago: it may become less than the rollups say, also if none are left (`MOVE`). If rows could not be noted,
+/// a failure is counted that says no days: everything is computed again.
 fn note_moves() -> String {
     let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
     let noted = format!("nullif(current_setting('{MOVED}'), '')::jsonb");
@@ -400,8 +408,8 @@ pub fn create_function(name: &str, body: &str) -> String {
     )
 }
 
-/// What the owner of the captured table needs, as whom capture writes and rows are recomputed: to add to the log, the ledger,
-/// the notes and the rollups, never to change or remove what is there; and to read it all.
+/// What the owner of the captured table needs, as whom capture writes and rows are recomputed: to add to the
+/// log, the ledger, the notes and the rollups, never to change or remove what is there; and to read it all.
 pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
     let log = log_columns();
     let mut grants = vec![
@@ -431,14 +439,14 @@ fn log_columns() -> String {
     names.map(quoted).collect::<Vec<_>>().join(", ")
 }
 
-/// Writes `rows` one for one. Adding them up first would cost more than it saves: in statements of 100 real-shaped
-/// rows hardly two agree in all dimensions (6.3 against 3.6 µs a row, 2026-11, PostgreSQL 15).
+/// Writes `rows` one for one. Adding them up first would cost more than it saves: in statements of 100
+/// real-shaped rows hardly two agree in all dimensions (6.3 against 3.6 µs a row, 2026-11, PostgreSQL 15).
 fn write_rows(table: &str, rows: &str) -> String {
     format!("INSERT INTO {SCHEMA}.{table} ({}) {rows}", log_columns())
 }
 
-/// Adds up `rows` and writes what is not nothing: an update of metadata leaves no trace. request_tags group as
-/// text, because jsonb calls 1.0 and 1 equal, which are two tags.
+/// Adds up `rows` and writes what is not nothing: an update of metadata leaves no trace. request_tags group
+/// as text, because jsonb calls 1.0 and 1 equal, which are two tags.
 fn write_sums(table: &str, rows: &str) -> String {
     let keys: Vec<String> =
         std::iter::once("hour").chain(DIMENSIONS.iter().map(|d| d.name)).map(quoted).collect();

@@ -1,12 +1,13 @@
-//! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given back by
-//! detach. And what is ours: the live views, and the report views.
+//! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given
+//! back by detach. And what is ours: the live views, and the report views.
 //!
-//! A view keeps its OID, owner, grants and dependents when it gets another query (`rewrite`). That takes ACCESS EXCLUSIVE
-//! on the view (not on the table) for the moment, within `litellm_spend.lock_timeout`.
+//! A view keeps its OID, owner, grants and dependents when it gets another query (`rewrite`). That takes
+//! ACCESS EXCLUSIVE on the view (not on the table) for the moment, within `litellm_spend.lock_timeout`.
 //!
-//! Whose rights: a view runs with its owner's, so its owner is granted the columns that it shows, of the rollup and of the change
-//! log, and no others; a view is only adopted if its owner may read the spend log itself. LiteLLM's own query is text of
-//! theirs: it is parsed as the view's owner when it is given back. What belongs to another owner later is let go.
+//! Whose rights: a view runs with its owner's, so its owner is granted the columns that it shows, of the
+//! rollup and of the change log, and no others; a view is only adopted if its owner may read the spend log
+//! itself. LiteLLM's own query is text of theirs: it is parsed as the view's owner when it is given back.
+//! What belongs to another owner later is let go.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -27,7 +28,8 @@ use pgrx::prelude::*;
 /// What was done to an object, for the caller to read.
 pub type Action = (String, String);
 
-/// Notes LiteLLM's definition of every view that we can answer, so that it can be given back. `source` is the table.
+/// Notes LiteLLM's definition of every view that we can answer, so that it can be given back. `source` is the
+/// table.
 pub fn adopt(source: &Table) -> Result<Vec<Action>> {
     VIEWS.iter().map(|view| adopt_one(view, source)).collect()
 }
@@ -106,8 +108,8 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
     Ok(())
 }
 
-/// The views that are LiteLLM's still, and whose rollup covers what they show and a day more: CURRENT_DATE depends on the
-/// session's time zone.
+/// The views that are LiteLLM's still, and whose rollup covers what they show and a day more: CURRENT_DATE
+/// depends on the session's time zone.
 fn ready() -> Result<Vec<String>> {
     let names: Vec<String> = VIEWS.iter().map(|view| view.name.to_string()).collect();
     let days: Vec<Option<i32>> = VIEWS.iter().map(|view| view.days.map(|days| days + 1)).collect();
@@ -258,7 +260,8 @@ fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
     Ok(reads == [true])
 }
 
-/// The view runs with its owner's rights. The table's owner has them all; another gets the columns that the view shows.
+/// The view runs with its owner's rights. The table's owner has them all; another gets the columns that the
+/// view shows.
 fn grant(view: &PublicView, found: &Table, source: &Table) -> Result<()> {
     if found.owner_oid != source.owner_oid {
         let rollup = rollup(view.rollup)?;
@@ -318,16 +321,16 @@ pub fn drop_reports() -> Result<()> {
     Ok(())
 }
 
-/// What the reports of docs/reports.md call keys, teams and users: LiteLLM's tables, and the columns. Never a whole table: one holds
-/// passwords.
+/// What the reports of docs/reports.md call keys, teams and users: LiteLLM's tables, and the columns. Never a
+/// whole table: one holds passwords.
 const NAMES: [(&str, &[&str]); 3] = [
     ("LiteLLM_VerificationToken", &["token", "key_alias", "key_name"]),
     ("LiteLLM_TeamTable", &["team_id", "team_alias"]),
     ("LiteLLM_UserTable", &["user_id", "user_alias", "user_email"]),
 ];
 
-/// Lets `role` read all live views of the built-in rollups, and the names of what they are about. These are tables of other
-/// owners, granted as whom and only if the caller may act for them.
+/// Lets `role` read all live views of the built-in rollups, and the names of what they are about. These are
+/// tables of other owners, granted as whom and only if the caller may act for them.
 pub fn grant_reports(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec<Action>> {
     let grantee = relation::role_name(role)?;
     let mut actions = grant_views(&grantee)?;
@@ -414,8 +417,8 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
     Ok(Some(format!("left alone: {reason}")))
 }
 
-/// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its text is read again, as
-/// the view's owner, which would call that.
+/// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its
+/// text is read again, as the view's owner, which would call that.
 fn uses_anothers_code(found: &Table) -> Result<bool> {
     // As a rule it uses the server's only, on which nothing is noted to depend.
     let any = "SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d

@@ -1,8 +1,8 @@
-//! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its triggers or change
-//! its owner, and our own tables may be dropped. What was missed meanwhile is put right.
+//! Watches that the captured table stays captured: it may be replaced, get partitions or columns, lose its
+//! triggers or change its owner, and our own tables may be dropped. What was missed meanwhile is put right.
 //!
-//! A table is followed that gets the captured one's name, if it belongs to the same owner: capture does not go on with rows of
-//! somebody else's. What is read of either table is read as the owner.
+//! A table is followed that gets the captured one's name, if it belongs to the same owner: capture does not
+//! go on with rows of somebody else's. What is read of either table is read as the owner.
 
 use crate::error::{Error, Result};
 use crate::litellm::backfill::uncover_all;
@@ -26,7 +26,8 @@ use crate::state::sources::{self, CHANGE_LOG, Source};
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
-/// Notices what happened to the table since the last look and mends it. `None`: nothing is wrong; else whether something was mended.
+/// Notices what happened to the table since the last look and mends it. `None`: nothing is wrong; else
+/// whether something was mended.
 pub fn watch(patience: Patience) -> Result<Option<bool>> {
     Ok(match damage()? {
         None => None,
@@ -99,7 +100,8 @@ fn damage() -> Result<Option<Damage>> {
     Ok(if strays.is_empty() { None } else { Some(Damage::Views(strays)) })
 }
 
-/// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it. `None`: it does not.
+/// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it.
+/// `None`: it does not.
 fn log_above_sequence(log: &str, sequence: pg_sys::Oid) -> Result<Option<i64>> {
     // The log first: whatever it shows was drawn before the sequence is read.
     let top =
@@ -155,8 +157,9 @@ fn mend() -> Result<bool> {
     Ok(true)
 }
 
-/// Nothing is captured while a foreign table is a partition: LiteLLM's statements come first. Its views are its own again,
-/// over all rows. Once the partition is gone, triggers are missing, and everything is computed again.
+/// Nothing is captured while a foreign table is a partition: LiteLLM's statements come first. Its views are
+/// its own again, over all rows. Once the partition is gone, triggers are missing, and everything is computed
+/// again.
 fn suspend(state: &CaptureState) -> Result<()> {
     let failing = failing_triggers(state.relation)?;
     if !failing.is_empty() {
@@ -174,8 +177,9 @@ fn suspend(state: &CaptureState) -> Result<()> {
     Ok(())
 }
 
-/// The change log's sequence was set back below `to`. Rows that got low numbers meanwhile look merged and are not, so a failure is
-/// counted that nobody has noted: once the writers of now have ended, everything is computed again.
+/// The change log's sequence was set back below `to`. Rows that got low numbers meanwhile look merged and are
+/// not, so a failure is counted that nobody has noted: once the writers of now have ended, everything is
+/// computed again.
 pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
     let sequence = relation::relation_name(source.sequence)?;
     spi::execute(
@@ -196,7 +200,8 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     create_triggers(state)?;
     let owner = state.owner()?;
     for partition in partitions {
-        // A partition of another role's may only be read through the table: then everything is computed again.
+        // A partition of another role's may only be read through the table: then everything is computed
+        // again.
         if Table::find(partition)?.is_some_and(|table| Owner::role(table.owner_oid) != owner) {
             return uncover_all(&state.source);
         }
@@ -219,8 +224,9 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     Ok(())
 }
 
-/// The name belongs to another table now (upstream's partition script renames and recreates it). Capture moves
-/// there; the rows that it got meanwhile, except copies from the old table, go to the change log as one batch.
+/// The name belongs to another table now (upstream's partition script renames and recreates it). Capture
+/// moves there; the rows that it got meanwhile, except copies from the old table, go to the change log as one
+/// batch.
 fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     let table = open(replacement)?;
     require_all_rows_seen(&table)?;

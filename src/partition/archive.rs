@@ -1,5 +1,5 @@
-//! The schema for tables that nothing uses any more, kept until somebody drops them: LiteLLM's schema tools drop tables
-//! that they do not know from their own schema.
+//! The schema for tables that nothing uses any more, kept until somebody drops them: LiteLLM's schema tools
+//! drop tables that they do not know from their own schema.
 
 use crate::error::Result;
 use crate::litellm::spend_log::{OPERATIONS, trigger_name};
@@ -12,7 +12,8 @@ use pgrx::prelude::*;
 
 pub const ARCHIVE: &str = "litellm_spend_archive";
 
-/// Makes the schema if it is missing, and lets the owner of a table that goes there put it there, and look into it.
+/// Makes the schema if it is missing, and lets the owner of a table that goes there put it there, and look
+/// into it.
 pub fn ensure(owner: Owner) -> Result<()> {
     let sql = "SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1";
     if spi::query(sql, &[ARCHIVE.into()], |_| Ok(()))?.is_empty() {
@@ -24,7 +25,8 @@ pub fn ensure(owner: Owner) -> Result<()> {
     spi::execute(&format!("GRANT USAGE, CREATE ON SCHEMA {ARCHIVE} TO {owner}"), &[]).map(drop)
 }
 
-/// Moves a table of the owner's there, no longer captured, under its own name or the next that is free. Returns what it is called.
+/// Moves a table of the owner's there, no longer captured, under its own name or the next that is free.
+/// Returns what it is called.
 pub fn take(owner: Owner, relation: pg_sys::Oid) -> Result<String> {
     let Some(table) = Table::find(relation)? else { return Ok(String::new()) };
     for operation in OPERATIONS {

@@ -1,13 +1,14 @@
-//! Everything that belongs to a table or depends on it, as statements that make it anew for another table of the same
-//! name: read while the old table still has that name, run when the new one has it.
+//! Everything that belongs to a table or depends on it, as statements that make it anew for another table of
+//! the same name: read while the old table still has that name, run when the new one has it.
 //!
 //! What cannot be carried over is named in [`Blueprint::obstacles`]; nothing is left behind in silence.
 //!
-//! The statements are texts from the catalog, and parsing or running them can call functions of whoever made the objects. What uses
-//! a type or function of a third role is an obstacle: reading its text again would call that role's code, such as the CHECK of a
-//! domain that a constant is of. Each of the others is run as the owner of what it changes: the table's owner, or a view's or
-//! function's own. What may belong to neither is ours: publications (whose text holds names, and a row filter, in which the server
-//! allows nothing but its own functions and types), and the names and owners of statistics objects.
+//! The statements are texts from the catalog, and parsing or running them can call functions of whoever made
+//! the objects. What uses a type or function of a third role is an obstacle: reading its text again would
+//! call that role's code, such as the CHECK of a domain that a constant is of. Each of the others is run as
+//! the owner of what it changes: the table's owner, or a view's or function's own. What may belong to neither
+//! is ours: publications (whose text holds names, and a row filter, in which the server allows nothing but
+//! its own functions and types), and the names and owners of statistics objects.
 
 use crate::error::Result;
 use crate::guc;
@@ -228,8 +229,8 @@ const CONSTRAINTS: &str = "SELECT 'constraint', conname::text,
             ARRAY[format('ALTER TABLE %s ADD CONSTRAINT %I %s', $2, conname, pg_get_constraintdef(oid))]
      FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND NOT connoinherit";
 
-/// Each query gives kind, object and statements; `$1` is the old table's Oid, `$2` the name that it has and the new one will
-/// have, `$3` the name that it will have then.
+/// Each query gives kind, object and statements; `$1` is the old table's Oid, `$2` the name that it has and
+/// the new one will have, `$3` the name that it will have then.
 const PIECES: [(Actor, &str); 13] = [
     // Comments on the table and its columns.
     (Actor::Owner, "SELECT 'comment', coalesce('column ' || quote_ident(a.attname), 'table'),

@@ -1,14 +1,16 @@
-//! Decides which partitions a table needs, what they are called, and which have expired. Pure: it sees the ranges that
-//! exist and the time, never the server.
+//! Decides which partitions a table needs, what they are called, and which have expired. Pure: it sees the
+//! ranges that exist and the time, never the server.
 //!
-//! Names and borders are those of LiteLLM's own partition job, so that either side recognises the other's partitions:
-//! a period begins at midnight UTC, weeks on Monday, and its partition is called `<table>_pYYYYMMDD` after its first day.
+//! Names and borders are those of LiteLLM's own partition job, so that either side recognises the other's
+//! partitions: a period begins at midnight UTC, weeks on Monday, and its partition is called
+//! `<table>_pYYYYMMDD` after its first day.
 
 use crate::server::text::suffixed;
 use chrono::{DateTime, Datelike, Days, Months, NaiveDate, NaiveDateTime};
 use std::fmt;
 
-/// A point of time as the server's `timestamp` has it: microseconds since 1970, UTC. The ends of the line are unbounded.
+/// A point of time as the server's `timestamp` has it: microseconds since 1970, UTC. The ends of the line are
+/// unbounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(pub i64);
 
@@ -25,7 +27,8 @@ impl Moment {
     }
 }
 
-/// As in `FOR VALUES FROM (…) TO (…)`, and as the server reads a time: years have four digits or more, and no sign.
+/// As in `FOR VALUES FROM (…) TO (…)`, and as the server reads a time: years have four digits or more, and no
+/// sign.
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match (*self, self.utc()) {
@@ -134,7 +137,8 @@ pub fn name(table: &str, range: Range) -> String {
     suffixed(table, &format!("_p{}", day.as_deref().unwrap_or("first")))
 }
 
-/// The parts of `wanted` that none of `existing` covers: after a change of interval a period may exist in part.
+/// The parts of `wanted` that none of `existing` covers: after a change of interval a period may exist in
+/// part.
 pub fn missing(wanted: &[Range], existing: &[Range]) -> Vec<Range> {
     let mut existing = existing.to_vec();
     existing.sort();
@@ -179,8 +183,8 @@ pub enum Drain {
     Move(Range),
 }
 
-/// Decides it. `others` are rows in DEFAULT that belong there, up to some limit; `batch` is how many rows can move at once;
-/// a period that ends by `cutoff` is left to the deletion of its rows.
+/// Decides it. `others` are rows in DEFAULT that belong there, up to some limit; `batch` is how many rows can
+/// move at once; a period that ends by `cutoff` is left to the deletion of its rows.
 pub fn drain(interval: Interval, groups: &[Group], others: i64, batch: i64, cutoff: Moment) -> Drain {
     let bulk: Vec<&Group> = groups.iter().filter(|g| g.rows > batch).collect();
     if let [one] = bulk[..]
@@ -198,7 +202,8 @@ pub fn drain(interval: Interval, groups: &[Group], others: i64, batch: i64, cuto
     ranges.first().map_or(Drain::Nothing, |(_, range)| Drain::Move(*range))
 }
 
-/// The partition that `range` continues: it ends where `range` begins, in the middle of a day, and holds no other period.
+/// The partition that `range` continues: it ends where `range` begins, in the middle of a day, and holds no
+/// other period.
 pub fn continued(interval: Interval, range: Range, existing: &[Range]) -> Option<Range> {
     let (day, period) = (Interval::Day.period(range.from)?, interval.period(range.from)?);
     let before = existing.iter().find(|r| r.to == range.from)?;

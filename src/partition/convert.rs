@@ -1,20 +1,21 @@
-//! Turns a plain table into a range-partitioned one without copying a row: the old table becomes the partition of all
-//! times before the cutover.
+//! Turns a plain table into a range-partitioned one without copying a row: the old table becomes the
+//! partition of all times before the cutover.
 //!
 //! ```text
 //!  step       lock on the table                     for how long
 //!  index      SHARE UPDATE EXCLUSIVE                the build; concurrently, nobody waits
 //!  swap       ACCESS EXCLUSIVE, and on its views    milliseconds: only catalogs change
 //! ```
-//! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`. What has been done is read from the catalogs
-//! each time, so a conversion goes on from wherever it was interrupted.
+//! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`. What has been done is read from
+//! the catalogs each time, so a conversion goes on from wherever it was interrupted.
 //!
-//! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock (`proof`):
-//! no row is ever refused, and nothing is read. A table without one is refused: only a CHECK could prove it then, which would
-//! refuse users' rows from the cutover on. Older versions made such a CHECK; one that is found is removed first of all.
+//! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock
+//! (`proof`): no row is ever refused, and nothing is read. A table without one is refused: only a CHECK could
+//! prove it then, which would refuse users' rows from the cutover on. Older versions made such a CHECK; one
+//! that is found is removed first of all.
 //!
-//! Whose rights: everything is done to the table as its owner, the building of the index included; only what notes
-//! how far we are is ours. When the table has another owner, the conversion stops.
+//! Whose rights: everything is done to the table as its owner, the building of the index included; only what
+//! notes how far we are is ours. When the table has another owner, the conversion stops.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -278,8 +279,8 @@ impl Conversion {
         self.owner.run(format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}"))
     }
 
-    /// Takes a conversion back before its swap. The index, which may be half built, only top level can drop without being in
-    /// anybody's way: the worker does, or the caller, who is told how.
+    /// Takes a conversion back before its swap. The index, which may be half built, only top level can drop
+    /// without being in anybody's way: the worker does, or the caller, who is told how.
     pub fn abort(&mut self) -> Result<Option<String>> {
         self.lock_in_call()?;
         if Table::find(self.relation)?.is_some_and(|table| self.is_swapped(&table).unwrap_or(false)) {

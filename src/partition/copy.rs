@@ -6,18 +6,18 @@
 //!        ^ a row that changes here or there     copied_to
 //!          is noted by its key, and copied again
 //! ```
-//! The triggers are there before the first row is read, and whoever wrote before them has ended: so every row is either seen by
-//! the copy or noted. They only write keys, and never fail the user's statement: what could not be written counts a failure
-//! in a sequence, and then the copy begins anew.
+//! The triggers are there before the first row is read, and whoever wrote before them has ended: so every row
+//! is either seen by the copy or noted. They only write keys, and never fail the user's statement: what could
+//! not be written counts a failure in a sequence, and then the copy begins anew.
 //!
-//! Statement triggers with transition tables, on the table and on each partition: the server fires those of the table that
-//! the statement names. One for each row would open a subtransaction for each, which from 64 on slows down everybody's snapshots.
-//! Only a row that gets another time has one of its own, before the change: MERGE shows a row that it moves to another
-//! partition to no statement trigger of UPDATE.
+//! Statement triggers with transition tables, on the table and on each partition: the server fires those of
+//! the table that the statement names. One for each row would open a subtransaction for each, which from 64
+//! on slows down everybody's snapshots. Only a row that gets another time has one of its own, before the
+//! change: MERGE shows a row that it moves to another partition to no statement trigger of UPDATE.
 //!
-//! All of it belongs to the table's owner, in the archive, and runs as that role: copying calls constraints and generated columns,
-//! and the types of a key may be the owner's. The triggers' function is SECURITY DEFINER as the owner, because whoever
-//! may write to the table need not be able to write the notes.
+//! All of it belongs to the table's owner, in the archive, and runs as that role: copying calls constraints
+//! and generated columns, and the types of a key may be the owner's. The triggers' function is SECURITY
+//! DEFINER as the owner, because whoever may write to the table need not be able to write the notes.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -39,7 +39,8 @@ const BATCH: i64 = 10_000;
 const FEW: i64 = BATCH / 20;
 const SHORT: Duration = Duration::from_millis(50);
 
-/// For how long one transaction goes on catching up: far less than a step's limit of time, which would undo all of it.
+/// For how long one transaction goes on catching up: far less than a step's limit of time, which would undo
+/// all of it.
 const LONG: Duration = Duration::from_secs(1);
 
 /// What the table of changes, the sequence of failures and the function are called, after the plain table.
@@ -254,7 +255,8 @@ fn create_triggers(reversion: &Reversion, tables: &[pg_sys::Oid]) -> Result<()> 
     Ok(())
 }
 
-/// Whether the table or a partition that we know of lacks one: somebody dropped or disabled it, or an older version made others.
+/// Whether the table or a partition that we know of lacks one: somebody dropped or disabled it, or an older
+/// version made others.
 pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
     let tree: Vec<pg_sys::Oid> = reversion.options.tree.iter().map(|oid| (*oid).into()).collect();
     let events: Vec<String> = EVENTS.iter().map(|(event, _)| event.to_string()).collect();
@@ -315,7 +317,8 @@ pub fn batch(reversion: &mut Reversion) -> Result<()> {
     Ok(())
 }
 
-/// Rows of a partition that was attached may have come with it: no trigger saw them. `true`: there were new ones.
+/// Rows of a partition that was attached may have come with it: no trigger saw them. `true`: there were new
+/// ones.
 pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
     let tree = tree(reversion)?;
     let new: Vec<u32> = tree.iter().copied().filter(|oid| !reversion.options.tree.contains(oid)).collect();
@@ -335,8 +338,8 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
     Ok(true)
 }
 
-/// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the swap is tried: a
-/// lock that is not to be had must not undo it.
+/// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the
+/// swap is tried: a lock that is not to be had must not undo it.
 pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
     let step = Instant::now();
     for round in 0.. {
@@ -363,10 +366,11 @@ fn catch_up_some(reversion: &Reversion) -> Result<i64> {
         (quoted(&reversion.options.time_column), key(reversion), beside(reversion, CHANGES));
     let columns = relation::stored_columns(reversion.relation)?;
     let (name, plain, duplicates) = (reversion.name(), reversion.plain(), reversion.duplicates());
-    // Key by key: nothing is known of the statistics of a table that is being filled.
-    // (Without enable_seqscan: the keys have to be scanned, and beside that cost all plans would look the same.)
+    // Key by key: nothing is known of the statistics of a table that is being filled. (Without
+    // enable_seqscan: the keys have to be scanned, and beside that cost all plans would look the same.)
     let _owner = reversion.owner.act().with(c"enable_hashjoin", c"off").with(c"enable_mergejoin", c"off");
-    // The notes of this batch, by where they are: nobody changes a note, and none is moved while we use the table.
+    // The notes of this batch, by where they are: nobody changes a note, and none is moved while we use the
+    // table.
     let notes = spi::fresh(
         &format!(
             "SELECT coalesce(array_agg(ctid::text), '{{}}') FROM (SELECT ctid FROM {changes} LIMIT {BATCH}) AS n"

@@ -4,10 +4,11 @@
 //!   partitions      [ 18 )[ 19 )                  [ 24 )[ 25 )…
 //!   DEFAULT     .          a gap: ::::::::::::::::              .   <- rows of the future stay
 //! ```
-//! Most often all its rows but a few lie in one gap (LiteLLM's own script makes nothing but DEFAULT): then DEFAULT itself
-//! becomes the partition of that gap's periods, and an empty DEFAULT takes its place ([`adopt`]). Nothing is read and
-//! nothing but the few rows is written. Else rows move to partitions of their periods, a batch a transaction, those of the
-//! gap with the fewest first, until the rest can be adopted (`place`).
+//! Most often all its rows but a few lie in one gap (LiteLLM's own script makes nothing but DEFAULT): then
+//! DEFAULT itself becomes the partition of that gap's periods, and an empty DEFAULT takes its place
+//! ([`adopt`]). Nothing is read and nothing but the few rows is written. Else rows move to partitions of
+//! their periods, a batch a transaction, those of the gap with the fewest first, until the rest can be
+//! adopted (`place`).
 //!
 //! A step that was interrupted has left nothing behind: how far it got is in the partitions' bounds.
 
@@ -53,8 +54,8 @@ fn groups(layout: &Layout, spread: &Spread, horizon: Moment, batch: i64) -> Resu
     Ok((groups, spread.count(&others, batch + 1)?))
 }
 
-/// Bytes that move in one transaction. 2,000 rows of 2 KB, half of it, took 0.1 s with LiteLLM's eight indexes (debug build,
-/// PostgreSQL 15, two shared cores, one run, 2026-11).
+/// Bytes that move in one transaction. 2,000 rows of 2 KB, half of it, took 0.1 s with LiteLLM's eight
+/// indexes (debug build, PostgreSQL 15, two shared cores, one run, 2026-11).
 const BATCH_BYTES: i64 = 8 << 20;
 
 /// How many rows of a table make a batch, by their average size.

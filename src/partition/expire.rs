@@ -1,8 +1,9 @@
-//! Expires whole partitions: drops them, or detaches them into an archive. Never what a rollup still needs, and not without a
-//! proof of what was there.
+//! Expires whole partitions: drops them, or detaches them into an archive. Never what a rollup still needs,
+//! and not without a proof of what was there.
 //!
-//! The partition is counted under SHARE, so that nothing is written to it any more: rows that come that late have expired as
-//! well. Then follow the short locks. Order, as everywhere: fences, the table, its partitions.
+//! The partition is counted under SHARE, so that nothing is written to it any more: rows that come that late
+//! have expired as well. Then follow the short locks. Order, as everywhere: fences, the table, its
+//! partitions.
 //!
 //! What reads or drops a partition runs as the table's owner; the proof and the rollups' state are ours.
 //!
@@ -209,7 +210,8 @@ fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a partition of the captured table with rows that capture may have missed: what is to be repaired needs them.
+/// Refuses a partition of the captured table with rows that capture may have missed: what is to be repaired
+/// needs them.
 fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
     let Some(state) = captured::capture()?.filter(|state| state.relation == layout.table.oid) else {
         return Ok(());

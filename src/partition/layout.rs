@@ -1,4 +1,5 @@
-//! A table as its maintenance sees it: how it is partitioned, by what, and what each partition holds. Reads only.
+//! A table as its maintenance sees it: how it is partitioned, by what, and what each partition holds. Reads
+//! only.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -33,7 +34,8 @@ pub struct Partition {
     pub range: Range,
     /// An ordinary table, neither partitioned itself nor foreign.
     pub leaf: bool,
-    /// A DETACH … CONCURRENTLY of it was interrupted: it has its range still, but the table shows none of its rows.
+    /// A DETACH … CONCURRENTLY of it was interrupted: it has its range still, but the table shows none of its
+    /// rows.
     pub pending: bool,
     pub owner: Owner,
 }
@@ -67,8 +69,9 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Locks the table as a reader does. Before its partitions are touched by name, whose statements look up the table's
-    /// partitioning on their way: who changes that locks the table first, and would wait for us as we for them.
+    /// Locks the table as a reader does. Before its partitions are touched by name, whose statements look up
+    /// the table's partitioning on their way: who changes that locks the table first, and would wait for us
+    /// as we for them.
     pub fn lock(&self) -> Result<()> {
         locks::lock_all(guc::lock_timeout(), &[(self.table.oid, pg_sys::AccessShareLock)])
     }
@@ -118,9 +121,9 @@ impl Layout {
         Ok(())
     }
 
-    /// A partition that we may work on: an ordinary table, and of the table's own owner. With another's rights the table owner's
-    /// code would run (CHECKs, triggers and generated columns are common to all partitions), with the table owner's
-    /// it cannot be done.
+    /// A partition that we may work on: an ordinary table, and of the table's own owner. With another's
+    /// rights the table owner's code would run (CHECKs, triggers and generated columns are common to all
+    /// partitions), with the table owner's it cannot be done.
     pub fn require_usable(&self, partition: &Partition) -> Result<()> {
         if !partition.leaf {
             return Err(Error::NotOrdinary(partition.name.clone()));

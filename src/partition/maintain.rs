@@ -1,5 +1,6 @@
-//! Maintenance of one table: a round of steps, each of which stands for itself. Those that need no lock that others wait for
-//! come first, so that a SQL call, which is one transaction, holds such locks at its end only.
+//! Maintenance of one table: a round of steps, each of which stands for itself. Those that need no lock that
+//! others wait for come first, so that a SQL call, which is one transaction, holds such locks at its end
+//! only.
 //!
 //! ```text
 //!  count expired partitions   SHARE on each            (a SQL call: they stay locked until its end)
@@ -11,8 +12,8 @@
 //!  create partitions          see `place`
 //!  finish a DETACH            SHARE UPDATE EXCLUSIVE, ACCESS EXCLUSIVE on the partition
 //! ```
-//! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the policy's row: of
-//! two maintainers one works, and the other says that it did not.
+//! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the
+//! policy's row: of two maintainers one works, and the other says that it did not.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -44,7 +45,8 @@ pub struct Action {
 /// How long a round deletes, and how long it drains, before others get their turn: the worker has more to do.
 const SLICE: Duration = Duration::from_secs(2);
 
-/// How long a SQL call drains: the table stays locked until its transaction ends, and others wait for all of it.
+/// How long a SQL call drains: the table stays locked until its transaction ends, and others wait for all of
+/// it.
 const SLICE_OF_CALL: Duration = Duration::from_millis(300);
 
 /// Most rows that one SQL call deletes: it is one transaction.
@@ -77,7 +79,8 @@ struct Round<'a, R: Runner> {
     again: Again,
     /// Somebody else maintains the table, or it cannot be maintained.
     stop: bool,
-    /// A lock was not to be had, and who has it: others waited for us meanwhile, so no more of that in this round.
+    /// A lock was not to be had, and who has it: others waited for us meanwhile, so no more of that in this
+    /// round.
     blocked: Option<String>,
     failure: Option<String>,
 }
@@ -333,8 +336,8 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    /// Whoever began to detach a partition wants it as a table of its own. Last, because it also waits for old snapshots. One that
-    /// has expired is dropped or detached with the others.
+    /// Whoever began to detach a partition wants it as a table of its own. Last, because it also waits for
+    /// old snapshots. One that has expired is dropped or detached with the others.
     fn finish_detach(&mut self, cutoff: Option<Moment>) {
         let Some(layout) = self.layout().filter(|_| self.blocked.is_none()) else { return };
         let expired = |p: &Partition| cutoff.is_some_and(|cutoff| expire::has_expired(p, cutoff));
@@ -391,7 +394,8 @@ impl<R: Runner> Round<'_, R> {
 /// Up to here rows that will go are counted; of more, the planner is asked how many they are.
 const MOST_COUNTED: i64 = 100_000;
 
-/// What the next round lets go by a policy that is new: how many partitions and rows, when, and how. Changes nothing.
+/// What the next round lets go by a policy that is new: how many partitions and rows, when, and how. Changes
+/// nothing.
 pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
     let Some(cutoff) = policy.cutoff(crate::partition::layout::now())? else { return Ok(vec![]) };
     let layout = Layout::of(policy.relation, &policy.time_column)?;

@@ -1,10 +1,11 @@
 //! Makes a partition, with the rows that DEFAULT holds of its range.
 //!
-//! A new partition is a table of its own first (columns, defaults, indexes, storage, owner, grants, our triggers) and is then
-//! attached, which the server does without reading anything but it: that DEFAULT holds no row of its range we prove from an
-//! index (see `proof`). The rows of the range move in the same transaction, at most a batch of them: then the
-//! partition ends where the batch does, and the next call widens it. Our triggers do not see the move, so that nothing is
-//! counted twice, and no reader sees less or more than before.
+//! A new partition is a table of its own first (columns, defaults, indexes, storage, owner, grants, our
+//! triggers) and is then attached, which the server does without reading anything but it: that DEFAULT holds
+//! no row of its range we prove from an index (see `proof`). The rows of the range move in the same
+//! transaction, at most a batch of them: then the partition ends where the batch does, and the next call
+//! widens it. Our triggers do not see the move, so that nothing is counted twice, and no reader sees less or
+//! more than before.
 //!
 //! | lock | when | who waits |
 //! |---|---|---|
@@ -14,8 +15,9 @@
 //!
 //! With the weak lock an INSERT whose row was on its way to DEFAULT would fail: hence "may be written now".
 //!
-//! Whose rights: CREATE TABLE LIKE copies expressions, ATTACH evaluates CHECKs, rows that move are seen by generated columns:
-//! all of it runs as the table's owner, who must own DEFAULT as well. Only capture's triggers are made by us.
+//! Whose rights: CREATE TABLE LIKE copies expressions, ATTACH evaluates CHECKs, rows that move are seen by
+//! generated columns: all of it runs as the table's owner, who must own DEFAULT as well. Only capture's
+//! triggers are made by us.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -42,8 +44,8 @@ pub struct Placed {
     pub widened: bool,
 }
 
-/// Makes a partition that begins where `range` does, with at most about a batch of rows from DEFAULT, or widens the one that
-/// `range` continues. `None`: somebody else made it meanwhile.
+/// Makes a partition that begins where `range` does, with at most about a batch of rows from DEFAULT, or
+/// widens the one that `range` continues. `None`: somebody else made it meanwhile.
 pub fn place(
     layout: &Layout,
     interval: Interval,
@@ -148,8 +150,8 @@ fn drop_unused(layout: &Layout, table: Option<&String>) -> Result<Option<Placed>
 
 // ---- the table -------------------------------------------------------------------------------------------
 
-/// Makes a table that can be attached: as the partitioned one, stored as its newest partition, and the same may be done with
-/// it, by the same roles. Returns its qualified name.
+/// Makes a table that can be attached: as the partitioned one, stored as its newest partition, and the same
+/// may be done with it, by the same roles. Returns its qualified name.
 pub fn create(layout: &Layout, name: &str) -> Result<String> {
     let parent = &layout.table;
     let table = qualified(&parent.schema, name);
@@ -203,7 +205,8 @@ pub fn storage(template: pg_sys::Oid) -> Result<(String, Option<&'static str>)> 
     Ok((clauses.into_iter().flatten().collect::<Vec<_>>().join(" "), identity))
 }
 
-/// What the partitioned table grants, for `table`. With row security nothing: its policies are not the partition's.
+/// What the partitioned table grants, for `table`. With row security nothing: its policies are not the
+/// partition's.
 fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
     spi::query(
         "SELECT format('GRANT %s ON %s TO %s%s', a.privilege_type, $2,
@@ -216,7 +219,8 @@ fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
     )
 }
 
-/// Capture's triggers, if it is the captured table that gets the partition. Before it is attached: no row is missed.
+/// Capture's triggers, if it is the captured table that gets the partition. Before it is attached: no row is
+/// missed.
 pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
     let captured = captured::capture()?.is_some_and(|state| state.relation == layout.table.oid);
     if captured && let Some(table) = Table::named(table)? {
@@ -228,8 +232,8 @@ pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
     Ok(())
 }
 
-/// Renames a table, and its indexes: LiteLLM's index job goes by their names. `T_x_idx` becomes `NAME_x_idx`; one that is not
-/// called after the table gets the suffix, if there is one.
+/// Renames a table, and its indexes: LiteLLM's index job goes by their names. `T_x_idx` becomes `NAME_x_idx`;
+/// one that is not called after the table gets the suffix, if there is one.
 pub fn rename(owner: Owner, schema: &str, table: &str, name: &str, suffix: Option<&str>) -> Result<()> {
     let relation = qualified(schema, table);
     let indexes = index_names(&relation)?;
@@ -261,8 +265,8 @@ pub fn index_names(relation: &str) -> Result<Vec<String>> {
 
 // ---- the rows --------------------------------------------------------------------------------------------
 
-/// Moves the rows that meet `condition`, for which there is an index, from one table to another, past all triggers. Both are
-/// locked by us alone.
+/// Moves the rows that meet `condition`, for which there is an index, from one table to another, past all
+/// triggers. Both are locked by us alone.
 pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) -> Result<i64> {
     refuse_references(layout)?;
     let name = relation::relation_name(from)?;
@@ -331,7 +335,8 @@ pub fn detach(layout: &Layout, partition: &str) -> Result<()> {
     layout.owner.run(format!("ALTER TABLE {} DETACH PARTITION {partition}", layout.table.qualified()))
 }
 
-/// Finishes a DETACH … CONCURRENTLY that was interrupted. Waits, within lock_timeout, also for who may still see the partition.
+/// Finishes a DETACH … CONCURRENTLY that was interrupted. Waits, within lock_timeout, also for who may still
+/// see the partition.
 pub fn finish_detach(layout: &Layout, partition: &Partition) -> Result<()> {
     let (table, partition_name) = (layout.table.qualified(), partition.qualified());
     let sql = format!("ALTER TABLE {table} DETACH PARTITION {partition_name} FINALIZE");

@@ -1,5 +1,5 @@
-//! What a conversion would do, for a DBA to read before it does it: each step with its lock, its size and about how long
-//! it takes, every object that it touches, and what is in its way. Changes nothing.
+//! What a conversion would do, for a DBA to read before it does it: each step with its lock, its size and
+//! about how long it takes, every object that it touches, and what is in its way. Changes nothing.
 
 use crate::error::{Result, Told};
 use crate::litellm::spend_log::SPEND_LOGS;

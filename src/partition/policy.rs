@@ -1,7 +1,8 @@
-//! How a table is partitioned and how long its rows stay: what `spend_partition_set()` stores and maintenance goes by.
+//! How a table is partitioned and how long its rows stay: what `spend_partition_set()` stores and maintenance
+//! goes by.
 //!
-//! A policy holds for the table that it was set for, while that belongs to the owner who set it. By name it would outlive its
-//! table, and delete the rows of whoever's table gets the name.
+//! A policy holds for the table that it was set for, while that belongs to the owner who set it. By name it
+//! would outlive its table, and delete the rows of whoever's table gets the name.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -59,8 +60,8 @@ impl Policy {
         Ok(spi::query(sql, &args, |r| spi::value::<String>(r, 1))?.into_iter().next())
     }
 
-    /// The right to maintain the table, until the transaction ends. `None`: somebody else is at it, be it a step of this session that
-    /// has called us, or the table is another's now.
+    /// The right to maintain the table, until the transaction ends. `None`: somebody else is at it, be it a
+    /// step of this session that has called us, or the table is another's now.
     pub fn lock(&self, patience: Patience) -> Result<Option<Work>> {
         let Some(work) = Work::begin(&format!("policy {}", self.relation.to_u32())) else { return Ok(None) };
         let sql = format!(
@@ -77,8 +78,8 @@ impl Policy {
         }
     }
 
-    /// Notes the end of a round. `again`: the next one does not wait for the whole interval. `blocked`: what it left undone because
-    /// somebody was in the way.
+    /// Notes the end of a round. `again`: the next one does not wait for the whole interval. `blocked`: what
+    /// it left undone because somebody was in the way.
     pub fn record(&self, again: Again, error: Option<&str>, blocked: Option<&str>) -> Result<()> {
         let wait = match again {
             Again::AtOnce => Some(0.0),
@@ -116,8 +117,8 @@ pub enum Again {
     Later,
 }
 
-/// How soon a worker tries a step again whose lock was not to be had: its wait stalls others for up to lock_timeout. Zero: no
-/// worker does.
+/// How soon a worker tries a step again whose lock was not to be had: its wait stalls others for up to
+/// lock_timeout. Zero: no worker does.
 pub fn retry() -> Duration {
     Duration::from_secs(30).min(guc::maintain_interval())
 }
@@ -144,7 +145,8 @@ fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
     })
 }
 
-/// The policies whose turn it is, by the server's clock. A table that is being converted is left alone until that has ended.
+/// The policies whose turn it is, by the server's clock. A table that is being converted is left alone until
+/// that has ended.
 pub fn due() -> Result<Vec<Policy>> {
     let interval = guc::maintain_interval().as_secs_f64();
     if interval == 0.0 {
@@ -166,8 +168,8 @@ pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
     Ok(spi::query(&sql, &[relation.into()], read)?.pop())
 }
 
-/// Forgets the policies of tables that were dropped, and says of those whose table has another owner, who has not asked for
-/// it, that they rest.
+/// Forgets the policies of tables that were dropped, and says of those whose table has another owner, who has
+/// not asked for it, that they rest.
 pub fn look_after() -> Result<()> {
     let known = format!(
         "SELECT p.relation::oid, c.oid IS NOT NULL, p.owner::text, c.relowner::regrole::text, p.last_error

@@ -1,9 +1,9 @@
-//! Deletes expired rows one by one, where no partition can be dropped instead: in DEFAULT, in a partition that spans the
-//! cutoff by more than its period (a legacy table), in a table that is not partitioned.
+//! Deletes expired rows one by one, where no partition can be dropped instead: in DEFAULT, in a partition
+//! that spans the cutoff by more than its period (a legacy table), in a table that is not partitioned.
 //!
-//! A batch is a transaction of its own in the worker, holds ROW EXCLUSIVE like any DELETE, and never waits for a row. What
-//! rollups have not merged yet stays. Capture sees the deletions, and that they are ours: history stays, whatever on_delete says, as it
-//! does when a partition is dropped.
+//! A batch is a transaction of its own in the worker, holds ROW EXCLUSIVE like any DELETE, and never waits
+//! for a row. What rollups have not merged yet stays. Capture sees the deletions, and that they are ours:
+//! history stays, whatever on_delete says, as it does when a partition is dropped.
 
 use crate::error::Result;
 use crate::litellm::spend_log::EXPIRING;
@@ -25,7 +25,8 @@ pub struct Target {
     pub partition: Option<Partition>,
 }
 
-/// The tables to delete from. A partition that ends with the period of the cutoff is left: it goes as a whole, soon.
+/// The tables to delete from. A partition that ends with the period of the cutoff is left: it goes as a
+/// whole, soon.
 pub fn targets(layout: &Layout, interval: Interval, cutoff: Moment) -> Vec<Target> {
     if !layout.partitioned {
         let (oid, name) = (layout.table.oid, layout.table.name.clone());
@@ -39,11 +40,12 @@ pub fn targets(layout: &Layout, interval: Interval, cutoff: Moment) -> Vec<Targe
     partitions.map(target).collect()
 }
 
-/// Rows a batch: 21 ms, as 96,000 rows of 2 KB took 2.04 s with LiteLLM's indexes and our triggers (debug build, PostgreSQL 15,
-/// two shared cores, one run, 2026-11).
+/// Rows a batch: 21 ms, as 96,000 rows of 2 KB took 2.04 s with LiteLLM's indexes and our triggers (debug
+/// build, PostgreSQL 15, two shared cores, one run, 2026-11).
 pub const BATCH: i64 = 1000;
 
-/// Deletes a batch of the rows before `cutoff`, oldest first. Returns how many: fewer than [`BATCH`] are the last.
+/// Deletes a batch of the rows before `cutoff`, oldest first. Returns how many: fewer than [`BATCH`] are the
+/// last.
 pub fn batch(layout: &Layout, target: &Target, cutoff: Moment) -> Result<i64> {
     target.partition.iter().try_for_each(|partition| layout.require_usable(partition))?;
     layout.lock()?;

@@ -1,5 +1,6 @@
-//! Turns a partitioned table back into a plain one, beside its writers: rows are copied in batches, what changes meanwhile
-//! is noted by triggers and copied again (`copy`), and a short transaction at the end changes the names.
+//! Turns a partitioned table back into a plain one, beside its writers: rows are copied in batches, what
+//! changes meanwhile is noted by triggers and copied again (`copy`), and a short transaction at the end
+//! changes the names.
 //!
 //! ```text
 //!  step       lock on the table                     for how long
@@ -9,12 +10,13 @@
 //!  indexes    none                                  on the new table, which nobody uses yet
 //!  swap       ACCESS EXCLUSIVE, and on its views    the changes that are left, and the names
 //! ```
-//! The plain table's key is narrower: of rows that agree in it the one with the earliest time stays, the others go to
-//! `litellm_spend_archive.<table>_duplicates`, as they are. The partitioned table stays in that schema, too, until
-//! somebody drops it: nothing is lost.
+//! The plain table's key is narrower: of rows that agree in it the one with the earliest time stays, the
+//! others go to `litellm_spend_archive.<table>_duplicates`, as they are. The partitioned table stays in that
+//! schema, too, until somebody drops it: nothing is lost.
 //!
-//! Whose rights: the copy, the duplicates and the notes of what changes belong to the table's owner, and everything is done to
-//! them and to the table as that role. They are known by their Oids: what has taken a name of theirs meanwhile is left alone.
+//! Whose rights: the copy, the duplicates and the notes of what changes belong to the table's owner, and
+//! everything is done to them and to the table as that role. They are known by their Oids: what has taken a
+//! name of theirs meanwhile is left alone.
 
 use crate::error::{Error, Result};
 use crate::litellm::capture;
@@ -58,7 +60,8 @@ pub struct Options {
     /// The last row that was copied: its time and key, as text. `None`: not begun.
     pub copied_to: Option<Vec<String>>,
     pub copied_all: bool,
-    /// The plain table's indexes: the name of the one that each is made after, and its own. `None`: not made yet.
+    /// The plain table's indexes: the name of the one that each is made after, and its own. `None`: not made
+    /// yet.
     pub indexes: Option<Vec<(String, String)>>,
     /// Failures of the trigger when the copy began.
     pub failures: i64,

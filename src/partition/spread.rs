@@ -1,5 +1,5 @@
-//! Where in time the rows of a table lie. Every question is answered from an index on the time column, so that it may be
-//! asked while the table is locked; a table without one is read only if it is small.
+//! Where in time the rows of a table lie. Every question is answered from an index on the time column, so
+//! that it may be asked while the table is locked; a table without one is read only if it is small.
 
 use crate::error::{Error, Result};
 use crate::partition::calendar::{Moment, Range};
@@ -11,7 +11,8 @@ use crate::server::text::quoted;
 use pgrx::Json;
 use pgrx::prelude::*;
 
-/// 29 MB were read in 3 to 5 ms when cached (PostgreSQL 15, two shared cores, one run, 2026-11); from disk it takes longer.
+/// 29 MB were read in 3 to 5 ms when cached (PostgreSQL 15, two shared cores, one run, 2026-11); from disk it
+/// takes longer.
 const SMALL: i64 = 32 << 20;
 
 pub struct Spread {
@@ -86,7 +87,8 @@ impl Spread {
         Ok(self.ends(later)?.map(|(next, _)| next))
     }
 
-    /// On a fresh snapshot, and from the index: the planner may think otherwise of a table that was never analyzed.
+    /// On a fresh snapshot, and from the index: the planner may think otherwise of a table that was never
+    /// analyzed.
     fn ask<T>(&self, sql: &str, row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
         let _owner = self.owner.act().with(c"enable_seqscan", c"off");
         spi::fresh(sql, &[], row)

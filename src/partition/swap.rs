@@ -1,4 +1,5 @@
-//! The transaction in which a table becomes partitioned. Nothing is read or copied under its locks but the catalogs:
+//! The transaction in which a table becomes partitioned. Nothing is read or copied under its locks but the
+//! catalogs:
 //!
 //! ```text
 //!  before      T  (plain)                        views, functions, triggers, grants … -> T
@@ -10,13 +11,14 @@
 //! |---|---|---|
 //! | ACCESS EXCLUSIVE | the views over the table, then the table | the whole transaction: milliseconds |
 //!
-//! They are waited for at most `litellm_spend.swap_lock_timeout`; then the conversion tries again later. Before them, within the
-//! same limit, our own rows about the table are locked: whoever has one must not make us wait while we have the table.
+//! They are waited for at most `litellm_spend.swap_lock_timeout`; then the conversion tries again later.
+//! Before them, within the same limit, our own rows about the table are locked: whoever has one must not make
+//! us wait while we have the table.
 //!
 //! Indexes of ours stay on the old table: those of a partitioned table would be on each new partition, too.
 //!
-//! Every statement runs as the table's owner, or as the owner of the view or function that it changes: their texts come from the
-//! catalog and may call what is theirs. `blueprint` says what is ours to do.
+//! Every statement runs as the table's owner, or as the owner of the view or function that it changes: their
+//! texts come from the catalog and may call what is theirs. `blueprint` says what is ours to do.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -76,8 +78,8 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     let layout = Layout::of(parent, &conversion.options.time_column)?;
     let before = Range { from: Moment::MIN, to: conversion.cutover() };
     proof::with(owner, &legacy, &inside(&layout, before), || attach(&layout, &legacy, before))?;
-    // 5. one for whatever fits none. The periods to come are for maintenance, which needs weaker locks: each would have taken
-    // ten milliseconds here (debug build, PostgreSQL 15, two shared cores, 2026-11).
+    // 5. one for whatever fits none. The periods to come are for maintenance, which needs weaker locks: each
+    //    would have taken ten milliseconds here (debug build, PostgreSQL 15, two shared cores, 2026-11).
     let layout = layout.again()?;
     attach_default(&layout, &create(&layout, &layout.free_name(&suffixed(table, "_pdefault"))?)?)?;
     // 6. whatever read the old table reads the new one.
@@ -88,8 +90,8 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     store_policy(conversion, parent)
 }
 
-/// Takes ACCESS EXCLUSIVE on a table and its partitions, and first on the views that read it, as their readers do; before all, on
-/// our own rows about it. Returns what there is under the locks.
+/// Takes ACCESS EXCLUSIVE on a table and its partitions, and first on the views that read it, as their
+/// readers do; before all, on our own rows about it. Returns what there is under the locks.
 pub fn lock(
     name: String,
     relations: &[pg_sys::Oid],

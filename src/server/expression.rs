@@ -1,13 +1,14 @@
-//! Reads SQL expressions with the server's own parser, so that what it accepts, what it finds by name and what it says
-//! is wrong are what a `SELECT` from the table would be.
+//! Reads SQL expressions with the server's own parser, so that what it accepts, what it finds by name and
+//! what it says is wrong are what a `SELECT` from the table would be.
 //!
-//! What comes out is text again, with every name qualified that is not in pg_catalog: it means the same whatever the
-//! search_path is when it runs, and it cannot be anything but one expression.
+//! What comes out is text again, with every name qualified that is not in pg_catalog: it means the same
+//! whatever the search_path is when it runs, and it cannot be anything but one expression.
 //!
-//! Reading an expression can already call what is the relation's owner's: a domain's CHECK while it is parsed, an immutable
-//! function when it is planned to see whether it changes by itself. So it is read as that owner, with the names as the caller's
-//! search_path finds them. The text is made by the server's deparser, which doubles backslashes or not as
-//! `standard_conforming_strings` says: under pinned settings, after everything that could have changed them.
+//! Reading an expression can already call what is the relation's owner's: a domain's CHECK while it is
+//! parsed, an immutable function when it is planned to see whether it changes by itself. So it is read as
+//! that owner, with the names as the caller's search_path finds them. The text is made by the server's
+//! deparser, which doubles backslashes or not as `standard_conforming_strings` says: under pinned settings,
+//! after everything that could have changed them.
 
 use crate::error::{Error, Result};
 use crate::server::session::{Elevated, Owner, attempt};
@@ -54,7 +55,8 @@ pub enum Volatility {
     Immutable,
     /// It depends on settings, such as TimeZone.
     Stable,
-    /// It reads the clock, or asks who the session is: the server calls that stable as well, for the time of one statement.
+    /// It reads the clock, or asks who the session is: the server calls that stable as well, for the time of
+    /// one statement.
     OfSession,
     Volatile,
 }
@@ -70,7 +72,8 @@ pub struct Aggregate {
     pub ordered: bool,
 }
 
-/// What an expression is read over: the columns of a relation, as its owner, and what a search_path makes visible.
+/// What an expression is read over: the columns of a relation, as its owner, and what a search_path makes
+/// visible.
 pub struct Scope {
     pub relation: pg_sys::Oid,
     pub owner: Owner,
@@ -280,8 +283,8 @@ impl Analyzed {
         }
         // SAFETY: an analyzed node.
         let cut = unsafe { cut(node) };
-        // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only. Entered here: a function
-        // that was called above may have changed any setting.
+        // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only.
+        // Entered here: a function that was called above may have changed any setting.
         let pinned = Elevated::pinned();
         let (text, type_oid, r#type, collation) = unsafe {
             let text = pg_sys::deparse_expression(node, self.context, false, false);
@@ -431,8 +434,8 @@ unsafe fn word(node: *mut pg_sys::Node) -> Option<String> {
     unsafe { constant_text(node) }.filter(|text| text.chars().all(char::is_alphabetic))
 }
 
-/// The sequence that a column's default draws from: it is `nextval()` of a constant, converted to the column's type if need be.
-/// `stored` is the default as pg_attrdef keeps it.
+/// The sequence that a column's default draws from: it is `nextval()` of a constant, converted to the
+/// column's type if need be. `stored` is the default as pg_attrdef keeps it.
 pub fn drawn_from(stored: &str) -> Option<pg_sys::Oid> {
     use pg_sys::CoercionForm::COERCE_IMPLICIT_CAST;
     let text = CString::new(stored).ok()?;

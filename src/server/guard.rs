@@ -1,11 +1,14 @@
-//! Makes a forgotten place fail: while we act as ourselves, a query that names a relation of somebody else's is refused.
+//! Makes a forgotten place fail: while we act as ourselves, a query that names a relation of somebody else's
+//! is refused.
 //!
-//! One would think that reading a table with a superuser's rights is harmless as long as nothing of its owner's is called. But
-//! planning the query is enough: the planner loads every index of a table, and calls the immutable functions in their
-//! expressions and predicates. So the check comes when a query has been analyzed and before it is planned. What mentions a user's
-//! relation has to go through [`crate::server::session::Owner`].
+//! One would think that reading a table with a superuser's rights is harmless as long as nothing of its
+//! owner's is called. But planning the query is enough: the planner loads every index of a table, and calls
+//! the immutable functions in their expressions and predicates. So the check comes when a query has been
+//! analyzed and before it is planned. What mentions a user's relation has to go through
+//! [`crate::server::session::Owner`].
 //!
-//! Ours are the relations of the role that we act as, and the server's own. The hook is there as soon as the library is.
+//! Ours are the relations of the role that we act as, and the server's own. The hook is there as soon as the
+//! library is.
 
 use crate::error::Error;
 use crate::server::session::acts_as_ourselves;

@@ -1,9 +1,10 @@
 //! Adds a HINT to errors of the server's own that concern us.
 //!
-//! Who lacks EXECUTE on a function of ours is refused by the server before a line of ours runs; DROP EXTENSION is, too, with a HINT
-//! to use what would take LiteLLM's views along; and a COMMIT within a procedure fails without a word on why. Whether to fail is left
-//! to the server: here the error only learns what to type, on its way to the log and the client. It is known by its `message_id`,
-//! which is the same in every language.
+//! Who lacks EXECUTE on a function of ours is refused by the server before a line of ours runs; DROP
+//! EXTENSION is, too, with a HINT to use what would take LiteLLM's views along; and a COMMIT within a
+//! procedure fails without a word on why. Whether to fail is left to the server: here the error only learns
+//! what to type, on its way to the log and the client. It is known by its `message_id`, which is the same in
+//! every language.
 //!
 //! The hook is there as soon as the library is. It looks nothing up: the transaction has failed.
 
@@ -115,7 +116,8 @@ fn as_regrole() -> String {
     literal(&role())
 }
 
-/// Who was refused, as an identifier. In a function that acts as somebody else it is that role, which the settings do not tell.
+/// Who was refused, as an identifier. In a function that acts as somebody else it is that role, which the
+/// settings do not tell.
 fn role() -> String {
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
     // SAFETY: reads variables of the session, and settings that there always are.

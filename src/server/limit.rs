@@ -1,8 +1,9 @@
 //! A limit of time for a step: what it calls may be anybody's, and others wait for their turn.
 //!
-//! When the time is over the step is cancelled, as by pg_cancel_backend(); its transaction or subtransaction rolls back, and
-//! the caller learns that it was the limit. Code that catches the cancel and goes on is terminated with its process, which
-//! only a worker asks for: it is started again, and leaves that subject alone for a while.
+//! When the time is over the step is cancelled, as by pg_cancel_backend(); its transaction or subtransaction
+//! rolls back, and the caller learns that it was the limit. Code that catches the cancel and goes on is
+//! terminated with its process, which only a worker asks for: it is started again, and leaves that subject
+//! alone for a while.
 
 use pgrx::prelude::*;
 use std::cell::Cell;
@@ -31,7 +32,8 @@ thread_local! {
     static RUNS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, the time runs. A call of ours from within a step has no time of its own: the step's goes on.
+/// While it lives, the time runs. A call of ours from within a step has no time of its own: the step's goes
+/// on.
 pub struct Limit {
     /// The cancelling timeout and the terminating one; `None` within another limit.
     timeouts: Option<(c_int, c_int)>,

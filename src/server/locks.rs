@@ -47,8 +47,9 @@ impl Patience {
     }
 }
 
-/// Whether somebody drops, renames, moves or copies this database, or waits to: such a statement gives up after five seconds if
-/// anybody is still connected. Its lock is asked for as a new connection asks for it, and given back with the transaction.
+/// Whether somebody drops, renames, moves or copies this database, or waits to: such a statement gives up
+/// after five seconds if anybody is still connected. Its lock is asked for as a new connection asks for it,
+/// and given back with the transaction.
 pub fn database_is_wanted() -> bool {
     // SAFETY: reads a variable of this process; the tag is that of SET_LOCKTAG_OBJECT for a shared object.
     unsafe {
@@ -65,15 +66,15 @@ pub fn database_is_wanted() -> bool {
     }
 }
 
-/// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not. Gives up
-/// after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
+/// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not.
+/// Gives up after `litellm_spend.lock_timeout`, because writers queue behind a waiting lock.
 pub fn lock_against_writers(tables: &[pg_sys::Oid]) -> Result<()> {
     let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::ShareRowExclusiveLock)).collect();
     lock_all(guc::lock_timeout(), &locks)
 }
 
-/// Takes ACCESS SHARE, as a reader does, until the transaction ends. We read by name, so the name must still be that of
-/// `relation` once it is locked: its owner could have put something else in its place.
+/// Takes ACCESS SHARE, as a reader does, until the transaction ends. We read by name, so the name must still
+/// be that of `relation` once it is locked: its owner could have put something else in its place.
 pub fn lock_against_dropping(relation: pg_sys::Oid) -> Result<()> {
     lock_all(guc::lock_timeout(), &[(relation, pg_sys::AccessShareLock)])
 }
@@ -125,17 +126,17 @@ pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid
     within((limit, limit.time), relation, (oid, mode), || execute(sql, &[]).map(drop))
 }
 
-/// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer, and whoever looks
-/// first is the one to fail. A deadlock that comes later is over before they look, a second after they came
-/// (deadlock_timeout): by then our lock_timeout has ended our wait.
+/// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer,
+/// and whoever looks first is the one to fail. A deadlock that comes later is over before they look, a second
+/// after they came (deadlock_timeout): by then our lock_timeout has ended our wait.
 const DEADLOCK_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// A lock mode, as the server numbers it.
 pub type Mode = u32;
 
-/// Locks relations until the transaction ends, in the order given, all within one limit: while we wait for the second, others
-/// wait for the first. A partitioned table comes before its partitions, as for its users. (LOCK TABLE would lock what a view
-/// reads as well.)
+/// Locks relations until the transaction ends, in the order given, all within one limit: while we wait for
+/// the second, others wait for the first. A partitioned table comes before its partitions, as for its users.
+/// (LOCK TABLE would lock what a view reads as well.)
 pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
     let deadline = Instant::now() + limit.time;
     for (oid, mode) in relations {
@@ -213,8 +214,8 @@ pub fn jittered(rest: Duration) -> Duration {
     rest - rest.mul_f64(f64::from(nanos % 1000) / 4000.0)
 }
 
-/// Runs `work` in a SQL call, which has nobody to try again: when somebody is in the way, several times, with pauses in which
-/// nobody waits for us.
+/// Runs `work` in a SQL call, which has nobody to try again: when somebody is in the way, several times, with
+/// pauses in which nobody waits for us.
 pub fn insist<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 0..TRIES {
         match session::attempt(&mut work) {

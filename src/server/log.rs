@@ -1,5 +1,5 @@
-//! What the server's log says: a line for what matters once, and each failure with its DETAIL and HINT. One log serves all
-//! databases of a server, so each line names its own.
+//! What the server's log says: a line for what matters once, and each failure with its DETAIL and HINT. One
+//! log serves all databases of a server, so each line names its own.
 
 use crate::server::session::Failure;
 use pgrx::pg_sys;
@@ -45,7 +45,8 @@ thread_local! {
     static DATABASE: OnceCell<String> = const { OnceCell::new() };
 }
 
-/// Reads the name of this process's database, within a transaction. It cannot change while somebody is connected to it.
+/// Reads the name of this process's database, within a transaction. It cannot change while somebody is
+/// connected to it.
 pub fn learn_database() {
     DATABASE.with(|name| {
         name.get_or_init(|| {

@@ -1,5 +1,5 @@
-//! How we talk to PostgreSQL: SPI, relations, whose rights, locks, expressions, errors on their way out. Knows no table of ours, and
-//! may call nothing but settings and errors.
+//! How we talk to PostgreSQL: SPI, relations, whose rights, locks, expressions, errors on their way out.
+//! Knows no table of ours, and may call nothing but settings and errors.
 
 pub mod expression;
 pub mod guard;

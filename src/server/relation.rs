@@ -6,8 +6,8 @@ use crate::server::text::{qualified, suffixed};
 use pgrx::prelude::*;
 use std::collections::HashMap;
 
-/// The last value that `sequence` has given out, `None` if none since it was made or restarted. Not read by name, which
-/// its owner could give to something else.
+/// The last value that `sequence` has given out, `None` if none since it was made or restarted. Not read by
+/// name, which its owner could give to something else.
 pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
     let sql =
         "SELECT pg_catalog.pg_sequence_last_value(seqrelid) FROM pg_catalog.pg_sequence WHERE seqrelid = $1";
@@ -56,8 +56,8 @@ pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
     Ok(current(sql, &[relation.into()], |r| value(r, 1))?.pop())
 }
 
-/// The columns by which a table and its partitions, which are its [`relation_tree`], are partitioned, in order of their names. Empty
-/// if one of them is partitioned by an expression.
+/// The columns by which a table and its partitions, which are its [`relation_tree`], are partitioned, in
+/// order of their names. Empty if one of them is partitioned by an expression.
 pub fn partition_keys(tree: &[pg_sys::Oid]) -> Result<Vec<String>> {
     let keys = query(
         "SELECT DISTINCT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_partitioned_table p
@@ -77,8 +77,8 @@ pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
     Ok(query(sql, &[relation_tree(relation)?.into()], |r| value(r, 1))?.pop())
 }
 
-/// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2 numbers, as their identity
-/// or in their default.
+/// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2
+/// numbers, as their identity or in their default.
 pub const FAMILY: &str = concat!(
     tree!(),
     ",
@@ -255,8 +255,9 @@ pub fn is_not_null(relation: pg_sys::Oid, column: &str) -> Result<bool> {
     Ok(!query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
 }
 
-/// What of `objects`, a query for their classid, objid and owner, uses a type, function or operator of neither its owner nor a
-/// superuser: to read its text again, as its owner, would call code of that third role.
+/// What of `objects`, a query for their classid, objid and owner, uses a type, function or operator of
+/// neither its owner nor a superuser: to read its text again, as its owner, would call code of that third
+/// role.
 pub fn code_of_third_roles(objects: &str, args: Args) -> Result<Vec<String>> {
     let sql = format!(
         "SELECT DISTINCT pg_catalog.format('%s uses %s, which belongs to another role, %s.',

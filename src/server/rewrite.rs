@@ -1,9 +1,10 @@
 //! Gives a view another query, with the rights of the view's owner alone.
 //!
-//! CREATE OR REPLACE VIEW would parse the text as whoever calls it, so that a domain's CHECK in it runs with those rights; and
-//! as the owner it would ask for CREATE on the schema, which an owner need not have: not in ours, and not where a
-//! DBA made the view. So the text is parsed and analyzed as the owner, and stored as what CREATE OR REPLACE VIEW stores,
-//! through the server's own function. OID, owner, grants, options and dependents stay.
+//! CREATE OR REPLACE VIEW would parse the text as whoever calls it, so that a domain's CHECK in it runs with
+//! those rights; and as the owner it would ask for CREATE on the schema, which an owner need not have: not in
+//! ours, and not where a DBA made the view. So the text is parsed and analyzed as the owner, and stored as
+//! what CREATE OR REPLACE VIEW stores, through the server's own function. OID, owner, grants, options and
+//! dependents stay.
 //!
 //! Lock: ACCESS EXCLUSIVE on the view until the transaction ends, waited for within the limit given.
 

@@ -75,11 +75,13 @@ pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Resu
 
 /// While it lives, the session acts as somebody, with pinned settings. An error ends it with the transaction.
 ///
-/// We are installed by a superuser, and what belongs to others can run their code: an index predicate while a query is
-/// planned, a cast, a domain, a CHECK, a trigger, any text from their catalog. So there are two ways to act:
+/// We are installed by a superuser, and what belongs to others can run their code: an index predicate while a
+/// query is planned, a cast, a domain, a CHECK, a trigger, any text from their catalog. So there are two ways
+/// to act:
 ///
-/// - [`Elevated::enter`]: as the extension's owner, on state tables of ours only. A query that names a relation of
-///   anybody else's fails then, before it is planned ([`crate::server::guard`]): a forgotten place is an error, not an escalation.
+/// - [`Elevated::enter`]: as the extension's owner, on state tables of ours only. A query that names a
+///   relation of anybody else's fails then, before it is planned ([`crate::server::guard`]): a forgotten
+///   place is an error, not an escalation.
 /// - [`Owner`]: as the owner of a user's relation, restricted, for whatever mentions something of theirs.
 pub struct Elevated {
     user: pg_sys::Oid,
@@ -87,8 +89,8 @@ pub struct Elevated {
     nest_level: i32,
 }
 
-/// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and what depends on
-/// settings is the same whoever computes it.
+/// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and
+/// what depends on settings is the same whoever computes it.
 const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
     (c"search_path", c"pg_catalog, pg_temp"),
     (c"client_min_messages", c"warning"),
@@ -112,13 +114,13 @@ const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
     (c"default_table_access_method", c"heap"),
     // Rows that a policy hides would silently be missing from totals, copies and proofs: an error is better.
     (c"row_security", c"off"),
-    // Compiling took 0.4 to 0.7 s where the plan is only expensive because sequential scans are off, and 0.1 s of each window
-    // of a million rows (PostgreSQL 15, two shared cores, 2026-11).
+    // Compiling took 0.4 to 0.7 s where the plan is only expensive because sequential scans are off, and 0.1
+    // s of each window of a million rows (PostgreSQL 15, two shared cores, 2026-11).
     (c"jit", c"off"),
 ];
 
-/// Marks, in the security context, that we act as ourselves. The server carries the context along and puts it back after an
-/// error; it knows the lowest three bits.
+/// Marks, in the security context, that we act as ourselves. The server carries the context along and puts it
+/// back after an error; it knows the lowest three bits.
 const OURSELVES: i32 = 1 << 20;
 
 impl Elevated {
@@ -210,8 +212,8 @@ pub fn acts_as_ourselves() -> bool {
     context & OURSELVES != 0
 }
 
-/// The owner of a user's relation: the only one as whom a statement that mentions something of theirs is run. Their code
-/// then cannot become anybody else, nor leave anything behind that runs later with our rights.
+/// The owner of a user's relation: the only one as whom a statement that mentions something of theirs is run.
+/// Their code then cannot become anybody else, nor leave anything behind that runs later with our rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner(pg_sys::Oid);
 
@@ -235,8 +237,8 @@ impl Owner {
         Owner(role)
     }
 
-    /// Whether we go on by ourselves as `heir` with what was this owner's. Not as a superuser: what belongs to the table may
-    /// still call the former owner's functions. Somebody has to ask for that.
+    /// Whether we go on by ourselves as `heir` with what was this owner's. Not as a superuser: what belongs
+    /// to the table may still call the former owner's functions. Somebody has to ask for that.
     pub fn may_pass_to(self, heir: Owner) -> Result<bool> {
         let sql = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE oid = $1";
         let is_superuser =
@@ -299,8 +301,8 @@ impl Owner {
     }
 }
 
-/// Sets after how long a wait for a lock is looked into, until the transaction ends; returns what it was. Then an autovacuum
-/// in the way is cancelled, and a deadlock is noticed, at which we are the one to fail.
+/// Sets after how long a wait for a lock is looked into, until the transaction ends; returns what it was.
+/// Then an autovacuum in the way is cancelled, and a deadlock is noticed, at which we are the one to fail.
 pub fn give_way_after(wait: Duration) -> Duration {
     // SAFETY: a setting of this session.
     unsafe {
@@ -348,10 +350,11 @@ impl Drop for Elevated {
     }
 }
 
-/// Runs `work` in a subtransaction: an error undoes only what it did and is returned, also that of a cancelled query.
+/// Runs `work` in a subtransaction: an error undoes only what it did and is returned, also that of a
+/// cancelled query.
 pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
-    // SAFETY: as PL/pgSQL does for a block with EXCEPTION: the memory context and the resource owner are put back
-    // by hand, the rest by the (sub)transaction.
+    // SAFETY: as PL/pgSQL does for a block with EXCEPTION: the memory context and the resource owner are put
+    // back by hand, the rest by the (sub)transaction.
     let (context, owner) = unsafe {
         let saved = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
         pg_sys::BeginInternalSubTransaction(std::ptr::null());
@@ -374,7 +377,8 @@ pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Fa
     outcome
 }
 
-/// The server's function that throws a cancel. No error that a function of somebody's raises comes from there.
+/// The server's function that throws a cancel. No error that a function of somebody's raises comes from
+/// there.
 const INTERRUPT: &str = "ProcessInterrupts";
 
 /// An error that was caught: its subtransaction is rolled back.
@@ -416,7 +420,8 @@ impl Failure {
         }
     }
 
-    /// As the status views show it: the message, and if it is ours its DETAIL and its HINT, each in a line of its own.
+    /// As the status views show it: the message, and if it is ours its DETAIL and its HINT, each in a line of
+    /// its own.
     pub fn text(&self) -> String {
         let ours = |more: &Option<String>| more.clone().filter(|_| self.ours);
         in_lines(&self.message, ours(&self.detail), ours(&self.hint))
@@ -476,7 +481,8 @@ pub fn advised(message: &str, hint: &str) -> String {
     in_lines(message, None, Some(callable(hint.into())))
 }
 
-/// The calls of ours in a HINT as they can be typed: qualified, unless they are in `public`, which is on most paths.
+/// The calls of ours in a HINT as they can be typed: qualified, unless they are in `public`, which is on most
+/// paths.
 pub fn callable(hint: String) -> String {
     // SAFETY: reads a variable of this process. A transaction that has failed looks nothing up.
     let may_look = hint.contains("spend_") && unsafe { pg_sys::IsTransactionState() };

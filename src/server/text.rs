@@ -22,8 +22,8 @@ pub fn literal(value: &str) -> String {
     }
 }
 
-/// A numeric as a floating-point type, whatever its size. The cast alone fails (22003) beyond the type's largest and below its smallest
-/// number, so that every query over a group of two such rows would, for ever.
+/// A numeric as a floating-point type, whatever its size. The cast alone fails (22003) beyond the type's
+/// largest and below its smallest number, so that every query over a group of two such rows would, for ever.
 pub fn float(numeric: &str, r#type: &str) -> String {
     let (largest, too_small) = match r#type {
         "real" => ("3.4028235 * 10::numeric ^ 38", "10::numeric ^ 45 < 1.4"),
@@ -36,7 +36,8 @@ pub fn float(numeric: &str, r#type: &str) -> String {
     )
 }
 
-/// The midnight after a timestamp. After the last day that the server knows there is none; before the first there is one.
+/// The midnight after a timestamp. After the last day that the server knows there is none; before the first
+/// there is one.
 pub fn next_midnight(time: &str) -> String {
     format!(
         "CASE WHEN {time} = '-infinity' THEN '4714-11-24 BC'::timestamp \

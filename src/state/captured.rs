@@ -36,7 +36,8 @@ pub struct CaptureState {
 }
 
 impl CaptureState {
-    /// As whom the raw rows are read: the owner that we know of. When it has changed, the watch or an attach comes first.
+    /// As whom the raw rows are read: the owner that we know of. When it has changed, the watch or an attach
+    /// comes first.
     pub fn owner(&self) -> Result<Owner> {
         let owner = Owner::of(self.relation)?;
         match self.owner.map(Owner::role).filter(|known| *known != owner) {

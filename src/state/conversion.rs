@@ -1,8 +1,8 @@
-//! Tables on their way to being partitioned, or back: what was asked for, and what stopped it. How far a conversion is, is
-//! mostly read from the catalogs; a reversion notes it here.
+//! Tables on their way to being partitioned, or back: what was asked for, and what stopped it. How far a
+//! conversion is, is mostly read from the catalogs; a reversion notes it here.
 //!
-//! Whoever does a step holds the row: one at a time, worker or call. What was asked for holds for the table that it was asked
-//! for, while that belongs to the same owner.
+//! Whoever does a step holds the row: one at a time, worker or call. What was asked for holds for the table
+//! that it was asked for, while that belongs to the same owner.
 
 use crate::error::{Error, Result};
 use crate::server::locks::Patience;
@@ -111,7 +111,8 @@ impl<T: Options> Pending<T> {
         .map(drop)
     }
 
-    /// Takes the row until the transaction ends, and reads what it says now. `false`: somebody else has it, or it is gone.
+    /// Takes the row until the transaction ends, and reads what it says now. `false`: somebody else has it,
+    /// or it is gone.
     pub fn lock(&mut self, patience: Patience) -> Result<bool> {
         let sql = format!(
             "SELECT options::text FROM {SCHEMA}.conversion

@@ -1,5 +1,5 @@
-//! What a rollup is, as it is stored, and how its names are written. Pure text: nothing here talks to the server.
-//! The SQL that follows from it is in `statements`.
+//! What a rollup is, as it is stored, and how its names are written. Pure text: nothing here talks to the
+//! server. The SQL that follows from it is in `statements`.
 
 use crate::server::text::{SCHEMA, qualified};
 use serde::{Deserialize, Serialize};
@@ -58,7 +58,8 @@ pub enum Combine {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bucket {
     pub dimension: String,
-    /// An expression over the source's columns that lies between two bucket borders exactly if the bucket does.
+    /// An expression over the source's columns that lies between two bucket borders exactly if the bucket
+    /// does.
     pub source_time: String,
     /// The source's column that it buckets, and its type.
     pub column: String,

@@ -32,7 +32,8 @@ pub struct Fence {
     pub source: Option<String>,
     /// The source's, if it exists.
     pub relation: pg_sys::Oid,
-    /// Who owned its source when it was declared or last followed; of one that is filled by hand, who owns the source.
+    /// Who owned its source when it was declared or last followed; of one that is filled by hand, who owns
+    /// the source.
     pub owner: pg_sys::Oid,
     source_owner: pg_sys::Oid,
     pub watermark: i64,
@@ -40,8 +41,9 @@ pub struct Fence {
     _work: Option<Work>,
 }
 
-/// Work of this session on a rollup, or on a table's maintenance. The row's lock keeps other transactions out, but not what a step
-/// itself calls: a trigger on the rollup's table that merges it again would count its window twice.
+/// Work of this session on a rollup, or on a table's maintenance. The row's lock keeps other transactions
+/// out, but not what a step itself calls: a trigger on the rollup's table that merges it again would count
+/// its window twice.
 pub struct Work(String);
 
 thread_local! {
@@ -93,8 +95,8 @@ impl Fence {
         Ok(Some(fences))
     }
 
-    /// Takes the fence as soon as its holder ends, or fails at the caller's own lock_timeout: windows belong to one
-    /// transaction after the other, each as long as its caller likes.
+    /// Takes the fence as soon as its holder ends, or fails at the caller's own lock_timeout: windows belong
+    /// to one transaction after the other, each as long as its caller likes.
     pub fn wait(name: &str) -> Result<Fence> {
         let work = Work::begin(name).ok_or_else(|| Error::RollupBusy(name.into()))?;
         let sql = format!("{} FOR UPDATE OF r", Fence::state());
@@ -153,8 +155,9 @@ impl Fence {
         }
     }
 
-    /// With the rights that its own statements run with, until the guard is dropped: the owner's, or ours if everything that
-    /// they mention is ours. Refused while its source is another's: [`crate::engine::declare::settle`] comes first.
+    /// With the rights that its own statements run with, until the guard is dropped: the owner's, or ours if
+    /// everything that they mention is ours. Refused while its source is another's:
+    /// [`crate::engine::declare::settle`] comes first.
     pub fn act(&self) -> Result<Option<Elevated>> {
         if self.is_built_in() {
             return Ok(None);
@@ -172,8 +175,8 @@ impl Fence {
         self.source.as_deref() == Some(CHANGE_LOG)
     }
 
-    /// Advances the watermark. The rollup's rows of the window are written in the same transaction; `counts` are the
-    /// source rows and groups, where we know them.
+    /// Advances the watermark. The rollup's rows of the window are written in the same transaction; `counts`
+    /// are the source rows and groups, where we know them.
     pub fn advance(&self, end: i64, counts: Option<(i64, i64)>, ms: f64) -> Result<()> {
         execute(
             &format!(
@@ -193,8 +196,8 @@ impl Fence {
     }
 }
 
-/// The right to change what is attached: triggers, views, the state of the capture. Ends with the transaction. What is
-/// read after it is current. `false`: another transaction keeps it.
+/// The right to change what is attached: triggers, views, the state of the capture. Ends with the
+/// transaction. What is read after it is current. `false`: another transaction keeps it.
 pub fn lock_attachment(patience: Patience) -> Result<bool> {
     let name = format!("{SCHEMA}.capture");
     let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
@@ -208,8 +211,8 @@ pub fn lock_attachment(patience: Patience) -> Result<bool> {
     Ok(true)
 }
 
-/// The right to make or drop what is called `name` of `relation`, until the transaction ends. Nobody else waits for it but who
-/// wants the same name or source.
+/// The right to make or drop what is called `name` of `relation`, until the transaction ends. Nobody else
+/// waits for it but who wants the same name or source.
 pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
     let patience = Patience::of_call();
     for (table, object) in [("source", relation.to_u32()), ("rollup", fnv(name))] {
@@ -233,7 +236,8 @@ fn fnv(name: &str) -> u32 {
     name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-/// The right to make or drop the marker of restores, until the transaction ends. `false`: another transaction keeps it.
+/// The right to make or drop the marker of restores, until the transaction ends. `false`: another transaction
+/// keeps it.
 pub fn try_lock_installation() -> Result<bool> {
     let name = format!("{SCHEMA}.installation");
     let installation = find_relation(&name)?.ok_or(Error::NoTable(name))?;

@@ -1,13 +1,15 @@
-//! Which days are frozen: they have lost raw rows, so that the built-in rollups are their only record. Nothing recomputes them.
+//! Which days are frozen: they have lost raw rows, so that the built-in rollups are their only record.
+//! Nothing recomputes them.
 //!
 //! ```text
 //!   history            | 10-30 |             | 12-31 of the year 9999 |
 //! ---------------------+-------+-------------+------------------------+--> time
 //!            source.frozen_before     settled rows of dirty_range with repair 'freeze'
 //! ```
-//! One border would do if only the oldest rows ever went. But TRUNCATE takes what one partition held, and one row may carry any
-//! time. So such a row of dirty_range that is not settled yet only says where rows may be gone; [`crate::litellm::repair`] compares its
-//! days and freezes those that lost some. Until then nothing of it is recomputed.
+//! One border would do if only the oldest rows ever went. But TRUNCATE takes what one partition held, and one
+//! row may carry any time. So such a row of dirty_range that is not settled yet only says where rows may be
+//! gone; [`crate::litellm::repair`] compares its days and freezes those that lost some. Until then nothing of
+//! it is recomputed.
 
 use crate::error::{Error, Result};
 use crate::server::spi;

@@ -1,5 +1,5 @@
-//! Indexes that were asked for on LiteLLM's spend log, and those that could not be built. What there is, the view `index_survey` reads
-//! from the catalogs.
+//! Indexes that were asked for on LiteLLM's spend log, and those that could not be built. What there is, the
+//! view `index_survey` reads from the catalogs.
 //!
 //! What was asked for holds for the table that it was asked for, while that belongs to the same owner.
 
@@ -53,7 +53,8 @@ fn tell() -> Result<()> {
     relation::tell_of(&format!("{SCHEMA}.index_set"))
 }
 
-/// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before included.
+/// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before
+/// included.
 pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<String>> {
     tell()?;
     spi::fresh(
@@ -152,8 +153,8 @@ pub struct Leftover {
     pub index: String,
 }
 
-/// Those that are to be dropped, and those that somebody has left half built. One that was being built until a moment ago may be
-/// among them: who finds any looks again.
+/// Those that are to be dropped, and those that somebody has left half built. One that was being built until
+/// a moment ago may be among them: who finds any looks again.
 pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
     spi::current(
         &format!(
@@ -187,12 +188,13 @@ pub fn is_at_work(relation: pg_sys::Oid) -> Result<bool> {
     Ok(!spi::current(&sql, &[relation.into()], |_| Ok(()))?.is_empty())
 }
 
-/// How soon it is tried again when somebody was in the way, and when the build itself failed: it reads all of a partition for that.
+/// How soon it is tried again when somebody was in the way, and when the build itself failed: it reads all of
+/// a partition for that.
 const SOON: Duration = Duration::from_secs(30);
 const LATER: Duration = Duration::from_secs(3600);
 
-/// Notes why an index was not built or dropped. `None`: it worked, which takes the note back if the index is there now. What dropped the
-/// rest of a build that failed does not.
+/// Notes why an index was not built or dropped. `None`: it worked, which takes the note back if the index is
+/// there now. What dropped the rest of a build that failed does not.
 pub fn record(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> Result<()> {
     let Some(failure) = failure else {
         let sql = format!(
@@ -228,7 +230,8 @@ pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
     spi::execute(&format!("DELETE {gone}"), &[relation.into()]).map(drop)
 }
 
-/// Forgets what speaks of tables that are gone, or of indexes that nobody asks for any more. Not what a restore brings before its table.
+/// Forgets what speaks of tables that are gone, or of indexes that nobody asks for any more. Not what a
+/// restore brings before its table.
 pub fn look_after() -> Result<()> {
     for sql in [
         format!(

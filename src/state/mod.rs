@@ -1,5 +1,6 @@
-//! What is stored, in the tables of schema `litellm_spend`: definitions, windows, watermarks and the fence that guards them, the captured
-//! table, conversions, indexes, frozen days, and whether all of it came out of a dump. May call the server.
+//! What is stored, in the tables of schema `litellm_spend`: definitions, windows, watermarks and the fence
+//! that guards them, the captured table, conversions, indexes, frozen days, and whether all of it came out of
+//! a dump. May call the server.
 
 pub mod captured;
 pub mod conversion;

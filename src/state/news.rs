@@ -1,5 +1,6 @@
-//! What there is to do for a worker, as far as our tables and the sequences say it: one statement that is planned once, because most
-//! looks find nothing. What others do to tables, views and roles the server tells ([`crate::worker::quiet`]).
+//! What there is to do for a worker, as far as our tables and the sequences say it: one statement that is
+//! planned once, because most looks find nothing. What others do to tables, views and roles the server tells
+//! ([`crate::worker::quiet`]).
 
 use crate::error::Result;
 use crate::server::spi::{self, value};

@@ -1,18 +1,20 @@
 //! Databases that came out of a dump, and when their restore is over.
 //!
-//! A restore brings our state before or after what it speaks of, by parallel jobs in any order. A worker that acted on half of it
-//! would make triggers before the spend log's rows are copied, and count them all again. So each row of state from which work
-//! follows names the installation that wrote it (`origin`). `installation` itself is not dumped: what another one wrote came out
-//! of a dump, and is left alone.
+//! A restore brings our state before or after what it speaks of, by parallel jobs in any order. A worker that
+//! acted on half of it would make triggers before the spend log's rows are copied, and count them all again.
+//! So each row of state from which work follows names the installation that wrote it (`origin`).
+//! `installation` itself is not dumped: what another one wrote came out of a dump, and is left alone.
 //!
-//! That a restore is over is seen by what it does last, in every mode of pg_restore and in a plain script: it makes the event
-//! triggers and their comments, after all data, indexes, triggers and grants. So a database with state has one of ours, the
-//! *marker*: disabled, of a function that does nothing. Its comment names the installation, so that the marker of what was here
-//! before is none of what is being restored. Once it is there we make the state ours, and the marker. Where a dump has none
-//! (`--no-comments`, or of an older version), somebody has to say that its restore is over: `spend_restored()`, or
-//! `spend_attach()` of the table.
+//! That a restore is over is seen by what it does last, in every mode of pg_restore and in a plain script: it
+//! makes the event triggers and their comments, after all data, indexes, triggers and grants. So a database
+//! with state has one of ours, the *marker*: disabled, of a function that does nothing. Its comment names the
+//! installation, so that the marker of what was here before is none of what is being restored. Once it is
+//! there we make the state ours, and the marker. Where a dump has none (`--no-comments`, or of an older
+//! version), somebody has to say that its restore is over: `spend_restored()`, or `spend_attach()` of the
+//! table.
 //!
-//! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything goes on.
+//! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything
+//! goes on.
 
 use crate::error::{Error, Result};
 use crate::server::spi::{execute, query, value};
@@ -33,8 +35,8 @@ const WRITTEN: [(&str, &str); 5] = [
 
 const MARKER: &str = "litellm_spend_restored";
 
-/// What the marker's comment says before the installation. In its name that would be in the way of `pg_restore --clean`, which
-/// drops what the dump has the names of.
+/// What the marker's comment says before the installation. In its name that would be in the way of
+/// `pg_restore --clean`, which drops what the dump has the names of.
 const COMMENT: &str =
     "litellm_spend: never fires. A restore makes it last, and is over when it is there. Installation ";
 
@@ -58,8 +60,8 @@ fn restored() -> Result<Option<Restore>> {
     Ok(any.map(|(_, over)| if over { Restore::Over } else { Restore::UnderWay }))
 }
 
-/// Goes on with what a dump brought, if its restore is over. Says whether what is missing may be made again: not while
-/// `pg_restore --clean` drops one thing after the other, which it begins with the marker.
+/// Goes on with what a dump brought, if its restore is over. Says whether what is missing may be made again:
+/// not while `pg_restore --clean` drops one thing after the other, which it begins with the marker.
 pub fn look() -> Result<bool> {
     match restored()? {
         None => is_whole(),
@@ -108,8 +110,9 @@ pub fn adopt() -> Result<bool> {
     Ok(adopted > 0)
 }
 
-/// Makes the marker where it is needed, and drops it with the last state that needs it. Not for the worker: it would be in the
-/// way of a restore that has just dropped it. Who finds somebody else at it leaves it to them.
+/// Makes the marker where it is needed, and drops it with the last state that needs it. Not for the worker:
+/// it would be in the way of a restore that has just dropped it. Who finds somebody else at it leaves it to
+/// them.
 pub fn mark() -> Result<()> {
     let sql = format!(
         "SELECT {NEEDS_MARKER}, t.oid IS NOT NULL,

@@ -53,8 +53,8 @@ pub fn filled_by_hand(relation: pg_sys::Oid) -> Result<Option<String>> {
     Ok(query(&sql, &[relation.into()], |r| value(r, 1))?.pop())
 }
 
-/// The relation of a source as it is now: another session may have put a partitioned table in its place. `None`: it was dropped, or
-/// another sequence numbers it now.
+/// The relation of a source as it is now: another session may have put a partitioned table in its place.
+/// `None`: it was dropped, or another sequence numbers it now.
 pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
     let sql = format!(
         "SELECT s.relation::oid FROM {SCHEMA}.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
@@ -108,9 +108,10 @@ fn store_candidates(table: &str, key: &str, name: &str, window: &Window) -> Resu
     Ok(())
 }
 
-/// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from which rows get
-/// there, and those that the sequence numbers. The latter, of the same owner, because a row that was numbered in one may still be
-/// on its way when that becomes an ancestor: INSERT opens a partitioned partition only when the first row comes to it.
+/// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from
+/// which rows get there, and those that the sequence numbers. The latter, of the same owner, because a row
+/// that was numbered in one may still be on its way when that becomes an ancestor: INSERT opens a partitioned
+/// partition only when the first row comes to it.
 pub fn inserted_into(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
     current(
         &format!(

@@ -1,4 +1,5 @@
-//! A step of the worker or of a call: what it concerns, and who runs it so that its failure does not reach others.
+//! A step of the worker or of a call: what it concerns, and who runs it so that its failure does not reach
+//! others.
 
 use crate::error::Result;
 use crate::guc;
@@ -17,7 +18,8 @@ pub enum Subject {
     Rollup(String),
     /// All rollups of a source, merged at once.
     Together(String),
-    /// A rollup whose source was dropped or has another owner: its merges fail and rest until that is settled.
+    /// A rollup whose source was dropped or has another owner: its merges fail and rest until that is
+    /// settled.
     Stray(String),
     /// A table on its way to being partitioned, or back: its schema and name.
     Conversion(String, String),
@@ -25,7 +27,8 @@ pub enum Subject {
     Look(String, String),
     /// A look at what comes next for the indexes of a table: its Oid, and what it is called.
     Indexes(u32, String),
-    /// An index on a table or partition: its Oid, the index's name in the catalogue, and what the partition is called.
+    /// An index on a table or partition: its Oid, the index's name in the catalogue, and what the partition
+    /// is called.
     Index(u32, String, String),
     /// The maintenance of a table: its Oid, and what it is called.
     Policy(u32, String),
@@ -36,8 +39,8 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
-    /// Has a process of its own run the statement that comes next for the conversion or the indexes of a table, and that no
-    /// transaction may surround. Only a worker can.
+    /// Has a process of its own run the statement that comes next for the conversion or the indexes of a
+    /// table, and that no transaction may surround. Only a worker can.
     fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}
     /// Most sequence values that it merges in a step.
     fn most_merged(&self, _subject: &Subject) -> i64 {

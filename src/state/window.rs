@@ -7,17 +7,18 @@
 //! ```
 //!
 //! Every inserter takes RowExclusiveLock on the source, or on a relation from which rows get there
-//! (`sources::inserted_into`), *before* it draws a value from the sequence. So when the last value `S` is read
-//! first and the lock holders second, each row numbered `<= S` belongs to a transaction that has ended or is
-//! among those holders. Once all of them have ended, `S` is safe: no row numbered `<= S` can appear any more.
+//! (`sources::inserted_into`), *before* it draws a value from the sequence. So when the last value `S` is
+//! read first and the lock holders second, each row numbered `<= S` belongs to a transaction that has ended
+//! or is among those holders. Once all of them have ended, `S` is safe: no row numbered `<= S` can appear any
+//! more.
 //!
 //! A *candidate* is such an `S` with the holders it still waits for. It is remembered between looks, so that
 //! nobody has to wait with a transaction open, and a source that always has some writer still advances.
 //!
-//! A holder is a virtual transaction, as `pg_locks` prints it. PREPARE TRANSACTION keeps it (from PostgreSQL 14 on),
-//! but a restart recovers a prepared transaction as another one, `-1/<xid>`. So a remembered session that vanished
-//! may have become any of those: while a candidate waits for sessions, it also waits for every recovered
-//! transaction it meets.
+//! A holder is a virtual transaction, as `pg_locks` prints it. PREPARE TRANSACTION keeps it (from PostgreSQL
+//! 14 on), but a restart recovers a prepared transaction as another one, `-1/<xid>`. So a remembered session
+//! that vanished may have become any of those: while a candidate waits for sessions, it also waits for every
+//! recovered transaction it meets.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

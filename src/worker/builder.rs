@@ -1,8 +1,9 @@
 //! Builds or drops an index, of a conversion or one that was asked for, in a process of its own.
 //!
-//! CREATE INDEX CONCURRENTLY waits for every transaction that was there before it, however long: one owner's open transaction
-//! would keep the database's only worker, and with it everybody's merges, for as long as that lasts. The worker starts this
-//! process, looks now and then how far the index is, and goes on when it is there.
+//! CREATE INDEX CONCURRENTLY waits for every transaction that was there before it, however long: one owner's
+//! open transaction would keep the database's only worker, and with it everybody's merges, for as long as
+//! that lasts. The worker starts this process, looks now and then how far the index is, and goes on when it
+//! is there.
 
 use crate::error::Result;
 use crate::index::build::{self, Next};
@@ -75,8 +76,9 @@ fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
     Ok(conversion.lock(Patience::of_call())? && conversion.options.aborted)
 }
 
-/// What is to be run for the conversion or the indexes of a table, if that is still what comes next and nobody is at it: a builder
-/// goes on when its worker is terminated, and what it builds must not be taken for an index that was left half built.
+/// What is to be run for the conversion or the indexes of a table, if that is still what comes next and
+/// nobody is at it: a builder goes on when its worker is terminated, and what it builds must not be taken for
+/// an index that was left half built.
 fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> {
     let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index WHERE relid = $1";
     if !spi::query(at_work, &[relation.into()], |_| Ok(()))?.is_empty() {

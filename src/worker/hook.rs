@@ -1,6 +1,6 @@
-//! The utility hook: CREATE EXTENSION is announced to the launcher; a worker leaves a database that is to be dropped, renamed,
-//! moved or copied, which its connection would prevent; CASCADE is kept from taking LiteLLM's views along; and capture makes way
-//! for a foreign partition in the statement that brings it.
+//! The utility hook: CREATE EXTENSION is announced to the launcher; a worker leaves a database that is to be
+//! dropped, renamed, moved or copied, which its connection would prevent; CASCADE is kept from taking
+//! LiteLLM's views along; and capture makes way for a foreign partition in the statement that brings it.
 
 use crate::error::{Error, Result};
 use crate::litellm::capture;
@@ -183,8 +183,8 @@ enum Dropped {
     OwnedBy(*mut pg_sys::List),
 }
 
-/// Refuses to drop the extension from under LiteLLM's views. What is to be asked may be broken, as the installation that somebody
-/// wants to get rid of: then nothing is refused.
+/// Refuses to drop the extension from under LiteLLM's views. What is to be asked may be broken, as the
+/// installation that somebody wants to get rid of: then nothing is refused.
 fn keep_views(dropped: Dropped) {
     // SAFETY: the statement runs in a transaction, but without a snapshot.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
@@ -197,7 +197,8 @@ fn keep_views(dropped: Dropped) {
     }
 }
 
-/// The attached table, if the extension is dropped and its schema, or owner, is not. An error: there is no extension here.
+/// The attached table, if the extension is dropped and its schema, or owner, is not. An error: there is no
+/// extension here.
 fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
     match dropped {
         Dropped::Extensions(names) if names.iter().all(|name| name != "litellm_spend") => return Ok(None),
@@ -236,7 +237,8 @@ fn oids(roles: *mut pg_sys::List) -> Vec<pg_sys::Oid> {
     }
 }
 
-/// Asks the worker of a database to end, if the caller owns the database or may copy it; the statement itself waits for it.
+/// Asks the worker of a database to end, if the caller owns the database or may copy it; the statement itself
+/// waits for it.
 unsafe fn end_worker(database: *const c_char) {
     if database.is_null() {
         return;
@@ -252,8 +254,9 @@ unsafe fn end_worker(database: *const c_char) {
     }
 }
 
-/// We run in every database of the server, whoever owns it, with or without the extension: not even the first query may
-/// look anything up on the session's own path. And only a superuser sees what kind of process another's is.
+/// We run in every database of the server, whoever owns it, with or without the extension: not even the first
+/// query may look anything up on the session's own path. And only a superuser sees what kind of process
+/// another's is.
 fn worker_pids(database: &str) -> Result<Vec<i32>> {
     let superuser = Elevated::superuser();
     let owned = spi::query(

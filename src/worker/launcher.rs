@@ -1,8 +1,8 @@
 //! The launcher: keeps one worker in each database that has the extension.
 //!
-//! It is connected to no database. It starts a worker in one database after the other; a worker that finds no extension
-//! there leaves at once. It looks again when CREATE EXTENSION commits anywhere, when a worker has ended, and every
-//! `litellm_spend.discovery_interval`. It does not run on a standby; promotion starts it.
+//! It is connected to no database. It starts a worker in one database after the other; a worker that finds no
+//! extension there leaves at once. It looks again when CREATE EXTENSION commits anywhere, when a worker has
+//! ended, and every `litellm_spend.discovery_interval`. It does not run on a standby; promotion starts it.
 
 use crate::guc;
 use crate::server::log;
@@ -25,8 +25,8 @@ static ANNOUNCEMENTS: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spe
 // SAFETY: as above.
 static FOUND: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend workers") };
 
-/// Counts the launchers that there have been. A worker leaves when the one that started it is gone: nobody else knows of it, and
-/// the next launcher starts its own.
+/// Counts the launchers that there have been. A worker leaves when the one that started it is gone: nobody
+/// else knows of it, and the next launcher starts its own.
 // SAFETY: as above.
 static LAUNCHES: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend launches") };
 
@@ -177,11 +177,13 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
     Tenant::Served(worker)
 }
 
-/// The databases that accept connections, by Oid. The launcher has no database, so this scans the shared catalog itself.
+/// The databases that accept connections, by Oid. The launcher has no database, so this scans the shared
+/// catalog itself.
 fn databases() -> BTreeMap<u32, String> {
     let mut found = BTreeMap::new();
     in_transaction(|| {
-        // SAFETY: an ordinary scan of a shared catalog inside a transaction; the tuple is read before the next call.
+        // SAFETY: an ordinary scan of a shared catalog inside a transaction; the tuple is read before the
+        // next call.
         unsafe {
             let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
             let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, lock);

@@ -1,4 +1,5 @@
-//! Processes: the launcher, a worker for each database, the builder of indexes, and one round of everything. May call all below.
+//! Processes: the launcher, a worker for each database, the builder of indexes, and one round of everything.
+//! May call all below.
 
 pub mod builder;
 pub mod hook;

@@ -1,5 +1,5 @@
-//! The worker of one database: a round of everything that may have something to do, each step in a transaction of its own, then a
-//! pause.
+//! The worker of one database: a round of everything that may have something to do, each step in a
+//! transaction of its own, then a pause.
 
 use crate::error::Result;
 use crate::guc;
@@ -73,7 +73,8 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(900);
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Between two rounds over the tables that are to be maintained. When one is, `litellm_spend.maintain_interval` says.
+/// Between two rounds over the tables that are to be maintained. When one is,
+/// `litellm_spend.maintain_interval` says.
 const MAINTENANCE_LOOK: Duration = Duration::from_secs(1);
 
 /// Between two looks for indexes that are to be built, while none is.
@@ -85,8 +86,9 @@ fn extension_exists() -> bool {
     spi::query(sql, &[], |r| spi::value::<bool>(r, 1)).is_ok_and(|exists| exists == [true])
 }
 
-/// Settings of the database or of all roles that are meant for its users: with them a worker would find other operators than the
-/// server's, or never merge. Set before the first transaction, for the life of the process, as autovacuum does.
+/// Settings of the database or of all roles that are meant for its users: with them a worker would find other
+/// operators than the server's, or never merge. Set before the first transaction, for the life of the
+/// process, as autovacuum does.
 pub fn pin_settings() {
     let settings = [
         (c"search_path", c"pg_catalog, pg_temp"),
@@ -107,8 +109,9 @@ pub fn pin_settings() {
     }
 }
 
-/// Runs each step in its own transaction and within a limit of time. After a failure its subject is left alone, for longer each
-/// time; after one that took too long, for longer than it took, so that most of the time is the others'.
+/// Runs each step in its own transaction and within a limit of time. After a failure its subject is left
+/// alone, for longer each time; after one that took too long, for longer than it took, so that most of the
+/// time is the others'.
 struct Steps {
     resting: HashMap<Subject, (Instant, Duration)>,
     /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
@@ -144,7 +147,8 @@ impl Default for Steps {
 }
 
 impl Steps {
-    /// Whether a round would find something to do; looks at what only now and then changes are made due. `None`: the worker is to leave.
+    /// Whether a round would find something to do; looks at what only now and then changes are made due.
+    /// `None`: the worker is to leave.
     fn look(&mut self) -> Option<bool> {
         let news = in_transaction(|| (!database_is_wanted()).then(|| attempt_as_owner(news::look)))?;
         if quiet::was_told() {
@@ -239,11 +243,11 @@ impl Steps {
 const SHORTEST_REST: Duration = Duration::from_millis(500);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
-/// Windows grow to what is merged in this time where rows come faster than that: the larger, the more rows meet in a group that is
-/// written once, and the longer others wait for their turn.
+/// Windows grow to what is merged in this time where rows come faster than that: the larger, the more rows
+/// meet in a group that is written once, and the longer others wait for their turn.
 const WINDOW_TIME: Duration = Duration::from_secs(1);
-/// For a machine that becomes three times as slow between two windows, and for no longer: what a merge calls may be anybody's, and
-/// others wait for their turn.
+/// For a machine that becomes three times as slow between two windows, and for no longer: what a merge calls
+/// may be anybody's, and others wait for their turn.
 const MERGE_LIMIT: Duration = Duration::from_secs(3);
 /// Takes 0.1 to 1 s (PostgreSQL 15, two shared cores, 2026-11).
 const FIRST_WINDOW: i64 = 100_000;
@@ -379,10 +383,11 @@ impl Drop for Cancellable {
     }
 }
 
-// ---- what the launcher and the builder need as well -----------------------------------------------------------------------
+// ---- what the launcher and the builder need as well
+// -----------------------------------------------------------------------
 
-/// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGINT ends a step; SIGHUP sets a
-/// flag.
+/// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGINT ends a
+/// step; SIGHUP sets a flag.
 pub fn attach_signals() {
     // SAFETY: before the signals are unblocked.
     unsafe {
@@ -429,7 +434,8 @@ pub fn reload_settings() {
 }
 
 pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
-    // SAFETY: the frame that PostgreSQL's own workers use. An error that `work` lets through ends the process.
+    // SAFETY: the frame that PostgreSQL's own workers use. An error that `work` lets through ends the
+    // process.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
         pg_sys::StartTransactionCommand();
@@ -441,13 +447,13 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
-/// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY, as an owner. A restriction
-/// cannot outlive a transaction; the server itself restricts what an index's functions may do.
+/// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY, as an owner.
+/// A restriction cannot outlive a transaction; the server itself restricts what an index's functions may do.
 pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
     let text = std::ffi::CString::new(sql).unwrap_or_default();
     let _cancellable = Cancellable::begin();
-    // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the transactions. After an
-    // error the transaction is aborted by hand.
+    // SAFETY: as the server runs a simple query: the statement lives in a context that outlives the
+    // transactions. After an error the transaction is aborted by hand.
     unsafe {
         let ourselves = pg_sys::GetUserId();
         pg_sys::SetCurrentStatementStartTimestamp();

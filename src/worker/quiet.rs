@@ -1,6 +1,7 @@
 //! How a worker that has nothing to do notices that it has, without asking for everything each time.
 //!
-//! Its look is one statement, [`crate::state::news`]. A round of everything follows if that finds something, or if somebody has told:
+//! Its look is one statement, [`crate::state::news`]. A round of everything follows if that finds something,
+//! or if somebody has told:
 //!
 //! | what makes work | who says so |
 //! |---|---|
@@ -13,9 +14,10 @@
 //! | what failed, and what else becomes due by time | a step that goes on until it has succeeded; else nobody, see [`LONGEST`] |
 //! | DROP DATABASE, DROP EXTENSION | each look asks first |
 //!
-//! Nothing is missed. A session tells after its change can be seen, and we are told when our next transaction begins. What we are told
-//! makes the looks at tables due that begin later, each in a transaction of its own: they see the change. What we are told while
-//! they go on counts for the next ones. If too much was told to be kept, the server says that everything has changed.
+//! Nothing is missed. A session tells after its change can be seen, and we are told when our next transaction
+//! begins. What we are told makes the looks at tables due that begin later, each in a transaction of its own:
+//! they see the change. What we are told while they go on counts for the next ones. If too much was told to
+//! be kept, the server says that everything has changed.
 
 use pgrx::pg_sys;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,11 +54,12 @@ pub fn was_told() -> bool {
     TOLD.swap(false, Ordering::Relaxed)
 }
 
-/// Nothing is left alone for longer. By what was told it would not have to be: this bounds what somebody has forgotten above.
+/// Nothing is left alone for longer. By what was told it would not have to be: this bounds what somebody has
+/// forgotten above.
 pub const LONGEST: Duration = Duration::from_secs(30);
 
-/// A look at something that takes more than the statement: due when there may be news of it, but not sooner than `shortest` after the
-/// last one.
+/// A look at something that takes more than the statement: due when there may be news of it, but not sooner
+/// than `shortest` after the last one.
 pub struct Look {
     shortest: Duration,
     last: Option<Instant>,

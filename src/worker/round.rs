@@ -1,6 +1,6 @@
-//! One round of all that has to be done, in order: the same for the worker, where each step is a transaction, and
-//! for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is recorded and
-//! does not stop the others.
+//! One round of all that has to be done, in order: the same for the worker, where each step is a transaction,
+//! and for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is
+//! recorded and does not stop the others.
 
 use crate::engine::declare;
 use crate::engine::rollup::{self, Look, Merge, Merged};
@@ -173,8 +173,8 @@ enum End {
     Failed,
 }
 
-/// As [`merge_windows`], but all rollups of the change log at once, for as long as they can be. Returns what was merged, of all of
-/// them or of none.
+/// As [`merge_windows`], but all rollups of the change log at once, for as long as they can be. Returns what
+/// was merged, of all of them or of none.
 fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<Merge> {
     let patience = run.patience();
     let subject = Subject::Together(source.name.clone());
@@ -196,8 +196,8 @@ fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<
     merged
 }
 
-/// Merges windows up to `safe_end`, each in a step of its own: all of them for a SQL call, one for the worker, so that no
-/// rollup keeps the others waiting.
+/// Merges windows up to `safe_end`, each in a step of its own: all of them for a SQL call, one for the
+/// worker, so that no rollup keeps the others waiting.
 fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<Merge>, End) {
     let patience = run.patience();
     let mut merged = None;
@@ -236,8 +236,8 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
     }
 }
 
-/// Keeps a failure for the status views, with how soon it is tried again at the latest if somebody does; or with `None` takes it
-/// back: what failed has succeeded.
+/// Keeps a failure for the status views, with how soon it is tried again at the latest if somebody does; or
+/// with `None` takes it back: what failed has succeeded.
 pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Duration>) -> Result<()> {
     let message = failure.map(|failure| match subject {
         Subject::Task(task) => format!("{task}: {}", failure.text()),

@@ -1,8 +1,8 @@
 //! Real clusters for tests with several connections.
 //!
-//! A test binary shares one cluster ([`shared`]); every test has a database of its own with LiteLLM's schema, made by
-//! LiteLLM's migrations. Tests that crash the server start a cluster for themselves. A watchdog process stops each
-//! cluster and removes its folder when the test binary ends, however it ends.
+//! A test binary shares one cluster ([`shared`]); every test has a database of its own with LiteLLM's schema,
+//! made by LiteLLM's migrations. Tests that crash the server start a cluster for themselves. A watchdog
+//! process stops each cluster and removes its folder when the test binary ends, however it ends.
 #![allow(dead_code)]
 
 use postgres::{Client, NoTls, Row};
@@ -148,7 +148,8 @@ impl Cluster {
         eventually("the server answers", || self.try_connect("postgres", "postgres").is_ok());
     }
 
-    /// Kills the postmaster with SIGKILL, waits until every process of the server is gone, and starts it again.
+    /// Kills the postmaster with SIGKILL, waits until every process of the server is gone, and starts it
+    /// again.
     pub fn crash_and_restart(&self) {
         let mut postmaster = self.postmaster.lock().unwrap();
         postmaster.kill().unwrap();
@@ -274,8 +275,8 @@ impl Database {
         self
     }
 
-    /// Whether autovacuum of `table` ("schema.name") of this database was ever cancelled. Other tests' may be: attaching
-    /// a table does that.
+    /// Whether autovacuum of `table` ("schema.name") of this database was ever cancelled. Other tests' may
+    /// be: attaching a table does that.
     pub fn autovacuum_was_cancelled(&self, table: &str) -> bool {
         let log = self.cluster.log();
         let context = format!("of table \"{}.{table}\"", self.name);
@@ -412,7 +413,8 @@ pub fn wait_until_live(client: &mut Client) {
     });
 }
 
-/// Runs `body` while `writers` connections insert `rows` rows at a time; they stop when it ends, also by a panic.
+/// Runs `body` while `writers` connections insert `rows` rows at a time; they stop when it ends, also by a
+/// panic.
 pub fn beside_writers<T>(db: &Database, writers: u32, rows: u32, days: u32, body: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -483,8 +485,9 @@ pub fn capture_errors(client: &mut Client) -> i64 {
     value(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
 }
 
-/// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as numeric. Only LiteLLM's own view
-/// adds up as double precision: 6e-10 of a dollar were missing of 571 in tens of thousands of rows; no row has less than 1e-5.
+/// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as
+/// numeric. Only LiteLLM's own view adds up as double precision: 6e-10 of a dollar were missing of 571 in
+/// tens of thousands of rows; no row has less than 1e-5.
 pub const VIEW_AGAINST_RAW: &str = r#"
     SELECT coalesce(v.date, r.date)::text, v.spend, r.spend
     FROM "MonthlyGlobalSpend" v
