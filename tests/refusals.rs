@@ -458,7 +458,7 @@ fn cascade_does_not_take_litellms_views_along() {
         assert_refused(&mut client, drop, "2BP01");
         let refused = error(&mut client, drop);
         assert!(refused.message().contains(r#"attached to "public"."LiteLLM_SpendLogs""#), "{refused:?}");
-        assert!(refused.hint().unwrap().contains("SELECT * FROM spend_detach(drop_history => true);"));
+        assert!(refused.hint().unwrap().contains("SELECT * FROM ext.spend_detach(drop_history => true);"));
     }
     client.batch_execute("DROP SCHEMA other CASCADE; DROP EXTENSION pg_trgm CASCADE").unwrap();
     assert!(before >= 7, "{before}");

@@ -51,3 +51,38 @@ fn no_room_calls_one_above_it_and_the_map_is_right() {
         assert_eq!(said, calls.remove(room).unwrap_or_default(), "what {room} calls");
     }
 }
+
+/// rustfmt leaves comments as they are; what it breaks is as wide as rustfmt.toml says.
+#[test]
+fn a_comment_is_no_wider_than_the_code() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut wide, mut comments) = (vec![], 0);
+    let mut folders = vec![root.join("src"), root.join("tests"), root.join("sql")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let marker = match path.extension().and_then(|extension| extension.to_str()) {
+                Some("rs") => "//",
+                Some("sql") if path.starts_with(root.join("sql")) => "--",
+                _ if path.is_dir() => {
+                    folders.push(path);
+                    continue;
+                }
+                _ => continue,
+            };
+            for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+                let text = line.trim_start();
+                comments += usize::from(text.starts_with(marker));
+                // A row of a table is one line.
+                if text.starts_with(marker) && line.chars().count() > WIDTH && !text.contains(" | ") {
+                    wide.push(format!("{}:{}", path.display(), number + 1));
+                }
+            }
+        }
+    }
+    assert!(comments > 1000, "{comments} lines of comments");
+    assert!(wide.is_empty(), "wider than {WIDTH}: {wide:#?}");
+}
+
+/// `max_width` of rustfmt.toml.
+const WIDTH: usize = 110;

@@ -155,7 +155,8 @@ fn truncated_in_utc(unit: &str, column: &str) -> String {
     }
     let origin = format!("'2000-01-01 00:00:00+00'::{TIMESTAMPTZ}");
     format!(
-        "CASE WHEN {column} >= {origin} THEN date_bin('1 {unit}'::interval, {column}, {origin}) ELSE {truncated} END"
+        "CASE WHEN {column} >= {origin} THEN date_bin('1 {unit}'::interval, {column}, {origin}) \
+         ELSE {truncated} END"
     )
 }
 

@@ -86,7 +86,8 @@ const HAS_GRANTS: &str = "
           WHERE oid = 'litellm_spend.backfill_step(regclass)'::regprocedure
           UNION ALL SELECT attacl, 'SELECT' FROM pg_catalog.pg_attribute
           WHERE attrelid = 'litellm_spend.rollup'::regclass AND attname IN ('name', 'watermark')) AS ours
-    WHERE EXISTS (SELECT FROM pg_catalog.aclexplode(acl) AS a WHERE a.grantee = $1 AND a.privilege_type = privilege)";
+    WHERE EXISTS (SELECT FROM pg_catalog.aclexplode(acl) AS a WHERE a.grantee = $1
+        AND a.privilege_type = privilege)";
 
 /// Gives a rollup and all that was made for it to the owner of its source, who also needs to read the
 /// watermark, as the live view does.
@@ -205,9 +206,12 @@ fn insert_rollup(
     let last = relation::last_value(numbering.sequence)?;
     spi::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value, covered_from, owner)
-             SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity', CASE WHEN $3 IS NOT NULL THEN $7::oid END
-             FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence WHERE seqrelid = $4) AS s"
+            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value,
+                 covered_from, owner)
+             SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity',
+                 CASE WHEN $3 IS NOT NULL THEN $7::oid END
+             FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence
+                 WHERE seqrelid = $4) AS s"
         ),
         &[
             name.into(),
@@ -298,7 +302,8 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
     // The functions are what the aggregates are made of.
     let functions = spi::query(
         &format!(
-            "SELECT CASE prokind WHEN 'a' THEN 'AGGREGATE' ELSE 'FUNCTION' END, oid::regprocedure::text, proowner
+            "SELECT CASE prokind WHEN 'a' THEN 'AGGREGATE' ELSE 'FUNCTION' END, oid::regprocedure::text,
+                 proowner
              FROM pg_catalog.pg_proc
              WHERE pronamespace = '{SCHEMA}'::regnamespace AND pg_catalog.starts_with(proname, $1 || '.')
              ORDER BY 1"
@@ -335,7 +340,8 @@ pub fn strays() -> Result<Vec<String>> {
         &format!(
             "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
              LEFT JOIN pg_catalog.pg_class c ON c.oid = s.relation
-             LEFT JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup' AND t.relnamespace = '{SCHEMA}'::regnamespace
+             LEFT JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup'
+                 AND t.relnamespace = '{SCHEMA}'::regnamespace
              LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
              WHERE s.name <> {} AND s.origin = {HERE}
                AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
@@ -387,9 +393,12 @@ fn is_bare(table: pg_sys::Oid) -> Result<bool> {
                UNION ALL SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = $1
                UNION ALL SELECT FROM pg_catalog.pg_policy WHERE polrelid = $1
                UNION ALL SELECT FROM pg_catalog.pg_statistic_ext WHERE stxrelid = $1
-               UNION ALL SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype NOT IN ('p', 'u', 'n')
-               UNION ALL SELECT FROM pg_catalog.pg_index i WHERE indrelid = $1 AND (indexprs IS NOT NULL OR indpred IS NOT NULL)
-                   AND EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::regclass
+               UNION ALL SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1
+                   AND contype NOT IN ('p', 'u', 'n')
+               UNION ALL SELECT FROM pg_catalog.pg_index i WHERE indrelid = $1
+                   AND (indexprs IS NOT NULL OR indpred IS NOT NULL)
+                   AND EXISTS (SELECT FROM pg_catalog.pg_depend d
+                       WHERE d.classid = 'pg_catalog.pg_class'::regclass
                                AND d.objid = i.indexrelid AND d.refclassid = 'pg_catalog.pg_proc'::regclass)";
     Ok(spi::query(sql, &[table.into()], |_| Ok(()))?.is_empty())
 }

@@ -295,7 +295,8 @@ pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> 
     let sequence = quoted(&definition.source_sequence);
     let sql = format!(
         "SELECT count(*), (min(at) FILTER (WHERE isfinite(at)))::timestamptz
-         FROM (SELECT {time} AS at FROM {} WHERE {sequence} > $1 ORDER BY {sequence} LIMIT {MOST_COUNTED}) AS tail",
+         FROM (SELECT {time} AS at FROM {} WHERE {sequence} > $1 ORDER BY {sequence}
+             LIMIT {MOST_COUNTED}) AS tail",
         definition.source
     );
     // What is wrong with the rollup is told by its last error, and must not hide the others.
@@ -319,18 +320,24 @@ fn numbers_ahead(name: &str, fence: &Fence) -> Result<Option<i64>> {
 fn calls_functions(relation: pg_sys::Oid) -> Result<bool> {
     let sql = format!(
         "SELECT FROM pg_catalog.pg_depend d
-         WHERE d.refclassid IN ('pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_operator'::regclass, 'pg_catalog.pg_type'::regclass)
+         WHERE d.refclassid IN ('pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_operator'::regclass,
+             'pg_catalog.pg_type'::regclass)
            AND d.refobjid >= {first}::oid
            AND (d.classid, d.objid) IN (
-               SELECT 'pg_catalog.pg_class'::regclass::oid, indexrelid FROM pg_catalog.pg_index WHERE indrelid = ANY ($1)
+               SELECT 'pg_catalog.pg_class'::regclass::oid, indexrelid FROM pg_catalog.pg_index
+                   WHERE indrelid = ANY ($1)
                UNION ALL SELECT 'pg_catalog.pg_constraint'::regclass, oid FROM pg_catalog.pg_constraint
                    WHERE conrelid = ANY ($1) AND contype = 'c'
-               UNION ALL SELECT 'pg_catalog.pg_attrdef'::regclass, oid FROM pg_catalog.pg_attrdef WHERE adrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_attrdef'::regclass, oid FROM pg_catalog.pg_attrdef
+                   WHERE adrelid = ANY ($1)
                UNION ALL SELECT 'pg_catalog.pg_statistic_ext'::regclass, oid FROM pg_catalog.pg_statistic_ext
                    WHERE stxrelid = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_policy'::regclass, oid FROM pg_catalog.pg_policy WHERE polrelid = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_rewrite'::regclass, oid FROM pg_catalog.pg_rewrite WHERE ev_class = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_class'::regclass, partrelid FROM pg_catalog.pg_partitioned_table
+               UNION ALL SELECT 'pg_catalog.pg_policy'::regclass, oid FROM pg_catalog.pg_policy
+                   WHERE polrelid = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_rewrite'::regclass, oid FROM pg_catalog.pg_rewrite
+                   WHERE ev_class = ANY ($1)
+               UNION ALL SELECT 'pg_catalog.pg_class'::regclass, partrelid
+                   FROM pg_catalog.pg_partitioned_table
                    WHERE partrelid = ANY ($1) AND partexprs IS NOT NULL)
          LIMIT 1",
         first = pg_sys::FirstNormalObjectId

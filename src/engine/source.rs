@@ -36,7 +36,8 @@ pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numberi
     )?;
     let drawn = spi::query(
         "SELECT attname::text, NOT attnotnull, ad.adbin::text FROM pg_catalog.pg_attrdef ad
-         JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum AND a.attgenerated = ''
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum
+             AND a.attgenerated = ''
          WHERE ad.adrelid = $1",
         &[table.oid.into()],
         |r| {
@@ -68,19 +69,23 @@ pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> R
     let elsewhere = spi::current(
         &format!(
             "{FAMILY}
-             SELECT a.attrelid::regclass::text, $2::regclass::text, a.attname::text, other.sequence::regclass::text,
+             SELECT a.attrelid::regclass::text, $2::regclass::text, a.attname::text,
+                 other.sequence::regclass::text,
                     d.oid IS NOT NULL
              FROM family JOIN pg_catalog.pg_attribute a ON a.attrelid = family.oid AND a.attnum > 0
              JOIN pg_catalog.pg_attribute number ON number.attname = a.attname
-             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation AND number.attnum = draws.attnum
+             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation
+                 AND number.attnum = draws.attnum
              LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
              LEFT JOIN LATERAL (
                  SELECT objid AS sequence FROM pg_catalog.pg_depend
-                 WHERE classid = 'pg_catalog.pg_class'::regclass AND refclassid = classid AND refobjid = a.attrelid
+                 WHERE classid = 'pg_catalog.pg_class'::regclass AND refclassid = classid
+                     AND refobjid = a.attrelid
                    AND refobjsubid = a.attnum AND deptype = 'i') AS other ON true
              WHERE (a.attrelid, a.attnum) NOT IN (SELECT relation, attnum FROM draws)
                -- Written straight to a partition without a default, a row has no number and is never counted.
-               AND (d.oid IS NOT NULL OR other.sequence IS NOT NULL OR a.attrelid NOT IN (SELECT oid FROM tree))
+               AND (d.oid IS NOT NULL OR other.sequence IS NOT NULL
+                   OR a.attrelid NOT IN (SELECT oid FROM tree))
              UNION ALL SELECT $1::regclass::text, $2::regclass::text, NULL, NULL, false
              WHERE $1 NOT IN (SELECT relation FROM draws)
              LIMIT 1"
@@ -114,7 +119,8 @@ fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
              FROM family JOIN pg_catalog.pg_attrdef d ON d.adrelid = family.oid
              JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
              JOIN pg_catalog.pg_attribute number ON number.attname = a.attname
-             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation AND number.attnum = draws.attnum"
+             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation
+                 AND number.attnum = draws.attnum"
         ),
         &[relation.into(), sequence.into()],
         |r| {
@@ -146,7 +152,8 @@ pub fn require_not_distributed(relation: pg_sys::Oid) -> Result<()> {
     let tree = relation::relation_tree(relation)?;
     let _citus = Owner::of(catalog)?.act();
     let distributed = spi::current(
-        "SELECT logicalrelid::text FROM pg_catalog.pg_dist_partition WHERE logicalrelid::oid = ANY ($1) LIMIT 1",
+        "SELECT logicalrelid::text FROM pg_catalog.pg_dist_partition WHERE logicalrelid::oid = ANY ($1)
+             LIMIT 1",
         &[tree.into()],
         |r| spi::value::<String>(r, 1),
     )?;
@@ -174,7 +181,8 @@ pub fn advice(table: &Table, numbering: &Numbering) -> Result<Vec<Notice>> {
     }
     let hidden = spi::query(
         "SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_roles r ON r.oid = c.relowner
-         WHERE c.oid = $1 AND c.relrowsecurity AND c.relforcerowsecurity AND NOT (r.rolsuper OR r.rolbypassrls)",
+         WHERE c.oid = $1 AND c.relrowsecurity AND c.relforcerowsecurity
+             AND NOT (r.rolsuper OR r.rolbypassrls)",
         &[table.oid.into()],
         |_| Ok(()),
     )?;
@@ -262,7 +270,8 @@ pub fn open_source(
     let numbering = numbering(&table, sequence)?;
     let may_read = spi::query(
         "SELECT pg_catalog.has_sequence_privilege($1, $2, 'SELECT')
-                AND pg_catalog.has_schema_privilege($1, relnamespace, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $2",
+                AND pg_catalog.has_schema_privilege($1, relnamespace, 'USAGE') FROM pg_catalog.pg_class
+                    WHERE oid = $2",
         &[table.owner_oid.into(), numbering.sequence.into()],
         |r| spi::value::<bool>(r, 1),
     )?;
@@ -279,7 +288,8 @@ pub fn open_source(
 pub fn forget_unused_sources() -> Result<()> {
     spi::execute(
         &format!(
-            "DELETE FROM {SCHEMA}.source s WHERE NOT EXISTS (SELECT FROM {SCHEMA}.rollup r WHERE r.source = s.name)
+            "DELETE FROM {SCHEMA}.source s
+                 WHERE NOT EXISTS (SELECT FROM {SCHEMA}.rollup r WHERE r.source = s.name)
                  AND NOT EXISTS (SELECT FROM {SCHEMA}.capture c WHERE c.source = s.name)"
         ),
         &[],

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  step          lock on the partition         who waits
-//!  drop, build   SHARE UPDATE EXCLUSIVE        nobody who reads or writes; who changes the table or vacuums it
+//!  drop, build   SHARE UPDATE EXCLUSIVE        not who reads or writes; who changes or vacuums it
 //! ```
 //! CONCURRENTLY, one at a time on a table, on the newest partition first; a partition that LiteLLM writes to
 //! only where that was asked for. A process of its own does it ([`crate::index`] only says what): a build
@@ -175,8 +175,10 @@ fn give_way(relation: pg_sys::Oid) -> Result<()> {
          JOIN pg_catalog.pg_stat_activity a ON a.pid = h.pid
          WHERE w.locktype = 'relation' AND NOT w.granted AND a.backend_type = 'litellm_spend builder'
            AND h.pid = ANY (pg_catalog.pg_blocking_pids(w.pid))
-           AND w.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
-           AND w.relation IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)
+           AND w.database = (SELECT oid FROM pg_catalog.pg_database
+               WHERE datname = pg_catalog.current_database())
+           AND w.relation IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits
+               WHERE inhparent = $1)
            AND w.waitstart < clock_timestamp() - make_interval(secs => $2)",
         &[relation.into(), guc::lock_timeout().time.as_secs_f64().into()],
         |_| Ok(()),

@@ -194,7 +194,8 @@ impl Index {
             return Ok(None);
         }
         let found = spi::query(
-            "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+            "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n
+                 ON n.oid = e.extnamespace
              WHERE e.extname = 'pg_trgm'",
             &[],
             |r| spi::value::<String>(r, 1),

@@ -74,8 +74,10 @@ struct Existing {
 fn existing(tree: &[pg_sys::Oid]) -> Result<Vec<Existing>> {
     spi::query(
         "SELECT c.relname::text, i.indisvalid, c.relkind = 'I', m.amname::text,
-                ARRAY(SELECT pg_catalog.pg_get_indexdef(c.oid, n, false) FROM generate_series(1, i.indnkeyatts) AS n),
-                ARRAY(SELECT pg_catalog.pg_get_indexdef(c.oid, n, false) FROM generate_series(1, i.indnatts) AS n),
+                ARRAY(SELECT pg_catalog.pg_get_indexdef(c.oid, n, false)
+                    FROM generate_series(1, i.indnkeyatts) AS n),
+                ARRAY(SELECT pg_catalog.pg_get_indexdef(c.oid, n, false)
+                    FROM generate_series(1, i.indnatts) AS n),
                 pg_catalog.pg_get_expr(i.indpred, i.indrelid)
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
          JOIN pg_catalog.pg_am m ON m.oid = c.relam WHERE i.indrelid = ANY ($1) ORDER BY 1",
@@ -166,7 +168,8 @@ const TRIGRAM: f64 = 1.5;
 impl Size {
     pub fn of(table: &Table, tree: &[pg_sys::Oid]) -> Result<Size> {
         let mut sizes = spi::query(
-            "SELECT count(*), coalesce(sum(pg_catalog.pg_relation_size(oid)), 0)::bigint, coalesce(sum(greatest(reltuples, 0)), 0)::float8
+            "SELECT count(*), coalesce(sum(pg_catalog.pg_relation_size(oid)), 0)::bigint,
+                 coalesce(sum(greatest(reltuples, 0)), 0)::float8
              FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'r'",
             &[tree.to_vec().into()],
             |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<f64>(r, 3)?)),
@@ -244,7 +247,9 @@ fn advice(table: &Table, tree: &[pg_sys::Oid]) -> Result<Vec<Row>> {
     };
     let is_set = !spi::query(
         "SELECT FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) AS setting
-         WHERE s.setrole IN (0, $1) AND s.setdatabase IN (0, (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()))
+         WHERE s.setrole IN (0, $1)
+             AND s.setdatabase IN (0, (SELECT oid FROM pg_catalog.pg_database
+                 WHERE datname = current_database()))
            AND setting = 'plan_cache_mode=force_custom_plan'",
         &[table.owner_oid.into()],
         |_| Ok(()),
@@ -264,7 +269,8 @@ fn advice(table: &Table, tree: &[pg_sys::Oid]) -> Result<Vec<Row>> {
     }
     // Of those that are still written to: the newest is as good as any.
     let unset = spi::query(
-        "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
+             ON n.oid = c.relnamespace
          WHERE c.oid = ANY ($1) AND c.relkind = 'r'
            AND NOT coalesce(c.reloptions::text LIKE '%autovacuum_vacuum_insert_scale_factor=%', false)
          ORDER BY c.oid DESC LIMIT 1",
@@ -277,10 +283,12 @@ fn advice(table: &Table, tree: &[pg_sys::Oid]) -> Result<Vec<Row>> {
             "sums that an index alone can answer: vacuum comes sooner to rows that were only inserted. New partitions get it from the newest one",
         );
     }
-    let has_lz4 = "SELECT FROM pg_catalog.pg_settings WHERE name = 'default_toast_compression' AND 'lz4' = ANY (enumvals) AND setting <> 'lz4'";
+    let has_lz4 = "SELECT FROM pg_catalog.pg_settings WHERE name = 'default_toast_compression'
+        AND 'lz4' = ANY (enumvals) AND setting <> 'lz4'";
     let pglz = spi::query(
         "SELECT attname::text FROM pg_catalog.pg_attribute
-         WHERE attrelid = $1 AND attname = ANY ($2::text[]) AND NOT attisdropped AND attcompression <> 'l' ORDER BY attnum",
+         WHERE attrelid = $1 AND attname = ANY ($2::text[]) AND NOT attisdropped AND attcompression <> 'l'
+             ORDER BY attnum",
         &[table.oid.into(), LARGE.map(str::to_string).to_vec().into()],
         |r| value::<String>(r, 1),
     )?;

@@ -26,15 +26,20 @@ const OF_SUPERUSERS: [&str; 4] = ["spend_restored", "restored", "spend_grant_adm
 fn rights(sees_sessions: bool) -> Result<Vec<(String, String)>> {
     spi::query(
         "WITH member AS (
-             SELECT d.classid, d.objid FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
-             WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e' AND e.extname = 'litellm_spend')
-         SELECT 'EXECUTE', pg_catalog.format('%s %s', CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END,
+             SELECT d.classid, d.objid FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e
+                 ON e.oid = d.refobjid
+             WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
+                 AND e.extname = 'litellm_spend')
+         SELECT 'EXECUTE', pg_catalog.format('%s %s',
+             CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END,
                                              p.oid::regprocedure)
-         FROM pg_catalog.pg_proc p JOIN member m ON m.classid = 'pg_catalog.pg_proc'::regclass AND m.objid = p.oid
+         FROM pg_catalog.pg_proc p JOIN member m ON m.classid = 'pg_catalog.pg_proc'::regclass
+             AND m.objid = p.oid
          WHERE p.proname <> ALL ($1::text[])
          UNION ALL
          SELECT 'SELECT', pg_catalog.format('TABLE %s', c.oid::regclass)
-         FROM pg_catalog.pg_class c JOIN member m ON m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid
+         FROM pg_catalog.pg_class c JOIN member m ON m.classid = 'pg_catalog.pg_class'::regclass
+             AND m.objid = c.oid
          WHERE c.relkind = 'v'
            AND ($2 OR pg_catalog.pg_get_viewdef(c.oid) NOT LIKE '%pg_stat_%')
          ORDER BY 1, 2",

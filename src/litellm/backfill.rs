@@ -106,7 +106,8 @@ fn days_with_rows(fences: &[&Fence], covered_from: Timestamp) -> Result<Option<D
 pub fn uncover_all(source: &str) -> Result<()> {
     spi::execute(
         &format!(
-            "UPDATE {SCHEMA}.rollup SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL,
+            "UPDATE {SCHEMA}.rollup
+                 SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL,
                  backfill_began = NULL
              WHERE source = $1"
         ),

@@ -62,7 +62,8 @@ fn candidates() -> Result<Vec<(pg_sys::Oid, String)>> {
     spi::current(
         "SELECT c.oid, n.nspname::text, c.relname::text
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-         WHERE c.relname = $1::name AND c.relkind IN ('r', 'p') AND c.relpersistence <> 't' ORDER BY n.nspname",
+         WHERE c.relname = $1::name AND c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
+             ORDER BY n.nspname",
         &[SPEND_LOGS.into()],
         |r| {
             let (schema, name) = (spi::value::<String>(r, 2)?, spi::value::<String>(r, 3)?);
@@ -304,9 +305,11 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
     spi::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, owner, columns, on_delete, origin,
+            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, owner, columns,
+                 on_delete, origin,
                                            failures_seen)
-             VALUES ($1, $2::name, $3::name, $4, $7, $5, $6, {HERE}, (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
+             VALUES ($1, $2::name, $3::name, $4, $7, $5, $6, {HERE},
+                 (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
                                                           FROM {SCHEMA}.capture_failures))
              ON CONFLICT (source) DO UPDATE SET table_schema = excluded.table_schema,
                  table_name = excluded.table_name, owner = excluded.owner, columns = excluded.columns,
@@ -531,7 +534,8 @@ pub fn missing_triggers_within(
             "SELECT r.oid, o.operation
              FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n) JOIN pg_catalog.pg_class c ON c.oid = r.oid
              CROSS JOIN unnest($2::text[]) AS o(operation)
-             WHERE (o.operation <> '{MOVE}' OR c.relkind = 'r' AND (SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = $3))
+             WHERE (o.operation <> '{MOVE}' OR c.relkind = 'r'
+                 AND (SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = $3))
                AND NOT EXISTS (
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation

@@ -124,7 +124,8 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     )?;
     spi::execute(
         &format!(
-            "DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1 AND NOT unrepairable"
+            "DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1
+                 AND NOT unrepairable"
         ),
         &[safe.into()],
     )?;
@@ -142,7 +143,8 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
     // 1. where to look. The notes are ours before the first day is read: one that is committed later stays.
     let notes = spi::fresh(
         &format!(
-            "WITH notes AS (DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL RETURNING *)
+            "WITH notes AS (DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL
+                 RETURNING *)
              SELECT range_agg(tsrange(range_start, nullif(range_end, 'infinity')))::text,
                     string_agg(DISTINCT operation, ', ')
              FROM notes"
@@ -171,7 +173,8 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
         let border = spi::fresh(
             &format!(
                 "SELECT max(range_end) FROM {SCHEMA}.dirty_range
-                 WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_end <= least($1, {TODAY} + interval '1 day')"
+                 WHERE repair = 'freeze' AND repaired_at IS NOT NULL
+                     AND range_end <= least($1, {TODAY} + interval '1 day')"
             ),
             &[start_of_raw(&capture)?.into()],
             |r| Ok(r.get::<Timestamp>(1)?),
@@ -195,7 +198,8 @@ fn last_known_day(
     let last = |time: String, relation: &str, condition: &str| {
         format!(
             "SELECT date_trunc('day', max({time}::timestamp)) AS last FROM {relation} AS r
-             WHERE {time}::timestamp <@ $1::tsmultirange AND ($2 IS NULL OR {time}::timestamp < $2) {condition}"
+             WHERE {time}::timestamp <@ $1::tsmultirange
+                 AND ($2 IS NULL OR {time}::timestamp < $2) {condition}"
         )
     };
     let sql = format!(
@@ -239,7 +243,8 @@ pub fn freeze_expired(patience: Patience) -> Result<bool> {
     // Before the fences, which take an XID: as a rule there is nothing to freeze.
     let border = spi::query(
         &format!(
-            "SELECT least($2, {TODAY}) FROM {SCHEMA}.source WHERE name = $1 AND frozen_before < least($2, {TODAY})"
+            "SELECT least($2, {TODAY}) FROM {SCHEMA}.source WHERE name = $1
+                 AND frozen_before < least($2, {TODAY})"
         ),
         &[capture.source.as_str().into(), first.into()],
         |r| spi::value::<Timestamp>(r, 1),

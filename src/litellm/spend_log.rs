@@ -197,7 +197,8 @@ impl Capture<'_> {
         let gone = write_sums("retired", &self.rows("old_rows", 1, &condition)).replace('%', "%%");
         format!(
             "IF coalesce(current_setting('{MOVED}', true), '') = ''
-       OR NOT EXISTS (SELECT FROM pg_class WHERE oid = TG_RELID AND pg_get_userbyid(relowner) = current_user) THEN
+       OR NOT EXISTS (SELECT FROM pg_class WHERE oid = TG_RELID
+           AND pg_get_userbyid(relowner) = current_user) THEN
         {all};
     ELSE
         EXECUTE format({}, TG_RELID::regclass);
@@ -223,7 +224,8 @@ BEGIN
 EXCEPTION WHEN OTHERS THEN
     BEGIN
         failure := nextval('{SCHEMA}.capture_failures');
-        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate, message)
+        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate,
+            message)
         SELECT DISTINCT failure, date_trunc('day', {time}), {end}, {repair}, TG_OP, SQLSTATE, SQLERRM
         FROM {rows} AS r;
     EXCEPTION WHEN OTHERS THEN
@@ -309,8 +311,10 @@ DECLARE
     range_end timestamp := 'infinity';
 BEGIN
     BEGIN
-        SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') INTO bounds
-        FROM pg_class c JOIN pg_inherits i ON i.inhrelid = c.oid JOIN pg_partitioned_table k ON k.partrelid = i.inhparent
+        SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid),
+            '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') INTO bounds
+        FROM pg_class c JOIN pg_inherits i ON i.inhrelid = c.oid JOIN pg_partitioned_table k
+            ON k.partrelid = i.inhparent
         JOIN pg_attribute a ON a.attrelid = k.partrelid AND a.attname = {time}
         WHERE c.oid = TG_RELID AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum;
         IF bounds[1] <> 'MINVALUE' THEN
@@ -356,15 +360,16 @@ BEGIN
     END IF;
     noted := nullif(current_setting('{MOVED}', true), '')::jsonb;
     IF noted IS NULL THEN
-        EXECUTE format('SELECT %s FROM (SELECT ($1).*) AS r', coalesce(pg_get_partition_constraintdef(TG_RELID), 'true'))
+        EXECUTE format('SELECT %s FROM (SELECT ($1).*) AS r',
+            coalesce(pg_get_partition_constraintdef(TG_RELID), 'true'))
             INTO stays USING NEW;
         IF stays THEN
             RETURN NEW;
         END IF;
         noted := jsonb_build_object('id', OLD.request_id, 'time', OLD.{time}, 'days', '{{}}'::jsonb);
     END IF;
-    noted := jsonb_set(noted, '{{days}}', jsonb_build_object(
-        date_trunc('day', NEW.{time}), 'UPDATE') || (noted -> 'days') || jsonb_build_object(date_trunc('day', OLD.{time}), 'MOVE'));
+    noted := jsonb_set(noted, '{{days}}', jsonb_build_object(date_trunc('day', NEW.{time}), 'UPDATE')
+        || (noted -> 'days') || jsonb_build_object(date_trunc('day', OLD.{time}), 'MOVE'));
     PERFORM set_config('{MOVED}', noted::text, true);
     RETURN NEW;
 EXCEPTION WHEN OTHERS THEN
@@ -390,7 +395,8 @@ fn note_moves() -> String {
             PERFORM set_config('{MOVED}', '', true);
         END IF;
         INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-        SELECT day::timestamp, {end}, 'rebuild', operation FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
+        SELECT day::timestamp, {end}, 'rebuild', operation
+            FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
         WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'
                           AND r.{time} = ({noted} ->> 'time')::timestamp);
         PERFORM set_config('{MOVED}', '', true);

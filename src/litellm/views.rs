@@ -423,7 +423,8 @@ fn uses_anothers_code(found: &Table) -> Result<bool> {
     // As a rule it uses the server's only, on which nothing is noted to depend.
     let any = "SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d
                    ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = w.oid
-               WHERE w.ev_class = $1 AND d.refclassid IN ('pg_catalog.pg_type'::regclass, 'pg_catalog.pg_proc'::regclass,
+               WHERE w.ev_class = $1
+                   AND d.refclassid IN ('pg_catalog.pg_type'::regclass, 'pg_catalog.pg_proc'::regclass,
                                                           'pg_catalog.pg_operator'::regclass) LIMIT 1";
     if spi::query(any, &[found.oid.into()], |_| Ok(()))?.is_empty() {
         return Ok(false);

@@ -164,7 +164,8 @@ fn grantees(table: &str) -> Result<Vec<String>> {
 fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
     let keys = query(
         "SELECT c.conname::text, array_agg(a.attname::text ORDER BY k.n)
-         FROM pg_catalog.pg_constraint c, unnest(c.conkey) WITH ORDINALITY AS k(attnum, n), pg_catalog.pg_attribute a
+         FROM pg_catalog.pg_constraint c, unnest(c.conkey) WITH ORDINALITY AS k(attnum, n),
+             pg_catalog.pg_attribute a
          WHERE c.conrelid = $1 AND c.contype = 'p' AND a.attrelid = c.conrelid AND a.attnum = k.attnum
          GROUP BY c.conname",
         &[table.into()],
@@ -177,8 +178,10 @@ fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
     query(
         "SELECT c.relname::text, pg_catalog.pg_get_indexdef(i.indexrelid), d.description
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
-         LEFT JOIN pg_catalog.pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid AND d.objsubid = 0
-         WHERE i.indrelid = $1 AND i.indisvalid AND NOT i.indisprimary AND NOT i.indisunique AND NOT starts_with(c.relname, $2)
+         LEFT JOIN pg_catalog.pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid
+             AND d.objsubid = 0
+         WHERE i.indrelid = $1 AND i.indisvalid AND NOT i.indisprimary AND NOT i.indisunique
+             AND NOT starts_with(c.relname, $2)
          ORDER BY 1",
         &[table.into(), PREFIX.into()],
         |r| Ok(Index { name: value(r, 1)?, sql: value(r, 2)?, comment: r.get(3)? }),
@@ -188,7 +191,8 @@ fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
 fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
     query(
         "SELECT tgname::text, pg_catalog.array_remove(ARRAY[pg_catalog.pg_get_triggerdef(oid),
-                CASE WHEN tgenabled <> 'O' THEN pg_catalog.format('ALTER TABLE %s %s TRIGGER %I', tgrelid::regclass,
+                CASE WHEN tgenabled <> 'O' THEN pg_catalog.format('ALTER TABLE %s %s TRIGGER %I',
+                    tgrelid::regclass,
                     CASE tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, tgname)
                 END], NULL)
          FROM pg_catalog.pg_trigger
@@ -200,10 +204,12 @@ fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
 
 fn views(table: pg_sys::Oid, kind: &str) -> Result<Vec<View>> {
     query(
-        "SELECT c.oid, n.nspname::text, c.relname::text, pg_catalog.rtrim(pg_catalog.pg_get_viewdef(c.oid), ';')
+        "SELECT c.oid, n.nspname::text, c.relname::text,
+             pg_catalog.rtrim(pg_catalog.pg_get_viewdef(c.oid), ';')
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind::text = $2 AND EXISTS (
-             SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+             SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_depend d
+                 ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
              WHERE w.ev_class = c.oid AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1)
          ORDER BY c.oid",
         &[table.into(), kind.into()],
@@ -217,8 +223,10 @@ fn views(table: pg_sys::Oid, kind: &str) -> Result<Vec<View>> {
 fn functions(table: pg_sys::Oid) -> Result<Vec<Function>> {
     query(
         "SELECT DISTINCT p.oid::regprocedure::text, pg_catalog.pg_get_functiondef(p.oid), p.proowner
-         FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
-         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.prosqlbody IS NOT NULL ORDER BY 1",
+         FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_depend d ON d.classid = 'pg_proc'::regclass
+             AND d.objid = p.oid
+         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.prosqlbody IS NOT NULL
+             ORDER BY 1",
         &[table.into()],
         |r| Ok(Function { name: value(r, 1)?, sql: value(r, 2)?, owner: Owner::role(value(r, 3)?) }),
     )
@@ -236,17 +244,20 @@ const PIECES: [(Actor, &str); 13] = [
     (Actor::Owner, "SELECT 'comment', coalesce('column ' || quote_ident(a.attname), 'table'),
             ARRAY[format('COMMENT ON %s IS %L', CASE WHEN a.attname IS NULL THEN 'TABLE ' || $2
                          ELSE 'COLUMN ' || $2 || '.' || quote_ident(a.attname) END, d.description)]
-     FROM pg_description d LEFT JOIN pg_attribute a ON a.attrelid = d.objoid AND a.attnum = d.objsubid AND d.objsubid > 0
+     FROM pg_description d LEFT JOIN pg_attribute a ON a.attrelid = d.objoid AND a.attnum = d.objsubid
+         AND d.objsubid > 0
      WHERE d.classoid = 'pg_class'::regclass AND d.objoid = $1"),
     // Row security.
-    (Actor::Owner, "SELECT 'row security', lower(s.word), ARRAY[format('ALTER TABLE %s %s ROW LEVEL SECURITY', $2, s.word)]
+    (Actor::Owner, "SELECT 'row security', lower(s.word),
+        ARRAY[format('ALTER TABLE %s %s ROW LEVEL SECURITY', $2, s.word)]
      FROM pg_class c, (VALUES ('ENABLE'), ('FORCE')) AS s(word)
      WHERE c.oid = $1 AND CASE s.word WHEN 'ENABLE' THEN c.relrowsecurity ELSE c.relforcerowsecurity END"),
     (Actor::Owner, "SELECT 'policy', polname::text,
             ARRAY[format('CREATE POLICY %I ON %s AS %s FOR %s TO %s', polname, $2,
                    CASE WHEN polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
                    CASE polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
-                   (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(r)) END, ', ') FROM unnest(polroles) AS r))
+                   (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(r)) END, ', ')
+                       FROM unnest(polroles) AS r))
             || coalesce(' USING (' || pg_get_expr(polqual, polrelid) || ')', '')
             || coalesce(' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')', '')]
      FROM pg_policy WHERE polrelid = $1"),
@@ -254,9 +265,12 @@ const PIECES: [(Actor, &str); 13] = [
     (Actor::Ourselves, PUBLICATIONS),
     (Actor::Ourselves, VIA_ROOT),
     // Replica identity, unless it is the primary key.
-    (Actor::Owner, "SELECT 'replica identity', CASE relreplident WHEN 'f' THEN 'full' WHEN 'n' THEN 'nothing' ELSE 'index' END,
-            ARRAY[format('ALTER TABLE %s REPLICA IDENTITY %s', $2, CASE relreplident WHEN 'f' THEN 'FULL' WHEN 'n' THEN 'NOTHING'
-                   ELSE 'USING INDEX ' || (SELECT quote_ident(i.relname) FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
+    (Actor::Owner, "SELECT 'replica identity',
+        CASE relreplident WHEN 'f' THEN 'full' WHEN 'n' THEN 'nothing' ELSE 'index' END,
+            ARRAY[format('ALTER TABLE %s REPLICA IDENTITY %s', $2,
+                CASE relreplident WHEN 'f' THEN 'FULL' WHEN 'n' THEN 'NOTHING'
+                   ELSE 'USING INDEX ' || (SELECT quote_ident(i.relname) FROM pg_index x JOIN pg_class i
+                       ON i.oid = x.indexrelid
                                            WHERE x.indrelid = c.oid AND x.indisreplident) END)]
      FROM pg_class c WHERE oid = $1 AND relreplident <> 'd'"),
     // How many values of a column are kept as its statistics.
@@ -267,7 +281,8 @@ const PIECES: [(Actor, &str); 13] = [
     (Actor::Ourselves, "SELECT 'statistics', stxname::text,
             ARRAY[format('ALTER STATISTICS %I.%I RENAME TO %I', n.nspname, stxname, 'litellm_spend_' || s.oid)]
      FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1"),
-    (Actor::Owner, "SELECT 'statistics', stxname::text, ARRAY[pg_get_statisticsobjdef(s.oid)] FROM pg_statistic_ext s WHERE stxrelid = $1"),
+    (Actor::Owner, "SELECT 'statistics', stxname::text, ARRAY[pg_get_statisticsobjdef(s.oid)]
+        FROM pg_statistic_ext s WHERE stxrelid = $1"),
     (Actor::Ourselves, "SELECT 'statistics', stxname::text,
             ARRAY[format('ALTER STATISTICS %I.%I OWNER TO %I', n.nspname, stxname, pg_get_userbyid(stxowner))]
      FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1"),
@@ -279,31 +294,37 @@ const PIECES: [(Actor, &str); 13] = [
      WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1
        AND d.deptype = 'a'"),
     // Privileges on the table.
-    (Actor::Owner, "SELECT 'grant', g.grantee, ARRAY[format('GRANT %s ON %s TO %s%s', g.privileges, $2, g.grantee, g.option)]
+    (Actor::Owner, "SELECT 'grant', g.grantee,
+        ARRAY[format('GRANT %s ON %s TO %s%s', g.privileges, $2, g.grantee, g.option)]
      FROM (SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee,
                   string_agg(DISTINCT x.privilege_type, ', ') AS privileges,
                   CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option
-           FROM pg_class c, aclexplode(c.relacl) AS x WHERE c.oid = $1 GROUP BY x.grantee, x.is_grantable) AS g"),
+           FROM pg_class c, aclexplode(c.relacl) AS x WHERE c.oid = $1
+               GROUP BY x.grantee, x.is_grantable) AS g"),
     // Privileges on columns.
     (Actor::Owner, "SELECT 'grant', g.grantee || ' (' || g.attname || ')',
             ARRAY[format('GRANT %s (%I) ON %s TO %s%s', g.privilege_type, g.attname, $2, g.grantee, g.option)]
-     FROM (SELECT a.attname, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee,
+     FROM (SELECT a.attname,
+         CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee,
                   x.privilege_type, CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option
-           FROM pg_attribute a, aclexplode(a.attacl) AS x WHERE a.attrelid = $1 AND NOT a.attisdropped) AS g"),
+           FROM pg_attribute a, aclexplode(a.attacl) AS x WHERE a.attrelid = $1
+               AND NOT a.attisdropped) AS g"),
 ];
 
 #[cfg(feature = "pg14")]
 const VIA_ROOT: &str = "SELECT 'publication', pubname::text,
         ARRAY[format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', pubname)]
      FROM pg_publication
-     WHERE NOT pubviaroot AND (puballtables OR oid IN (SELECT prpubid FROM pg_publication_rel WHERE prrelid = $1))";
+     WHERE NOT pubviaroot
+         AND (puballtables OR oid IN (SELECT prpubid FROM pg_publication_rel WHERE prrelid = $1))";
 
 #[cfg(not(feature = "pg14"))]
 const VIA_ROOT: &str = "SELECT 'publication', pubname::text,
         ARRAY[format('ALTER PUBLICATION %I SET (publish_via_partition_root = true)', pubname)]
      FROM pg_publication
      WHERE NOT pubviaroot
-       AND (puballtables OR oid IN (SELECT pnpubid FROM pg_publication_namespace JOIN pg_class t ON t.relnamespace = pnnspid
+       AND (puballtables OR oid IN (SELECT pnpubid FROM pg_publication_namespace JOIN pg_class t
+           ON t.relnamespace = pnnspid
                                     WHERE t.oid = $1))";
 
 #[cfg(feature = "pg14")]
@@ -336,12 +357,15 @@ fn pieces(table: &Table, renamed: &str, queries: &[(Actor, &str)]) -> Result<Vec
 
 /// What a partitioned table cannot have, or what would go on to mean the old table.
 const OBSTACLES: &str = "
-    SELECT format('Constraint %s of %s is a foreign key.', quote_ident(conname), conrelid::regclass) FROM pg_constraint
+    SELECT format('Constraint %s of %s is a foreign key.', quote_ident(conname), conrelid::regclass)
+        FROM pg_constraint
     WHERE contype = 'f' AND (conrelid = $1 OR confrelid = $1)
     UNION ALL SELECT format('Constraint %s is an exclusion.', quote_ident(conname)) FROM pg_constraint
     WHERE contype = 'x' AND conrelid = $1
-    UNION ALL SELECT format('Index %s is unique, which only an index with the partition key can be.', indexrelid::regclass)
-    FROM pg_index WHERE indrelid = $1 AND indisunique AND NOT indisprimary AND indexrelid <> coalesce(to_regclass(nullif($2, '')), 0::oid)
+    UNION ALL SELECT format('Index %s is unique, which only an index with the partition key can be.',
+        indexrelid::regclass)
+    FROM pg_index WHERE indrelid = $1 AND indisunique AND NOT indisprimary
+        AND indexrelid <> coalesce(to_regclass(nullif($2, '')), 0::oid)
     UNION ALL SELECT format('Index %s is not valid.', indexrelid::regclass)
     FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
     WHERE indrelid = $1 AND NOT indisvalid AND indexrelid <> coalesce(to_regclass(nullif($2, '')), 0::oid)
@@ -352,20 +376,26 @@ const OBSTACLES: &str = "
     UNION ALL SELECT format('%s inherits from it.', inhrelid::regclass) FROM pg_inherits
     JOIN pg_class p ON p.oid = inhparent WHERE inhparent = $1 AND p.relkind = 'r'
     UNION ALL SELECT format('It has a rule, %s.', quote_ident(rulename)) FROM pg_rewrite WHERE ev_class = $1
-    UNION ALL SELECT format('It is of type %s.', reloftype::regtype) FROM pg_class WHERE oid = $1 AND reloftype <> 0
+    UNION ALL SELECT format('It is of type %s.', reloftype::regtype) FROM pg_class WHERE oid = $1
+        AND reloftype <> 0
     UNION ALL SELECT format('It is a member of extension %s.', quote_ident(e.extname))
     FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
     WHERE d.classid = 'pg_class'::regclass AND d.objid = $1 AND d.refclassid = 'pg_extension'::regclass
-    UNION ALL SELECT DISTINCT format('%s needs its primary key to be what it is.', pg_describe_object(d.classid, d.objid, d.objsubid))
-    FROM pg_constraint k JOIN pg_depend d ON d.refclassid = 'pg_constraint'::regclass AND d.refobjid = k.oid AND d.deptype = 'n'
+    UNION ALL SELECT DISTINCT format('%s needs its primary key to be what it is.',
+        pg_describe_object(d.classid, d.objid, d.objsubid))
+    FROM pg_constraint k JOIN pg_depend d ON d.refclassid = 'pg_constraint'::regclass AND d.refobjid = k.oid
+        AND d.deptype = 'n'
     WHERE k.conrelid = $1 AND k.contype = 'p'
-    UNION ALL SELECT DISTINCT format('Policy %s of %s reads it.', quote_ident(p.polname), p.polrelid::regclass)
+    UNION ALL SELECT DISTINCT format('Policy %s of %s reads it.', quote_ident(p.polname),
+        p.polrelid::regclass)
     FROM pg_policy p JOIN pg_depend d ON d.classid = 'pg_policy'::regclass AND d.objid = p.oid
     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.polrelid <> $1
-    UNION ALL SELECT format('Role %s, who owns it, may not create in schema %s.', c.relowner::regrole, n.nspname)
+    UNION ALL SELECT format('Role %s, who owns it, may not create in schema %s.', c.relowner::regrole,
+        n.nspname)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = $1 AND NOT has_schema_privilege(c.relowner, n.oid, 'CREATE')
-    UNION ALL SELECT format('Trigger %s calls a function that role %s, who owns the table, may not call.', quote_ident(tgname),
+    UNION ALL SELECT format('Trigger %s calls a function that role %s, who owns the table, may not call.',
+        quote_ident(tgname),
                             c.relowner::regrole)
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
     WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_')
@@ -376,7 +406,8 @@ const OBSTACLES: &str = "
     JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND p.prosqlbody IS NOT NULL
       AND NOT has_schema_privilege(p.proowner, n.oid, 'CREATE')
-    UNION ALL SELECT DISTINCT format('%s uses its row type.', pg_describe_object(d.classid, d.objid, d.objsubid))
+    UNION ALL SELECT DISTINCT format('%s uses its row type.',
+        pg_describe_object(d.classid, d.objid, d.objsubid))
     FROM pg_class c JOIN pg_type t ON t.oid = c.reltype JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass
         AND d.refobjid IN (t.oid, t.typarray) AND d.deptype = 'n'
     WHERE c.oid = $1";

@@ -324,9 +324,12 @@ enum Index {
 fn index_state(index: &str, table: pg_sys::Oid) -> Result<Index> {
     let look = || {
         spi::current(
-            "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.relation = i.indrelid
-                 AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
-                 AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid AND p.relid = i.indrelid))
+            "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation'
+                 AND l.relation = i.indrelid
+                 AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
+                     AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+                 AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid
+                     AND p.relid = i.indrelid))
              FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
             &[index.into(), table.into()],
             |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),

@@ -88,7 +88,8 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     }
     let (plain, duplicates, key) = (reversion.plain(), reversion.duplicates(), key(reversion));
     let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
-    let like = "INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING COMPRESSION";
+    let like = "INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS INCLUDING STORAGE
+        INCLUDING COMPRESSION";
     let constraint = quoted(&key_name(&reversion.options.plain));
     let (storage, _) = storage(largest_partition(reversion)?)?;
     run(format!(
@@ -183,7 +184,8 @@ fn largest_partition(reversion: &Reversion) -> Result<pg_sys::Oid> {
 /// A relation's columns: the copy must have the same.
 pub fn shape(relation: pg_sys::Oid) -> Result<String> {
     let shapes = spi::query(
-        "SELECT string_agg(format('%I %s%s%s', attname, format_type(atttypid, atttypmod), attgenerated, attnotnull), ', '
+        "SELECT string_agg(format('%I %s%s%s', attname, format_type(atttypid, atttypmod), attgenerated,
+             attnotnull), ', '
                            ORDER BY attnum)
          FROM pg_catalog.pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
         &[relation.into()],
@@ -264,7 +266,8 @@ pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
         "SELECT FROM pg_catalog.pg_class c, unnest($2::text[]) AS e(event)
          WHERE c.oid = ANY ($1) AND NOT EXISTS (
              SELECT FROM pg_catalog.pg_trigger t
-             WHERE t.tgrelid = c.oid AND t.tgname = $3 || '_' || e.event AND t.tgenabled IN ('O', 'A')) LIMIT 1",
+             WHERE t.tgrelid = c.oid AND t.tgname = $3 || '_' || e.event AND t.tgenabled IN ('O', 'A'))
+                 LIMIT 1",
         &[tree.into(), events.into(), TRIGGER.into()],
         |_| Ok(()),
     )?;
@@ -294,7 +297,8 @@ pub fn batch(reversion: &mut Reversion) -> Result<()> {
         || std::iter::once(&reversion.options.time_column).chain(&reversion.options.key).map(|c| quoted(c));
     let of = |alias: &str| order().map(|c| format!("{alias}.{c}")).collect::<Vec<_>>().join(", ");
     let sql = format!(
-        "WITH batch AS MATERIALIZED (SELECT {columns} FROM {name} {after} ORDER BY {time}, {key} LIMIT {BATCH}),
+        "WITH batch AS MATERIALIZED (SELECT {columns} FROM {name} {after} ORDER BY {time}, {key}
+             LIMIT {BATCH}),
               copied AS (INSERT INTO {plain} ({columns}) SELECT {columns} FROM batch ORDER BY {time}, {key}
                          ON CONFLICT DO NOTHING RETURNING {time}, {key}),
               kept_out AS (INSERT INTO {duplicates} ({columns})
@@ -373,7 +377,8 @@ fn catch_up_some(reversion: &Reversion) -> Result<i64> {
     // table.
     let notes = spi::fresh(
         &format!(
-            "SELECT coalesce(array_agg(ctid::text), '{{}}') FROM (SELECT ctid FROM {changes} LIMIT {BATCH}) AS n"
+            "SELECT coalesce(array_agg(ctid::text), '{{}}')
+                 FROM (SELECT ctid FROM {changes} LIMIT {BATCH}) AS n"
         ),
         &[],
         |r| value::<Vec<String>>(r, 1),
@@ -389,7 +394,8 @@ fn catch_up_some(reversion: &Reversion) -> Result<i64> {
             "WITH changed AS MATERIALIZED (
                  SELECT {columns}, row_number() OVER (PARTITION BY {key} ORDER BY {time}) AS litellm_spend_n
                  FROM {name} WHERE {noted}),
-             kept_out AS (INSERT INTO {duplicates} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n > 1)
+             kept_out AS (INSERT INTO {duplicates} ({columns}) SELECT {columns} FROM changed
+                 WHERE litellm_spend_n > 1)
              INSERT INTO {plain} ({columns}) SELECT {columns} FROM changed WHERE litellm_spend_n = 1"
         ),
         format!("DELETE FROM {changes} WHERE ctid = ANY ({batch})"),

@@ -55,7 +55,8 @@ pub fn count(layout: &Layout, partition: &Partition) -> Result<Proof> {
     let is_number = |t: &str| ["double precision", "real", "numeric", "integer", "bigint"].contains(&t);
     let spend = if columns.iter().any(|(name, r#type)| name == "spend" && is_number(r#type)) {
         // NaN and the infinities count as 0, as in the rollups.
-        "sum(CASE WHEN spend::numeric > '-Infinity' AND spend::numeric < 'Infinity' THEN spend::numeric ELSE 0 END)"
+        "sum(CASE WHEN spend::numeric > '-Infinity' AND spend::numeric < 'Infinity'
+                 THEN spend::numeric ELSE 0 END)"
     } else {
         "NULL::numeric"
     };
@@ -170,7 +171,8 @@ fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<(String, i64, S
     let found = spi::fresh(
         &format!(
             "SELECT r.name, r.watermark, s.relation::oid, s.sequence::oid
-             FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source WHERE s.relation::oid IN ($1, $2)"
+             FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+                 WHERE s.relation::oid IN ($1, $2)"
         ),
         &[layout.table.oid.into(), relation.into()],
         |r| {

@@ -84,12 +84,14 @@ impl Layout {
     fn read_partitions(&mut self) -> Result<()> {
         // Bounds are in UTC, whatever the key's type: our TimeZone is.
         let sql = format!(
-            "SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'r', p.bound = 'DEFAULT', {}, {}, c.relowner, i.inhdetachpending
+            "SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'r', p.bound = 'DEFAULT', {}, {},
+                 c.relowner, i.inhdetachpending
              FROM pg_catalog.pg_inherits i
              JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              CROSS JOIN LATERAL (SELECT pg_catalog.pg_get_expr(c.relpartbound, c.oid) AS bound) AS p
-             LEFT JOIN LATERAL pg_catalog.regexp_match(p.bound, '^FOR VALUES FROM \\((.*)\\) TO \\((.*)\\)$') AS b ON true
+             LEFT JOIN LATERAL pg_catalog.regexp_match(p.bound,
+                 '^FOR VALUES FROM \\((.*)\\) TO \\((.*)\\)$') AS b ON true
              WHERE i.inhparent = $1",
             bound_micros("b[1]"),
             bound_micros("b[2]")

@@ -261,8 +261,10 @@ impl<R: Runner> Round<'_, R> {
             let stale = spi::query(
                 "SELECT FROM pg_catalog.pg_class p
                  JOIN (SELECT inhparent, sum(greatest(c.reltuples, 0)) AS rows FROM pg_catalog.pg_inherits
-                       JOIN pg_catalog.pg_class c ON c.oid = inhrelid GROUP BY 1) AS parts ON inhparent = p.oid
-                 WHERE p.oid = $1 AND (p.reltuples < 0 OR abs(parts.rows - p.reltuples) > 1000 + p.reltuples / 10)",
+                       JOIN pg_catalog.pg_class c ON c.oid = inhrelid GROUP BY 1) AS parts
+                           ON inhparent = p.oid
+                 WHERE p.oid = $1 AND (p.reltuples < 0
+                     OR abs(parts.rows - p.reltuples) > 1000 + p.reltuples / 10)",
                 &[layout.table.oid.into()],
                 |_| Ok(()),
             )?;

@@ -175,7 +175,8 @@ pub fn create(layout: &Layout, name: &str) -> Result<String> {
 /// How `template` is stored, as clauses of CREATE TABLE, and its REPLICA IDENTITY if that is not the default.
 pub fn storage(template: pg_sys::Oid) -> Result<(String, Option<&'static str>)> {
     let found = spi::query(
-        "SELECT CASE WHEN c.relkind = 'r' THEN m.amname::text END, s.spcname::text, o.options, c.relreplident::text
+        "SELECT CASE WHEN c.relkind = 'r' THEN m.amname::text END, s.spcname::text, o.options,
+             c.relreplident::text
          FROM pg_catalog.pg_class c
          LEFT JOIN pg_catalog.pg_am m ON m.oid = c.relam
          LEFT JOIN pg_catalog.pg_tablespace s ON s.oid = c.reltablespace

@@ -65,7 +65,8 @@ impl Policy {
     pub fn lock(&self, patience: Patience) -> Result<Option<Work>> {
         let Some(work) = Work::begin(&format!("policy {}", self.relation.to_u32())) else { return Ok(None) };
         let sql = format!(
-            "SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation AND c.relowner = p.owner
+            "SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+                 AND c.relowner = p.owner
              WHERE p.relation = $1 FOR UPDATE OF p SKIP LOCKED"
         );
         loop {
@@ -89,12 +90,14 @@ impl Policy {
         spi::execute(
             &format!(
                 "UPDATE {SCHEMA}.policy SET (maintained_at, retry_at) =
-                         (SELECT now, now + make_interval(secs => $2) FROM (SELECT clock_timestamp() AS now OFFSET 0) t),
+                         (SELECT now, now + make_interval(secs => $2)
+                             FROM (SELECT clock_timestamp() AS now OFFSET 0) t),
                      last_error = $3,
                      last_error_at = CASE WHEN $3 IS NULL THEN NULL WHEN last_error = $3 THEN last_error_at
                                           ELSE clock_timestamp() END,
                      blocked = $4,
-                     blocked_since = CASE WHEN $4 IS NOT NULL THEN coalesce(blocked_since, clock_timestamp()) END
+                     blocked_since = CASE WHEN $4 IS NOT NULL THEN
+                         coalesce(blocked_since, clock_timestamp()) END
                  WHERE relation = $1"
             ),
             &[
@@ -154,8 +157,10 @@ pub fn due() -> Result<Vec<Policy>> {
     }
     let sql = format!(
         "{POLICIES}
-         WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS v WHERE v.relation = policy.relation AND NOT v.stopped)
-           AND least(coalesce(retry_at, 'infinity'), coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
+         WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS v WHERE v.relation = policy.relation
+             AND NOT v.stopped)
+           AND least(coalesce(retry_at, 'infinity'),
+               coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
                <= clock_timestamp()
          ORDER BY 1, 2"
     );
@@ -315,10 +320,12 @@ impl Policy {
     fn store(&self, table: &Table) -> Result<()> {
         spi::execute(
             &format!(
-                "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, retention, on_expire,
+                "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate,
+                     retention, on_expire,
                                               origin)
                  VALUES ($1, $2, $3::name, $4, $5, $6::interval, $7, {HERE})
-                 ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
+                 ON CONFLICT (relation) DO UPDATE
+                     SET owner = excluded.owner, time_column = excluded.time_column,
                      \"interval\" = excluded.\"interval\", precreate = excluded.precreate, retention = excluded.retention,
                      on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,
                      last_error = NULL, last_error_at = NULL, blocked = NULL, blocked_since = NULL"

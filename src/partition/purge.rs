@@ -60,7 +60,8 @@ pub fn batch(layout: &Layout, target: &Target, cutoff: Moment) -> Result<i64> {
     // Looked at again by the DELETE: a row may have changed meanwhile.
     let delete = format!(
         "DELETE FROM ONLY {relation} WHERE ctid = ANY (ARRAY(
-             SELECT ctid FROM ONLY {relation} WHERE {expired} AND {merged} {order} LIMIT {BATCH} FOR UPDATE SKIP LOCKED))
+             SELECT ctid FROM ONLY {relation} WHERE {expired} AND {merged} {order} LIMIT {BATCH}
+                 FOR UPDATE SKIP LOCKED))
          AND {expired} AND {merged}"
     );
     // Triggers are the owner's code.

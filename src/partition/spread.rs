@@ -112,7 +112,8 @@ pub fn is_indexed(relation: pg_sys::Oid, column: &str) -> Result<bool> {
     let sql = "SELECT FROM pg_catalog.pg_index i
          JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid JOIN pg_catalog.pg_am m ON m.oid = c.relam
          JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2::name AND m.amname = 'btree'";
+         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2::name
+             AND m.amname = 'btree'";
     Ok(!spi::query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
 }
 

@@ -65,7 +65,8 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     // 3. the new one, empty, with all that the old one had.
     let time = quoted(&conversion.options.time_column);
     run(format!(
-        "CREATE TABLE {name} (LIKE {legacy} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING COMPRESSION)
+        "CREATE TABLE {name} (LIKE {legacy} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE
+             INCLUDING COMPRESSION)
          PARTITION BY RANGE ({time})"
     ))?;
     let key_columns = conversion.key_columns(&blueprint);
@@ -116,7 +117,8 @@ pub fn lock(
 fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
     spi::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, on_expire, origin)
+            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, on_expire,
+                 origin)
              VALUES ($1, $2, $3::name, $4, $5, 'drop', {HERE})
              ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
                  \"interval\" = excluded.\"interval\", precreate = excluded.precreate, maintained_at = NULL"

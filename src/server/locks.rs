@@ -98,7 +98,8 @@ fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
     let strangers = query(
         "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text, 'none')
          FROM unnest($1::oid[]) AS o(oid)
-         LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n
+             ON n.oid = c.relnamespace
          WHERE o.oid IS NULL
             OR pg_catalog.to_regclass(quote_ident(nspname) || '.' || quote_ident(relname))::oid IS DISTINCT FROM o.oid LIMIT 1",
         &[relations.to_vec().into()],
@@ -169,7 +170,8 @@ fn within(
                                 concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
          WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted AND l.mode = ANY ($2)
-           AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+           AND l.database = (SELECT oid FROM pg_catalog.pg_database
+               WHERE datname = pg_catalog.current_database())
            AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
         &[oid.into(), conflicting(mode).into()],
         |r| value::<String>(r, 1),

@@ -18,7 +18,8 @@ pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
 /// Refuses a sequence whose values do not rise in the order in which they are drawn.
 pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
     let shape = current(
-        "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text FROM pg_catalog.pg_sequence WHERE seqrelid = $1",
+        "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text FROM pg_catalog.pg_sequence
+             WHERE seqrelid = $1",
         &[sequence.into()],
         |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?, value::<String>(r, 4)?)),
     )?;
@@ -62,7 +63,8 @@ pub fn partition_keys(tree: &[pg_sys::Oid]) -> Result<Vec<String>> {
     let keys = query(
         "SELECT DISTINCT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_partitioned_table p
          CROSS JOIN unnest(p.partattrs::int2[]) AS key(attnum)
-         LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = key.attnum AND a.attnum > 0
+         LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = key.attnum
+             AND a.attnum > 0
          WHERE p.partrelid = ANY ($1) ORDER BY 1",
         &[tree.to_vec().into()],
         |r| Ok(r.get::<String>(1)?),
@@ -83,11 +85,14 @@ pub const FAMILY: &str = concat!(
     tree!(),
     ",
     family(oid) AS (
-        SELECT oid FROM tree UNION SELECT inhparent FROM pg_catalog.pg_inherits JOIN family ON inhrelid = family.oid),
+        SELECT oid FROM tree UNION SELECT inhparent FROM pg_catalog.pg_inherits JOIN family
+            ON inhrelid = family.oid),
     draws(relation, attnum) AS (
         SELECT refobjid, refobjsubid FROM pg_catalog.pg_depend
-        WHERE classid = 'pg_catalog.pg_class'::regclass AND objid = $2 AND refclassid = classid AND deptype = 'i'
-        UNION SELECT d.adrelid, d.adnum FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_attrdef d ON d.oid = p.objid
+        WHERE classid = 'pg_catalog.pg_class'::regclass AND objid = $2 AND refclassid = classid
+            AND deptype = 'i'
+        UNION SELECT d.adrelid, d.adnum FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_attrdef d
+            ON d.oid = p.objid
         WHERE p.classid = 'pg_catalog.pg_attrdef'::regclass AND p.refclassid = 'pg_catalog.pg_class'::regclass
           AND p.refobjid = $2)"
 );
@@ -134,7 +139,8 @@ impl Table {
             "SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text,
                     pg_catalog.pg_get_userbyid(c.relowner)::text,
                     coalesce(pg_catalog.array_to_string(c.reloptions, ', '), ''), c.relowner
-             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
+             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 WHERE c.oid = $1",
             &[oid.into()],
             |r| {
                 Ok(Table {
@@ -265,12 +271,14 @@ pub fn code_of_third_roles(objects: &str, args: Args) -> Result<Vec<String>> {
                     pg_catalog.pg_describe_object(d.refclassid, d.refobjid, 0), u.owner::regrole)
          FROM ({objects}) AS o JOIN pg_catalog.pg_depend d ON d.classid = o.classid AND d.objid = o.objid
          CROSS JOIN LATERAL (
-             SELECT typowner FROM pg_catalog.pg_type WHERE d.refclassid = 'pg_catalog.pg_type'::regclass AND oid = d.refobjid
+             SELECT typowner FROM pg_catalog.pg_type WHERE d.refclassid = 'pg_catalog.pg_type'::regclass
+                 AND oid = d.refobjid
              UNION ALL SELECT proowner FROM pg_catalog.pg_proc
                  WHERE d.refclassid = 'pg_catalog.pg_proc'::regclass AND oid = d.refobjid
              UNION ALL SELECT oprowner FROM pg_catalog.pg_operator
                  WHERE d.refclassid = 'pg_catalog.pg_operator'::regclass AND oid = d.refobjid) AS u(owner)
-         WHERE u.owner <> o.owner AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE oid = u.owner AND rolsuper)"
+         WHERE u.owner <> o.owner
+             AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE oid = u.owner AND rolsuper)"
     );
     query(&sql, args, |r| value(r, 1))
 }

@@ -39,7 +39,8 @@ pub fn require_utf8() -> Result<()> {
 /// `caller` may act for the owner of the relation.
 pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
     let owns = query(
-        "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class WHERE oid = $1",
+        "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class
+             WHERE oid = $1",
         &[relation.into(), caller.into()],
         |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
     )?;

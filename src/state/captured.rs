@@ -64,7 +64,8 @@ pub fn captured_relation() -> Result<Option<pg_sys::Oid>> {
 pub fn capture() -> Result<Option<CaptureState>> {
     let states = query(
         &format!(
-            "SELECT source, table_schema::text, table_name::text, relation::oid, columns, on_delete = 'subtract',
+            "SELECT source, table_schema::text, table_name::text, relation::oid, columns,
+                 on_delete = 'subtract',
                     predecessor::oid, failures_seen, candidates::text, owner::oid
              FROM {SCHEMA}.capture WHERE origin = {HERE}"
         ),

@@ -48,7 +48,8 @@ impl<T: Options> Pending<T> {
     pub fn all() -> Result<Vec<Self>> {
         spi::query(
             &format!(
-                "SELECT table_schema::text, table_name::text, relation::oid, options::text, stopped, last_error, owner::oid
+                "SELECT table_schema::text, table_name::text, relation::oid, options::text, stopped,
+                     last_error, owner::oid
                  FROM {SCHEMA}.conversion WHERE direction = $1 AND origin = {HERE} ORDER BY 1, 2"
             ),
             &[T::DIRECTION.into()],
@@ -92,7 +93,8 @@ impl<T: Options> Pending<T> {
         let [schema, table] = self.key();
         spi::execute(
             &format!(
-                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, owner, options, origin)
+                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, owner,
+                     options, origin)
                  VALUES ($1::name, $2::name, $3, $4, $6, $5::jsonb, {HERE})
                  ON CONFLICT (table_schema, table_name) DO UPDATE SET direction = excluded.direction,
                      relation = excluded.relation, owner = excluded.owner, options = excluded.options,
@@ -116,7 +118,8 @@ impl<T: Options> Pending<T> {
     pub fn lock(&mut self, patience: Patience) -> Result<bool> {
         let sql = format!(
             "SELECT options::text FROM {SCHEMA}.conversion
-             WHERE table_schema = $1::name AND table_name = $2::name AND direction = $3 FOR UPDATE SKIP LOCKED"
+             WHERE table_schema = $1::name AND table_name = $2::name AND direction = $3
+                 FOR UPDATE SKIP LOCKED"
         );
         loop {
             let [schema, table] = self.key();
@@ -139,7 +142,8 @@ impl<T: Options> Pending<T> {
     pub fn store(&self) -> Result<()> {
         let [schema, table] = self.key();
         let sql = format!(
-            "UPDATE {SCHEMA}.conversion SET options = $3::jsonb WHERE table_schema = $1::name AND table_name = $2::name"
+            "UPDATE {SCHEMA}.conversion SET options = $3::jsonb WHERE table_schema = $1::name
+                 AND table_name = $2::name"
         );
         spi::execute(&sql, &[schema, table, serde_json::to_string(&self.options)?.into()]).map(drop)
     }
@@ -148,7 +152,8 @@ impl<T: Options> Pending<T> {
     pub fn halt(&self, reason: &str) -> Result<()> {
         let [schema, table] = self.key();
         let sql = format!(
-            "UPDATE {SCHEMA}.conversion SET stopped = true, last_error = $3, last_error_at = clock_timestamp(), retry_at = NULL
+            "UPDATE {SCHEMA}.conversion
+                 SET stopped = true, last_error = $3, last_error_at = clock_timestamp(), retry_at = NULL
              WHERE table_schema = $1::name AND table_name = $2::name"
         );
         spi::execute(&sql, &[schema, table, reason.into()]).map(drop)
@@ -170,7 +175,8 @@ pub fn any() -> Result<bool> {
 /// Whether the table is on its way, and nothing keeps it from arriving.
 pub fn is_under_way(schema: &str, table: &str) -> Result<bool> {
     let sql = format!(
-        "SELECT FROM {SCHEMA}.conversion WHERE table_schema = $1::name AND table_name = $2::name AND NOT stopped"
+        "SELECT FROM {SCHEMA}.conversion WHERE table_schema = $1::name AND table_name = $2::name
+             AND NOT stopped"
     );
     Ok(!spi::query(&sql, &[schema.into(), table.into()], |_| Ok(()))?.is_empty())
 }

@@ -117,7 +117,8 @@ impl Fence {
 
     fn state() -> String {
         format!(
-            "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark, r.covered_from,
+            "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark,
+                 r.covered_from,
                     coalesce(r.owner::oid,
                              (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
                     coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)

@@ -38,7 +38,8 @@ fn parts(range: Range, operator: &str) -> Result<Vec<Range>> {
     let sql = format!(
         "SELECT lower(part), upper(part)
          FROM (SELECT coalesce(range_agg(tsrange(first, nullif(last, 'infinity'))), '{{}}') AS days
-               FROM (SELECT '-infinity'::timestamp AS first, frozen_before AS last FROM {SCHEMA}.source WHERE name = $3
+               FROM (SELECT '-infinity'::timestamp AS first, frozen_before AS last FROM {SCHEMA}.source
+                   WHERE name = $3
                      UNION ALL
                      SELECT range_start, range_end FROM {SCHEMA}.dirty_range
                      WHERE repair = 'freeze' AND repaired_at IS NOT NULL) AS ranges) AS frozen,
@@ -153,7 +154,8 @@ pub fn freeze_before(border: Timestamp) -> Result<()> {
     spi::execute(
         &format!(
             "DELETE FROM {SCHEMA}.dirty_range
-             WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_end <= $1 AND range_end < 'infinity'"
+             WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_end <= $1
+                 AND range_end < 'infinity'"
         ),
         &[border.into()],
     )

@@ -27,7 +27,8 @@ pub fn request(table: &Table, wanted: &Wanted) -> Result<()> {
         &format!(
             "INSERT INTO {SCHEMA}.index_set (relation, name, owner, hot, keys, included, origin)
              VALUES ($1, $2, $3, $4, $5, $6, {HERE})
-             ON CONFLICT (relation, name) DO UPDATE SET owner = excluded.owner, hot = excluded.hot, dropped = false,
+             ON CONFLICT (relation, name) DO UPDATE
+                 SET owner = excluded.owner, hot = excluded.hot, dropped = false,
                  keys = excluded.keys, included = excluded.included, origin = excluded.origin,
                  asked_at = CASE WHEN index_set.dropped THEN excluded.asked_at ELSE index_set.asked_at END"
         ),
@@ -59,7 +60,8 @@ pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<Strin
     tell()?;
     spi::fresh(
         &format!(
-            "UPDATE {SCHEMA}.index_set SET dropped = true, owner = $3 WHERE relation = $1 AND ($2 IS NULL OR name = ANY ($2))
+            "UPDATE {SCHEMA}.index_set SET dropped = true, owner = $3 WHERE relation = $1
+                 AND ($2 IS NULL OR name = ANY ($2))
              RETURNING name"
         ),
         &[table.oid.into(), names.map(<[String]>::to_vec).into(), table.owner_oid.into()],
@@ -160,11 +162,14 @@ pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
         &format!(
             "SELECT s.name, t.oid, t.relname::text, n.nspname::text, o.relname::text
              FROM {SCHEMA}.index_set s JOIN pg_catalog.pg_class t
-                 ON t.oid = s.relation OR t.oid IN (SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = s.relation)
-             JOIN pg_catalog.pg_index x ON x.indrelid = t.oid JOIN pg_catalog.pg_class o ON o.oid = x.indexrelid
+                 ON t.oid = s.relation
+                     OR t.oid IN (SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = s.relation)
+             JOIN pg_catalog.pg_index x ON x.indrelid = t.oid JOIN pg_catalog.pg_class o
+                 ON o.oid = x.indexrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = o.relnamespace
              WHERE s.relation = $1 AND t.relkind = 'r' AND t.relowner = s.owner
-               AND starts_with(o.relname, 'litellm_spend_' || s.name || '_') AND (s.dropped OR NOT x.indisvalid)
+               AND starts_with(o.relname, 'litellm_spend_' || s.name || '_')
+                   AND (s.dropped OR NOT x.indisvalid)
              ORDER BY 1, 3, 5"
         ),
         &[relation.into()],
@@ -199,7 +204,8 @@ pub fn record(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> 
     let Some(failure) = failure else {
         let sql = format!(
             "DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND EXISTS (
-                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = $1 AND s.name = $2 AND s.state = 'built')"
+                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = $1 AND s.name = $2
+                     AND s.state = 'built')"
         );
         return spi::execute(&sql, &[partition.into(), name.into()]).map(drop);
     };
@@ -209,7 +215,8 @@ pub fn record(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> 
             "INSERT INTO {SCHEMA}.index_failure AS f (partition, name, last_error, last_error_at, retry_at)
              SELECT $1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $4)
              FROM pg_catalog.pg_class WHERE oid = $1
-             ON CONFLICT (partition, name) DO UPDATE SET last_error = excluded.last_error, retry_at = excluded.retry_at,
+             ON CONFLICT (partition, name) DO UPDATE
+                 SET last_error = excluded.last_error, retry_at = excluded.retry_at,
                  last_error_at = excluded.last_error_at"
         ),
         &[partition.into(), name.into(), failure.text().into(), rest.as_secs_f64().into()],
@@ -221,7 +228,8 @@ pub fn record(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> 
 pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
     let gone = format!(
         "FROM {SCHEMA}.index_set AS s WHERE relation = $1 AND dropped
-         AND NOT EXISTS (SELECT FROM {SCHEMA}.index_survey v WHERE v.relation = s.relation AND v.name = s.name)"
+         AND NOT EXISTS (SELECT FROM {SCHEMA}.index_survey v WHERE v.relation = s.relation
+             AND v.name = s.name)"
     );
     // A look that finds nothing writes nothing.
     if spi::query(&format!("SELECT {gone} LIMIT 1"), &[relation.into()], |_| Ok(()))?.is_empty() {

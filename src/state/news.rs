@@ -37,7 +37,8 @@ pub fn look() -> Result<News> {
          WHERE r.definition IS NOT NULL AND s.origin = {HERE} GROUP BY s.name, q.seqrelid
          UNION ALL
          SELECT NULL, NULL, NULL, NULL,
-                EXISTS (SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation AND c.relowner = p.owner,
+                EXISTS (SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+                    AND c.relowner = p.owner,
                                CAST (pg_catalog.current_setting('litellm_spend.maintain_interval') AS interval) AS every
                         WHERE every > '0' AND least(coalesce(p.retry_at, 'infinity'), coalesce(p.maintained_at, '-infinity') + every)
                                               <= clock_timestamp()),
@@ -48,9 +49,11 @@ pub fn look() -> Result<News> {
                 OR EXISTS (SELECT FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
                            WHERE s.name = 'change_log' AND r.covered_from > '-infinity')
                 OR EXISTS (SELECT FROM {SCHEMA}.public_view WHERE installed IS NULL)
-                OR EXISTS (SELECT FROM {SCHEMA}.conversion WHERE NOT stopped OR options @> '{{\"aborted\": true}}')
+                OR EXISTS (SELECT FROM {SCHEMA}.conversion WHERE NOT stopped
+                    OR options @> '{{\"aborted\": true}}')
                 OR EXISTS (SELECT origin FROM {SCHEMA}.source UNION ALL SELECT origin FROM {SCHEMA}.capture
-                           UNION ALL SELECT origin FROM {SCHEMA}.policy UNION ALL SELECT origin FROM {SCHEMA}.conversion
+                           UNION ALL SELECT origin FROM {SCHEMA}.policy UNION ALL SELECT origin
+                               FROM {SCHEMA}.conversion
                            UNION ALL SELECT origin FROM {SCHEMA}.index_set
                            EXCEPT SELECT id FROM {SCHEMA}.installation)"
     );

@@ -52,7 +52,8 @@ fn restored() -> Result<Option<Restore>> {
     let sql = format!(
         "SELECT count(*) > 0, coalesce(bool_and(EXISTS (
              SELECT FROM pg_catalog.pg_event_trigger
-             WHERE evtname = '{MARKER}' AND obj_description(oid, 'pg_event_trigger') = '{COMMENT}' || origin)), false)
+             WHERE evtname = '{MARKER}'
+                 AND obj_description(oid, 'pg_event_trigger') = '{COMMENT}' || origin)), false)
          FROM ({rows}) AS written WHERE origin IS DISTINCT FROM {HERE}"
     );
     let found = query(&sql, &[], |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)))?;
@@ -77,7 +78,8 @@ const NEEDS_MARKER: &str = "(EXISTS (SELECT FROM litellm_spend.capture)
 /// The marker is there, or not needed.
 fn is_whole() -> Result<bool> {
     let sql = format!(
-        "SELECT NOT {NEEDS_MARKER} OR EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')"
+        "SELECT NOT {NEEDS_MARKER}
+             OR EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')"
     );
     Ok(query(&sql, &[], |r| value::<bool>(r, 1))? == [true])
 }

@@ -12,7 +12,8 @@ pub fn rollup_names(source: Option<&str>) -> Result<Vec<String>> {
     query(
         &format!(
             "SELECT name FROM {SCHEMA}.rollup
-             WHERE ($1 IS NULL OR source = $1) AND source IS NOT NULL AND definition IS NOT NULL ORDER BY name"
+             WHERE ($1 IS NULL OR source = $1) AND source IS NOT NULL AND definition IS NOT NULL
+                 ORDER BY name"
         ),
         &[source.map(str::to_string).into()],
         |r| value(r, 1),
@@ -56,7 +57,8 @@ pub fn is_uncovered(source: &str) -> Result<bool> {
 pub fn backfill_progress() -> Result<Option<String>> {
     let sql = format!(
         "SELECT CASE WHEN isfinite(covered_from)
-                    THEN covered_from::date || coalesce(': ' || days_covered || ' of ' || days || ' days', '') END,
+                    THEN covered_from::date || coalesce(': ' || days_covered || ' of ' || days || ' days',
+                        '') END,
                 extract(epoch FROM time_left)::float8
          FROM {SCHEMA}.backfill JOIN {SCHEMA}.rollup USING (name, covered_from)
          WHERE source = $1 AND covered_from > '-infinity' ORDER BY covered_from DESC LIMIT 1"
@@ -88,7 +90,8 @@ pub fn record_error(rollup: &str, message: Option<&str>) -> Result<()> {
 pub fn record(table: &str, condition: &str, name: &str, message: Option<&str>) -> Result<()> {
     execute(
         &format!(
-            "UPDATE {SCHEMA}.{table} SET last_error = $2, last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp() END
+            "UPDATE {SCHEMA}.{table}
+                 SET last_error = $2, last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp() END
              WHERE {condition} AND last_error IS DISTINCT FROM $2"
         ),
         &[name.into(), message.map(str::to_string).into()],

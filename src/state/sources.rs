@@ -66,7 +66,8 @@ pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
     query(
         &format!(
-            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to, min(r.watermark),
+            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to,
+                 min(r.watermark),
                     array_agg(r.name ORDER BY r.name)
              FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
              WHERE {condition} AND s.origin = {HERE} GROUP BY s.name ORDER BY s.name"
@@ -130,7 +131,8 @@ pub fn writers(relations: Vec<pg_sys::Oid>) -> Result<BTreeSet<Holder>> {
     let holders = query(
         "SELECT DISTINCT virtualtransaction FROM pg_catalog.pg_locks
          WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
-           AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+           AND database = (SELECT oid FROM pg_catalog.pg_database
+               WHERE datname = pg_catalog.current_database())
            AND relation = ANY ($1) AND pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
         &[relations.into()],
         |r| Ok(Holder(value(r, 1)?)),

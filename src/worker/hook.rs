@@ -208,7 +208,8 @@ fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
     let sql = format!(
         "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
                 (SELECT relowner FROM pg_catalog.pg_class WHERE oid = c.relation)
-         FROM {SCHEMA}.capture c, pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+         FROM {SCHEMA}.capture c, pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n
+             ON n.oid = e.extnamespace
          WHERE e.extname = 'litellm_spend'"
     );
     let found = spi::query(&sql, &[], |r| {

@@ -275,7 +275,8 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         })?;
     let policies = spi::query(
         &format!(
-            "SELECT c.oid, c.relname::text FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+            "SELECT c.oid, c.relname::text FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c
+                 ON c.oid = p.relation
              WHERE {recent}"
         ),
         &[since.into()],
