@@ -9,13 +9,15 @@ Writes, the first two for `psql -f` with ON_ERROR_STOP:
                                     otherwise a second time, as budget_window_1_110.key beside budget_window.key
     target/litellm/1.110.sql        what LiteLLM 1.110 has more for its spend log than those migrations make
     target/litellm/1.110.json       name -> SQL of how it writes the log
+    target/litellm/prisma/          its schema, and where npm is to be had the engine of `prisma db push`
 
-Nothing of LiteLLM is imported or committed. Does nothing when these files are newer than this script.
+Nothing of LiteLLM is imported or committed. Fetches nothing when these files are newer than this script.
 """
 
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,11 @@ from typing import NamedTuple
 PROXY_EXTRAS = "litellm-proxy-extras==0.4.110"
 LITELLM = "litellm==1.109.1"
 LITELLM_1_110 = "litellm==1.110.2"  # there are no newer proxy-extras, so its tables are read from its schema.prisma
+PRISMA = ["prisma@6.19.3", "@prisma/adapter-pg@6.19.3"]  # the last major that takes LiteLLM's schema as it is
 MIGRATIONS, VIEWS = 220, 8  # how many those versions have: anything else means that we read them wrongly
 
-OUT = Path(__file__).resolve().parent.parent / "target" / "litellm"
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "target" / "litellm"
 
 
 class Report(NamedTuple):
@@ -204,6 +208,28 @@ def block(schema: str, kind: str, name: str) -> list[str]:
     return body.splitlines()
 
 
+def client_schema(wheel: zipfile.ZipFile) -> str:
+    """LiteLLM's schema.prisma for an engine without native parts."""
+    schema = wheel.read("litellm/proxy/schema.prisma").decode()
+    generator = 'generator client {\n  provider = "prisma-client-js"\n  engineType = "client"\n}'
+    schema, found = re.subn(r"^generator client \{\n.*?^\}", generator, schema, flags=re.M | re.S)
+    assert found == 1, f"{found} generators"
+    return schema
+
+
+def install_prisma() -> None:
+    """For tests that are left out without it."""
+    folder = OUT / "prisma"
+    shutil.copy(ROOT / "tests" / "prisma" / "prisma.config.ts", folder)
+    npm = shutil.which("npm")
+    if npm is None or (folder / "node_modules" / ".bin" / "prisma").exists():
+        return
+    print(f"installing {', '.join(PRISMA)}", flush=True)
+    call = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--fetch-retries=0"]
+    if subprocess.run(call + PRISMA, cwd=folder).returncode:
+        print("npm could not install it: `prisma db push` is not tested", flush=True)
+
+
 def statements(wheel: zipfile.ZipFile) -> str:
     """How the log is written, as JSON: rows of the log, and the deliveries in the same transaction."""
     log = ast.parse(wheel.read("litellm/repositories/spend_log_insert.py"))
@@ -270,14 +296,14 @@ def strings(node: ast.AST) -> Iterator[str]:
                 yield from strings(child)
 
 
-def main() -> None:
-    outputs = [OUT / name for name in ("migrations.sql", "views.sql", "reports.json", "1.110.sql", "1.110.json")]
+def write_texts() -> None:
+    names = ("migrations.sql", "views.sql", "reports.json", "1.110.sql", "1.110.json", "prisma/schema.prisma")
+    outputs = [OUT / name for name in names]
     script_time = Path(__file__).stat().st_mtime
     if all(o.exists() and o.stat().st_mtime > script_time for o in outputs):
         return
 
     print(f"fetching LiteLLM's schema and queries ({PROXY_EXTRAS}, {LITELLM}, {LITELLM_1_110})", flush=True)
-    OUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as older, tempfile.TemporaryDirectory() as newer:
         extras, litellm = download(PROXY_EXTRAS, Path(older)), download(LITELLM, Path(older))
         newest = download(LITELLM_1_110, Path(newer))
@@ -288,9 +314,16 @@ def main() -> None:
             with_changed(reports(litellm), reports(newest)),
             push(newest, ["LiteLLM_SpendLogs", "LiteLLM_SpendLogDelivery"]),
             statements(newest),
+            client_schema(newest),
         ]
+    (OUT / "prisma").mkdir(parents=True, exist_ok=True)
     for output, text in zip(outputs, texts):
         output.write_text(text)
+
+
+def main() -> None:
+    write_texts()
+    install_prisma()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ use postgres::Client;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 const WRITERS: usize = 4;
 const TRANSACTIONS: usize = 30;
@@ -78,6 +80,144 @@ fn a_budget_window_is_the_report_once_all_deliveries_are_applied() {
     assert!(differences("false").iter().all(|difference| difference.abs() < 1e-9));
 }
 
+/// LiteLLM's start with --use_prisma_db_push.
+#[test]
+fn prisma_db_push_makes_the_tables_of_1_110_and_leaves_ours_alone() {
+    let Some(prisma) = Prisma::find() else { return };
+    let (pushed, read) = (shared().database().attached(), database());
+    let mut client = pushed.connect();
+    make_own_views(&mut client);
+    client
+        .batch_execute(&format!(
+            "{}; SELECT spend_index_set(indexes => '{{user, team}}', hot => true)",
+            insert_rows("r", 500, 20)
+        ))
+        .unwrap();
+    eventually("the indexes are built", || {
+        holds(&mut client, "SELECT count(*) = 2 AND bool_and(state = 'built') FROM spend_index_status")
+    });
+    let before = ours(&mut client);
+    assert!(before.len() > 50, "{before:#?}");
+    prisma.push(&pushed).unwrap();
+    assert_same(&before, &ours(&mut client));
+    assert_views_equal_raw(&mut client);
+
+    let mut other = read.connect();
+    // Or scripts/litellm_fixtures.py reads schema.prisma wrongly.
+    assert_same(&litellms(&mut client), &litellms(&mut other));
+    prisma.push(&pushed).unwrap();
+    assert_same(&before, &ours(&mut client));
+    write_and_compare(&pushed);
+}
+
+#[test]
+fn prisma_db_push_fails_on_a_converted_table_and_leaves_it_as_it_is() {
+    let Some(prisma) = Prisma::find() else { return };
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    make_own_views(&mut client);
+    client.batch_execute(&insert_rows("r", 500, 20)).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_converted(&mut client);
+    eventually("all partitions are there", || {
+        holds(&mut client, "SELECT bool_and(partitions_ahead >= precreate) FROM spend_partition_status")
+    });
+    let (before, tables) = (ours(&mut client), litellms(&mut client));
+    let said = prisma.push(&db).unwrap_err();
+    assert!(
+        said.contains("unique constraint on partitioned table must include all partitioning columns"),
+        "{said}"
+    );
+    assert_same(&before, &ours(&mut client));
+    assert_same(&tables, &litellms(&mut client));
+    let told = "SELECT count(*) FROM spend_upgrade_check('1.110.2') WHERE by LIKE '--use_prisma_db_push%'";
+    assert_eq!(value::<i64>(&mut client, told), 1);
+    assert_views_equal_raw(&mut client);
+    assert_exact(&mut client);
+}
+
+/// The schema engine of LiteLLM's tools.
+struct Prisma {
+    folder: PathBuf,
+}
+
+impl Prisma {
+    fn find() -> Option<Prisma> {
+        let folder = fixture("prisma");
+        let found = folder.join("node_modules/.bin/prisma").exists();
+        if !found {
+            eprintln!("left out: without npm there is no engine of Prisma's");
+        }
+        found.then_some(Prisma { folder })
+    }
+
+    /// What it said is the error.
+    fn push(&self, db: &Database) -> Result<(), String> {
+        let url =
+            format!("postgresql://{LITELLM}@localhost:{PORT}/{}?host={}", db.name, db.cluster.dir.display());
+        let mut push = Command::new(self.folder.join("node_modules/.bin/prisma"))
+            .current_dir(&self.folder)
+            .args(["db", "push", "--accept-data-loss", "--skip-generate"])
+            .env("DATABASE_URL", url)
+            // None of what it would download.
+            .envs([
+                ("PRISMA_SCHEMA_ENGINE_BINARY", "/bin/true"),
+                ("PRISMA_QUERY_ENGINE_LIBRARY", "/bin/true"),
+            ])
+            .env("CHECKPOINT_DISABLE", "1")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(push.stdout.take().unwrap()).lines();
+        let done = said.map_while(Result::ok).any(|line| line.contains("in sync with "));
+        // It would wait for another minute.
+        let _ = push.kill();
+        let output = push.wait_with_output().unwrap();
+        if done { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+    }
+}
+
+/// What is ours, in the table and beside it.
+fn ours(client: &mut Client) -> Vec<String> {
+    list(
+        client,
+        r#"SELECT 'trigger ' || pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname LIKE 'litellm\_spend%'
+           UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND indexname LIKE 'litellm\_spend%'
+           UNION ALL SELECT c.oid::regclass || ' ' || c.relkind::text || ' ' || c.relowner::regrole::text
+                     FROM pg_class c WHERE c.relnamespace = 'litellm_spend'::regnamespace
+           UNION ALL SELECT viewname || viewowner || definition FROM pg_views WHERE schemaname = 'public'
+           UNION ALL SELECT oid::regprocedure::text FROM pg_proc WHERE proname LIKE 'spend\_%'"#,
+    )
+}
+
+/// The tables that LiteLLM writes the log to: columns and indexes.
+fn litellms(client: &mut Client) -> Vec<String> {
+    list(
+        client,
+        r#"SELECT concat_ws(' ', c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                            pg_get_expr(d.adbin, d.adrelid))
+           FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+           LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+           WHERE c.oid IN (to_regclass('"LiteLLM_SpendLogs"'), to_regclass('"LiteLLM_SpendLogDelivery"'))
+             AND a.attnum > 0 AND NOT a.attisdropped
+           UNION ALL SELECT indexdef FROM pg_indexes
+           WHERE tablename IN ('LiteLLM_SpendLogs', 'LiteLLM_SpendLogDelivery') AND indexname NOT LIKE 'litellm\_spend%'"#,
+    )
+}
+
+fn assert_same(expected: &[String], found: &[String]) {
+    let only = |these: &[String], others: &[String]| -> Vec<String> {
+        these.iter().filter(|line| !others.contains(line)).cloned().collect()
+    };
+    let (gone, new) = (only(expected, found), only(found, expected));
+    assert!(gone.is_empty() && new.is_empty(), "gone: {gone:#?}\nnew: {new:#?}");
+}
+
+fn list(client: &mut Client, sql: &str) -> Vec<String> {
+    client.query(&format!("{sql} ORDER BY 1"), &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
 /// With the tables of 1.110, LiteLLM's own views in a schema of their own, and the log attached.
 fn database() -> Database {
     let db = shared().database();
@@ -96,13 +236,17 @@ fn database() -> Database {
             tables.to_str().unwrap(),
         ],
     );
+    make_own_views(&mut db.connect());
+    db.attached()
+}
+
+fn make_own_views(client: &mut Client) {
     let views = fs::read_to_string(fixture("views.sql")).unwrap();
-    db.connect()
+    client
         .batch_execute(&format!(
             "CREATE SCHEMA own; SET search_path = own, public; {views}; RESET search_path"
         ))
         .unwrap();
-    db.attached()
 }
 
 fn fixture(name: &str) -> PathBuf {
@@ -204,6 +348,8 @@ impl Proxy {
 
 fn write_and_compare(db: &Database) {
     let mut client = db.connect();
+    let rows = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
+    let before: i64 = value(&mut client, rows);
     let (mut compared, mut written) = (0, vec![]);
     std::thread::scope(|scope| {
         let proxies: Vec<_> =
@@ -219,8 +365,7 @@ fn write_and_compare(db: &Database) {
     let all = (WRITERS * ROWS + SHARED) * TRANSACTIONS;
     assert_eq!(written.len(), all, "each request was written by one of them");
     assert_eq!(written.iter().collect::<BTreeSet<_>>().len(), all);
-    let there: i64 = value(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#);
-    assert_eq!(there, all as i64);
+    assert_eq!(value::<i64>(&mut client, rows), before + all as i64);
 
     assert_views_equal_raw(&mut client);
     wait_until_merged(&mut client);
