@@ -4,8 +4,7 @@ Citus" (2018) would write: INSERT … SELECT … GROUP BY … ON CONFLICT DO UPD
 
     plain             the article's statement, all rows at once
     plain, windows    the same in ten windows, a transaction each
-    ours              a declared rollup, CALL spend_backfill() with litellm_spend.max_window of a tenth of the rows,
-                      which at 10 million is the default
+    ours              a declared rollup, CALL spend_backfill() with litellm_spend.max_window of a tenth of the rows
     ours, one window  the same with all rows in one
 
     new               10 million narrow page views, in order of time, into an empty rollup of a million groups: by site,

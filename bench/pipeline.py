@@ -228,7 +228,7 @@ def one_run(results, lags, run, variant):
     for metric, value, unit in metrics:
         results.add(run, variant.name, metric, value, unit)
     results.write()
-    lags += [(variant.name, run, *(f"{value:.6g}" for value in moment)) for moment in watch.moments]
+    lags += [(variant.name, run, *(value if isinstance(value, int) else f"{value:.6g}" for value in moment)) for moment in watch.moments]
     with open(harness.RESULTS / "pipeline_lag.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("variant", "run", "seconds", "numbered", "merged", "lag"))

@@ -225,7 +225,8 @@ def install_prisma() -> None:
     if npm is None or (folder / "node_modules" / ".bin" / "prisma").exists():
         return
     print(f"installing {', '.join(PRISMA)}", flush=True)
-    call = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--fetch-retries=0"]
+    call = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    call += ["--fetch-retries=0", "--fetch-timeout=60000"]
     if subprocess.run(call + PRISMA, cwd=folder).returncode:
         print("npm could not install it: `prisma db push` is not tested", flush=True)
 
