@@ -593,7 +593,7 @@ SELECT CASE WHEN message LIKE 'nothing is captured%' OR message LIKE 'could not 
                     SELECT format('SELECT pg_terminate_backend(%s);', pid) FROM pg_stat_activity a
                     WHERE pid = substring(message FROM E'\nDETAIL:  It is held by process (\\d+) ')::integer AND a.xact_start < errors.since
                 ) END,
-                substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again; the server''s log has more')
+                substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again by itself; a cause that stays is for you to remove')
 FROM errors, served
 WHERE NOT (restored AND message LIKE 'it came out of a dump%')
   -- What is tried again and again has not failed at the first try.

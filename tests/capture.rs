@@ -463,6 +463,35 @@ fn rows_that_are_truncated_before_they_are_merged_stay_counted() {
 }
 
 #[test]
+fn a_forced_rebuild_is_proposed_for_days_that_have_raw_rows_and_no_others() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let at = |day: u32| format!("{TODAY} - interval '{day} days'");
+    for day in 1..=7 {
+        client.batch_execute(&row(&format!("r{day}"), &at(day), 1.0)).unwrap();
+    }
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
+    wait_until_settled(&mut client);
+    // Late ones.
+    for day in [7, 1] {
+        client.batch_execute(&row(&format!("late{day}"), &at(day), 1.0)).unwrap();
+    }
+    wait_until_merged(&mut client);
+    let notices = db.notices("SELECT * FROM spend_rollup_verify('daily_spend')");
+    let calls: Vec<&str> =
+        notices.split("SELECT").skip(1).map(|call| call.split(';').next().unwrap()).collect();
+    assert_eq!(calls.len(), 2, "{notices}");
+    for call in calls {
+        client.batch_execute(&format!("SELECT {call}")).unwrap();
+    }
+    // Of the five days between them nothing is left but what the rollups know.
+    let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
+    assert_eq!(value::<i64>(&mut client, requests), 7);
+}
+
+#[test]
 fn rows_that_are_taken_out_and_put_back_are_noticed_and_one_call_counts_them_once() {
     for (take_out, kind) in [("DELETE FROM", "ledger"), ("TRUNCATE", "frozen days")] {
         let db = shared().database();
@@ -489,7 +518,7 @@ fn rows_that_are_taken_out_and_put_back_are_noticed_and_one_call_counts_them_onc
         let days: String = value(&mut client, &days);
         assert!(notices.contains(&format!("still count, beside rows that are there: {days}")), "{notices}");
         // The call that it names.
-        let call = notices.split("SELECT").nth(1).unwrap().split("makes all").next().unwrap();
+        let call = notices.split("SELECT").nth(1).unwrap().split("It makes all").next().unwrap();
         assert!(call.contains("NULL") && call.contains("force => true"), "{call}");
         client.batch_execute(&format!("SELECT {call}")).unwrap();
         assert_eq!(value::<f64>(&mut client, total), 7.0, "{kind}");

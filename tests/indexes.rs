@@ -32,8 +32,7 @@ fn planned<T: for<'a> postgres::types::FromSql<'a>>(client: &mut Client, column:
     value(client, &format!("SELECT {column} FROM spend_index_plan() WHERE item = '{item}'"))
 }
 
-// ---- the plan
-// ----------------------------------------------------------------------------------------------
+// ---- the plan -----------------------------------------------------------------------------------------
 
 #[test]
 fn a_plan_says_what_each_index_costs_and_changes_nothing() {
@@ -136,8 +135,7 @@ fn what_is_not_litellm_s_table_and_who_is_not_its_owner_are_refused() {
     client.batch_execute("DROP OWNED BY stranger; DROP ROLE stranger").unwrap();
 }
 
-// ---- to be built
-// -------------------------------------------------------------------------------------------
+// ---- to be built --------------------------------------------------------------------------------------
 
 /// The log as LiteLLM's own script partitions it: the day before yesterday, yesterday, today, DEFAULT.
 fn partitioned(cluster: &'static Cluster) -> (Database, Client) {
@@ -547,8 +545,7 @@ fn an_index_that_nothing_has_used_for_thirty_days_is_named() {
     eventually("it is gone", || ours(&mut client).is_empty());
 }
 
-// ---- converted and back
-// ------------------------------------------------------------------------------------
+// ---- converted and back -------------------------------------------------------------------------------
 
 #[test]
 fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_back() {
@@ -581,8 +578,7 @@ fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_b
     wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
 }
 
-// ---- what a release does
-// -----------------------------------------------------------------------------------
+// ---- what a release does ------------------------------------------------------------------------------
 
 /// What is changed and by what, and the remedies that are statements.
 fn check(client: &mut Client, version: &str) -> (Vec<(String, String)>, Vec<String>) {
@@ -591,7 +587,7 @@ fn check(client: &mut Client, version: &str) -> (Vec<(String, String)>, Vec<Stri
     let changes = rows.iter().map(|r| (r.get(0), r.get(1))).collect();
     let remedies = rows
         .iter()
-        .map(|r| r.get::<_, String>(2))
+        .filter_map(|r| r.get::<_, Option<String>>(2))
         .filter(|sql| sql.ends_with(';') && !sql.contains("revert"));
     (changes, remedies.collect())
 }

@@ -692,8 +692,7 @@ fn what_a_policy_lets_expire_stays_in_the_totals_also_where_a_delete_subtracts()
     }
 }
 
-// ---- beside others
-// -----------------------------------------------------------------------------------------
+// ---- beside others ------------------------------------------------------------------------------------
 
 /// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the
 /// longest wait of any.
@@ -1219,8 +1218,7 @@ fn litellms_own_job_may_run_at_the_same_time() {
     );
 }
 
-// ---- by itself
-// -----------------------------------------------------------------------------------------------
+// ---- by itself ----------------------------------------------------------------------------------------
 
 #[test]
 fn the_worker_maintains_and_goes_on_after_a_crash() {

@@ -219,7 +219,7 @@ fn an_admin_does_everything_that_takes_no_superuser() {
         "SELECT * FROM spend_partition_status",
         "SELECT spend_partition_plan()",
         "SELECT spend_partition_set(retention => '90 days')",
-        "SELECT litellm_spend.maintain_at(NULL, now()::timestamp)",
+        "SELECT * FROM spend_partition_maintain()",
         "CREATE TABLE page_views (id bigserial, a int); INSERT INTO page_views (a) VALUES (1)",
         "SELECT spend_rollup_create('views', 'page_views', '{a}', '{count(*) AS n}')",
         "CALL spend_backfill('page_views')",

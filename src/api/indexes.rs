@@ -69,7 +69,7 @@ fn spend_upgrade_check(
 ) -> Result<
     TableIterator<
         'static,
-        (name!(change, String), name!(by, String), name!(effect, String), name!(remedy, String)),
+        (name!(change, String), name!(by, String), name!(effect, String), name!(remedy, Option<String>)),
     >,
     ErrorReport,
 > {
@@ -78,10 +78,14 @@ fn spend_upgrade_check(
         upgrade::check(&table, version.ok_or(Error::Null("version"))?)
     })
     .map(|rows| {
-        TableIterator::new(
-            rows.into_iter()
-                .map(|row| (row.change, row.by.to_string(), row.effect, session::callable(row.remedy))),
-        )
+        TableIterator::new(rows.into_iter().map(|row| {
+            (
+                row.change,
+                row.by.to_string(),
+                row.effect,
+                Some(row.remedy).filter(|text| !text.is_empty()).map(session::callable),
+            )
+        }))
     })
 }
 

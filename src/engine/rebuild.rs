@@ -376,6 +376,9 @@ pub fn verify(
     Ok((differences, not_compared.into_iter().chain(put_back).collect()))
 }
 
+/// As many as a HINT has room for.
+const MOST_REBUILDS: usize = 3;
+
 /// Says on which days rows count that are not in the table any more, beside rows that are. As a rule that is
 /// so on the day at which retention has arrived; but whoever takes rows out and puts them back sees them
 /// twice.
@@ -397,27 +400,34 @@ fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Noti
              UNION ALL
              SELECT range_agg({found})
              FROM unnest($3::timestamp[], $4::timestamp[]) AS frozen(first, last),
-                  LATERAL (SELECT min(at) AS first_at, max(at) AS last_at FROM ({raw}) AS raw
-                           WHERE at >= first AND (last IS NULL OR at < last)) AS found
-             WHERE first_at IS NOT NULL) AS both_kinds, unnest(days) AS part ORDER BY 1",
+                  LATERAL (SELECT DISTINCT date_trunc('day', at) AS day FROM ({raw}) AS raw
+                           WHERE at >= first AND (last IS NULL OR at < last)) AS found) AS both_kinds,
+             unnest(days) AS part ORDER BY 1",
         retired = day("day", "day"),
         next = next_midnight("day"),
-        found = day("first_at", "last_at"),
+        found = day("day", "day"),
     );
     let (starts, ends): (Vec<_>, Vec<_>) = frozen.iter().map(|range| (range.start, range.end)).unzip();
     let args = [range.start.into(), range.end.into(), starts.into(), ends.into()];
     let days = truth.owner.query(&sql, &args, |r| Ok(Range { start: spi::value(r, 1)?, end: r.get(2)? }))?;
-    let (Some(first), Some(last)) = (days.first(), days.last()) else { return Ok(None) };
-    let end = last.end.map_or("NULL".into(), |end| format!("'{end}'"));
+    if days.is_empty() {
+        return Ok(None);
+    }
+    // Days between them may have no raw row left: nothing but the rollups knows of those.
+    let rebuilds = days.iter().take(MOST_REBUILDS).map(|days| {
+        let end = days.end.map_or("NULL".into(), |end| format!("'{end}'"));
+        format!("SELECT spend_rollup_rebuild(NULL, '{}', {end}, force => true);", days.start)
+    });
+    let rebuilds = rebuilds.collect::<Vec<_>>().join(" ");
+    let more = if days.len() > MOST_REBUILDS { " And so on for the other days." } else { "" };
     Ok(Some(Notice {
         message: format!(
             "rows that were deleted still count, beside rows that are there: {}",
             frozen::describe(&days)
         ),
         hint: format!(
-            "If they are the same rows, put back, they count twice: SELECT spend_rollup_rebuild(NULL, '{}', {end}, force => true) \
-             makes all built-in rollups equal the table.",
-            first.start
+            "If they are the same rows, put back, they count twice: {rebuilds}{more} It makes all built-in \
+             rollups equal the table on those days."
         ),
     }))
 }

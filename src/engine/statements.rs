@@ -31,8 +31,7 @@ impl Definition {
         self.measures.iter().any(|m| m.aggregates)
     }
 
-    // ---- the two steps
-    // ---------------------------------------------------------------------------------------
+    // ---- the two steps --------------------------------------------------------------------------------
 
     /// Partial rows of the source rows in `relation` that satisfy `condition`.
     fn project(&self, relation: &str, condition: &str) -> String {
@@ -74,8 +73,7 @@ impl Definition {
         format!(" HAVING sum({}) <> 0", quoted(&self.presence))
     }
 
-    // ---- the table and the live view
-    // -------------------------------------------------------------------------
+    // ---- the table and the live view ------------------------------------------------------------------
 
     pub fn create_table(&self) -> Vec<String> {
         let dimensions = self.dimensions.iter().map(|d| {
@@ -236,8 +234,7 @@ impl Definition {
         format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}")
     }
 
-    // ---- merge
-    // -----------------------------------------------------------------------------------------------
+    // ---- merge ----------------------------------------------------------------------------------------
 
     /// The groups of the window `($1, $2]`, with the number of source rows of each.
     fn window_groups(&self) -> String {
@@ -297,8 +294,7 @@ impl Definition {
         )
     }
 
-    // ---- rebuild
-    // ---------------------------------------------------------------------------------------------
+    // ---- rebuild --------------------------------------------------------------------------------------
 
     /// `time` lies in `[$1, $2)`; a NULL end is unbounded (`infinity` itself is a time that a row can have).
     /// Without a bucket every row is in range.

@@ -85,6 +85,7 @@ pub struct Row {
     pub change: String,
     pub by: &'static str,
     pub effect: String,
+    /// Empty: there is nothing to do.
     pub remedy: String,
 }
 
@@ -186,7 +187,7 @@ fn new_indexes(table: &Table, wanted: Version, tree: &[pg_sys::Oid], there: &[Pl
                 change,
                 by: "LiteLLM's index job, once it serves",
                 effect: format!("CREATE INDEX CONCURRENTLY, about {seconds} s; nobody waits"),
-                remedy: "nothing".into(),
+                remedy: String::new(),
             },
             true => {
                 let limit = limit_of(wanted);

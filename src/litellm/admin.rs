@@ -17,8 +17,9 @@ use crate::server::spi;
 use crate::server::text::{SCHEMA, quoted};
 use pgrx::prelude::*;
 
-/// What speaks for every owner, or gives rights away.
-const OF_SUPERUSERS: [&str; 4] = ["spend_restored", "restored", "spend_grant_admin", "spend_revoke_admin"];
+/// What speaks for every owner, gives rights away, or lets rows expire before their time.
+const OF_SUPERUSERS: [&str; 5] =
+    ["spend_restored", "restored", "spend_grant_admin", "spend_revoke_admin", "maintain_at"];
 
 /// What is granted, as GRANT and REVOKE write it: what the extension has in this version, whatever it was
 /// when it was granted. A view of other sessions' activity is for who may see that: to others it would say
@@ -103,7 +104,7 @@ fn beyond(role: pg_sys::Oid, grantee: &str) -> Result<Vec<Action>> {
     let superusers = [
         "CREATE EXTENSION, ALTER EXTENSION … UPDATE",
         "shared_preload_libraries",
-        "spend_restored(), spend_grant_admin(), spend_revoke_admin()",
+        "spend_restored(), spend_grant_admin(), spend_revoke_admin(), litellm_spend.maintain_at()",
         "spend_detach() of a table that was dropped, or of kept history",
     ];
     actions.extend(superusers.map(|what| (what.into(), "still takes a superuser".into())));

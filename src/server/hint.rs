@@ -88,7 +88,7 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
 }
 
 /// How the names of what [`crate::litellm::admin`] grants begin.
-const FUNCTIONS: [&str; 9] = [
+const FUNCTIONS: [&str; 10] = [
     "spend_attach",
     "spend_detach",
     "spend_backfill",
@@ -97,13 +97,15 @@ const FUNCTIONS: [&str; 9] = [
     "spend_partition_",
     "monthly_global_spend",
     "backfill_step",
-    "maintain_at",
+    "spend_index_",
+    "spend_upgrade_check",
 ];
 
-const VIEWS: [&str; 3] = ["spend_rollup_status", "spend_partition_status", "spend_progress"];
+const VIEWS: [&str; 2] = ["spend_rollup_status", "spend_partition_status"];
 
 /// Views of other sessions' activity, which take pg_monitor.
-const OF_SESSIONS: [&str; 2] = ["spend_health", "spend_worker_status"];
+const OF_SESSIONS: [&str; 4] =
+    ["spend_health", "spend_worker_status", "spend_progress", "spend_index_status"];
 
 /// How the names of the report views begin.
 const REPORTS: [&str; 2] = ["daily_", "hourly_"];

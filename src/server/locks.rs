@@ -165,7 +165,10 @@ fn within(
 ) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.
     let holders = query(
-        "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL THEN 'a prepared transaction'
+        "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL
+                    THEN concat_ws(' ', 'prepared transaction', quote_literal(
+                        (SELECT gid FROM pg_catalog.pg_prepared_xacts
+                         WHERE l.virtualtransaction = '-1/' || transaction::text)))
                     ELSE format('process %s (%s)', l.pid,
                                 concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid

@@ -383,8 +383,7 @@ impl Drop for Cancellable {
     }
 }
 
-// ---- what the launcher and the builder need as well
-// -----------------------------------------------------------------------
+// ---- what the launcher and the builder need as well ---------------------------------------------------
 
 /// SIGTERM ends a worker at the next interrupt check, in the middle of a statement if need be; SIGINT ends a
 /// step; SIGHUP sets a flag.
