@@ -1,7 +1,7 @@
 # Every target sets up what it needs, on a Debian machine with Rust. PG=17 make … for another PostgreSQL than 15.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup install fixtures demo demo-clean test bench fmt clippy
+.PHONY: help setup install fixtures demo demo-clean test test-citus bench fmt clippy
 
 help:        ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 20
@@ -20,6 +20,9 @@ demo: install fixtures ## LiteLLM's spend views before and after, on a throwaway
 
 demo-clean:  ## stop and remove the demo's PostgreSQL
 	@scripts/demo clean
+
+test-citus: setup fixtures ## rollups of distributed tables, where the PostgreSQL of PG_BIN has Citus
+	@NAME=citus TEST_THREADS=2 scripts/test
 
 test: setup fixtures ## all tests; NAME=convert … those of one file
 	@scripts/test

@@ -26,6 +26,7 @@ REVOKE ALL ON FUNCTION litellm_spend.restored() FROM PUBLIC;
 ALTER TABLE litellm_spend.rollup DROP CONSTRAINT rollup_source_fkey;
 ALTER TABLE litellm_spend.capture DROP CONSTRAINT capture_source_fkey;
 ALTER TABLE litellm_spend.source ADD COLUMN origin uuid;
+ALTER TABLE litellm_spend.source ADD COLUMN node_candidates jsonb NOT NULL DEFAULT '[]';
 ALTER TABLE litellm_spend.capture ADD COLUMN origin uuid;
 ALTER TABLE litellm_spend.conversion ADD COLUMN origin uuid;
 UPDATE litellm_spend.source SET origin = (SELECT id FROM litellm_spend.installation);

@@ -31,7 +31,10 @@ CREATE TABLE litellm_spend.source (
     -- Older buckets have lost raw rows: they are history and never recomputed.
     frozen_before  timestamp NOT NULL DEFAULT '-infinity',
     -- The installation that wrote the row.
-    origin         uuid
+    origin         uuid,
+    -- Values that are safe here, but of a table of Citus's not yet on its nodes; transactions are written
+    -- node:transaction.
+    node_candidates jsonb NOT NULL DEFAULT '[]'
 );
 
 CREATE TABLE litellm_spend.rollup (

@@ -99,6 +99,31 @@ errors! {
          missing for ever.";
         ("SELECT undistribute_table({}) makes an ordinary table of it.", literal(relation));
 
+    NotByHash(relation: String):
+        ERRCODE_FEATURE_NOT_SUPPORTED;
+        "{relation} is a table of Citus's that is not distributed by hash";
+        "Only of shards that are divided by hash is it known who writes to them.";
+        ("SELECT undistribute_table({}); then create_distributed_table(), or leave it local.", literal(relation));
+
+    NotCoordinator(relation: String):
+        ERRCODE_FEATURE_NOT_SUPPORTED;
+        "{relation} is distributed by Citus, and this node is not the coordinator";
+        "Each node draws numbers from a range of its own; only those of the coordinator's rise with all rows.";
+        "Make the rollup in the database on the coordinator.";
+
+    NodeSilent { relation: String, node: String, answer: String }:
+        ERRCODE_CONNECTION_FAILURE;
+        "node {node} does not say who writes to {relation}";
+        "{answer}";
+        "Nothing is merged meanwhile, and nothing lost: it is asked again. Is it up, and does it let the table's owner in?";
+
+    NumberedOnNode { relation: String, column: String, number: i64 }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "rows of {relation} were numbered on another node than the coordinator";
+        "There is one with {column} {number}: each node of Citus's draws from a range of its own, and those rows would \
+         never be merged.";
+        "Insert through the coordinator; delete those rows and insert them there.";
+
     NotOwner(relation: String):
         ERRCODE_INSUFFICIENT_PRIVILEGE;
         "must be owner of relation \"{relation}\"";

@@ -7,6 +7,7 @@
 //!  partition   tables divided by time: conversion, reversion, upkeep
 //!  litellm     LiteLLM's table and views: capture, built-in rollups, backfill, repair
 //!  engine      rollups of any source that a sequence numbers
+//!  citus       sources whose rows are on other nodes
 //!  state       what is stored, in the tables of schema litellm_spend
 //!  server      how we talk to PostgreSQL
 //! ```
@@ -15,6 +16,7 @@
 //! CONTRIBUTING.md.
 
 mod api;
+mod citus;
 mod engine;
 mod error;
 mod guc;

@@ -42,7 +42,7 @@ fn a_relation_that_is_not_litellms_table_is_refused() {
 }
 
 #[test]
-fn a_table_that_citus_distributes_is_refused_also_later() {
+fn a_table_of_citus_that_cannot_be_a_source_is_refused_also_later() {
     let db = shared().database();
     let mut client = db.connect();
     // Citus's catalog, which belongs to whoever made that extension.
@@ -62,10 +62,10 @@ fn a_table_that_citus_distributes_is_refused_also_later() {
     eventually("what is not distributed is merged", || {
         holds(&mut client, "SELECT watermark = 1 AND last_error IS NULL FROM spend_rollup_status")
     });
-    // A distributed table, and a reference table.
+    // Divided by range, and a reference table. What is divided by hash is in tests/citus.rs.
     client
         .batch_execute(
-            r#"INSERT INTO pg_dist_partition VALUES ('events', 'h'), ('events_1', 'h'), ('"LiteLLM_SpendLogs"', 'n')"#,
+            r#"INSERT INTO pg_dist_partition VALUES ('events', 'r'), ('events_1', 'r'), ('"LiteLLM_SpendLogs"', 'n')"#,
         )
         .unwrap();
     for call in [
@@ -79,7 +79,7 @@ fn a_table_that_citus_distributes_is_refused_also_later() {
     eventually("the status says so", || {
         holds(
             &mut client,
-            "SELECT last_error LIKE E'public.events is distributed by Citus\\nDETAIL:%HINT:%' FROM spend_rollup_status",
+            "SELECT last_error LIKE E'public.events is a table of Citus''s that is not distributed by hash\\nDETAIL:%HINT:%' FROM spend_rollup_status",
         )
     });
     // The captured table, distributed after it was attached.

@@ -10,6 +10,7 @@
 //! changes either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing
 //! else.
 
+use crate::citus;
 use crate::engine::source;
 use crate::engine::statements;
 use crate::error::{Error, Result};
@@ -66,21 +67,26 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         let nothing = Look { safe_end: source.merged_to, last_value };
         let Some(relation) = sources::relation_of(source)? else { return Ok(nothing) };
         if source.name != CHANGE_LOG {
-            source::require_not_distributed(relation)?;
+            citus::require_by_hash(relation)?;
             source::require_same_numbering(relation, source.sequence)?;
         }
-        if last_value == source.merged_to {
+        if last_value == source.merged_to && !citus::is_distributed(relation)? {
             return Ok(nothing);
         }
         relation::check_sequence(source.sequence)?;
         // 2. the transactions that may still add rows.
-        let writers = sources::writers(sources::inserted_into(relation, source.sequence)?)?;
+        let relations = sources::inserted_into(relation, source.sequence)?;
+        let writers = sources::writers(&relations)?;
         // 3. what is safe now; the rest is remembered for the next look.
-        let before = source.window.clone();
-        let safe_end = source.window.look(last_value, &writers).unwrap_or(source.merged_to);
+        let before = (source.window.clone(), source.nodes.clone());
+        let mut safe_end = source.window.look(last_value, &writers).unwrap_or(source.merged_to);
+        // 4. of that, what is safe on other nodes too, which are asked after the writers here.
+        if let Some(writers) = citus::writers(relation, source.sequence, &relations)? {
+            safe_end = source.nodes.look(safe_end, &writers).unwrap_or(source.merged_to);
+        }
         let done = safe_end >= last_value || !patience.try_again();
-        if done && source.window != before {
-            sources::store_window(&source.name, &source.window)?;
+        if done && (&source.window, &source.nodes) != (&before.0, &before.1) {
+            sources::store_windows(source)?;
         }
         if done {
             return Ok(Look { safe_end, last_value });

@@ -3,11 +3,12 @@
 //! The numbers must rise in the order in which they are drawn, and every way into the table must draw them
 //! from that one sequence. What does not keep to that is refused, with the reason.
 
+use crate::citus;
 use crate::error::{Error, Result};
 use crate::server::expression;
 use crate::server::locks;
 use crate::server::relation::{self, FAMILY, Table};
-use crate::server::session::{self, Owner};
+use crate::server::session;
 use crate::server::spi;
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::restore::HERE;
@@ -139,27 +140,6 @@ fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     }
 }
 
-/// Refuses a table of Citus's, of whatever kind: other nodes insert into it, or into its shards under other
-/// names, and their locks are not seen here. A row that commits late would be missing for ever. The catalog
-/// is Citus's whether or not the extension is there: nobody but a superuser makes a table in pg_catalog.
-pub fn require_not_distributed(relation: pg_sys::Oid) -> Result<()> {
-    let namespace = pg_sys::PG_CATALOG_NAMESPACE.into();
-    // SAFETY: looks a name up.
-    let catalog = unsafe { pg_sys::get_relname_relid(c"pg_dist_partition".as_ptr(), namespace) };
-    if catalog == pg_sys::InvalidOid {
-        return Ok(());
-    }
-    let tree = relation::relation_tree(relation)?;
-    let _citus = Owner::of(catalog)?.act();
-    let distributed = spi::current(
-        "SELECT logicalrelid::text FROM pg_catalog.pg_dist_partition WHERE logicalrelid::oid = ANY ($1)
-             LIMIT 1",
-        &[tree.into()],
-        |r| spi::value::<String>(r, 1),
-    )?;
-    distributed.into_iter().next().map_or(Ok(()), |relation| Err(Error::Distributed(relation)))
-}
-
 /// What makes merges slow or leaves rows out, without being wrong.
 pub fn advice(table: &Table, numbering: &Numbering) -> Result<Vec<Notice>> {
     let (relation, column) = (table.qualified(), quoted(&numbering.column));
@@ -266,7 +246,7 @@ pub fn open_source(
     let table = relation::open(oid)?;
     session::require_owner(caller, oid)?;
     locks::lock_against_dropping(oid)?;
-    require_not_distributed(oid)?;
+    citus::require_by_hash(oid)?;
     let numbering = numbering(&table, sequence)?;
     let may_read = spi::query(
         "SELECT pg_catalog.has_sequence_privilege($1, $2, 'SELECT')

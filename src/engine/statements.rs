@@ -130,6 +130,12 @@ impl Definition {
         format!("r.{} > {watermark}", quoted(&self.source_sequence))
     }
 
+    /// The watermark, in the statement's own snapshot.
+    fn watermark(&self) -> String {
+        let name = literal(&self.name);
+        format!("(SELECT watermark FROM {SCHEMA}.rollup WHERE rollup.name = {name}::text)")
+    }
+
     /// The query of the live view: every column, every bucket.
     pub fn live_query(&self) -> String {
         self.shown(&self.partial_rows(|_| true, None))
@@ -186,10 +192,7 @@ impl Definition {
     /// from a bucket on. Not a query over the live view: planning two levels takes longer than running one.
     pub fn partial_rows(&self, wanted: impl Fn(&str) -> bool, first_bucket: Option<&str>) -> String {
         let wanted = |name: &str| name == self.presence || wanted(name);
-        let watermark = format!(
-            "(SELECT watermark FROM {SCHEMA}.rollup WHERE rollup.name = {}::text)",
-            literal(&self.name)
-        );
+        let watermark = self.watermark();
         let names = list(self.columns().filter(|c| wanted(&c.name)), |c| quoted(&c.name));
         let (mut merged, mut tail) = (String::new(), self.tail(&watermark));
         if let Some((first, bucket)) = first_bucket.zip(self.bucket.as_ref()) {
@@ -396,7 +399,9 @@ impl Definition {
     }
 
     /// The groups of the range `[$1, $2)` in which rollup + tail differ from the truth, all in one snapshot.
-    pub fn compare(&self, truth: Option<&str>) -> String {
+    /// Without the tail on either side where the source's rows are on other nodes: a statement reads those of
+    /// each in a snapshot of its own, and only what is merged is sure to be the same twice.
+    pub fn compare(&self, truth: Option<&str>, with_tail: bool) -> String {
         let of = |side: &str, m: &Measure| {
             let m = quoted(&m.column.name);
             format!("(array_agg(to_jsonb({m})) FILTER (WHERE litellm_spend_side = '{side}'))[1]")
@@ -409,8 +414,20 @@ impl Definition {
         };
         let differs =
             list_of(&self.measures, |m| format!("{} IS DISTINCT FROM {}", of("live", m), of("truth", m)));
-        let live = self.combine("", &self.partial_rows(|_| true, None), &self.is_present());
-        let truth = self.project(truth.unwrap_or(&self.source), &self.source_in_range());
+        let (live, condition) = match with_tail {
+            true => (self.partial_rows(|_| true, None), self.source_in_range()),
+            false => (
+                format!("SELECT {} FROM {}", self.column_list(), self.table()),
+                format!(
+                    "{} AND r.{} <= {}",
+                    self.source_in_range(),
+                    quoted(&self.source_sequence),
+                    self.watermark()
+                ),
+            ),
+        };
+        let live = self.combine("", &live, &self.is_present());
+        let truth = self.project(truth.unwrap_or(&self.source), &condition);
         format!(
             "SELECT jsonb_build_object({key})::text, ({live_object})::text, ({truth_object})::text
              FROM (SELECT 'live' AS litellm_spend_side, {columns} FROM ({live}) AS live WHERE {range}

@@ -16,8 +16,8 @@
 //! to that owner's table, CREATE TRIGGER and DROP TRIGGER evaluate nothing of theirs; what reads a row of it
 //! runs as its owner.
 
+use crate::citus;
 use crate::engine::declare;
-use crate::engine::source;
 use crate::error::{Error, Result};
 use crate::guc::LockLimit;
 use crate::litellm::backfill;
@@ -434,7 +434,7 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
 /// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of
 /// a shard's on another node.
 pub fn require_all_rows_seen(table: &Table) -> Result<()> {
-    source::require_not_distributed(table.oid)?;
+    citus::require_not_distributed(table.oid)?;
     let Some(parent) = relation::parent(table.oid)? else { return Ok(()) };
     Err(Error::HasParent { table: table.qualified(), parent: relation::relation_name(parent)? })
 }

@@ -97,6 +97,17 @@ pub const FAMILY: &str = concat!(
           AND p.refobjid = $2)"
 );
 
+/// The column of a relation that a sequence numbers, quoted.
+pub fn numbered_column(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<String> {
+    let sql = format!(
+        "{FAMILY} SELECT pg_catalog.quote_ident(attname) FROM draws
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = draws.relation AND a.attnum = draws.attnum
+         WHERE draws.relation = $1"
+    );
+    let columns = current(&sql, &[relation.into(), sequence.into()], |r| value::<String>(r, 1))?;
+    columns.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
+}
+
 pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
     let names = current(
         "SELECT nspname::text, relname::text FROM pg_catalog.pg_class c

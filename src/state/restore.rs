@@ -26,7 +26,7 @@ pub const HERE: &str = "(SELECT id FROM litellm_spend.installation)";
 
 /// The tables whose rows name who wrote them, and what of a row means nothing to another server.
 const WRITTEN: [(&str, &str); 5] = [
-    ("source", ", candidates = '[]'"),
+    ("source", ", candidates = '[]', node_candidates = '[]'"),
     ("capture", ", candidates = '[]'"),
     ("policy", ""),
     ("conversion", ""),

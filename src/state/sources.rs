@@ -17,6 +17,8 @@ pub struct Source {
     pub relation: pg_sys::Oid,
     pub sequence: pg_sys::Oid,
     pub window: Window,
+    /// Of what is safe here, what is safe on the nodes that Citus has put its shards on.
+    pub nodes: Window,
     pub trimmed_to: i64,
     /// The lowest watermark of its rollups, but for those that are filled by hand.
     pub merged_to: i64,
@@ -66,8 +68,8 @@ pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
     query(
         &format!(
-            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.trimmed_to,
-                 min(r.watermark),
+            "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.node_candidates::text,
+                 s.trimmed_to, min(r.watermark),
                     array_agg(r.name ORDER BY r.name)
              FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
              WHERE {condition} AND s.origin = {HERE} GROUP BY s.name ORDER BY s.name"
@@ -79,30 +81,34 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
                 relation: value(r, 2)?,
                 sequence: value(r, 3)?,
                 window: serde_json::from_str(&value::<String>(r, 4)?)?,
-                trimmed_to: value(r, 5)?,
-                merged_to: value(r, 6)?,
-                rollups: value(r, 7)?,
+                nodes: serde_json::from_str(&value::<String>(r, 5)?)?,
+                trimmed_to: value(r, 6)?,
+                merged_to: value(r, 7)?,
+                rollups: value(r, 8)?,
             })
         },
     )
 }
 
 /// Remembers a source's candidates, unless another session holds the row: they are only a head start.
-pub fn store_window(source: &str, window: &Window) -> Result<()> {
-    store_candidates("source", "name", source, window)
+pub fn store_windows(source: &Source) -> Result<()> {
+    store_candidates("source", "name", "candidates", &source.name, &source.window)?;
+    // Where Citus is not, it never has any.
+    store_candidates("source", "name", "node_candidates", &source.name, &source.nodes)
 }
 
 /// Remembers the candidates of the capture's failures.
 pub fn store_failure_window(source: &str, window: &Window) -> Result<()> {
-    store_candidates("capture", "source", source, window)
+    store_candidates("capture", "source", "candidates", source, window)
 }
 
-fn store_candidates(table: &str, key: &str, name: &str, window: &Window) -> Result<()> {
+fn store_candidates(table: &str, key: &str, column: &str, name: &str, window: &Window) -> Result<()> {
     let candidates = serde_json::to_string(window)?;
     execute(
         &format!(
-            "UPDATE {SCHEMA}.{table} SET candidates = $2::jsonb
-             WHERE {key} = (SELECT {key} FROM {SCHEMA}.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)"
+            "UPDATE {SCHEMA}.{table} SET {column} = $2::jsonb
+             WHERE {column} <> $2::jsonb
+                 AND {key} = (SELECT {key} FROM {SCHEMA}.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)"
         ),
         &[name.into(), candidates.into()],
     )?;
@@ -127,14 +133,14 @@ pub fn inserted_into(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<Vec
 }
 
 /// The other transactions that hold RowExclusiveLock, as every writer does, on one of `relations`.
-pub fn writers(relations: Vec<pg_sys::Oid>) -> Result<BTreeSet<Holder>> {
+pub fn writers(relations: &[pg_sys::Oid]) -> Result<BTreeSet<Holder>> {
     let holders = query(
         "SELECT DISTINCT virtualtransaction FROM pg_catalog.pg_locks
          WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
            AND database = (SELECT oid FROM pg_catalog.pg_database
                WHERE datname = pg_catalog.current_database())
            AND relation = ANY ($1) AND pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
-        &[relations.into()],
+        &[relations.to_vec().into()],
         |r| Ok(Holder(value(r, 1)?)),
     )?;
     Ok(holders.into_iter().collect())

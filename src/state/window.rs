@@ -29,8 +29,13 @@ use std::collections::BTreeSet;
 pub struct Holder(pub String);
 
 impl Holder {
+    /// One on another node, which numbers its transactions as we do ours.
+    pub fn on_node(group: i32, transaction: &str) -> Holder {
+        Holder(format!("{group}:{transaction}"))
+    }
+
     fn is_recovered(&self) -> bool {
-        self.0.starts_with("-1/")
+        self.0.rsplit(':').next().is_some_and(|transaction| transaction.starts_with("-1/"))
     }
 }
 
@@ -128,6 +133,15 @@ mod tests {
         assert_eq!(w.look(7, &holders(&["-1/800"])), None);
         assert_eq!(w.look(7, &holders(&["-1/800", "-1/801"])), None, "801 came later");
         assert_eq!(w.look(7, &holders(&["-1/801"])), Some(7));
+    }
+
+    #[test]
+    fn a_session_of_another_node_that_prepared_before_a_restart_is_still_waited_for() {
+        let mut w = Window::default();
+        let on_node = |transaction: &str| BTreeSet::from([Holder::on_node(2, transaction)]);
+        assert_eq!(w.look(7, &on_node("3/1")), None);
+        assert_eq!(w.look(7, &on_node("-1/800")), None);
+        assert_eq!(w.look(7, &on_node("4/1")), Some(7));
     }
 
     #[test]

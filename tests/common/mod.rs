@@ -349,7 +349,7 @@ fn watchdog(dir: &Path, bin: &Path, user: Option<(u32, u32)>) -> Child {
 }
 
 /// Processes whose working directory is `dir`: the server's.
-fn processes_in(dir: &Path) -> Vec<String> {
+pub fn processes_in(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
     entries
         .filter(|e| fs::read_link(e.path().join("cwd")).is_ok_and(|cwd| cwd == dir))

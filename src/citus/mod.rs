@@ -1,0 +1,215 @@
+//! Sources that Citus distributes: which transactions may still add rows to their shards. Nothing of Citus is
+//! linked: what it is found by is its catalog, and without that nothing here does anything. May call state
+//! and server.
+//!
+//! One would think that the locks on the coordinator are enough: an inserter holds RowExclusiveLock on the
+//! distributed table there, before it draws a number and until its transaction ends. But rows become visible
+//! on the nodes. After the coordinator's commit a `COMMIT PREPARED` may still be under way, or have failed,
+//! and is repeated by Citus minutes later; and a connection that breaks in a COMMIT leaves its transaction to
+//! the node. So a row could appear behind the watermark, and be missing for ever.
+//!
+//! ```text
+//!   merged    | window             | safe here, but open on a node | may still be drawn
+//! ------------+--------------------+-------------------------------+---------------------> sequence
+//!         watermark            safe end                 safe by the coordinator's locks
+//! ```
+//!
+//! Every such transaction holds RowExclusiveLock on a shard, on the shard's node, or waits for it, until it
+//! ends; a prepared one too, also after a restart. So the window is found twice, by the same rule
+//! ([`crate::state::window`]): once with the sequence's last value and the holders on the coordinator, and
+//! then with what is safe by that and the holders on the nodes, which are read after it. At that moment a
+//! transaction that drew such a number has ended on the coordinator: its part on a node is over, or is one of
+//! those holders, for the row was written, under that lock, before the coordinator could commit.
+//!
+//! A shard that moves is looked for where it is now. What was open on its old node never becomes visible:
+//! Citus drops that copy.
+//!
+//! What remains: a single INSERT of a coordinator's session that died, or was cancelled, before the node had
+//! read the statement. Citus runs it there without a transaction block, so it is neither seen nor undone.
+//! Nobody was told that it was committed.
+//!
+//! Numbers drawn on another node come from a range of that node's, beyond the coordinator's. They are not
+//! merged, and the source stops.
+
+use crate::error::{Error, Result};
+use crate::server::relation;
+use crate::server::session::Owner;
+use crate::server::spi;
+use crate::server::text::literal;
+use crate::state::window::Holder;
+use pgrx::prelude::*;
+use serde::Deserialize;
+use std::collections::BTreeSet;
+
+/// The first number that is not the coordinator's: the upper 16 bits are the node's.
+const OF_OTHER_NODES: i64 = 1 << 48;
+
+/// Citus's catalog, as the role that it belongs to: nobody but a superuser makes a table in pg_catalog,
+/// whether or not the extension is there. `None`: there is none.
+fn citus() -> Result<Option<Owner>> {
+    let namespace = pg_sys::PG_CATALOG_NAMESPACE.into();
+    // SAFETY: looks a name up.
+    let catalog = unsafe { pg_sys::get_relname_relid(c"pg_dist_partition".as_ptr(), namespace) };
+    if catalog == pg_sys::InvalidOid { Ok(None) } else { Owner::of(catalog).map(Some) }
+}
+
+/// Those of the relations that are in Citus's catalog, with how each is distributed: `h` by hash, anything
+/// else otherwise or not at all.
+fn distributed(citus: Owner, relations: &[pg_sys::Oid]) -> Result<Vec<(String, bool)>> {
+    let _citus = citus.act();
+    spi::current(
+        "SELECT logicalrelid::text, partmethod = 'h' FROM pg_catalog.pg_dist_partition
+         WHERE logicalrelid::oid = ANY ($1) ORDER BY 2, 1",
+        &[relations.to_vec().into()],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
+    )
+}
+
+/// Refuses a table of Citus's, of whatever kind.
+pub fn require_not_distributed(relation: pg_sys::Oid) -> Result<()> {
+    let Some(citus) = citus()? else { return Ok(()) };
+    let found = distributed(citus, &relation::relation_tree(relation)?)?;
+    found.into_iter().next().map_or(Ok(()), |(relation, _)| Err(Error::Distributed(relation)))
+}
+
+/// Whether Citus distributes the relation, or one that inherits from it.
+pub fn is_distributed(relation: pg_sys::Oid) -> Result<bool> {
+    let Some(citus) = citus()? else { return Ok(false) };
+    Ok(!distributed(citus, &relation::relation_tree(relation)?)?.is_empty())
+}
+
+/// Refuses what Citus distributes otherwise than by hash, reference tables included, and a source on another
+/// node than the coordinator.
+pub fn require_by_hash(relation: pg_sys::Oid) -> Result<()> {
+    let Some(citus) = citus()? else { return Ok(()) };
+    let found = distributed(citus, &relation::relation_tree(relation)?)?;
+    match found.into_iter().next() {
+        None => Ok(()),
+        Some((relation, false)) => Err(Error::NotByHash(relation)),
+        Some((relation, true)) => {
+            let sql = "SELECT groupid = 0 FROM pg_catalog.pg_dist_local_group";
+            let here = citus.query(sql, &[], |r| spi::value::<bool>(r, 1))?;
+            if here == [true] { Ok(()) } else { Err(Error::NotCoordinator(relation)) }
+        }
+    }
+}
+
+/// A node, and the shards that it holds of some relations.
+struct Node {
+    name: String,
+    port: i32,
+    group: i32,
+    shards: Vec<String>,
+}
+
+/// What a node says.
+#[derive(Deserialize)]
+struct Answer {
+    writers: Vec<String>,
+    last_value: Option<i64>,
+}
+
+/// The transactions that hold RowExclusiveLock on a shard of `relations`, or wait for it. `None`: Citus
+/// distributes none of them.
+///
+/// Asked as the owner of `source`, whom Citus lets in on the nodes: its queries run as that role.
+pub fn writers(
+    source: pg_sys::Oid,
+    sequence: pg_sys::Oid,
+    relations: &[pg_sys::Oid],
+) -> Result<Option<BTreeSet<Holder>>> {
+    let Some(citus) = citus()? else { return Ok(None) };
+    if distributed(citus, relations)?.is_empty() {
+        return Ok(None);
+    }
+    let nodes = nodes(citus, relations)?;
+    let owner = Owner::of(source)?;
+    let (mut writers, mut drawn) = (BTreeSet::new(), false);
+    for (node, answer) in ask(owner, source, &relation::relation_name(sequence)?, &nodes)? {
+        let holder = |transaction| Holder::on_node(node.group, transaction);
+        writers.extend(answer.writers.iter().map(|transaction| holder(transaction)));
+        drawn |= answer.last_value.is_some_and(|last| last >= OF_OTHER_NODES);
+    }
+    if drawn {
+        require_own_numbers(owner, source, sequence)?;
+    }
+    Ok(Some(writers))
+}
+
+fn nodes(citus: Owner, relations: &[pg_sys::Oid]) -> Result<Vec<Node>> {
+    let _citus = citus.act();
+    // shard_name() leaves out the schema public.
+    spi::current(
+        "SELECT n.nodename, n.nodeport, n.groupid,
+                array_agg(CASE ns.nspname WHEN 'public' THEN 'public.' ELSE '' END
+                          || pg_catalog.shard_name(s.logicalrelid, s.shardid))
+         FROM pg_catalog.pg_dist_shard s JOIN pg_catalog.pg_dist_placement p USING (shardid)
+         JOIN pg_catalog.pg_dist_node n USING (groupid)
+         JOIN pg_catalog.pg_class c ON c.oid = s.logicalrelid JOIN pg_catalog.pg_namespace ns
+             ON ns.oid = c.relnamespace
+         WHERE s.logicalrelid::oid = ANY ($1) AND n.noderole = 'primary'
+         GROUP BY 1, 2, 3 ORDER BY 3",
+        &[relations.to_vec().into()],
+        |r| {
+            let (name, port) = (spi::value(r, 1)?, spi::value(r, 2)?);
+            Ok(Node { name, port, group: spi::value(r, 3)?, shards: spi::value(r, 4)? })
+        },
+    )
+}
+
+/// Asks all nodes at once. One that does not answer is an error: nobody knows what is still open there.
+fn ask<'a>(
+    owner: Owner,
+    source: pg_sys::Oid,
+    sequence: &str,
+    nodes: &'a [Node],
+) -> Result<Vec<(&'a Node, Answer)>> {
+    let questions: Vec<String> = nodes.iter().map(|node| question(sequence, &node.shards)).collect();
+    let names: Vec<String> = nodes.iter().map(|node| node.name.clone()).collect();
+    let ports: Vec<i32> = nodes.iter().map(|node| node.port).collect();
+    let answers = owner.query(
+        "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)",
+        &[names.into(), ports.into(), questions.into()],
+        |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<String>(r, 2)?)),
+    )?;
+    let mut understood = vec![];
+    for (node, (success, answer)) in nodes.iter().zip(answers) {
+        match serde_json::from_str(&answer) {
+            Ok(answer) if success => understood.push((node, answer)),
+            _ => {
+                let (relation, node) =
+                    (relation::relation_name(source)?, format!("{}:{}", node.name, node.port));
+                return Err(Error::NodeSilent { relation, node, answer });
+            }
+        }
+    }
+    Ok(understood)
+}
+
+/// What a node is asked: one row with one value.
+fn question(sequence: &str, shards: &[String]) -> String {
+    let shards: Vec<String> = shards.iter().map(|shard| literal(shard)).collect();
+    format!(
+        "SELECT pg_catalog.json_build_object(
+             'writers', (SELECT coalesce(pg_catalog.json_agg(DISTINCT virtualtransaction), '[]')
+                 FROM pg_catalog.pg_locks
+                 WHERE locktype = 'relation' AND mode = 'RowExclusiveLock'
+                   AND database = (SELECT oid FROM pg_catalog.pg_database
+                       WHERE datname = pg_catalog.current_database())
+                   AND relation IN (SELECT pg_catalog.to_regclass(shard)::oid
+                                    FROM pg_catalog.unnest(ARRAY[{shards}]::text[]) AS shard)),
+             'last_value', (SELECT pg_catalog.pg_sequence_last_value(pg_catalog.to_regclass({sequence})::oid)))",
+        shards = shards.join(", "),
+        sequence = literal(sequence),
+    )
+}
+
+/// A node has drawn numbers of its own range: fails if there are rows of them. They could not be told from
+/// rows that are still to come.
+fn require_own_numbers(owner: Owner, source: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
+    let relation = relation::relation_name(source)?;
+    let column = relation::numbered_column(source, sequence)?;
+    let sql = format!("SELECT {column}::bigint FROM {relation} WHERE {column} >= {OF_OTHER_NODES} LIMIT 1");
+    let number = owner.fresh(&sql, &[], |r| spi::value::<i64>(r, 1))?.pop();
+    number.map_or(Ok(()), |number| Err(Error::NumberedOnNode { relation, column, number }))
+}
