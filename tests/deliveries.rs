@@ -146,7 +146,7 @@ impl Prisma {
         let folder = fixture("prisma");
         let found = folder.join("node_modules/.bin/prisma").exists();
         if !found {
-            eprintln!("left out: without npm there is no engine of Prisma's");
+            skipped("without npm there is no engine of Prisma's");
         }
         found.then_some(Prisma { folder })
     }
