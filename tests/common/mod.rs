@@ -516,8 +516,8 @@ pub fn assert_exact(client: &mut Client) {
     assert_verified(client);
 }
 
-/// Says that a test does nothing here, and why; scripts/test counts these. Not by eprintln!, whose output a test
-/// that passes keeps to itself.
+/// Says that a test does nothing here, and why; scripts/test counts these. Not by eprintln!, whose output a
+/// test that passes keeps to itself.
 pub fn skipped(why: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
 }
