@@ -8,48 +8,6 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The example of the article "Scalable incremental data aggregation on Postgres and Citus" (2018): a table
-/// of events, a rollup table, and the function that fills it, with our function's name.
-const ARTICLE: &str = "
-    CREATE TABLE page_views (
-        site_id int,
-        path text,
-        client_ip inet,
-        view_time timestamptz default now(),
-        view_id bigserial
-    );
-    CREATE INDEX view_id_idx ON page_views USING BRIN (view_id);
-    CREATE TABLE page_views_1min (
-        site_id int,
-        path text,
-        period_start timestamptz,
-        view_count bigint,
-        primary key (site_id, path, period_start)
-    );
-    SELECT spend_rollup_register('page_views_1min_rollup', 'page_views', 'page_views_view_id_seq');
-    CREATE OR REPLACE FUNCTION do_page_view_aggregation(OUT start_id bigint, OUT end_id bigint)
-    RETURNS record
-    LANGUAGE plpgsql
-    AS $function$
-    BEGIN
-        /* determine which page views we can safely aggregate */
-        SELECT window_start, window_end INTO start_id, end_id
-        FROM spend_rollup_window('page_views_1min_rollup');
-
-        /* exit early if there are no new page views to aggregate */
-        IF start_id > end_id THEN RETURN; END IF;
-
-        /* aggregate the page views, merge results if the entry already exists */
-        INSERT INTO page_views_1min (site_id, path, period_start, view_count)
-        SELECT site_id, path, date_trunc('minute', view_time), count(*) AS view_count
-        FROM page_views
-        WHERE view_id BETWEEN start_id AND end_id
-        GROUP BY site_id, path, date_trunc('minute', view_time)
-        ON CONFLICT (site_id, path, period_start) DO UPDATE
-        SET view_count = page_views_1min.view_count + EXCLUDED.view_count;
-    END;
-    $function$;";
-
 fn insert(n: u32, age: &str) -> String {
     format!(
         "INSERT INTO page_views (site_id, path, client_ip, view_time)
