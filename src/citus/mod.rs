@@ -79,17 +79,17 @@ pub fn is_distributed(relation: pg_sys::Oid) -> Result<bool> {
 }
 
 /// Refuses what Citus distributes otherwise than by hash, reference tables included, and a source on another
-/// node than the coordinator.
-pub fn require_by_hash(relation: pg_sys::Oid) -> Result<()> {
-    let Some(citus) = citus()? else { return Ok(()) };
+/// node than the coordinator. Returns whether it is distributed.
+pub fn require_by_hash(relation: pg_sys::Oid) -> Result<bool> {
+    let Some(citus) = citus()? else { return Ok(false) };
     let found = distributed(citus, &relation::relation_tree(relation)?)?;
     match found.into_iter().next() {
-        None => Ok(()),
+        None => Ok(false),
         Some((relation, false)) => Err(Error::NotByHash(relation)),
         Some((relation, true)) => {
             let sql = "SELECT groupid = 0 FROM pg_catalog.pg_dist_local_group";
             let here = citus.query(sql, &[], |r| spi::value::<bool>(r, 1))?;
-            if here == [true] { Ok(()) } else { Err(Error::NotCoordinator(relation)) }
+            if here == [true] { Ok(true) } else { Err(Error::NotCoordinator(relation)) }
         }
     }
 }

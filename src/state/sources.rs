@@ -92,27 +92,30 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
 
 /// Remembers a source's candidates, unless another session holds the row: they are only a head start.
 pub fn store_windows(source: &Source) -> Result<()> {
-    store_candidates("source", "name", "candidates", &source.name, &source.window)?;
-    // Where Citus is not, it never has any.
-    store_candidates("source", "name", "node_candidates", &source.name, &source.nodes)
+    let windows = [("candidates", &source.window), ("node_candidates", &source.nodes)];
+    store_candidates("source", "name", &source.name, &windows)
 }
 
 /// Remembers the candidates of the capture's failures.
 pub fn store_failure_window(source: &str, window: &Window) -> Result<()> {
-    store_candidates("capture", "source", "candidates", source, window)
+    store_candidates("capture", "source", source, &[("candidates", window)])
 }
 
-fn store_candidates(table: &str, key: &str, column: &str, name: &str, window: &Window) -> Result<()> {
-    let candidates = serde_json::to_string(window)?;
+fn store_candidates(table: &str, key: &str, name: &str, windows: &[(&str, &Window)]) -> Result<()> {
+    let (mut columns, mut args) = (vec![], vec![name.into()]);
+    for (column, window) in windows {
+        args.push(serde_json::to_string(window)?.into());
+        columns.push(format!("{column} = ${}::jsonb", args.len()));
+    }
     execute(
         &format!(
-            "UPDATE {SCHEMA}.{table} SET {column} = $2::jsonb
-             WHERE {column} <> $2::jsonb
-                 AND {key} = (SELECT {key} FROM {SCHEMA}.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)"
+            "UPDATE {SCHEMA}.{table} SET {}
+             WHERE {key} = (SELECT {key} FROM {SCHEMA}.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)",
+            columns.join(", ")
         ),
-        &[name.into(), candidates.into()],
-    )?;
-    Ok(())
+        &args,
+    )
+    .map(drop)
 }
 
 /// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from
