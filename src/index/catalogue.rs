@@ -7,8 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::litellm::spend_log::TIME;
-use crate::server::relation::Table;
-use crate::server::spi;
+use crate::server::relation::{self, Table};
 use crate::server::text::{qualified, quoted, suffixed};
 use crate::state::indexes::{PREFIX, Wanted};
 
@@ -193,14 +192,7 @@ impl Index {
         if self.method != Method::Trigrams {
             return Ok(None);
         }
-        let found = spi::query(
-            "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n
-                 ON n.oid = e.extnamespace
-             WHERE e.extname = 'pg_trgm'",
-            &[],
-            |r| spi::value::<String>(r, 1),
-        )?;
-        found.into_iter().next().map(Some).ok_or(Error::NoTrigrams(self.name))
+        relation::extension_schema("pg_trgm")?.map(Some).ok_or(Error::NoTrigrams(self.name))
     }
 
     /// What it is called on a table or partition, if nothing else is called so.

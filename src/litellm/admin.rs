@@ -14,7 +14,7 @@ use crate::litellm::views::Action;
 use crate::server::relation;
 use crate::server::session::{self, Owner};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, quoted};
+use crate::server::text::{EXTENSION, SCHEMA, quoted};
 use pgrx::prelude::*;
 
 /// What speaks for every owner, gives rights away, or lets rows expire before their time.
@@ -56,7 +56,7 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let mut actions = vec![];
     spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"), &[])?;
     actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
-    if let Some(schema) = relation::extension_schema()?
+    if let Some(schema) = relation::extension_schema(EXTENSION)?
         && let Some(owner) = relation::owner_of_closed_schema(role, &schema)?
     {
         let schema = quoted(&schema);

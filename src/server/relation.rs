@@ -229,11 +229,11 @@ pub fn any_missing(names: Vec<String>) -> Result<bool> {
     Ok(!query(sql, &[names.into()], |_| Ok(()))?.is_empty())
 }
 
-/// That of our functions and views, if the extension is there.
-pub fn extension_schema() -> Result<Option<String>> {
+/// That of an extension's functions, types and views, if the extension is there.
+pub fn extension_schema(extension: &str) -> Result<Option<String>> {
     let sql = "SELECT n.nspname::text FROM pg_catalog.pg_extension e
-               JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'litellm_spend'";
-    Ok(query(sql, &[], |r| value(r, 1))?.pop())
+               JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = $1::name";
+    Ok(query(sql, &[extension.into()], |r| value(r, 1))?.pop())
 }
 
 pub fn role_name(role: pg_sys::Oid) -> Result<String> {

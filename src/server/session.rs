@@ -4,6 +4,7 @@ use crate::error::{Error, Result, Told};
 use crate::server::limit;
 use crate::server::relation;
 use crate::server::spi::{self, query, value};
+use crate::server::text::EXTENSION;
 use pgrx::prelude::*;
 use std::ffi::{CStr, CString};
 use std::time::Duration;
@@ -487,7 +488,7 @@ pub fn advised(message: &str, hint: &str) -> String {
 pub fn callable(hint: String) -> String {
     // SAFETY: reads a variable of this process. A transaction that has failed looks nothing up.
     let may_look = hint.contains("spend_") && unsafe { pg_sys::IsTransactionState() };
-    match may_look.then(relation::extension_schema) {
+    match may_look.then(|| relation::extension_schema(EXTENSION)) {
         Some(Ok(Some(schema))) if schema != "public" => {
             with_schema(&hint, &pgrx::spi::quote_identifier(schema))
         }

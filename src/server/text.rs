@@ -2,6 +2,8 @@
 
 /// Schema of everything that is stored.
 pub const SCHEMA: &str = "litellm_spend";
+/// Its functions and views are in another schema, which whoever creates it chooses.
+pub const EXTENSION: &str = "litellm_spend";
 
 /// Double-quotes an identifier.
 pub fn quoted(name: &str) -> String {
