@@ -78,14 +78,10 @@ fn spend_upgrade_check(
         upgrade::check(&table, version.ok_or(Error::Null("version"))?)
     })
     .map(|rows| {
-        TableIterator::new(rows.into_iter().map(|row| {
-            (
-                row.change,
-                row.by.to_string(),
-                row.effect,
-                Some(row.remedy).filter(|text| !text.is_empty()).map(session::callable),
-            )
-        }))
+        TableIterator::new(
+            rows.into_iter()
+                .map(|row| (row.change, row.by.to_string(), row.effect, row.remedy.map(session::callable))),
+        )
     })
 }
 

@@ -229,15 +229,15 @@ pub fn rebuild_range(
 /// Lets spend_progress show it: until the transaction ends other sessions see nothing of it but its locks.
 /// Nobody waits for this one.
 fn show(rollup: Option<&Fence>) -> Result<()> {
-    let table =
+    let view =
         rollup.map(|fence| relation::find_relation(&qualified(SCHEMA, &fence.name))).transpose()?.flatten();
-    let key = table.map_or(0, |oid| oid.to_u32() as i32);
+    let key = view.map_or(0, |oid| oid.to_u32() as i32);
     spi::execute(&format!("SELECT pg_catalog.pg_advisory_xact_lock_shared({REBUILD}, $1)"), &[key.into()])
         .map(drop)
 }
 
-/// The first key of that lock; the second is the rollup's table, or 0 for all built-in ones. The view has the
-/// same number.
+/// The first key of that lock, which spend_progress knows; the second is the rollup's live view, or 0 for all
+/// built-in ones.
 const REBUILD: i32 = 0x7370_656e;
 
 /// The built-in rollups are for the captured table's owner to use, the others for their own.

@@ -85,8 +85,7 @@ pub struct Row {
     pub change: String,
     pub by: &'static str,
     pub effect: String,
-    /// Empty: there is nothing to do.
-    pub remedy: String,
+    pub remedy: Option<String>,
 }
 
 pub fn check(table: &Table, version: &str) -> Result<Vec<Row>> {
@@ -97,7 +96,7 @@ pub fn check(table: &Table, version: &str) -> Result<Vec<Row>> {
     if wanted < OLDEST || wanted > NEWEST {
         let effect =
             format!("what is known reaches from {}.{} to {}.{}", OLDEST.0, OLDEST.1, NEWEST.0, NEWEST.1);
-        let remedy = "read the migrations of that release for \"LiteLLM_SpendLogs\"".into();
+        let remedy = Some("read the migrations of that release for \"LiteLLM_SpendLogs\"".into());
         rows.push(Row { change: format!("LiteLLM {version}"), by: "", effect, remedy });
     }
     rows.extend(new_columns(table, wanted, tree.len()));
@@ -131,12 +130,12 @@ fn new_columns(table: &Table, wanted: Version, tables: usize) -> Vec<Row> {
                 "ACCESS EXCLUSIVE on {}, behind which everybody else waits; no row is rewritten. End long transactions first",
                 if tables > 1 { format!("the table and its {} partitions", tables - 1) } else { "the table".into() }
             ),
-            remedy: format!(
+            remedy: Some(format!(
                 "SET lock_timeout = '1s'; ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} {};",
                 table.qualified(),
                 quoted(column.name),
                 column.definition
-            ),
+            )),
         })
         .collect()
 }
@@ -187,7 +186,7 @@ fn new_indexes(table: &Table, wanted: Version, tree: &[pg_sys::Oid], there: &[Pl
                 change,
                 by: "LiteLLM's index job, once it serves",
                 effect: format!("CREATE INDEX CONCURRENTLY, about {seconds} s; nobody waits"),
-                remedy: String::new(),
+                remedy: None,
             },
             true => {
                 let limit = limit_of(wanted);
@@ -196,7 +195,7 @@ fn new_indexes(table: &Table, wanted: Version, tree: &[pg_sys::Oid], there: &[Pl
                     false => String::new(),
                 };
                 let effect = format!("CREATE INDEX: writers wait for about {seconds} s{late}");
-                Row { change, by: "a migration", effect, remedy: build(table, index, tree)? }
+                Row { change, by: "a migration", effect, remedy: Some(build(table, index, tree)?) }
             }
         });
     }
@@ -244,7 +243,11 @@ fn taken_away(table: &Table, wanted: Version, there: &[Plain]) -> Option<Row> {
         change: format!("index {}", strange.join(", ")),
         by,
         effect: "DROP INDEX: it is no part of LiteLLM's schema".into(),
-        remedy: "one with a predicate, such as WHERE team_id IS NOT NULL, is left alone; spend_index_plan() shows ours".into(),
+        remedy: Some(
+            "one with a predicate, such as WHERE team_id IS NOT NULL, is left alone; \
+             spend_index_plan() shows ours"
+                .into(),
+        ),
     })
 }
 
@@ -267,10 +270,13 @@ fn refused(table: &Table, wanted: Version) -> Option<Row> {
         change: "primary key (\"request_id\")".into(),
         by,
         effect: effect.into(),
-        remedy: match wanted < KNOWS_PARTITIONS {
-            true => "upgrade to 1.100 or later, or first SELECT * FROM spend_partition_revert();".into(),
-            false => "start LiteLLM without it, which applies migrations; or first SELECT * FROM spend_partition_revert();".into(),
-        },
+        remedy: Some(format!(
+            "{}; or first SELECT * FROM spend_partition_revert();",
+            match wanted < KNOWS_PARTITIONS {
+                true => "upgrade to 1.100 or later",
+                false => "start LiteLLM without it, which applies migrations",
+            }
+        )),
     })
 }
 

@@ -1,13 +1,13 @@
 //! What a conversion would do, for a DBA to read before it does it: each step with its lock, its size and
 //! about how long it takes, every object that it touches, and what is in its way. Changes nothing.
 
-use crate::error::{Result, Told};
+use crate::error::Result;
 use crate::litellm::spend_log::SPEND_LOGS;
 use crate::partition::calendar::{self, Moment, Range, missing};
 use crate::partition::convert::{Conversion, Options};
 use crate::partition::layout;
 use crate::server::relation::Table;
-use crate::server::session;
+use crate::server::session::Failure;
 use crate::server::spi::{self, value};
 use crate::server::text::{self, quoted};
 
@@ -28,12 +28,13 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         row("in the way", obstacle, &name, "", "the conversion is refused until it is gone".into());
     }
     if let Err(missing) = conversion.require_time_index() {
-        let Told { message, detail, hint, .. } = missing.tell();
-        let what = format!("{message}; {}", hint.map(session::callable).unwrap_or_default());
-        row("in the way", &what, &name, "", detail.unwrap_or_default());
+        let missing = Failure::from(missing);
+        let what = format!("{}; {}", missing.message, missing.hint().unwrap_or_default());
+        row("in the way", &what, &name, "", missing.detail().unwrap_or_default());
     }
     if let Some(beyond) = conversion.rows_beyond()? {
-        row("in the way", "rows from the cutover on", &name, "", beyond.tell().detail.unwrap_or_default());
+        let detail = Failure::from(beyond).detail().unwrap_or_default();
+        row("in the way", "rows from the cutover on", &name, "", detail);
     }
     if rows.is_empty() {
         rows.push(("in the way".into(), "nothing".into(), name.clone(), String::new(), String::new()));
