@@ -842,6 +842,74 @@ fn the_statement_that_brings_a_foreign_partition_makes_way_for_it_or_warns() {
     eventually("the watch has made way", || client.batch_execute(REACH[0]).is_ok());
 }
 
+#[test]
+fn truncate_of_a_default_partition_leaves_the_days_of_others_alone() {
+    let db = shared().database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    // Its rows may be of the 16th: the bounds of another end at noon.
+    partitioned_by(
+        &mut client,
+        r#"CREATE TABLE first PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (MINVALUE) TO ('2026-11-01');
+           CREATE TABLE early PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-01') TO ('2026-11-15');
+           CREATE TABLE late PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-15') TO ('2026-11-16 12:00');
+           CREATE TABLE rest PARTITION OF "LiteLLM_SpendLogs" DEFAULT"#,
+    );
+    for (id, day) in [
+        ("z", "2026-10-02"),
+        ("a", "2026-11-02"),
+        ("b", "2026-11-16"),
+        ("c", "2026-11-16 13:00"),
+        ("d", "2026-11-20"),
+    ] {
+        client.batch_execute(&row(id, &format!("'{day}'"), 1.0)).unwrap();
+    }
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    // Before the worker can look: the day that a row comes to still lacks it.
+    client
+        .batch_execute(
+            r#"BEGIN;
+               MERGE INTO "LiteLLM_SpendLogs" AS t USING (VALUES ('d')) AS s(id) ON t.request_id = s.id
+                   WHEN MATCHED THEN UPDATE SET "startTime" = '2026-11-02';
+               TRUNCATE rest;
+               COMMIT"#,
+        )
+        .unwrap();
+    wait_until_settled(&mut client);
+    let days =
+        "SELECT string_agg(date || ' ' || requests, ', ' ORDER BY date) FROM litellm_spend.daily_spend";
+    assert_eq!(value::<String>(&mut client, days), "2026-10-02 1, 2026-11-02 2, 2026-11-16 2, 2026-11-20 1");
+    // Of the day that it left nobody can say what it lost by which: that is said.
+    let unrepairable =
+        "SELECT string_agg(range_start::date::text, ' ') FROM litellm_spend.dirty_range WHERE unrepairable";
+    assert_eq!(value::<String>(&mut client, unrepairable), "2026-11-20");
+    assert_eq!(
+        frozen_days(&mut client),
+        "2026-11-16 00:00:00 2026-11-17 00:00:00, 2026-11-20 00:00:00 2026-11-21 00:00:00"
+    );
+    assert_verified(&mut client);
+    // A snapshot from before a partition was detached says that the default one holds nothing of its days.
+    let mut older = db.connect();
+    older.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1").unwrap();
+    client
+        .batch_execute(&format!(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION early; {}"#,
+            row("e", "'2026-11-03'", 1.0)
+        ))
+        .unwrap();
+    older.batch_execute("TRUNCATE rest; COMMIT").unwrap();
+    wait_until_settled(&mut client);
+    assert!(
+        frozen_days(&mut client).contains("2026-11-02 00:00:00 2026-11-04 00:00:00"),
+        "{}",
+        frozen_days(&mut client)
+    );
+    assert_verified(&mut client);
+}
+
 /// LiteLLM's table, partitioned, with what a MERGE can do to it.
 fn merge_beside(on_delete: &str, partition: &str) {
     let db = shared().database();

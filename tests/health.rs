@@ -371,3 +371,42 @@ fn a_retention_that_is_new_is_no_fault_and_a_swap_that_waits_is_one_after_a_whil
     client.batch_execute(&remedy).unwrap();
     none(&mut client);
 }
+
+#[test]
+fn a_day_that_cannot_be_put_right_is_named_until_somebody_says_what_it_shall_be() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    let row = |id: &str| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               VALUES ('{id}', 'c', '2026-11-02', '2026-11-02', 1);"#
+        )
+    };
+    client.batch_execute(&row("counted")).unwrap();
+    wait_until_merged(&mut client);
+    // Two ways out: the totals stay as they are, or they become what is in the table.
+    for (way_out, counted) in [(0, 1i64), (1, 0)] {
+        client
+            .batch_execute(
+                "ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID",
+            )
+            .unwrap();
+        client
+            .batch_execute(&format!(r#"BEGIN; {} TRUNCATE "LiteLLM_SpendLogs"; COMMIT"#, row("not captured")))
+            .unwrap();
+        client.batch_execute("ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space").unwrap();
+        let (severity, problem, cause, remedy) = only(&mut client, "do not count all");
+        assert_eq!(severity, "error");
+        assert!(problem.contains("totals of 2026-11-02 "), "{problem}");
+        assert!(cause.as_ref().unwrap().starts_with("INSERT: new row for relation"), "{cause:?}");
+        let ways: Vec<&str> =
+            remedy.split("  -- keeps the totals as they are; or with all rows back in the table: ").collect();
+        client.batch_execute(ways[way_out]).unwrap();
+        none(&mut client);
+        let requests = "SELECT coalesce(sum(requests), 0)::bigint FROM litellm_spend.daily_spend";
+        assert_eq!(value::<i64>(&mut client, requests), counted);
+        let left =
+            "SELECT bool_and(unrepairable_ranges = 0) FROM spend_rollup_status WHERE kind = 'built-in'";
+        assert!(holds(&mut client, left));
+    }
+}

@@ -299,36 +299,56 @@ pub fn function_name(operation: &str) -> String {
     format!("{SCHEMA}.capture_{operation}")
 }
 
-/// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later,
-/// within the bounds of a partition by the time column; to read the rows themselves would keep the statement,
-/// and who waits for it.
+/// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later; to
+/// read the rows themselves would keep the statement, and who waits for it. The days that are noted are those
+/// of which the partition may hold rows: those that its bounds touch, of a default partition all but those
+/// that lie in the bounds of others. Nobody changes the bounds while it is locked, but a snapshot from before
+/// that may be older than they are.
 fn truncate_function() -> String {
     format!(
         "
 DECLARE
-    bounds text[];
-    range_start timestamp := '-infinity';
-    range_end timestamp := 'infinity';
+    days tsmultirange := '{{(,)}}';
 BEGIN
     BEGIN
-        SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid),
-            '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') INTO bounds
-        FROM pg_class c JOIN pg_inherits i ON i.inhrelid = c.oid JOIN pg_partitioned_table k
-            ON k.partrelid = i.inhparent
-        JOIN pg_attribute a ON a.attrelid = k.partrelid AND a.attname = {time}
-        WHERE c.oid = TG_RELID AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum;
-        IF bounds[1] <> 'MINVALUE' THEN
-            range_start := date_trunc('day', bounds[1]::timestamp);
-        END IF;
-        IF bounds[2] <> 'MAXVALUE' THEN
-            range_end := date_trunc('day', bounds[2]::timestamp + interval '1 day' - interval '1 microsecond');
+        IF current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable') THEN
+            WITH levels AS (
+                SELECT i.inhrelid, i.inhparent
+                FROM pg_partition_ancestors(TG_RELID) AS a JOIN pg_inherits i ON i.inhrelid = a.relid
+                JOIN pg_partitioned_table k ON k.partrelid = i.inhparent
+                JOIN pg_attribute t ON t.attrelid = k.partrelid AND t.attname = {time}
+                WHERE k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = t.attnum
+            ), partitions AS (
+                SELECT i.inhparent, c.oid, regexp_match(pg_get_expr(c.relpartbound, c.oid),
+                    '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') AS bounds
+                FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+                WHERE i.inhparent IN (SELECT inhparent FROM levels)
+            ), ranges AS (
+                SELECT inhparent, oid, nullif(bounds[1], 'MINVALUE')::timestamp AS first,
+                    nullif(bounds[2], 'MAXVALUE')::timestamp AS next, bounds IS NULL AS rest
+                FROM partitions
+            ), touched AS (
+                SELECT inhparent, oid, rest, date_trunc('day', first) AS first_touched,
+                    date_trunc('day', first + interval '1 day' - interval '1 microsecond') AS first_whole,
+                    date_trunc('day', next) AS next_whole,
+                    date_trunc('day', next + interval '1 day' - interval '1 microsecond') AS next_touched
+                FROM ranges
+            )
+            SELECT coalesce(range_intersect_agg(CASE
+                    WHEN NOT own.rest THEN tsmultirange(tsrange(first_touched, next_touched))
+                    ELSE '{{(,)}}'::tsmultirange - coalesce((
+                        SELECT range_agg(tsrange(first_whole, next_whole)) FROM touched AS other
+                        WHERE other.inhparent = own.inhparent AND NOT other.rest
+                          AND coalesce(first_whole, '-infinity') < coalesce(next_whole, 'infinity')), '{{}}')
+                END), '{{(,)}}') INTO days
+            FROM levels JOIN touched AS own ON own.oid = levels.inhrelid;
         END IF;
     EXCEPTION WHEN OTHERS THEN
-        range_start := '-infinity';
-        range_end := 'infinity';
+        days := '{{(,)}}';
     END;
     INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-    VALUES (range_start, range_end, 'freeze', TG_OP);
+    SELECT coalesce(lower(part), '-infinity'), coalesce(upper(part), 'infinity'), 'freeze', TG_OP
+    FROM unnest(days) AS part;
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     RAISE WARNING 'litellm_spend could not record TRUNCATE of %: %', TG_TABLE_NAME, SQLERRM

@@ -115,8 +115,16 @@ pub fn freeze(day: Timestamp, next: Timestamp, operation: &str) -> Result<()> {
     Ok(())
 }
 
-/// Forgets what is on record of a range beyond its raw rows: the ledger, and that days of it are frozen.
+/// Forgets what is on record of a range beyond its raw rows: the ledger, and that days of it are frozen. What
+/// could not be repaired there will be what the raw rows say.
 pub fn thaw(range: Range) -> Result<()> {
+    spi::execute(
+        &format!(
+            "UPDATE {SCHEMA}.dirty_range SET unrepairable = false
+             WHERE unrepairable AND range_start >= $1 AND ($2 IS NULL OR range_end <= $2)"
+        ),
+        &[range.start.into(), range.end.into()],
+    )?;
     spi::execute(
         &format!("DELETE FROM {SCHEMA}.retired WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)"),
         &[range.start.into(), range.end.into()],
