@@ -1,4 +1,4 @@
-//! Builds or drops an index, of a conversion or one that was asked for, in a process of its own.
+//! Builds and drops indexes, of a conversion or ones that were asked for, in a process of its own.
 //!
 //! CREATE INDEX CONCURRENTLY waits for every transaction that was there before it, however long: one owner's
 //! open transaction would keep the database's only worker, and with it everybody's merges, for as long as
@@ -47,11 +47,14 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
     pin_settings();
     in_transaction(log::learn_database);
-    if in_transaction(database_is_wanted) {
-        return;
-    }
+    // The next one at once: a round of the worker later there would be as many seconds as partitions.
+    while !in_transaction(database_is_wanted) && build_one(relation) {}
+}
+
+/// `false`: nothing is left to do, or it failed, and it is for the worker to say when it is tried again.
+fn build_one(relation: pg_sys::Oid) -> bool {
     let found = in_transaction(|| attempt_as_owner(|| statement(relation)));
-    let Ok(Some((subject, owner, sql))) = found else { return };
+    let Ok(Some((subject, owner, sql))) = found else { return false };
     log::now(&sql);
     report_running(&subject);
     let mut outcome = utility(owner, &sql);
@@ -65,6 +68,7 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
         log::failure(format_args!("{subject} failed"), failure);
     }
     in_transaction(|| drop(attempt_as_owner(|| round::record(&subject, outcome.as_ref().err(), None))));
+    outcome.is_ok()
 }
 
 /// Waits for whoever changes the conversion at the moment: an abort cancels before it commits.
