@@ -2,7 +2,8 @@
 """What capture adds to LiteLLM's writes: multi-row INSERT … ON CONFLICT DO NOTHING, values bound, autocommit.
 
 Prepared once, but for one case: Prisma keeps the statements of the last few numbers of rows, and parses others anew. Rows
-have about 1.1 kB of metadata, and in one case the 9 kB that LiteLLM 1.109 writes, most of it null prices.
+have about 1.1 kB of metadata, and in one case the 9 kB that LiteLLM 1.109 writes, most of it null prices. LiteLLM 1.110 has a
+statement of its own, taken from its package, with all rows in one JSON parameter.
 
 Two databases with the same 100,000 rows and all seven indexes, one attached, get the same new rows in blocks of
 statements: attached, plain, plain, attached. Per row inserted:
@@ -15,6 +16,7 @@ The worker does not merge meanwhile. After each run one spend_rollup_run() merge
 per row inserted). Rows are shaped and ordered as in bench/spend_rows.sql: a statement's rows are minutes apart.
 """
 
+import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ class Case:
     block: int  # statements
     prepared: bool = True
     wide: bool = False
+    recordset: bool = False  # LiteLLM 1.110's statement
 
     def __post_init__(self):
         self.block = max(1, self.block // 10) if QUICK else self.block
@@ -46,6 +49,7 @@ CASES = [
     Case("100 rows", 100, 50),
     Case("100 rows, parsed anew", 100, 50, prepared=False),
     Case("100 rows of 9 kB metadata", 100, 20, wide=True),
+    Case("100 rows, LiteLLM 1.110", 100, 50, recordset=True),
     Case("1000 rows", 1000, 5),
     Case("1 row", 1, 1000),
 ]
@@ -59,6 +63,19 @@ COLUMNS = """
     created_at updated_at litellm_call_id
 """.split()
 TIMES = {"startTime", "endTime", "completionStartTime", "created_at", "updated_at"}
+
+
+NUMBERS = {"spend": float, "total_tokens": int, "prompt_tokens": int, "completion_tokens": int, "request_duration_ms": int}
+JSON = {"metadata", "request_tags"}
+
+
+def recordset(rows):
+    """Rows as the one parameter of LiteLLM 1.110's statement."""
+    def field(column, value):
+        if value is None:
+            return None
+        return json.loads(value) if column in JSON else NUMBERS.get(column, bytes.decode)(value)
+    return json.dumps([{c: field(c, v) for c, v in zip(COLUMNS, row)} for row in rows]).encode()
 
 
 def statement(rows):
@@ -92,7 +109,10 @@ class Pool:
         if case.wide:
             at = COLUMNS.index("metadata")
             found = [row[:at] + (widened(row[at]),) + row[at + 1:] for row in found]
-        return [[v for row in found[i * rows:(i + 1) * rows] for v in row] for i in range(case.block)]
+        statements = [found[i * rows:(i + 1) * rows] for i in range(case.block)]
+        if case.recordset:
+            return [[recordset(statement)] for statement in statements]
+        return [[v for row in statement for v in row] for statement in statements]
 
     def close(self):
         self.session.close()
@@ -131,7 +151,7 @@ def one_run(results, run, case, pool, sessions, observer):
         with meters[variant].running():
             for values in halves[half]:
                 if case.prepared:
-                    session.execute(f"insert_{case.rows}", values)
+                    session.execute("insert_recordset" if case.recordset else f"insert_{case.rows}", values)
                 else:
                     session.execute_unprepared(sql, values)
     rows = 2 * case.rows * case.block
@@ -163,6 +183,9 @@ def main():
         for rows in sorted({case.rows for case in CASES}):
             for session in sessions.values():
                 session.prepare(f"insert_{rows}", statement(rows))
+        texts = json.loads((harness.ROOT / "target/litellm/1.110.json").read_text())
+        for session in sessions.values():
+            session.prepare("insert_recordset", texts["spend_log"])
         for case in CASES:
             for run in range(RUNS + 1):
                 one_run(results, run, case, pool, sessions, observer)

@@ -108,7 +108,7 @@ class Session:
 # ---- databases -------------------------------------------------------------------------------------------
 
 
-def _psql(database, *arguments):
+def psql(database, *arguments):
     subprocess.run(["psql", "-qX", "-v", "ON_ERROR_STOP=1", "-o", os.devnull, "-d", database, *arguments], check=True,
                    env=os.environ | {"PGOPTIONS": "-c client_min_messages=error"})
 
@@ -135,8 +135,8 @@ def empty():
     """An empty database as LiteLLM makes it, with all seven indexes of the spend log, of a role that is no superuser."""
     if not exists("litellm"):
         on_server("CREATE ROLE litellm LOGIN", "CREATE DATABASE litellm OWNER litellm")
-        _psql("litellm", "-c", "ALTER SCHEMA public OWNER TO litellm")
-        _psql("litellm", "-U", "litellm", "-f", ROOT / "target/litellm/migrations.sql", "-f",
+        psql("litellm", "-c", "ALTER SCHEMA public OWNER TO litellm")
+        psql("litellm", "-U", "litellm", "-f", ROOT / "target/litellm/migrations.sql", "-f",
               ROOT / "target/litellm/views.sql", "-f", ROOT / "bench/litellm_indexes.sql")
     return "litellm"
 
@@ -148,7 +148,7 @@ def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
     start = time.monotonic()
     on_server(f"CREATE DATABASE {name} TEMPLATE {empty()}")
     for index in without:
-        _psql(name, "-c", f'DROP INDEX "LiteLLM_SpendLogs_{index}_idx"')
+        psql(name, "-c", f'DROP INDEX "LiteLLM_SpendLogs_{index}_idx"')
     # Two sessions, for two cores; different seeds make different rows, the same ones the same request_id.
     loads = [
         subprocess.Popen(
@@ -200,7 +200,7 @@ def partition(session, days_ahead):
     copy_into_partitions(session, days_ahead)
     session.run('SET client_min_messages = warning; DROP TABLE "LiteLLM_SpendLogs_legacy" CASCADE;'
                 ' DROP VIEW "LiteLLM_VerificationTokenView"')
-    _psql(session.connection.info.dbname, "-f", ROOT / "target/litellm/views.sql")
+    psql(session.connection.info.dbname, "-f", ROOT / "target/litellm/views.sql")
     session.run('VACUUM (ANALYZE) "LiteLLM_SpendLogs"')
 
 

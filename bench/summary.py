@@ -8,13 +8,14 @@ import csv
 import statistics
 from collections import defaultdict
 
+import logs_page
 import merge
 import pipeline
 import views
 import whole
 from harness import QUICK, RESULTS
 
-SIZES = ["1 row", "100 rows", "100 rows, parsed anew", "100 rows of 9 kB metadata", "1000 rows"]
+SIZES = ["1 row", "100 rows", "100 rows, parsed anew", "100 rows of 9 kB metadata", "100 rows, LiteLLM 1.110", "1000 rows"]
 TEN = ", ten times the rows"
 
 TITLES = {
@@ -29,6 +30,7 @@ TITLES = {
     "convert": "spend_partition_convert(), and what others wait for it",
     "expire": "Expiry of a day of 100,000 rows",
     "partitioned": "Inserts of 100 rows into the partitioned and the plain table, both captured",
+    "logs_page": f"LiteLLM's Logs page on {logs_page.ROWS:,} rows, with our indexes and without, and what inserts pay for them",
 }
 
 GIGABYTES = ["0.1 GB", "1 GB", "10 GB"]
@@ -74,6 +76,14 @@ RATIOS = {
         ("time", ["row by row"], "LiteLLM"),
     ],
     "partitioned": [(metric, ["partitioned"], "plain") for metric in ("rate", "cpu", "wall", "wal")],
+    "logs_page": [
+        *((metric, [f"{table}, {query}: before"], f"{table}, {query}: after")
+          for table in ("plain", "partitioned") for query in logs_page.QUERIES for metric in ("blocks", "time")),
+        *((metric, [f"inserts, {variant}"], "inserts, none")
+          for variant in (*logs_page.INDEXES, "all") for metric in ("cpu", "wal")),
+        *((metric, [f"inserts, partitioned, all on {where}"], "inserts, partitioned, none")
+          for where in ("closed", "all") for metric in ("cpu", "wal")),
+    ],
 }
 
 

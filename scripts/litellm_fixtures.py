@@ -9,6 +9,7 @@ Writes, the first two for `psql -f` with ON_ERROR_STOP:
                                     otherwise a second time, as budget_window_1_110.key beside budget_window.key
     target/litellm/1.110.sql        what LiteLLM 1.110 has more for its spend log than those migrations make
     target/litellm/1.110.json       name -> SQL of how it writes the log
+    target/litellm/logs_page.json   name -> SQL of what its Logs page asks, and what its parameters are
     target/litellm/prisma/          its schema, and where npm is to be had the engine of `prisma db push`
 
 Nothing of LiteLLM is imported or committed. Fetches nothing when these files are newer than this script.
@@ -243,6 +244,74 @@ def statements(wheel: zipfile.ZipFile) -> str:
     return json.dumps({"spend_log": insert, "delivery": delivery}, indent=1) + "\n"
 
 
+LOGS = "management_endpoints/management_v1/spend_logs.py"
+SESSIONS = "spend_tracking/session_page.py"
+PAGE = [  # a page of 50 sessions, the newest first
+    ("SESSION_KEY_EXPR", None), ("outcome_columns", ""),
+    ("""f'ORDER BY "startTime" DESC LIMIT {size}' if size is not None else ''""", 'ORDER BY "startTime" DESC LIMIT 10002'),
+    ("_sessions_sql(request, status_index)",
+     'SELECT session_key, api_key, MAX("startTime") AS last_activity FROM scanned GROUP BY session_key, api_key'),
+    ("after_cursor", ""), ("direction", "DESC"), ("page_rows", "51"), ("skip", ""),
+]
+
+
+def logs_page(wheel: zipfile.ZipFile) -> str:
+    """What the Logs page asks, as JSON: the session page by one filter or another, the count of the search box, the list of
+    end users. Each has what its parameters are."""
+    sources = {file: wheel.read(f"litellm/proxy/{file}").decode() for file in (SESSIONS, SPEND, LOGS)}
+    trees = {file: ast.parse(source) for file, source in sources.items()}
+
+    # The pieces are LiteLLM's own: each is found in its source.
+    def own(file: str, text: str, **holes: str) -> str:
+        assert text in sources[file].replace('\\"', '"'), f"{file}: {text}"
+        for expression, value in holes.items():
+            text = text.replace(f"{{{expression}}}", value)
+        return text
+
+    window = " AND ".join(
+        own(SPEND, f"\"startTime\" {operator} (${{p}}::timestamptz AT TIME ZONE 'UTC')", p=p)
+        for operator, p in ((">=", "1"), ("<=", "2")))
+    equals = [("team", "team_id"), ("user", '"user"')]
+    filters = {name: own(SPEND, "{sql_col} = ${p}", sql_col=column, p="3") for name, column in equals} | {
+        "error_code": own(SPEND, "metadata->'error_information'->>'error_code' = ${p}", p="3"),
+        "key_alias": own(SPEND, "metadata->>'user_api_key_alias' LIKE ${p}", p="3"),
+    }
+    holes = dict(PAGE) | {"SESSION_KEY_EXPR": constant(trees[SESSIONS], "SESSION_KEY_EXPR")}
+    assert holes["_sessions_sql(request, status_index)"] in sources[SESSIONS]
+
+    def page(where: str) -> str:
+        return query(trees[SESSIONS], Report("page", SESSIONS, "_sql_reader", "", holes | {"where_clause": where}))
+
+    found = {f"page.{name}": (page(f"{window} AND {condition}"), ["from", "to", name]) for name, condition in filters.items()}
+    found["page"] = (page(window), ["from", "to"])
+
+    search = next(s for s in trees[SPEND].body if defines(s) == "_build_spend_log_search_condition")
+    (condition,) = (text for text in strings(search) if text.startswith("(request_id"))
+    for name, parameter in (("raw", "$1"), ("window_start", "$2"), ("window_end", "$3")):
+        condition = condition.replace(f"{{{name}}}", parameter)
+    count = {"joined_conditions": condition, "count_group_clause": "", "p": "4"}
+    found["search"] = (query(trees[SPEND], Report("search", SPEND, "ui_view_spend_logs", "bounded_matches", count)),
+                       ["call_id", "from", "to", "count cap"])
+
+    facet = next(s for s in trees[LOGS].body if defines(s) == "_list_spend_log_facet")
+    parts = [own(LOGS, text, column_sql="end_user") for text in (
+        "\"startTime\" >= ($1::timestamptz AT TIME ZONE 'UTC')", "\"startTime\" <= ($2::timestamptz AT TIME ZONE 'UTC')",
+        "{column_sql} IS NOT NULL", "{column_sql} != ''")]
+    ends = {"column_sql": "end_user", "' AND '.join(where_parts)": " AND ".join(parts), "scan_idx": "3",
+            "scan_idx + 1": "4", "scan_idx + 2": "5"}
+    (end_users,) = (text for text in strings(facet) if text.startswith("SELECT DISTINCT"))
+    for name, value in ends.items():
+        end_users = end_users.replace(f"{{{name}}}", value)
+    found["end_users"] = (end_users, ["from", "to", "scan cap", "page", "offset"])
+    assert not any("{" in sql for sql, _ in found.values()), found
+    return json.dumps(found, indent=1) + "\n"
+
+
+def constant(tree: ast.Module, name: str) -> str:
+    (value,) = (node.value for node in tree.body if defines(node) == name)
+    return joined(value)
+
+
 def joined(node: ast.AST) -> str:
     """A sum of strings; what is none is its expression in braces."""
     match node:
@@ -298,7 +367,8 @@ def strings(node: ast.AST) -> Iterator[str]:
 
 
 def write_texts() -> None:
-    names = ("migrations.sql", "views.sql", "reports.json", "1.110.sql", "1.110.json", "prisma/schema.prisma")
+    names = ("migrations.sql", "views.sql", "reports.json", "1.110.sql", "1.110.json", "logs_page.json",
+             "prisma/schema.prisma")
     outputs = [OUT / name for name in names]
     script_time = Path(__file__).stat().st_mtime
     if all(o.exists() and o.stat().st_mtime > script_time for o in outputs):
@@ -315,6 +385,7 @@ def write_texts() -> None:
             with_changed(reports(litellm), reports(newest)),
             push(newest, ["LiteLLM_SpendLogs", "LiteLLM_SpendLogDelivery"]),
             statements(newest),
+            logs_page(newest),
             client_schema(newest),
         ]
     (OUT / "prisma").mkdir(parents=True, exist_ok=True)
