@@ -520,6 +520,16 @@ errors! {
         "Its partitions are left alone until that has ended.";
         "Wait for it: spend_progress shows how far it is.";
 
+    Reverting(table: String):
+        ERRCODE_OBJECT_IN_USE;
+        "{table} is being turned back into a plain table";
+        "A reversion is under way; until its swap the table is partitioned.";
+        (
+            "SELECT * FROM spend_partition_revert({}, abort => true); keeps it partitioned. spend_progress \
+             shows how far the reversion is.",
+            literal(table)
+        );
+
     ConversionBusy(table: String):
         ERRCODE_OBJECT_IN_USE;
         "{table} is being converted by another session";

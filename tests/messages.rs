@@ -264,3 +264,41 @@ fn the_plan_of_a_table_that_is_converted_says_that_it_is_done() {
     let action: String = value(&mut client, "SELECT action FROM spend_partition_plan()");
     assert_eq!(action, "is done; spend_partition_status shows its partitions");
 }
+
+#[test]
+fn a_table_that_is_being_reverted_is_not_said_to_be_converted_and_is_left_alone() {
+    let db = shared().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT;
+             SELECT spend_partition_set('t')",
+        )
+        .unwrap();
+    // Without this lock there is no swap.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_revert('t')").unwrap();
+    for call in ["spend_partition_convert('t')", "spend_partition_plan('t')"] {
+        assert_says(
+            &mut client,
+            &format!("SELECT * FROM {call}"),
+            [
+                "55006",
+                r#""public"."t" is being turned back into a plain table"#,
+                "A reversion is under way; until its swap the table is partitioned.",
+                r#"SELECT * FROM spend_partition_revert('"public"."t"', abort => true); keeps it partitioned."#,
+            ],
+        );
+    }
+    let maintain = "SELECT count(*) = 1 AND bool_and(action = 'skipped'
+                        AND detail = 'it is being converted or reverted: see spend_progress')
+                    FROM spend_partition_maintain('t')";
+    eventually("no other maintainer is at it", || holds(&mut client, maintain));
+    assert!(holds(&mut client, "SELECT last_error IS NULL FROM litellm_spend.policy"));
+    holder.batch_execute("COMMIT").unwrap();
+    eventually("it is plain", || {
+        holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('t')")
+    });
+    assert!(holds(&mut client, "SELECT state = 'done' FROM spend_partition_revert('t')"));
+}

@@ -122,8 +122,12 @@ fn spend_partition_plan(
 }
 
 /// The policy of a table that is partitioned and has one, which each conversion leaves. Also of its first
-/// partition: who has asked for the conversion of a table knew it by that Oid.
+/// partition: who has asked for the conversion of a table knew it by that Oid. Fails while it is on its way
+/// back.
 fn converted(table: &Table) -> error::Result<Option<Policy>> {
+    if Reversion::of(table)?.is_some() {
+        return Err(Error::Reverting(table.qualified()));
+    }
     if table.kind == "p" {
         return policy::find(table.oid);
     }

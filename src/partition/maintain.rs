@@ -91,14 +91,20 @@ impl<R: Runner> Round<'_, R> {
         let policy = self.policy.clone();
         let looked = self.step(&table, || {
             if conversion::is_under_way(&policy.schema, &policy.table)? {
-                return Err(Error::Converting(policy.table.clone()));
+                return Ok(None);
             }
             let now = now.unwrap_or_else(crate::partition::layout::now);
             let layout = Layout::of(policy.relation, &policy.time_column)?;
             crate::partition::layout::require_root(&layout.table)?;
-            Ok((now, policy.cutoff(now)?, layout))
+            Ok(Some((now, policy.cutoff(now)?, layout)))
         });
-        let Some((now, cutoff, layout)) = looked else { return };
+        let Some(looked) = looked else { return };
+        let Some((now, cutoff, layout)) = looked else {
+            // No fault: the worker comes by itself when that has ended.
+            self.stop = true;
+            self.note("skipped", &table, 0, "it is being converted or reverted: see spend_progress");
+            return;
+        };
         let counted = cutoff.map(|cutoff| self.expire(&layout, cutoff));
         if let Some(cutoff) = cutoff {
             self.purge(&layout, cutoff);
