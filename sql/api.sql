@@ -85,7 +85,9 @@ COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup i
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
 COMMENT ON VIEW @extschema@.spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
 COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';
-COMMENT ON VIEW litellm_spend.process IS 'Processes, as they are named where one is in the way';
+COMMENT ON VIEW litellm_spend.party IS 'Processes and prepared transactions, as they are named where one is in the way';
+COMMENT ON VIEW litellm_spend.blocker IS 'For whom each process waits';
+COMMENT ON VIEW litellm_spend.holder IS 'Who has a lock on a table or on a partition of it';
 COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
 COMMENT ON VIEW litellm_spend.index_survey IS 'What became of each index that was asked for, on its table or on each partition';
 COMMENT ON VIEW @extschema@.spend_index_status IS 'One row an index and partition: state, size, scans, what blocks it, last error';

@@ -327,11 +327,42 @@ FROM ranges
 WINDOW per_table AS (PARTITION BY table_oid)
 ORDER BY table_oid::regclass::text, is_default, range_start;
 
--- Who is named as being in the way, or at work.
-CREATE VIEW litellm_spend.process AS
-SELECT pid, format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
-                   to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who
-FROM pg_stat_activity;
+-- Who is named as being in the way, or at work, and what ends that: a process, or a prepared transaction,
+-- whose locks have none.
+CREATE VIEW litellm_spend.party AS
+SELECT pid::text AS id, pid, NULL AS gid, backend_type AS kind, xact_start AS since,
+       format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
+              to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who,
+       format('SELECT pg_terminate_backend(%s);', pid) AS remedy
+FROM pg_stat_activity
+UNION ALL
+SELECT l.virtualtransaction, NULL, p.gid, 'prepared transaction', p.prepared,
+       format('prepared transaction %L of %s since %s', p.gid, p.owner, to_char(p.prepared, 'YYYY-MM-DD HH24:MI:SS')),
+       format('ROLLBACK PREPARED %L;  -- or COMMIT PREPARED: whoever prepared it knows', p.gid)
+FROM pg_prepared_xacts p JOIN pg_locks l ON l.locktype = 'transactionid' AND l.transactionid = p.transaction AND l.pid IS NULL
+WHERE p.database = current_database();
+
+-- For whom a process waits. That of a prepared transaction is 0.
+CREATE VIEW litellm_spend.blocker AS
+SELECT w.pid, b.who, b.since, b.remedy
+FROM pg_locks w
+CROSS JOIN LATERAL (
+    SELECT blocking.pid::text FROM unnest(pg_blocking_pids(w.pid)) AS blocking(pid)
+    UNION
+    SELECT h.virtualtransaction FROM pg_locks h
+    WHERE h.pid IS NULL AND h.granted AND h.locktype IN ('relation', 'transactionid')
+      AND (h.locktype, h.database, h.relation, h.transactionid) IS NOT DISTINCT FROM (w.locktype, w.database, w.relation, w.transactionid)
+) AS blocking(id)
+JOIN litellm_spend.party b USING (id)
+WHERE NOT w.granted;
+
+-- Who else has a lock on a table of this database, or on a partition of it.
+CREATE VIEW litellm_spend.holder AS
+SELECT coalesce(i.inhparent, l.relation) AS relation, l.mode, p.kind, p.since, p.who, p.remedy
+FROM pg_locks l JOIN litellm_spend.party p ON p.id = coalesce(l.pid::text, l.virtualtransaction)
+LEFT JOIN pg_inherits i ON i.inhrelid = l.relation
+WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
 -- Who builds an index on a table or, for a conversion, drops one; and for whom that waits.
 CREATE VIEW litellm_spend.index_work AS
@@ -339,11 +370,13 @@ SELECT l.relation, a.query_start AS started_at, nullif(p.index_relid, 0) AS inde
        CASE WHEN p.tuples_total > 0 THEN round(100.0 * p.tuples_done / p.tuples_total, 1)
             WHEN p.blocks_total > 0 THEN round(100.0 * p.blocks_done / p.blocks_total, 1)
             WHEN p.lockers_total > 0 THEN round(100.0 * p.lockers_done / p.lockers_total, 1) END AS percent,
-       blockers.pids AS blocked_by_pids,
-       (SELECT string_agg(who, '; ') FROM litellm_spend.process b WHERE b.pid = ANY (blockers.pids)) AS waits_for
+       blockers.who AS waits_for, blockers.since AS held_since, blockers.remedy
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 LEFT JOIN pg_stat_progress_create_index p ON p.pid = l.pid AND p.relid = l.relation
-CROSS JOIN LATERAL (SELECT nullif(pg_blocking_pids(l.pid), '{}') AS pids) AS blockers
+CROSS JOIN LATERAL (
+    SELECT string_agg(who, '; ' ORDER BY since) AS who, min(since) AS since, (array_agg(remedy ORDER BY since))[1] AS remedy
+    FROM litellm_spend.blocker b WHERE b.pid = l.pid
+) AS blockers
 WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datname = current_database()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (a.backend_type = 'litellm_spend builder' OR p.pid IS NOT NULL);
@@ -367,7 +400,7 @@ WITH parts AS (
     SELECT DISTINCT ON (relation) * FROM litellm_spend.index_work ORDER BY relation, index
 ), found AS (
     SELECT r.*, coalesce(ours.indexrelid, theirs.indexrelid) AS index_oid, coalesce(ours.indisvalid, theirs.indexrelid IS NOT NULL) AS is_valid,
-           ours.indexrelid IS NOT NULL AND w.index = ours.indexrelid AS is_building, w.started_at, w.percent, w.waits_for
+           ours.indexrelid IS NOT NULL AND w.index = ours.indexrelid AS is_building, w.started_at, w.percent, w.waits_for, w.remedy
     FROM ranges r
     LEFT JOIN work w ON w.relation = r.partition_oid
     LEFT JOIN LATERAL (
@@ -393,7 +426,7 @@ SELECT f.relation, f.name, f.partition_oid::regclass AS partition, f.range_end, 
             -- Somebody was in the way: it is tried again at once.
             WHEN e.retry_at > e.last_error_at + interval '1 minute' THEN 'failed'
             ELSE 'waiting' END AS state,
-       f.asked_at, f.started_at, f.percent, f.waits_for,
+       f.asked_at, f.started_at, f.percent, f.waits_for, f.remedy,
        coalesce(wrong.message, e.last_error) AS last_error, e.last_error_at, e.retry_at
 FROM found f
 CROSS JOIN LATERAL (
@@ -480,16 +513,13 @@ LEFT JOIN LATERAL (
     FROM jsonb_array_elements_text(v.options -> 'tree') AS t(oid)
 ) AS copied ON s.step = 'copy'
 LEFT JOIN LATERAL (
-    SELECT string_agg(DISTINCT who, '; ') AS who FROM pg_locks l JOIN litellm_spend.process USING (pid)
-    WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid()
-      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-      AND (l.relation = v.relation OR l.relation IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = v.relation))
+    SELECT string_agg(DISTINCT who, '; ') AS who FROM litellm_spend.holder h WHERE h.relation = v.relation
 ) AS holders ON true
 UNION ALL
 -- What a session does in one transaction, of which others see but a lock.
 SELECT 'rebuild', coalesce('rollup ' || t.relname, (SELECT relation::text FROM litellm_spend.capture)), who, NULL, a.xact_start,
-       (SELECT string_agg(b.who, '; ') FROM litellm_spend.process b WHERE b.pid = ANY (pg_blocking_pids(l.pid))), NULL, NULL, NULL
-FROM pg_locks l JOIN litellm_spend.process USING (pid) JOIN pg_stat_activity a USING (pid) LEFT JOIN pg_class t ON t.oid = l.objid
+       (SELECT string_agg(b.who, '; ') FROM litellm_spend.blocker b WHERE b.pid = l.pid), NULL, NULL, NULL
+FROM pg_locks l JOIN litellm_spend.party USING (pid) JOIN pg_stat_activity a USING (pid) LEFT JOIN pg_class t ON t.oid = l.objid
 WHERE l.locktype = 'advisory' AND l.classid = 1936745838 AND l.objsubid = 2
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 UNION ALL
@@ -542,10 +572,9 @@ WITH status AS (
 ), at_work AS (
     -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges
     -- it meanwhile.
-    SELECT array_agg(l.pid) AS at_work FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-    WHERE l.locktype = 'relation' AND l.relation = 'litellm_spend.rollup'::regclass AND l.mode = 'RowShareLock' AND l.granted
-      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-      AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - interval '30 seconds'
+    SELECT string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy FROM litellm_spend.holder
+    WHERE relation = 'litellm_spend.rollup'::regclass AND mode = 'RowShareLock' AND kind IN ('client backend', 'prepared transaction')
+      AND since < clock_timestamp() - interval '30 seconds'
 ), expired AS (
     SELECT "table", count(*) AS partitions, min(expires_at) AS since, min(blocked) AS blocked
     FROM @extschema@.spend_partition_status
@@ -555,14 +584,10 @@ WITH status AS (
     GROUP BY "table"
 ), holders AS (
     -- Who is in the way of maintenance now, the oldest transaction first; not who is there for a moment.
-    SELECT "table", string_agg(who, '; ' ORDER BY xact_start) AS who, (array_agg(pid ORDER BY xact_start))[1] AS oldest
-    FROM (SELECT DISTINCT p.relation AS "table", who, pid, xact_start
-          FROM litellm_spend.policy p
-          JOIN pg_locks l ON l.relation = p.relation OR l.relation IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = p.relation)
-          JOIN litellm_spend.process USING (pid) JOIN pg_stat_activity a USING (pid)
-          WHERE l.locktype = 'relation' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-            AND xact_start < clock_timestamp() - interval '1 second' AND a.backend_type NOT LIKE 'litellm\_spend %') AS holder
-    GROUP BY "table"
+    SELECT relation::regclass AS "table", string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy
+    FROM (SELECT DISTINCT relation, who, remedy, since FROM litellm_spend.holder
+          WHERE since < clock_timestamp() - interval '1 second' AND kind NOT LIKE 'litellm\_spend %') AS holder
+    GROUP BY relation
 ), fault AS (
 SELECT 'error' AS severity, 'no worker serves this database: nothing is merged or maintained' AS problem, NULL::timestamptz AS since,
        NULL AS caused_by, 'look for litellm_spend in the server''s log; raise max_worker_processes if it says that there is no slot' AS remedy
@@ -575,7 +600,7 @@ SELECT 'warning', 'this database came out of a dump, and the end of its restore 
        restorers.who, CASE WHEN restorers.who IS NULL THEN 'when the restore has ended, not before: SELECT spend_restored();'
                            ELSE 'wait until the restore has ended' END
 FROM served, (
-    SELECT string_agg(who, '; ') AS who FROM litellm_spend.process
+    SELECT string_agg(who, '; ') AS who FROM litellm_spend.party
     WHERE pid IN (SELECT pid FROM pg_stat_progress_copy WHERE datname = current_database() AND command LIKE 'COPY FROM%'
                   UNION SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database())
 ) AS restorers
@@ -591,8 +616,9 @@ SELECT CASE WHEN message LIKE 'nothing is captured%' OR message LIKE 'could not 
        substring(message FROM E'\nDETAIL:  ([^\n]*)'),
        coalesce(CASE WHEN message LIKE 'could not get a lock on %' THEN (
                     -- If it is the same process still.
-                    SELECT format('SELECT pg_terminate_backend(%s);', pid) FROM pg_stat_activity a
-                    WHERE pid = substring(message FROM E'\nDETAIL:  It is held by process (\\d+) ')::integer AND a.xact_start < errors.since
+                    SELECT remedy FROM litellm_spend.party p
+                    WHERE pid = substring(message FROM E'\nDETAIL:  It is held by process (\\d+) ')::integer AND p.since < errors.since
+                       OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  It is held by prepared transaction (''.*'')\\.\n')
                 ) END,
                 substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again by itself; a cause that stays is for you to remove')
 FROM errors, served
@@ -603,12 +629,14 @@ UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),
        clock_timestamp() - make_interval(secs => lag_seconds::float8),
-       coalesce((SELECT string_agg(who, '; ') FROM litellm_spend.process WHERE pid = ANY (pids)), 'prepared transaction ' || prepared[1],
-                (SELECT string_agg(who, '; ') FROM litellm_spend.process WHERE pid = ANY (at_work))),
-       CASE WHEN coalesce(pids, at_work) IS NOT NULL THEN format('SELECT pg_terminate_backend(%s);', (coalesce(pids, at_work))[1])
-            WHEN prepared IS NOT NULL THEN format('ROLLBACK PREPARED %L;', prepared[1])
-            ELSE 'SELECT * FROM spend_rollup_run();' END
-FROM tails, at_work, served WHERE (has_worker OR NOT preloaded) AND NOT restored
+       coalesce(blockers.who, at_work.who), coalesce(blockers.remedy, at_work.remedy, 'SELECT * FROM spend_rollup_run();')
+FROM tails
+CROSS JOIN LATERAL (
+    SELECT string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy
+    FROM litellm_spend.party WHERE pid = ANY (pids) OR gid = ANY (prepared)
+) AS blockers
+CROSS JOIN at_work CROSS JOIN served
+WHERE (has_worker OR NOT preloaded) AND NOT restored
 UNION ALL
 SELECT 'warning', 'days whose capture failed are not recomputed yet', min(noticed_at), NULL, 'SELECT * FROM spend_rollup_run();'
 FROM litellm_spend.dirty_range, served
@@ -637,15 +665,13 @@ FROM served
 WHERE NOT preloaded AND NOT restored AND EXISTS (SELECT FROM status WHERE kind = 'built-in' AND backfill_progress < 100)
   AND EXISTS (SELECT FROM litellm_spend.capture)
 UNION ALL
-SELECT 'warning', format('the index of a conversion waits: %s', w.relation::regclass), w.started_at, w.waits_for,
-       format('SELECT pg_terminate_backend(%s);', w.blocked_by_pids[1])
+SELECT 'warning', format('the index of a conversion waits: %s', w.relation::regclass), w.started_at, w.waits_for, w.remedy
 FROM litellm_spend.index_work w
 WHERE w.relation IN (SELECT v.relation FROM litellm_spend.conversion v) AND w.started_at < clock_timestamp() - interval '20 seconds'
   -- Not who is there for a moment.
-  AND EXISTS (SELECT FROM pg_stat_activity b
-              WHERE b.pid = ANY (w.blocked_by_pids) AND b.xact_start < clock_timestamp() - interval '20 seconds')
+  AND w.held_since < clock_timestamp() - interval '20 seconds'
 UNION ALL
-SELECT 'warning', format('index %s of %s waits for an hour', name, partition), started_at, waits_for, NULL
+SELECT 'warning', format('index %s of %s waits for an hour', name, partition), started_at, waits_for, remedy
 FROM litellm_spend.index_survey
 WHERE state = 'building' AND waits_for IS NOT NULL AND started_at < clock_timestamp() - interval '1 hour'
 UNION ALL
@@ -659,11 +685,11 @@ GROUP BY relation, name HAVING bool_or(state = 'built') AND sum(pg_stat_get_nums
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
        coalesce(holders.who, blocked),
-       coalesce('SELECT pg_terminate_backend(' || holders.oldest || ');', format('SELECT * FROM spend_partition_maintain(%L);', "table"))
+       coalesce(holders.remedy, format('SELECT * FROM spend_partition_maintain(%L);', "table"))
 FROM expired LEFT JOIN holders USING ("table")
 UNION ALL
 SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
-       coalesce('SELECT pg_terminate_backend(' || min(holders.oldest) || ');', format('SELECT * FROM spend_partition_maintain(%L);', "table"))
+       coalesce(min(holders.remedy), format('SELECT * FROM spend_partition_maintain(%L);', "table"))
 FROM @extschema@.spend_partition_status LEFT JOIN holders USING ("table")
 WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
 GROUP BY "table", blocked
@@ -687,7 +713,9 @@ SELECT severity, problem, since, caused_by,
        CASE '@extschema@' WHEN 'public' THEN remedy
            ELSE regexp_replace(remedy, '(?<![.\w])(spend_[a-z_]+\()', '@extschema@.\1', 'g') END AS remedy
 FROM fault;
-COMMENT ON VIEW litellm_spend.process IS 'Processes, as they are named where one is in the way';
+COMMENT ON VIEW litellm_spend.party IS 'Processes and prepared transactions, as they are named where one is in the way';
+COMMENT ON VIEW litellm_spend.blocker IS 'For whom each process waits';
+COMMENT ON VIEW litellm_spend.holder IS 'Who has a lock on a table or on a partition of it';
 COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
 COMMENT ON TABLE litellm_spend.index_set IS 'Indexes that were asked for on LiteLLM''s spend log';
 COMMENT ON TABLE litellm_spend.index_failure IS 'Indexes that could not be built or dropped, why, and when it is tried again';

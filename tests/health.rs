@@ -233,6 +233,56 @@ fn an_index_that_waits_for_a_snapshot_names_who_has_it() {
 }
 
 #[test]
+fn an_index_that_waits_for_a_prepared_transaction_names_it() {
+    let db = shared().database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    writer
+        .batch_execute(
+            r#"BEGIN; LOCK TABLE "LiteLLM_SpendLogs" IN ROW EXCLUSIVE MODE; PREPARE TRANSACTION 'it''s forgotten'"#,
+        )
+        .unwrap();
+    let since: String = value(
+        &mut client,
+        "SELECT to_char(prepared, 'YYYY-MM-DD HH24:MI:SS') FROM pg_prepared_xacts WHERE gid = 'it''s forgotten'",
+    );
+    let who = format!("prepared transaction 'it''s forgotten' of postgres since {since}");
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    let progress = "SELECT waits_for FROM spend_progress WHERE operation = 'conversion'";
+    eventually("its progress names it", || {
+        value::<Option<String>>(&mut client, progress).as_ref() == Some(&who)
+    });
+    let (severity, _, caused_by, remedy) = only(&mut client, "the index of a conversion waits");
+    assert_eq!((severity.as_str(), caused_by.as_ref()), ("warning", Some(&who)));
+    let ends = "ROLLBACK PREPARED 'it''s forgotten';";
+    assert!(remedy.starts_with(ends) && remedy.contains("COMMIT PREPARED"), "{remedy}");
+    client.batch_execute(&remedy).unwrap();
+    wait_until_converted(&mut client);
+    none(&mut client);
+    // Maintenance, which its lock keeps from dropping what has expired.
+    client
+        .batch_execute(
+            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE INDEX ON logs (at);
+             CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02')",
+        )
+        .unwrap();
+    writer
+        .batch_execute("BEGIN; LOCK TABLE logs IN ACCESS SHARE MODE; PREPARE TRANSACTION 'reader'")
+        .unwrap();
+    client.batch_execute("SELECT spend_partition_set('logs', retention => '30 days')").unwrap();
+    let named = "SELECT bool_and(blocked LIKE '%: it is held by prepared transaction ''reader''')
+                 FROM litellm_spend.policy WHERE relation = 'logs'::regclass";
+    eventually("its lock is named", || holds(&mut client, named));
+    let (_, _, caused_by, remedy) = only(&mut client, "1 expired partitions of logs are still there");
+    assert!(caused_by.unwrap().starts_with("prepared transaction 'reader' of postgres since "));
+    client.batch_execute(&remedy).unwrap();
+    client.batch_execute("SELECT * FROM spend_partition_maintain('logs')").unwrap();
+    none(&mut client);
+}
+
+#[test]
 fn a_worker_that_was_killed_is_missed_until_it_is_back() {
     let db = shared().database().attached();
     let mut client = db.connect();

@@ -15,6 +15,7 @@ use crate::guc::{self, LockLimit};
 use crate::server::relation::{find_relation, relation_name};
 use crate::server::session;
 use crate::server::spi::{self, execute, fresh, query, value};
+use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
 
@@ -164,23 +165,11 @@ fn within(
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     // Who is in the way is asked before: after a failure the transaction can only be rolled back.
-    let holders = query(
-        "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL
-                    THEN concat_ws(' ', 'prepared transaction', quote_literal(
-                        (SELECT gid FROM pg_catalog.pg_prepared_xacts
-                         WHERE l.virtualtransaction = '-1/' || transaction::text)))
-                    ELSE format('process %s (%s)', l.pid,
-                                concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
-         FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-         WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted AND l.mode = ANY ($2)
-           AND l.database = (SELECT oid FROM pg_catalog.pg_database
-               WHERE datname = pg_catalog.current_database())
-           AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+    let holders = holders(
+        "l.locktype = 'relation' AND l.relation = $1 AND l.mode = ANY ($2) AND l.database =
+             (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())",
         &[oid.into(), conflicting(mode).into()],
-        |r| value::<String>(r, 1),
-    )?
-    .pop()
-    .unwrap_or_default();
+    )?;
     let before = set_lock_timeout(&format!("{}ms", left.as_millis()))?;
     let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
@@ -193,6 +182,22 @@ fn within(
         session::give_way_after(deadlock_timeout);
     }
     result
+}
+
+/// Who else has locks, as a DETAIL names them: `which` says of `l` in pg_locks which locks. Empty: nobody.
+pub fn holders(which: &str, args: &[DatumWithOid]) -> Result<String> {
+    let sql = format!(
+        "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL
+                    THEN concat_ws(' ', 'prepared transaction', quote_literal(p.gid))
+                    ELSE format('process %s (%s)', l.pid,
+                                concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
+         FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+         LEFT JOIN pg_catalog.pg_locks x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
+             AND x.virtualtransaction = l.virtualtransaction
+         LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = x.transactionid
+         WHERE l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() AND {which}"
+    );
+    Ok(query(&sql, args, |r| value::<String>(r, 1))?.pop().unwrap_or_default())
 }
 
 /// The modes that keep others from `mode`, as pg_locks calls them.
