@@ -481,20 +481,23 @@ SELECT 'warning', 'the worker is at one thing for long: ' || worker.query, xact_
 FROM worker WHERE xact_start < clock_timestamp() - interval '5 minutes'
 UNION ALL
 -- A message of ours has its DETAIL and its HINT in lines of their own.
-SELECT CASE WHEN message LIKE 'nothing is captured%' OR message LIKE 'could not get a lock on %' THEN 'warning' ELSE 'error' END,
+SELECT CASE WHEN message LIKE 'nothing is captured%' OR is_lock THEN 'warning' ELSE 'error' END,
        format('%s: %s', subject, split_part(message, E'\n', 1)), errors.since,
        substring(message FROM E'\nDETAIL:  ([^\n]*)'),
-       coalesce(CASE WHEN message LIKE 'could not get a lock on %' THEN (
+       coalesce(CASE WHEN is_lock THEN (
                     -- If it is the same process still.
                     SELECT remedy FROM litellm_spend.party p
-                    WHERE pid = substring(message FROM E'\nDETAIL:  It is held by process (\\d+) ')::integer AND p.since < errors.since
-                       OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  It is held by prepared transaction (''.*'')\\.\n')
+                    WHERE pid = substring(message FROM E'\nDETAIL:  [^\n]*It is held by process (\\d+) ')::integer AND p.since < errors.since
+                       OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  [^\n]*It is held by prepared transaction (''.*'')\\.\n')
                 ) END,
                 substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again by itself; a cause that stays is for you to remove')
-FROM errors, served
+FROM served, errors
+CROSS JOIN LATERAL (
+    SELECT message ~ '^(could not get a lock on |another transaction is attaching |rollup "[^"]+" is locked by )' AS is_lock
+) AS kind
 WHERE NOT (restored AND message LIKE 'it came out of a dump%')
   -- What is tried again and again has not failed at the first try.
-  AND NOT (message LIKE 'could not get a lock on %' AND errors.since > clock_timestamp() - interval '20 seconds')
+  AND NOT (is_lock AND errors.since > clock_timestamp() - interval '20 seconds')
 UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),

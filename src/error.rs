@@ -341,12 +341,11 @@ errors! {
         "They come into the source too, but their \"{column}\" is {found} there.";
         ("ALTER TABLE {relation} ALTER COLUMN {column} SET DEFAULT nextval({}).", literal(sequence));
 
-    RollupBusy(rollup: String):
+    RollupBusy { rollup: String, holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "rollup \"{rollup}\" is locked by another transaction";
-        "A merge or a rebuild holds it; one at a time works on a rollup.";
-        "Try again. Who is at it: SELECT pid FROM pg_locks WHERE relation = \
-         'litellm_spend.rollup'::regclass AND mode = 'RowShareLock';";
+        ("One merge or rebuild at a time works on a rollup. {}", held_by(holders));
+        "Try again when that has ended.";
 
     Restoring:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
@@ -354,11 +353,11 @@ errors! {
         "State that another installation wrote is here, and not what a restore of it makes last.";
         "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.";
 
-    AttachmentBusy:
+    AttachmentBusy { holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "another transaction is attaching or detaching";
-        "It holds the right to change triggers and views, until it ends.";
-        "Try again.";
+        ("One at a time changes triggers and views. {}", held_by(holders));
+        "Try again when that has ended.";
 
     LogNotMerged { left: i64 }:
         ERRCODE_LOCK_NOT_AVAILABLE;
@@ -598,12 +597,7 @@ errors! {
     LockNotAvailable { relation: String, limit: LockLimit, holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         ("could not get a lock on {relation} within {} ms", limit.time.as_millis());
-        {
-            match holders.as_str() {
-                "" => "A transaction came in between.".to_string(),
-                _ => format!("It is held by {holders}."),
-            }
-        };
+        { held_by(holders) };
         ("Try again when those transactions have ended, or raise litellm_spend.{}.", limit.setting);
 
     OtherOwner { relation: String, owner: String, expected: String }:
@@ -677,6 +671,14 @@ errors! {
         "stored state of litellm_spend cannot be read: {error}";
         "";
         "Please report this as a bug.";
+}
+
+/// Who has a lock that was not to be had.
+fn held_by(holders: &str) -> String {
+    match holders {
+        "" => "A transaction came in between.".into(),
+        _ => format!("It is held by {holders}."),
+    }
 }
 
 const A_DIMENSION: &str = "A dimension is an expression over the source's columns, as in \

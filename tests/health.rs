@@ -280,6 +280,26 @@ fn an_index_that_waits_for_a_prepared_transaction_names_it() {
     client.batch_execute(&remedy).unwrap();
     client.batch_execute("SELECT * FROM spend_partition_maintain('logs')").unwrap();
     none(&mut client);
+    // What waits for a lock of ours is a warning, too, with what ends that.
+    writer
+        .batch_execute(
+            "BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE; PREPARE TRANSACTION 'attaching'",
+        )
+        .unwrap();
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.policy SET last_error_at = clock_timestamp() - interval '1 minute', last_error =
+                 E'another transaction is attaching or detaching'
+                 '\nDETAIL:  One at a time changes triggers and views. It is held by prepared transaction ''attaching''.'
+                 '\nHINT:  Try again when that has ended.'
+             WHERE relation = 'logs'::regclass",
+        )
+        .unwrap();
+    let (severity, _, _, remedy) = only(&mut client, "another transaction is attaching or detaching");
+    assert!(severity == "warning" && remedy.starts_with("ROLLBACK PREPARED 'attaching';"), "{remedy}");
+    client.batch_execute(&remedy).unwrap();
+    client.batch_execute("UPDATE litellm_spend.policy SET last_error = NULL").unwrap();
+    none(&mut client);
 }
 
 #[test]

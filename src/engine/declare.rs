@@ -270,7 +270,10 @@ pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
 pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
     let fence = match Fence::take(name, Patience::of_call()) {
         Err(Error::NoRollup(_)) => return drop_leftovers(caller, name),
-        fence => fence?.ok_or_else(|| Error::RollupBusy(name.into()))?,
+        fence => match fence? {
+            Some(fence) => fence,
+            None => return Err(Fence::busy(&[name.into()])?),
+        },
     };
     // Whoever asks: the owner of the captured table is not that of its rollups.
     if fence.is_built_in() {

@@ -26,7 +26,7 @@ use crate::state::captured::CaptureState;
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
-use crate::state::sources::CHANGE_LOG;
+use crate::state::rollups::rollup_names;
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -209,7 +209,13 @@ pub fn rebuild_range(
         Some(fence) => Fence::take(&fence.name, patience)?.map(|fence| vec![fence]),
         None => Fence::take_all(&attached()?.source, patience)?,
     };
-    let fences = fences.ok_or_else(|| Error::RollupBusy(name.unwrap_or(CHANGE_LOG).into()))?;
+    let Some(fences) = fences else {
+        let names = match one {
+            Some(fence) => vec![fence.name],
+            None => rollup_names(Some(&attached()?.source))?,
+        };
+        return Err(Fence::busy(&names)?);
+    };
     let Some(first) = fences.first() else { return Ok(0) };
     require_right(caller, first)?;
     let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };

@@ -150,9 +150,7 @@ pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
 
 /// From here on nobody else attaches, or changes a built-in rollup, until the transaction ends.
 pub fn hold_rollups() -> Result<()> {
-    if !fence::lock_attachment(Patience::of_call())? {
-        return Err(Error::AttachmentBusy);
-    }
+    fence::require_attachment(Patience::of_call())?;
     for name in rollups::rollup_names(Some(CHANGE_LOG))? {
         // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge
         // the rollup.

@@ -29,6 +29,7 @@ use crate::server::text::{SCHEMA, quoted};
 use crate::state::captured;
 use crate::state::fence::Fence;
 use crate::state::frozen;
+use crate::state::rollups::rollup_names;
 use pgrx::datum::{AnyNumeric, Timestamp};
 use pgrx::prelude::*;
 
@@ -78,7 +79,7 @@ pub fn finish(
     // 1. the rollups: what they say of these days is from now on their only record.
     if let Some(state) = &captured {
         let Some(fences) = Fence::take_all(&state.source, patience)? else {
-            return Err(Error::RollupBusy(state.source.clone()));
+            return Err(Fence::busy(&rollup_names(Some(&state.source))?)?);
         };
         for fence in &fences {
             if !fence.covered_from.is_neg_infinity() {

@@ -228,9 +228,7 @@ impl Reversion {
     // ---- the swap ----------------------------------------------------------------------------------------
 
     fn swap(&mut self) -> Result<String> {
-        if !fence::lock_attachment(Patience::None)? {
-            return Err(Error::AttachmentBusy);
-        }
+        fence::require_attachment(Patience::None)?;
         // 1. the locks. Nobody writes any more: the rest of what changed.
         let tree = relation::relation_tree(self.relation)?;
         copy::lock(self)?;

@@ -39,9 +39,7 @@ use crate::state::restore::HERE;
 use pgrx::prelude::*;
 
 pub fn swap(conversion: &Conversion) -> Result<()> {
-    if !fence::lock_attachment(Patience::None)? {
-        return Err(Error::AttachmentBusy);
-    }
+    fence::require_attachment(Patience::None)?;
     // 1. the locks. What there is, now that it cannot change.
     let blueprint = lock(conversion.name(), &[conversion.relation], || conversion.blueprint())?;
     if let Some(obstacle) = blueprint.obstacles.first() {

@@ -8,7 +8,7 @@
 //! | [`try_lock_installation`] | our table `installation`, SHARE ROW EXCLUSIVE | others that make or drop the marker of restores |
 
 use crate::error::{Error, Result};
-use crate::server::locks::{Patience, try_lock};
+use crate::server::locks::{Patience, holders, try_lock};
 use crate::server::relation::{find_relation, relation_name};
 use crate::server::session::{Elevated, Owner, require_read_committed};
 use crate::server::spi::{execute, exists, fresh, query, value};
@@ -98,15 +98,27 @@ impl Fence {
     /// Takes the fence as soon as its holder ends, or fails at the caller's own lock_timeout: windows belong
     /// to one transaction after the other, each as long as its caller likes.
     pub fn wait(name: &str) -> Result<Fence> {
-        let work = Work::begin(name).ok_or_else(|| Error::RollupBusy(name.into()))?;
+        // Asked before: after a failure the transaction can only be rolled back.
+        let kept = kept_by(&[name.into()])?;
+        let busy = || {
+            let (rollup, holders) = kept.clone();
+            Error::RollupBusy { rollup, holders }
+        };
+        let Some(work) = Work::begin(name) else { return Err(busy()) };
         let sql = format!("{} FOR UPDATE OF r", Fence::state());
         let fences = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
             fresh(&sql, &[name.into()], |r| Fence::read(name, r))
         }))
-        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| Err(Error::RollupBusy(name.into())))
+        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| Err(busy()))
         .execute()?;
         let fence = fences.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))?;
         Ok(Fence { _work: Some(work), ..fence })
+    }
+
+    /// That another transaction keeps one of these rollups, and whose it is.
+    pub fn busy(names: &[String]) -> Result<Error> {
+        let (rollup, holders) = kept_by(names)?;
+        Ok(Error::RollupBusy { rollup, holders })
     }
 
     /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
@@ -197,6 +209,25 @@ impl Fence {
     }
 }
 
+/// Which of these rollups another transaction keeps, and whose it is.
+fn kept_by(names: &[String]) -> Result<(String, String)> {
+    // Who locks a row, or changes it, leaves the transaction's number there.
+    let kept = fresh(
+        &format!(
+            "SELECT r.name, r.xmax::text FROM {SCHEMA}.rollup r JOIN pg_catalog.pg_locks l
+                 ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xmax
+             WHERE r.name = ANY ($1) ORDER BY 1 LIMIT 1"
+        ),
+        &[names.to_vec().into()],
+        |r| Ok((value::<String>(r, 1)?, value::<String>(r, 2)?)),
+    )?;
+    let Some((rollup, transaction)) = kept.into_iter().next() else {
+        return Ok((names.first().cloned().unwrap_or_default(), String::new()));
+    };
+    let which = "l.locktype = 'transactionid' AND l.transactionid = $1::xid";
+    Ok((rollup, holders(which, &[transaction.into()])?))
+}
+
 /// The right to change what is attached: triggers, views, the state of the capture. Ends with the
 /// transaction. What is read after it is current. `false`: another transaction keeps it.
 pub fn lock_attachment(patience: Patience) -> Result<bool> {
@@ -212,6 +243,18 @@ pub fn lock_attachment(patience: Patience) -> Result<bool> {
     Ok(true)
 }
 
+/// As [`lock_attachment`], or fails and says who keeps it.
+pub fn require_attachment(patience: Patience) -> Result<()> {
+    if lock_attachment(patience)? {
+        return Ok(());
+    }
+    let which = format!(
+        "l.locktype = 'relation' AND l.relation = '{SCHEMA}.capture'::regclass
+             AND l.mode = 'ShareRowExclusiveLock'"
+    );
+    Err(Error::AttachmentBusy { holders: holders(&which, &[])? })
+}
+
 /// The right to make or drop what is called `name` of `relation`, until the transaction ends. Nobody else
 /// waits for it but who wants the same name or source.
 pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
@@ -224,7 +267,9 @@ pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
             pg_sys::ConditionalLockDatabaseObject(class, object.into(), 0, pg_sys::ExclusiveLock as i32)
         } {
             if !patience.try_again() {
-                return Err(Error::RollupBusy(name.into()));
+                let which = "l.locktype = 'object' AND l.classid = $1 AND l.objid = $2";
+                let holders = holders(which, &[class.into(), pg_sys::Oid::from(object).into()])?;
+                return Err(Error::RollupBusy { rollup: name.into(), holders });
             }
         }
     }
