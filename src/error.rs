@@ -136,6 +136,12 @@ errors! {
         "It belongs to no table any more whose owner could decide, or to all of them.";
         "Call it as a superuser, or as a member of the extension's owner.";
 
+    OtherVersion { installed: String, library: &'static str }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "extension \"litellm_spend\" is at version {installed}, and its library at {library}";
+        "The library was replaced; what this database has is still the old version's.";
+        "ALTER EXTENSION litellm_spend UPDATE;";
+
     Standby:
         ERRCODE_READ_ONLY_SQL_TRANSACTION;
         "cannot change rollups during recovery";

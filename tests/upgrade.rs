@@ -143,3 +143,48 @@ fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
     let may = "SELECT has_function_privilege('litellm', 'spend_partition_convert(regclass, text, \"any\", text, integer)', 'EXECUTE')";
     assert!(holds(&mut client, may));
 }
+
+#[test]
+fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
+    let (db, mut client) = of_0_1_0(true);
+    let version = env!("CARGO_PKG_VERSION");
+    for call in [
+        "SELECT spend_attach()",
+        "SELECT spend_detach()",
+        "CALL spend_backfill()",
+        "SELECT * FROM spend_rollup_run()",
+        "SELECT * FROM spend_rollup_status",
+        "SELECT * FROM spend_rollup_verify('daily_spend')",
+        "SELECT spend_partition_maintain()",
+        "SELECT spend_partition_plan()",
+    ] {
+        let error = error(&mut client, call);
+        assert_eq!(error.code().code(), "55000", "{call}: {error:?}");
+        assert_eq!(
+            error.message(),
+            format!("extension \"litellm_spend\" is at version 0.1.0, and its library at {version}")
+        );
+        assert_eq!(
+            error.detail(),
+            Some("The library was replaced; what this database has is still the old version's.")
+        );
+        assert_eq!(error.hint(), Some("ALTER EXTENSION litellm_spend UPDATE;"));
+    }
+    // LiteLLM's writers and reports go on.
+    client.batch_execute("SELECT * FROM \"MonthlyGlobalSpend\"").unwrap();
+    client.batch_execute(&insert_rows("old", 10, 3)).unwrap();
+    let at =
+        "SELECT query = 'litellm_spend: waits for ALTER EXTENSION litellm_spend UPDATE' FROM pg_stat_activity
+              WHERE backend_type = 'litellm_spend worker' AND datname = current_database()";
+    eventually("the worker says so", || client.query(at, &[]).unwrap().first().is_some_and(|row| row.get(0)));
+    let said: Vec<String> =
+        db.cluster.log().lines().filter(|l| l.contains(&db.name)).map(String::from).collect();
+    let about = format!("litellm_spend in database \"{}\": ", db.name);
+    let said: Vec<&str> =
+        said.iter().filter_map(|line| line.split_once(&about)).map(|(_, text)| text).collect();
+    assert!(said.iter().any(|line| line.contains("is at version 0.1.0")), "{said:#?}");
+    assert!(!said.iter().any(|line| line.contains("does not exist")), "{said:#?}");
+    client.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+}

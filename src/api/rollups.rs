@@ -119,7 +119,7 @@ fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Res
 }
 
 pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
-    work().map_err(|error| match &error {
+    session::require_version().and_then(|()| work()).map_err(|error| match &error {
         Error::NoRollup(_) => {
             let hint = own_rollups();
             let report = ErrorReport::from(error);

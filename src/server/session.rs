@@ -9,6 +9,18 @@ use pgrx::prelude::*;
 use std::ffi::{CStr, CString};
 use std::time::Duration;
 
+/// Fails until the update, where the library is of another version than the extension.
+pub fn require_version() -> Result<()> {
+    let _pinned = Elevated::pinned();
+    let sql = "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'";
+    match query(sql, &[], |r| value::<String>(r, 1))?.pop() {
+        Some(installed) if installed != VERSION => Err(Error::OtherVersion { installed, library: VERSION }),
+        _ => Ok(()),
+    }
+}
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 pub fn require_writable() -> Result<()> {
     // SAFETY: both only read backend state.
     if unsafe { pg_sys::RecoveryInProgress() } {

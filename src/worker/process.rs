@@ -6,7 +6,7 @@ use crate::guc;
 use crate::server::limit::{self, Limit};
 use crate::server::locks::{Patience, database_is_wanted, jittered};
 use crate::server::log;
-use crate::server::session::{Elevated, Failure, Owner, attempt};
+use crate::server::session::{self, Elevated, Failure, Owner, attempt};
 use crate::server::spi;
 use crate::state::news;
 use crate::state::step::{Runner, Subject};
@@ -19,6 +19,7 @@ use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fmt::Display;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -76,6 +77,9 @@ const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 /// Between two rounds over the tables that are to be maintained. When one is,
 /// `litellm_spend.maintain_interval` says.
 const MAINTENANCE_LOOK: Duration = Duration::from_secs(1);
+
+/// Between two looks whether the extension is at the library's version.
+const UPDATE_LOOK: Duration = Duration::from_millis(500);
 
 /// Between two looks for indexes that are to be built, while none is.
 const INDEX_LOOK: Duration = Duration::from_secs(5);
@@ -154,7 +158,7 @@ impl Steps {
         if quiet::was_told() {
             [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
         }
-        let Ok(news) = news else { return in_transaction(extension_exists).then_some(true) };
+        let Ok(news) = news else { return self.wait_for_update().then_some(true) };
         if news.policies {
             self.maintenance.expect();
         }
@@ -173,6 +177,25 @@ impl Steps {
             work |= trims || numbers < 0 || numbers > 0 && self.merge_is_due(&source, numbers);
         }
         Some(work)
+    }
+
+    /// Rests while the extension is at another version than the library. `false`: the worker is to leave.
+    fn wait_for_update(&mut self) -> bool {
+        let (launch, mut said) = (launcher::launch(), false);
+        while launcher::launch() == launch && in_transaction(|| extension_exists() && !database_is_wanted()) {
+            let Err(failure) = in_transaction(|| attempt(session::require_version)) else { return true };
+            if !said {
+                log::failure("nothing is done", &failure);
+                report_running(&"waits for ALTER EXTENSION litellm_spend UPDATE");
+                said = true;
+            }
+            if !BackgroundWorker::wait_latch(Some(UPDATE_LOOK)) {
+                return false;
+            }
+            pgrx::check_for_interrupts!();
+            reload_settings();
+        }
+        false
     }
 
     fn take_back(&self, subject: &Subject) {
@@ -504,7 +527,7 @@ pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
 }
 
 /// Says in pg_stat_activity what the worker is at.
-pub fn report_running(subject: &Subject) {
+pub fn report_running(subject: &impl Display) {
     let text = CString::new(format!("litellm_spend: {subject}")).unwrap_or_default();
     // SAFETY: the text is copied.
     unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr()) };
