@@ -99,6 +99,12 @@ errors! {
          missing for ever.";
         ("SELECT undistribute_table({}) makes an ordinary table of it.", literal(relation));
 
+    ElsewhereToo(relation: String):
+        ERRCODE_FEATURE_NOT_SUPPORTED;
+        "{relation} is distributed by Citus";
+        "Its partitions have parts on other nodes, where this would be half done.";
+        "Citus makes partitions and drops them on all nodes: create_time_partitions(), drop_old_time_partitions().";
+
     NotByHash(relation: String):
         ERRCODE_FEATURE_NOT_SUPPORTED;
         "{relation} is a table of Citus's that is not distributed by hash";

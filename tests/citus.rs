@@ -276,11 +276,49 @@ fn only_what_is_distributed_by_hash_is_a_source_and_only_on_the_coordinator() {
     let mut on_node = citus.nodes[1].connect(DATABASE);
     let call = "SELECT spend_rollup_create('kind', 'kinds.parted', '{x}', '{count(*) AS n}')";
     assert_refused(&mut on_node, call, "0A000");
-    client.batch_execute(call).unwrap();
+    let said = citus.nodes[0].notices(DATABASE, call);
+    assert!(said.contains("NOTICE:  rollup \"kind\" is a table of this node"), "{said}");
     client.batch_execute("INSERT INTO parted (x) SELECT i FROM generate_series(1, 50) AS i").unwrap();
     client.batch_execute("INSERT INTO parted_1 (x) VALUES (1)").unwrap();
     eventually("it is merged", || watermark(&mut client, "kind") == 51);
     assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.kind"), 51);
+}
+
+#[test]
+fn partitions_of_a_distributed_table_are_left_to_citus() {
+    let Some(citus) = citus() else { return };
+    let mut client = schema(citus, "times");
+    for sql in [
+        "CREATE TABLE flat (at timestamp NOT NULL, site int); CREATE INDEX ON flat (at)",
+        "CREATE TABLE parted (at timestamp NOT NULL, site int) PARTITION BY RANGE (at)",
+        "CREATE INDEX ON parted (at); CREATE TABLE before PARTITION OF parted FOR VALUES FROM ('2026-01-01') TO ('2026-01-02')",
+        "CREATE TABLE late (LIKE parted) PARTITION BY RANGE (at)",
+        "CREATE INDEX ON late (at); SELECT spend_partition_set('late', 'day', time_column => 'at', retention => '1 day')",
+        "SELECT create_distributed_table(name, 'site', shard_count => 4) FROM unnest('{flat,parted,late}'::regclass[]) AS name",
+        "INSERT INTO parted VALUES ('2026-01-01 10:00', 1)",
+    ] {
+        client.batch_execute(sql).unwrap();
+    }
+    for call in [
+        "SELECT * FROM spend_partition_plan('flat', time_column => 'at')",
+        "SELECT * FROM spend_partition_convert('flat', time_column => 'at')",
+        "SELECT * FROM spend_partition_revert('parted')",
+        "SELECT spend_partition_set('parted', 'day', time_column => 'at', retention => '1 day')",
+    ] {
+        assert_refused(&mut client, call, "0A000");
+    }
+    // Distributed since it has a policy: nothing is done to it, and that is said.
+    client.batch_execute("SELECT spend_partition_maintain('late')").unwrap();
+    let said =
+        "SELECT problem || ' / ' || remedy FROM spend_health WHERE problem LIKE 'maintenance of %late%'";
+    let said = value::<String>(&mut client, said);
+    assert!(
+        said.contains("\"late\" is distributed by Citus / Citus makes partitions and drops them"),
+        "{said}"
+    );
+    let left = "SELECT count(*) FROM parted";
+    assert_eq!(value::<i64>(&mut client, left), 1);
+    client.batch_execute("SELECT spend_partition_set('late', 'none')").unwrap();
 }
 
 /// The article's example on distributed tables, co-located as it says.

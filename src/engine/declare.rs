@@ -8,6 +8,7 @@
 //!
 //! Locks: ACCESS SHARE on the source until the call ends.
 
+use crate::citus;
 use crate::engine::declaration::{Declaration, Defined, MergeFunction, define};
 use crate::engine::rollup;
 use crate::engine::source::{self, Notice, Numbering, advice, ensure_source, open_source};
@@ -73,6 +74,20 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     give_to_owner(&definition, owner)?;
     make_view(&definition, owner, &definition.live_query())?;
     notices.extend(advice(&table, &numbering)?);
+    if citus::is_distributed(table.oid)? {
+        notices.push(Notice {
+            message: format!(
+                "rollup \"{}\" is a table of this node: one process here aggregates the rows that the nodes \
+                 of {} send",
+                definition.name,
+                table.qualified()
+            ),
+            hint:
+                "Nodes merge by themselves what your own SQL fills, into a table that is distributed alike: \
+                   spend_rollup_register()."
+                    .into(),
+        });
+    }
     restore::mark()?;
     Ok(notices)
 }

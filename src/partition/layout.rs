@@ -1,6 +1,7 @@
 //! A table as its maintenance sees it: how it is partitioned, by what, and what each partition holds. Reads
 //! only.
 
+use crate::citus;
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::calendar::{Moment, Range};
@@ -57,6 +58,7 @@ impl Layout {
             partitions: vec![],
             default: None,
         };
+        require_here(oid)?;
         check_time_column(&layout.table, time_column)?;
         if layout.partitioned {
             let key = partition_key(&layout.table)?;
@@ -197,6 +199,14 @@ pub fn now() -> Moment {
 /// A finite timestamp in UTC as microseconds since 1970.
 pub fn micros(expression: &str) -> String {
     format!("least(extract(epoch FROM {expression}) * 1000000, 9223372036854775806)::bigint")
+}
+
+/// Refuses a table that has parts on other nodes.
+pub fn require_here(oid: pg_sys::Oid) -> Result<()> {
+    if citus::is_distributed(oid)? {
+        return Err(Error::ElsewhereToo(relation::relation_name(oid)?));
+    }
+    Ok(())
 }
 
 fn check_time_column(table: &Table, column: &str) -> Result<()> {

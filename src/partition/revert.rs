@@ -97,6 +97,7 @@ impl Reversion {
 /// Stores what to do, or refuses it.
 pub fn request(table: &Table) -> Result<()> {
     let refuse = |reason: String| Error::CannotConvert { relation: table.qualified(), reason };
+    layout::require_here(table.oid)?;
     let time_column = layout::partition_key(table)?;
     let mut reversion =
         Reversion::new(table, Options { time_column: time_column.clone(), ..Options::default() });

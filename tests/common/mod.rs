@@ -130,6 +130,16 @@ impl Cluster {
         as_user(&self.bin.join(name), self.user)
     }
 
+    /// What psql says beside the result of a statement: notices, warnings.
+    pub fn notices(&self, database: &str, sql: &str) -> String {
+        let mut psql = self.program("psql");
+        psql.args(["-X", "-h", self.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"]);
+        let output = psql.args(["-d", database, "-v", "ON_ERROR_STOP=1", "-c", sql]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{sql}: {text}");
+        text
+    }
+
     pub fn connect(&self, database: &str) -> Client {
         self.connect_as(database, "postgres")
     }
@@ -250,22 +260,9 @@ impl Database {
         self.cluster.connect(&self.name)
     }
 
-    /// What psql says beside the result of a statement: notices, warnings.
+    /// What psql says beside the result of a statement.
     pub fn notices(&self, sql: &str) -> String {
-        let mut psql = self.cluster.program("psql");
-        psql.args([
-            "-X",
-            "-h",
-            self.cluster.dir.to_str().unwrap(),
-            "-p",
-            &PORT.to_string(),
-            "-U",
-            "postgres",
-        ]);
-        let output = psql.args(["-d", &self.name, "-v", "ON_ERROR_STOP=1", "-c", sql]).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{sql}: {text}");
-        text
+        self.cluster.notices(&self.name, sql)
     }
 
     /// With the table captured, backfilled, and the view live.
