@@ -644,6 +644,7 @@ UNION ALL
 SELECT 'warning', 'days whose capture failed are not recomputed yet', min(noticed_at), NULL, 'SELECT * FROM spend_rollup_run();'
 FROM litellm_spend.dirty_range, served
 WHERE repaired_at IS NULL AND noticed_at < clock_timestamp() - interval '5 minutes' AND (has_worker OR NOT preloaded) AND NOT restored
+  AND NOT EXISTS (SELECT FROM litellm_spend.capture WHERE last_error ~ '^(watch|repair): ')
 HAVING count(*) > 0
 UNION ALL
 -- Days side by side are one fault. To have them computed again by force would forget what was counted of

@@ -303,6 +303,38 @@ fn an_index_that_waits_for_a_prepared_transaction_names_it() {
 }
 
 #[test]
+fn a_column_that_was_renamed_is_one_fault_which_says_so() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 10, 3)).unwrap();
+    wait_until_merged(&mut client);
+    let rename =
+        |from: &str, to: &str| format!(r#"ALTER TABLE "LiteLLM_SpendLogs" RENAME COLUMN {from} TO {to}"#);
+    client.batch_execute(&rename("spend", "cost")).unwrap();
+    client.batch_execute(&insert_rows("b", 10, 3).replace("api_key, spend", "api_key, cost")).unwrap();
+    // What follows from it: that day cannot be recomputed.
+    let failed = format!("litellm_spend in database \"{}\": repair failed", db.name);
+    eventually("the repair has failed thrice", || db.cluster.log().matches(&failed).count() > 2);
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.dirty_range SET noticed_at = clock_timestamp() - interval '10 minutes'",
+        )
+        .unwrap();
+    let found = faults(&mut client);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    let (severity, problem, caused_by, remedy) = &found[0];
+    let cause =
+        r#"capture of "LiteLLM_SpendLogs": watch: relation "LiteLLM_SpendLogs" has no column "spend""#;
+    assert_eq!((severity.as_str(), problem.as_str()), ("error", cause));
+    assert_eq!(caused_by.as_deref(), Some("litellm_spend expects the columns of LiteLLM's spend log."));
+    assert_eq!(remedy, "Check that this is LiteLLM's table and that its migrations have run.");
+    client.batch_execute(&rename("cost", "spend")).unwrap();
+    none(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+}
+
+#[test]
 fn a_worker_that_was_killed_is_missed_until_it_is_back() {
     let db = shared().database().attached();
     let mut client = db.connect();

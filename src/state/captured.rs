@@ -15,6 +15,12 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
     record("capture", "$1 IS NOT NULL", "", message)
 }
 
+/// As [`record_capture_error`], of one of the steps that concern the table. What the watch has found wrong
+/// with the table stays until that is mended: what fails of the others follows from it.
+pub fn record_task_error(task: &str, message: Option<&str>) -> Result<()> {
+    record("capture", "($1 = 'watch' OR last_error NOT LIKE 'watch: %' OR last_error IS NULL)", task, message)
+}
+
 /// What is noted of the captured table.
 pub fn capture_error() -> Result<Option<String>> {
     let sql = format!("SELECT last_error FROM {SCHEMA}.capture");

@@ -245,7 +245,7 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
     });
     let message = message.as_deref();
     match subject {
-        Subject::Task(_) => captured::record_capture_error(message),
+        Subject::Task(task) => captured::record_task_error(task, message),
         // Each is merged alone now, and what fails is that one's.
         Subject::Together(_) => Ok(()),
         Subject::Rollup(name) | Subject::Stray(name) => rollups::record_error(name, message),
