@@ -642,6 +642,12 @@ errors! {
         "It finds a part of a text by its groups of three letters.";
         "CREATE EXTENSION pg_trgm; comes with the server's contrib package.";
 
+    TrigramsClosed { schema: String, owner: String }:
+        ERRCODE_INSUFFICIENT_PRIVILEGE;
+        "role \"{owner}\" may not use schema {schema}, where extension pg_trgm is";
+        "An index is built as the table's owner, and this one with an operator class of pg_trgm's.";
+        ("GRANT USAGE ON SCHEMA {schema} TO {};", quoted(owner));
+
     NoIndex(name: String):
         ERRCODE_UNDEFINED_OBJECT;
         "there is no index \"{name}\"";

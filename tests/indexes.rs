@@ -70,15 +70,30 @@ fn a_plan_says_what_each_index_costs_and_changes_nothing() {
 fn a_plan_says_what_is_there_already_and_what_cannot_be() {
     let (_db, mut client) = with_rows();
     let possible: String = planned(&mut client, "state", "key_alias");
-    assert_eq!(possible, "not possible: index \"key_alias\" needs extension pg_trgm");
+    assert_eq!(
+        possible,
+        "not possible: index \"key_alias\" needs extension pg_trgm. \
+         CREATE EXTENSION pg_trgm; comes with the server's contrib package."
+    );
     client
         .batch_execute(
             r#"CREATE INDEX "LiteLLM_SpendLogs_litellm_call_id_idx" ON "LiteLLM_SpendLogs" (litellm_call_id);
                CREATE INDEX mine ON "LiteLLM_SpendLogs" (team_id, "startTime");
                CREATE INDEX of_users ON "LiteLLM_SpendLogs" ("user", "startTime", spend);
-               CREATE EXTENSION pg_trgm SCHEMA litellm_spend"#,
+               CREATE SCHEMA "Ext"; CREATE EXTENSION pg_trgm SCHEMA "Ext""#,
         )
         .unwrap();
+    // It is built as the table's owner.
+    let message = r#"role "litellm" may not use schema "Ext", where extension pg_trgm is"#;
+    let grant = r#"GRANT USAGE ON SCHEMA "Ext" TO "litellm";"#;
+    let state = format!("not possible: {message}. {grant}");
+    assert_eq!(planned::<String>(&mut client, "state", "key_alias"), state);
+    let error = error(&mut client, "SELECT spend_index_set(indexes => '{team, key_alias}')");
+    assert_eq!((error.code().code(), error.message(), error.hint()), ("42501", message, Some(grant)));
+    let detail = "An index is built as the table's owner, and this one with an operator class of pg_trgm's.";
+    assert_eq!(error.detail(), Some(detail));
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM litellm_spend.index_set"));
+    client.batch_execute(grant).unwrap();
     for (item, state) in [
         ("call_id", r#"there already: "LiteLLM_SpendLogs_litellm_call_id_idx""#),
         // It has no spend, so a team's sum would read the table.
@@ -91,11 +106,15 @@ fn a_plan_says_what_is_there_already_and_what_cannot_be() {
         assert_eq!(planned::<String>(&mut client, "state", item), state, "{item}");
     }
     let definition: String = planned(&mut client, "definition", "key_alias");
-    assert!(definition.contains(r#""litellm_spend".gin_trgm_ops"#), "{definition}");
+    assert!(definition.contains(r#""Ext".gin_trgm_ops"#), "{definition}");
     // Beside its own wherever it is missing from a version of LiteLLM.
     client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DROP COLUMN litellm_call_id"#).unwrap();
     let state: String = planned(&mut client, "state", "call_id");
-    assert_eq!(state, "not possible: relation \"LiteLLM_SpendLogs\" has no column \"litellm_call_id\"");
+    assert_eq!(
+        state,
+        "not possible: relation \"LiteLLM_SpendLogs\" has no column \"litellm_call_id\". \
+         Check that this is LiteLLM's table and that its migrations have run."
+    );
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The indexes that there are, as data: what each serves, since which LiteLLM, and what an insert pays. Pure,
-//! but for the look where pg_trgm is.
+//! but for the look where pg_trgm is, and whether the table's owner may use it.
 //!
 //! Which queries of LiteLLM's read what was read in its packages 1.83.14, 1.92.2, 1.109.1 and 1.110.2.
 //! `team_id = $1` proves `team_id IS NOT NULL`, also in a generic plan, so a partial index costs the query
@@ -8,6 +8,7 @@
 use crate::error::{Error, Result};
 use crate::litellm::spend_log::TIME;
 use crate::server::relation::{self, Table};
+use crate::server::spi;
 use crate::server::text::{qualified, quoted, suffixed};
 use crate::state::indexes::{PREFIX, Wanted};
 
@@ -170,7 +171,12 @@ impl Index {
     /// Refuses a table on which it cannot be built.
     pub fn require_possible(&self, table: &Table) -> Result<()> {
         require_columns(table, self.columns)?;
-        self.schema_of_trigrams().map(drop)
+        let Some(schema) = self.schema_of_trigrams()? else { return Ok(()) };
+        let may = "SELECT pg_catalog.has_schema_privilege($1, $2, 'USAGE')";
+        match spi::query(may, &[table.owner_oid.into(), schema.as_str().into()], |r| spi::value(r, 1))?[..] {
+            [false] => Err(Error::TrigramsClosed { schema: quoted(&schema), owner: table.owner.clone() }),
+            _ => Ok(()),
+        }
     }
 
     /// What follows `ON <table>` in its CREATE INDEX.

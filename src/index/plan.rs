@@ -51,7 +51,10 @@ fn row(index: &'static Index, table: &Table, size: &Size, existing: &[Existing])
         seconds: rows.map(|rows| size.seconds_of(index, rows)),
         insert_cost: Some(index.insert_cost),
         state: Some(match obstacle {
-            Some(obstacle) => format!("not possible: {obstacle}"),
+            Some(obstacle) => {
+                let told = obstacle.tell();
+                format!("not possible: {}. {}", told.message, told.hint.unwrap_or_default())
+            }
             None => state(index, size.tables, existing),
         }),
     })
