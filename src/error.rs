@@ -541,6 +541,12 @@ errors! {
             literal(table)
         );
 
+    CopyLost { table: String, copy: String }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{copy} is not the copy that was made";
+        "It was dropped or replaced, or was left out of a dump. The reversion of {table} cannot go on.";
+        ("SELECT * FROM spend_partition_revert({}, abort => true);", literal(table));
+
     ConversionBusy(table: String):
         ERRCODE_OBJECT_IN_USE;
         "{table} is being converted by another session";

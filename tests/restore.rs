@@ -387,3 +387,54 @@ fn the_marker_comes_and_goes_with_what_it_stands_for() {
     assert_eq!(value::<i64>(&mut client, markers), 0);
     client.batch_execute("DROP EXTENSION litellm_spend").unwrap();
 }
+
+#[test]
+fn a_reversion_goes_on_after_a_restore_and_says_how_to_take_it_back_where_it_cannot() {
+    let db = shared().database().attached();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at); CREATE INDEX at ON t (at);
+             CREATE TABLE t_1 PARTITION OF t DEFAULT; ALTER TABLE t OWNER TO litellm; ALTER TABLE t_1 OWNER TO litellm;
+             INSERT INTO t SELECT i, now() - i * interval '1 minute' FROM generate_series(1, 3000) AS i",
+        )
+        .unwrap();
+    // Without this lock there is no swap.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_revert('t')").unwrap();
+    let step = "SELECT bool_or(step = 'swap' AND last_error LIKE 'another transaction%') FROM spend_progress";
+    eventually("it is at the swap", || holds(&mut client, step));
+    // Noted, and not copied again.
+    client.batch_execute("DELETE FROM t WHERE id > 2900; UPDATE t SET id = -id WHERE id < 50").unwrap();
+    let custom = dump(&db, "c");
+    let database = target("reversion");
+    run("pg_restore", &["-d", &database, &custom]);
+    let mut restored = shared().connect(&database);
+    let plain = "SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('t')";
+    eventually("it is plain", || holds(&mut restored, plain));
+    let rows = "SELECT count(*) = 2900 AND sum(id) = 2900 * 2901 / 2 - 49 * 50 FROM t";
+    assert!(holds(&mut restored, rows));
+    let left = "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class
+                WHERE relnamespace = 'litellm_spend_archive'::regnamespace AND relkind IN ('r', 'p', 'S')";
+    assert_eq!(value::<String>(&mut restored, left), "t_1 t_partitioned");
+    eventually("all is well", || holds(&mut restored, "SELECT count(*) = 0 FROM spend_health"));
+    drop(restored);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+    // Part of it is gone, as from a dump that left the schema out.
+    client.batch_execute("DROP TABLE litellm_spend_archive.t_plain").unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    let fault = "SELECT problem = 'reversion of public.t: \"litellm_spend_archive\".\"t_plain\" is not the copy that was made'
+                     AND caused_by = 'It was dropped or replaced, or was left out of a dump. The reversion of \"public\".\"t\" cannot go on.'
+                     AND remedy = 'SELECT * FROM spend_partition_revert(''\"public\".\"t\"'', abort => true);'
+                 FROM spend_health";
+    eventually("that is said", || client.query(fault, &[]).unwrap().iter().any(|row| row.get(0)));
+    let remedy: String = value(&mut client, "SELECT remedy FROM spend_health");
+    client.batch_execute(&remedy).unwrap();
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM litellm_spend.conversion"));
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 0 FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%'"
+    ));
+    client.batch_execute("SELECT spend_partition_revert('t')").unwrap();
+    eventually("it is plain", || holds(&mut client, plain));
+}

@@ -106,21 +106,40 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         "CREATE OR REPLACE TRIGGER {TRIGGER}_move BEFORE UPDATE ON {name} FOR EACH ROW
          WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
     ))?;
-    reversion.options.made = [plain, duplicates, changes]
-        .iter()
-        .map(|name| Ok(relation::find_relation(name)?.map_or(0, |oid| oid.to_u32())))
-        .collect::<Result<_>>()?;
     reversion.options.shape = Some(shape(reversion.relation)?);
-    reversion.options.tree = tree(reversion)?;
+    remember(reversion)?;
     restart(reversion)
+}
+
+/// The tables that we made, by name.
+fn names(reversion: &Reversion) -> [String; 3] {
+    [reversion.plain(), reversion.duplicates(), beside(reversion, CHANGES)]
+}
+
+/// Knows them by their Oids from here on.
+fn remember(reversion: &mut Reversion) -> Result<()> {
+    let oid = |name: &String| Ok(relation::find_relation(name)?.map_or(0, |oid| oid.to_u32()));
+    reversion.options.made = names(reversion).iter().map(oid).collect::<Result<_>>()?;
+    reversion.options.tree = tree(reversion)?;
+    Ok(())
+}
+
+/// Knows what came out of a dump by its names, for the last time. What changed before its triggers were
+/// there again is not noted: the copy begins anew.
+pub fn recognize(reversion: &mut Reversion) -> Result<()> {
+    if reversion.options.shape.is_some() && reversion.options.made.is_empty() {
+        remember(reversion)?;
+        require_made(reversion)?;
+        begin_anew(reversion)?;
+    }
+    Ok(())
 }
 
 /// Fails if what we made has been replaced, or given to somebody else.
 pub fn require_made(reversion: &Reversion) -> Result<()> {
-    let names = [reversion.plain(), reversion.duplicates(), beside(reversion, CHANGES)];
-    for (name, made) in names.iter().zip(&reversion.options.made) {
+    for (name, made) in names(reversion).iter().zip(&reversion.options.made) {
         let found = Table::named(name)?.filter(|table| table.oid.to_u32() == *made);
-        let found = found.ok_or_else(|| Error::NoTable(name.clone()))?;
+        let found = found.ok_or_else(|| Error::CopyLost { table: reversion.name(), copy: name.clone() })?;
         if Owner::role(found.owner_oid) != reversion.owner {
             let expected = reversion.owner.name()?;
             return Err(Error::OtherOwner { relation: name.clone(), owner: found.owner, expected });

@@ -52,7 +52,7 @@ pub struct Options {
     /// The plain table, until it has the name, and where the duplicates go: names in the archive.
     pub plain: String,
     pub duplicates: String,
-    /// The Oids of both, and of where changes are noted.
+    /// The Oids of both, and of where changes are noted. A restore takes them out.
     #[serde(default)]
     pub made: Vec<u32>,
     /// The table and its partitions: those whose rows are copied or noted.
@@ -173,6 +173,7 @@ impl Reversion {
             return Ok(Some("it was dropped".into()));
         }
         self.require_owner()?;
+        copy::recognize(self)?;
         copy::require_made(self)?;
         if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
             // Not made yet, or a column or a trigger came or went meanwhile.

@@ -24,12 +24,13 @@ use crate::state::fence;
 /// The installation of this database, as SQL.
 pub const HERE: &str = "(SELECT id FROM litellm_spend.installation)";
 
-/// The tables whose rows name who wrote them, and what of a row means nothing to another server.
+/// The tables whose rows name who wrote them, and what of a row means nothing to another server: numbers of
+/// transactions, OIDs.
 const WRITTEN: [(&str, &str); 5] = [
     ("source", ", candidates = '[]', node_candidates = '[]'"),
     ("capture", ", candidates = '[]'"),
     ("policy", ""),
-    ("conversion", ""),
+    ("conversion", ", options = options - 'made'"),
     ("index_set", ""),
 ];
 
