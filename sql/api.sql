@@ -99,7 +99,7 @@ COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, int
 COMMENT ON FUNCTION @extschema@.spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
-COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
+COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
 COMMENT ON FUNCTION @extschema@.spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
 COMMENT ON PROCEDURE @extschema@.spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
 COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
@@ -107,7 +107,7 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_run(text) IS 'Merges what is safe t
 COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
 COMMENT ON FUNCTION @extschema@.spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
 COMMENT ON FUNCTION @extschema@.spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
-COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup with its history, or the watermark of a registered one';
+COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup or a report with its history, or the watermark of a registered one';
 COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, "any", text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, "any", text, integer) IS 'Partitions a table by time without copying it; says how far it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
@@ -124,7 +124,7 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) 
 
 REVOKE ALL ON FUNCTION
     litellm_spend.tail(text), litellm_spend.backfill_step(regclass),
-    @extschema@.spend_attach(regclass, text), @extschema@.spend_detach(regclass, boolean), @extschema@.monthly_global_spend(integer),
+    @extschema@.spend_attach(regclass, text, boolean), @extschema@.spend_detach(regclass, boolean), @extschema@.monthly_global_spend(integer),
     @extschema@.spend_rollup_run(text), @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean),
     @extschema@.spend_rollup_verify(text, timestamp, timestamp),
     @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text),

@@ -47,6 +47,7 @@ END $$;
 
 ALTER TABLE litellm_spend.rollup ADD COLUMN owner regrole;
 ALTER TABLE litellm_spend.rollup ADD COLUMN backfill_began timestamptz;
+ALTER TABLE litellm_spend.rollup ADD COLUMN unknown_days tsmultirange;
 UPDATE litellm_spend.rollup r SET owner = t.relowner
 FROM pg_class t
 WHERE t.relname = r.name || '_rollup' AND t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r'
@@ -180,7 +181,10 @@ SELECT r.name AS rollup,
        r.merged_groups AS last_merge_groups,
        round(r.merged_ms::numeric, 3) AS last_merge_ms,
        CASE WHEN r.definition IS NOT NULL THEN b.covered END AS backfill_progress,
-       r.covered_from,
+       -- A report does not know what was gone when it was added. What lies in the future is no day of before.
+       greatest(r.covered_from,
+                (SELECT max(upper(part)) FROM unnest(r.unknown_days) AS part
+                 WHERE upper(part) < clock_timestamp() AT TIME ZONE 'UTC' + interval '1 day')) AS covered_from,
        s.frozen_before,
        damage.dirty_ranges,
        damage.capture_errors,
@@ -806,6 +810,19 @@ END $$;
 COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
 
 -- Functions whose arguments have changed.
+CREATE FUNCTION @extschema@.spend_attach(
+    "source" regclass DEFAULT NULL,
+    "on_delete" TEXT DEFAULT NULL,
+    "reports" bool DEFAULT NULL
+) RETURNS TABLE (
+    "object" TEXT,
+    "action" TEXT
+)
+VOLATILE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_attach_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
+COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup or a report with its history, or the watermark of a registered one';
 CREATE FUNCTION @extschema@.spend_partition_convert(
     "source" regclass DEFAULT NULL,
     "interval" TEXT DEFAULT NULL,
@@ -934,8 +951,10 @@ FROM PUBLIC;
 -- Whoever may call the old one may call the new one.
 DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
     FOR old, new IN VALUES
-        ('@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)'::regprocedure,
-         '@extschema@.spend_partition_convert(regclass, text, "any", text, integer)'::regprocedure),
+        ('@extschema@.spend_attach(regclass, text)'::regprocedure,
+         '@extschema@.spend_attach(regclass, text, boolean)'::regprocedure),
+        ('@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)',
+         '@extschema@.spend_partition_convert(regclass, text, "any", text, integer)'),
         ('@extschema@.spend_partition_plan(regclass, text, timestamp, text, integer)',
          '@extschema@.spend_partition_plan(regclass, text, "any", text, integer)'),
         ('litellm_spend.maintain_at(regclass, timestamp)', 'litellm_spend.maintain_at(regclass, "any")'),

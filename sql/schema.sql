@@ -50,6 +50,9 @@ CREATE TABLE litellm_spend.rollup (
     last_value      bigint,
     -- Buckets from here on equal the truth; backfill moves it down to -infinity.
     covered_from    timestamp NOT NULL DEFAULT 'infinity',
+    -- Of a report that was added later: what it does not know, because raw rows of these days are gone or are
+    -- not read yet. Its views show nothing of it.
+    unknown_days    tsmultirange,
     -- Oldest and newest bucket when backfill began: its progress is measured against them.
     backfill_first  timestamp,
     backfill_last   timestamp,

@@ -49,7 +49,10 @@ SELECT r.name AS rollup,
        r.merged_groups AS last_merge_groups,
        round(r.merged_ms::numeric, 3) AS last_merge_ms,
        CASE WHEN r.definition IS NOT NULL THEN b.covered END AS backfill_progress,
-       r.covered_from,
+       -- A report does not know what was gone when it was added. What lies in the future is no day of before.
+       greatest(r.covered_from,
+                (SELECT max(upper(part)) FROM unnest(r.unknown_days) AS part
+                 WHERE upper(part) < clock_timestamp() AT TIME ZONE 'UTC' + interval '1 day')) AS covered_from,
        s.frozen_before,
        damage.dirty_ranges,
        damage.capture_errors,

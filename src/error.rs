@@ -240,6 +240,12 @@ errors! {
         "Rollups are made by spend_attach(), spend_rollup_create() and spend_rollup_register().";
         "Make it first.";
 
+    ReportNotMade(rollup: String):
+        ERRCODE_UNDEFINED_OBJECT;
+        "rollup \"{rollup}\" does not exist";
+        "It is one of the reports, which are made when somebody asks for them.";
+        "SELECT * FROM spend_attach(reports => true); makes them.";
+
     NoRollups:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "there are no rollups";

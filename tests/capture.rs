@@ -542,7 +542,7 @@ fn a_forced_rebuild_of_some_frozen_days_leaves_the_others_frozen() {
     for day in 1..=7 {
         client.batch_execute(&row(&format!("r{day}"), &format!("'2024-01-0{day}'"), 1.0)).unwrap();
     }
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
     wait_until_live(&mut client);
     client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
     wait_until_settled(&mut client);

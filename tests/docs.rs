@@ -143,7 +143,7 @@ fn what_there_is_is_documented_and_what_is_documented_is_there() {
     }
 
     // 4. what attach makes.
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
     let rollups = names(&mut client, "SELECT rollup FROM spend_rollup_status");
     let text = section(reference, "Built-in rollups").unwrap();
     let missing = rollups.iter().filter(|name| !text.contains(&format!("`{name}`")));

@@ -85,7 +85,7 @@ fn view_equals_raw_at_every_moment() {
             scope.spawn(move || write(db, seed, stop, inserted));
         }
         std::thread::sleep(Duration::from_millis(500));
-        db.connect().batch_execute("SELECT spend_attach()").unwrap();
+        db.connect().batch_execute("SELECT spend_attach(reports => true)").unwrap();
         let mut reader = db.connect();
         let started = Instant::now();
         while started.elapsed() < Duration::from_secs(30)
@@ -265,7 +265,7 @@ fn built_in_rollups_are_merged_together_unless_one_of_them_fails() {
     // The worker leaves it to the test.
     let db = own(&["litellm_spend.merge_interval = '1h'"]);
     let mut client = db.connect();
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
     client.batch_execute("CALL spend_backfill()").unwrap();
     let mut rng = StdRng::seed_from_u64(1);
     let mut change = |client: &mut Client| {

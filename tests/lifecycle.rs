@@ -738,7 +738,7 @@ fn a_worker_that_starts_leaves_a_database_that_is_being_dropped() {
 fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
     let settings = ["litellm_spend.merge_interval = '100ms'", "autovacuum = off"];
     let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&settings)));
-    let db = cluster.database().attached();
+    let db = cluster.database().attached_with_reports();
     let (mut client, mut admin) = (db.connect(), cluster.connect("postgres"));
     let used = format!(
         "SELECT xact_commit, (pg_current_wal_insert_lsn() - '0/0')::bigint FROM pg_stat_database WHERE datname = '{}'",
@@ -830,7 +830,7 @@ fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
 fn a_standby_answers_and_a_promoted_one_merges() {
     let cluster: &'static Cluster =
         Box::leak(Box::new(Cluster::start(&["wal_level = replica", "fsync = on"])));
-    let db = cluster.database().attached();
+    let db = cluster.database().attached_with_reports();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
     let standby = cluster.standby();
@@ -929,7 +929,7 @@ fn all_seven_views_stay_the_same_objects_and_get_their_own_queries_back() {
 
 #[test]
 fn one_statement_lets_a_dashboard_read_the_reports() {
-    let db = shared().database().attached();
+    let db = shared().database().attached_with_reports();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 50, 3)).unwrap();
     client.batch_execute("DROP ROLE IF EXISTS grafana_j; CREATE ROLE grafana_j LOGIN").unwrap();

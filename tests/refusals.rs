@@ -310,7 +310,7 @@ fn who_does_not_own_the_table_is_refused() {
     client
         .batch_execute(
             "DROP ROLE IF EXISTS stranger; CREATE ROLE stranger LOGIN;
-             GRANT EXECUTE ON FUNCTION spend_attach(regclass, text), spend_detach(regclass, boolean), spend_rollup_run(text) TO stranger",
+             GRANT EXECUTE ON FUNCTION spend_attach(regclass, text, boolean), spend_detach(regclass, boolean), spend_rollup_run(text) TO stranger",
         )
         .unwrap();
     let mut stranger = db.cluster.connect_as(&db.name, "stranger");
@@ -337,7 +337,7 @@ fn an_owner_without_superuser_attaches_and_detaches() {
         .batch_execute(
             r#"DROP ROLE IF EXISTS owner_c; CREATE ROLE owner_c LOGIN; GRANT CREATE ON SCHEMA public TO owner_c;
                ALTER TABLE "LiteLLM_SpendLogs" OWNER TO owner_c; ALTER VIEW "MonthlyGlobalSpend" OWNER TO owner_c;
-               GRANT EXECUTE ON FUNCTION spend_attach(regclass, text), spend_detach(regclass, boolean), spend_rollup_run(text) TO owner_c"#,
+               GRANT EXECUTE ON FUNCTION spend_attach(regclass, text, boolean), spend_detach(regclass, boolean), spend_rollup_run(text) TO owner_c"#,
         )
         .unwrap();
     let mut owner = db.cluster.connect_as(&db.name, "owner_c");

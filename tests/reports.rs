@@ -180,6 +180,29 @@ fn every_report_equals_litellms_own_sql() {
     );
 }
 
+/// What needs the reports says so, and the rest is there without them.
+#[test]
+fn without_the_reports_the_queries_that_do_not_ask_for_them_are_answered() {
+    let docs = read("docs/reports.md");
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    let (mut answered, mut refused) = (0, 0);
+    for (report, text) in marked(&docs, "report") {
+        let (before, sql) = (text.split("```sql").next().unwrap(), sql_in(text));
+        let prepare = format!("PREPARE report AS {sql}\n; DEALLOCATE report");
+        if before.contains("Needs `reports => true`.") {
+            let error = error(&mut client, &prepare);
+            assert_eq!(error.code().code(), "42P01", "{report}: {error:?}");
+            assert!(error.hint().unwrap().contains("spend_attach(reports => true)"), "{report}: {error:?}");
+            refused += 1;
+        } else {
+            client.batch_execute(&prepare).unwrap_or_else(|error| panic!("{report}: {error:?}"));
+            answered += 1;
+        }
+    }
+    assert!(answered >= 13 && refused >= 15, "{answered} answered, {refused} not");
+}
+
 /// Whoever was granted the reports needs nothing else for any query of the docs.
 #[test]
 fn every_report_runs_as_a_role_that_was_granted_them() {
@@ -190,7 +213,7 @@ fn every_report_runs_as_a_role_that_was_granted_them() {
     client.batch_execute(NAMES).unwrap();
     client
         .batch_execute(
-            "SELECT spend_attach(); DROP ROLE IF EXISTS reports_q; CREATE ROLE reports_q; SELECT spend_grant_reports('reports_q')",
+            "SELECT spend_attach(reports => true); DROP ROLE IF EXISTS reports_q; CREATE ROLE reports_q; SELECT spend_grant_reports('reports_q')",
         )
         .unwrap();
     let mut tx = client.transaction().unwrap();
@@ -220,7 +243,7 @@ fn at_three_moments(compare: impl Fn(&mut Transaction)) {
     let rows = |first: &str, last: &str| ROWS.replace(":first", first).replace(":last", last);
     let db = shared().database();
     db.connect().batch_execute(&format!("{NAMES}; {MIDNIGHTS}; {}", rows("1", "3000"))).unwrap();
-    let db = db.attached();
+    let db = db.attached_with_reports();
     let mut client = db.connect();
     make_own_views(&mut client);
     for (view, _) in VIEWS {
@@ -263,6 +286,293 @@ fn make_own_views(client: &mut Client) {
 
 fn path_for(sql: &str) -> &'static str {
     if ["request_tags", "DailyTagSpend"].iter().any(|tags| sql.contains(tags)) { WELL_FORMED } else { OWN }
+}
+
+// ---- made when asked for ---------------------------------------------------------------------------------
+
+const REPORT_VIEWS: [&str; 6] = [
+    "hourly_usage",
+    "hourly_usage_by_end_user",
+    "hourly_usage_by_tag",
+    "daily_usage",
+    "daily_usage_by_end_user",
+    "daily_usage_by_tag",
+];
+
+fn actions(client: &mut Client, call: &str) -> BTreeMap<String, String> {
+    let rows = client.query(&format!("SELECT object, action FROM {call}"), &[]).unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+}
+
+fn reports_there(client: &mut Client) -> Vec<String> {
+    let sql = "SELECT relname::text FROM pg_class WHERE relnamespace = 'litellm_spend'::regnamespace
+               AND relkind IN ('r', 'v', 'i') AND relname ~ '^(hourly|daily)_usage' ORDER BY 1";
+    client.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn the_reports_are_made_when_asked_for_and_go_one_by_one() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 300, 6)).unwrap();
+    assert_eq!(reports_there(&mut client), Vec::<String>::new());
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM spend_rollup_status"), 5);
+    // Who asks for one is told what makes it.
+    for view in REPORT_VIEWS {
+        let error = error(&mut client, &format!("SELECT * FROM litellm_spend.{view}"));
+        assert_eq!(error.code().code(), "42P01");
+        assert!(error.hint().unwrap().contains("spend_attach(reports => true)"), "{error:?}");
+    }
+    for call in [
+        "SELECT * FROM spend_rollup_verify('hourly_usage')",
+        "SELECT spend_rollup_rebuild('hourly_usage_by_tag')",
+        "SELECT * FROM spend_rollup_run('hourly_usage_by_end_user')",
+        "SELECT spend_rollup_drop('hourly_usage')",
+    ] {
+        assert_refused(&mut client, call, "42704");
+        assert!(error(&mut client, call).hint().unwrap().contains("spend_attach(reports => true)"), "{call}");
+    }
+    client.batch_execute("DROP ROLE IF EXISTS reader_o; CREATE ROLE reader_o").unwrap();
+    let granted = actions(&mut client, "spend_grant_reports('reader_o')");
+    let missing = &granted[r#"views "litellm_spend"."hourly_usage", "litellm_spend"."daily_usage""#];
+    assert!(missing.contains("spend_attach(reports => true)"), "{missing}");
+    assert!(holds(
+        &mut client,
+        "SELECT has_table_privilege('reader_o', 'litellm_spend.daily_spend', 'SELECT')"
+    ));
+    // Their names are nobody else's.
+    let taken =
+        "SELECT spend_rollup_create('hourly_usage', '\"LiteLLM_SpendLogs\"', '{model}', '{count(*) AS n}')";
+    assert_refused(&mut client, taken, "42710");
+    assert_eq!(
+        actions(&mut client, "spend_attach(reports => false)")["reports"],
+        actions(&mut client, "spend_attach()")["reports"]
+    );
+
+    // The others go on, without being computed again.
+    let mut tx = client.transaction().unwrap();
+    let made =
+        tx.query("SELECT object FROM spend_attach(reports => true) WHERE action = 'created'", &[]).unwrap();
+    assert_eq!(made.len(), 3);
+    let behind = "SELECT string_agg(name, ' ' ORDER BY name) FROM litellm_spend.rollup WHERE covered_from > '-infinity'";
+    let behind: String = tx.query_one(behind, &[]).unwrap().get(0);
+    assert_eq!(behind, "hourly_usage hourly_usage_by_end_user hourly_usage_by_tag");
+    tx.commit().unwrap();
+    wait_until_live(&mut client);
+    assert_eq!(
+        reports_there(&mut client).iter().filter(|name| REPORT_VIEWS.contains(&name.as_str())).count(),
+        6
+    );
+    assert!(holds(&mut client, "SELECT bool_and(covered_from = '-infinity') FROM spend_rollup_status"));
+    assert!(holds(&mut client, "SELECT bool_and(unknown_days IS NULL) FROM litellm_spend.rollup"));
+    assert_exact(&mut client);
+    client.batch_execute(&insert_rows("b", 100, 6)).unwrap();
+    let counted = "SELECT (SELECT sum(requests) FROM litellm_spend.daily_usage) = 400
+                      AND (SELECT sum(requests) FROM litellm_spend.hourly_usage_by_end_user) = 400";
+    assert!(holds(&mut client, counted));
+
+    // They stay, whether asked for or not; one goes when that is asked for in words.
+    assert!(!actions(&mut client, "spend_attach()").contains_key("reports"));
+    let notices = db.notices("SELECT * FROM spend_attach(reports => false)");
+    assert!(notices.contains("spend_rollup_drop('hourly_usage');"), "{notices}");
+    assert!(holds(&mut client, counted));
+    client.batch_execute("CREATE VIEW mine AS SELECT * FROM litellm_spend.daily_usage_by_end_user").unwrap();
+    assert_refused(&mut client, "SELECT spend_rollup_drop('hourly_usage_by_end_user')", "2BP01");
+    client.batch_execute("SELECT spend_rollup_drop('hourly_usage_by_tag'); DROP VIEW mine").unwrap();
+    assert_refused(&mut client, "SELECT spend_rollup_drop('daily_spend_by_tag')", "55000");
+    for call in ["spend_attach()", "spend_attach(reports => false)"] {
+        assert!(!actions(&mut client, call).contains_key("rollup hourly_usage_by_tag"), "{call}");
+    }
+    assert!(!reports_there(&mut client).iter().any(|name| name.contains("by_tag")));
+    client.batch_execute(&insert_rows("c", 100, 6)).unwrap();
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    // Nobody makes it again but who asks.
+    wait_for_a_round(&mut client);
+    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert!(!reports_there(&mut client).iter().any(|name| name.contains("by_tag")));
+    assert!(holds(&mut client, "SELECT sum(requests) = 500 FROM litellm_spend.daily_usage"));
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    // What is kept as history can go, too.
+    client.batch_execute("SELECT spend_detach(); SELECT spend_rollup_drop('hourly_usage')").unwrap();
+    assert!(!reports_there(&mut client).contains(&"hourly_usage_rollup".to_string()));
+    client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
+    assert_eq!(reports_there(&mut client), Vec::<String>::new());
+    client.batch_execute("DROP OWNED BY reader_o; DROP ROLE reader_o").unwrap();
+}
+
+/// Rows of LiteLLM's of the day `ago` days ago, the first called `prefix` 1.
+fn rows_of_day(prefix: &str, ago: i32) -> String {
+    format!(
+        r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, "startTime", "endTime",
+               model, "user", team_id, end_user, status, request_tags)
+           SELECT '{prefix}' || {ago} || '-' || i, 'acompletion', 'key' || i % 3, i / 1e3, i, t, t, 'gpt-' || i % 4,
+                  'user' || i % 2, nullif('team' || i % 3, 'team0'), 'customer' || i % 5,
+                  CASE i % 4 WHEN 0 THEN 'failure' END, '["a", "b"]'
+           FROM generate_series(1, 40) AS i,
+                LATERAL (SELECT CURRENT_DATE - {ago} + i * interval '35 minutes' AS t) AS at"#
+    )
+}
+
+/// Every group of the reports against the rows that ever were, of the days that are not in `$1`, of which
+/// nothing may be shown.
+fn assert_whole_or_nothing(tx: &mut Transaction, unknown: &str, moment: &str) {
+    let usage = "api_key, \"user\", team_id, organization_id, model, model_group, custom_llm_provider, call_type, status,
+                 cache_hit, agent_id";
+    let tags = "jsonb_array_elements_text(request_tags) AS tag(tag)";
+    for (rollup, keys, rows) in [
+        ("usage", usage, "ever".to_string()),
+        ("usage_by_end_user", "end_user, api_key, team_id, model", "ever".into()),
+        ("usage_by_tag", "tag, api_key, \"user\", team_id", format!("ever, {tags}")),
+    ] {
+        for (view, time) in
+            [("hourly", "date_trunc('hour', \"startTime\")"), ("daily", "\"startTime\"::date")]
+        {
+            let bucket = if view == "hourly" { "hour" } else { "date" };
+            let sql = format!(
+                "WITH known AS (
+                     SELECT {time} AS time, {keys}, sum(spend::numeric) AS spend, sum(total_tokens) AS tokens, count(*) AS n,
+                            count(*) FILTER (WHERE status = 'failure') AS failed
+                     FROM {rows} WHERE \"startTime\"::date <> ALL ('{{{unknown}}}'::date[]) GROUP BY {time}, {keys}
+                 ), shown AS (
+                     SELECT {bucket}, {keys}, trim_scale(spend), total_tokens, requests, failed_requests FROM litellm_spend.{view}_{rollup}
+                 )
+                 (SELECT 'is not known', shown::text FROM shown EXCEPT ALL
+                  SELECT 'is not known', (time, {keys}, trim_scale(spend), tokens, n, failed)::text FROM known)
+                 UNION ALL
+                 (SELECT 'is not shown', (time, {keys}, trim_scale(spend), tokens, n, failed)::text FROM known EXCEPT ALL
+                  SELECT 'is not shown', shown::text FROM shown)"
+            );
+            assert_no_rows(tx.query(&sql, &[]).unwrap(), &format!("{view}_{rollup}, {moment}"));
+        }
+    }
+}
+
+/// Retention dropped partitions, somebody truncated one, and somebody took rows past the triggers, before
+/// anybody asked for the reports.
+#[test]
+fn a_report_that_is_added_later_shows_each_day_whole_or_not_at_all() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS, PRIMARY KEY (request_id, "startTime"))
+                   PARTITION BY RANGE ("startTime");
+               CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
+               DO $$ BEGIN FOR i IN -1..12 LOOP CONTINUE WHEN i = 7;
+                   EXECUTE format('CREATE TABLE p%s PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                                  i + 1, CURRENT_DATE - i, CURRENT_DATE - i + 1);
+               END LOOP;
+               EXECUTE format('CREATE TABLE morning PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                              CURRENT_DATE - 7, CURRENT_DATE - 7 + time '12:00');
+               EXECUTE format('CREATE TABLE evening PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                              CURRENT_DATE - 7 + time '12:00', CURRENT_DATE - 6);
+               END $$; RESET ROLE"#,
+        )
+        .unwrap();
+    (0..=12).for_each(|ago| client.batch_execute(&rows_of_day("a", ago)).unwrap());
+    client.batch_execute(r#"CREATE TABLE ever AS TABLE "LiteLLM_SpendLogs""#).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client
+        .batch_execute(
+            r#"SELECT spend_partition_set(NULL, 'day', retention => '8 days'); SELECT spend_partition_maintain()"#,
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT to_regclass('p10') IS NULL AND to_regclass('p9') IS NOT NULL"));
+    // Partition p5 holds the rows of four days ago.
+    client
+        .batch_execute(
+            r#"TRUNCATE p5; TRUNCATE evening; DELETE FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'a6-%5'"#,
+        )
+        .unwrap();
+    client
+        .batch_execute("SET session_replication_role = replica; DELETE FROM p4 WHERE request_id LIKE '%7'; RESET session_replication_role")
+        .unwrap();
+    eventually("what was truncated is frozen", || {
+        holds(
+            &mut client,
+            "SELECT NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)",
+        )
+    });
+    let late = |client: &mut Transaction, prefix: &str| {
+        for ago in [0, 3, 4, 5, 10] {
+            client.batch_execute(&rows_of_day(prefix, ago)).unwrap();
+        }
+        let copy = format!(
+            r#"INSERT INTO ever SELECT * FROM "LiteLLM_SpendLogs" WHERE request_id LIKE '{prefix}%'"#
+        );
+        client.batch_execute(&copy).unwrap();
+    };
+    let mut tx = client.transaction().unwrap();
+    late(&mut tx, "before");
+    tx.commit().unwrap();
+
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
+    wait_until_live(&mut client);
+    let unknown: String = value(
+        &mut client,
+        "SELECT string_agg((CURRENT_DATE - ago)::text, ',') FROM unnest('{3,4,7,9,10,11,12}'::int[]) AS ago",
+    );
+    assert_whole_or_nothing(&mut client.transaction().unwrap(), &unknown, "when they are covered");
+    let mut tx = client.transaction().unwrap();
+    late(&mut tx, "after");
+    tx.batch_execute(
+        r#"UPDATE "LiteLLM_SpendLogs" SET spend = 7 WHERE request_id IN ('a2-9', 'before4-9', 'a3-9');
+           UPDATE ever SET spend = 7 WHERE request_id IN ('a2-9', 'before4-9', 'a3-9')"#,
+    )
+    .unwrap();
+    assert_whole_or_nothing(&mut tx, &unknown, "in the tail");
+    tx.commit().unwrap();
+    wait_until_merged(&mut client);
+    assert_whole_or_nothing(&mut client.transaction().unwrap(), &unknown, "when it is merged");
+    // The daily ones know all days, and where the reports know one they agree.
+    assert!(holds(
+        &mut client,
+        "SELECT sum(requests) = (SELECT count(*) FROM ever) FROM litellm_spend.daily_spend"
+    ));
+    assert!(holds(
+        &mut client,
+        "SELECT covered_from = CURRENT_DATE - 2 FROM spend_rollup_status WHERE rollup = 'hourly_usage'"
+    ));
+    assert!(holds(
+        &mut client,
+        "SELECT covered_from = '-infinity' FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
+
+    // What the others only know is not computed again, for one alone neither.
+    for ago in [3, 4, 7, 10, 12] {
+        let rebuild = format!(
+            "SELECT spend_rollup_rebuild('hourly_usage', CURRENT_DATE - {ago}, CURRENT_DATE - {ago} + 1)"
+        );
+        assert_refused(&mut client, &rebuild, "55000");
+    }
+    let verify = "SELECT * FROM spend_rollup_verify('hourly_usage', CURRENT_DATE - 8, CURRENT_DATE - 4)";
+    assert_no_rows(client.query(verify, &[]).unwrap(), "what it does not know is not compared");
+    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_whole_or_nothing(&mut client.transaction().unwrap(), &unknown, "when all was computed again");
+    // Unless that is asked for: then all of them say what there is, and it is shown.
+    client
+        .batch_execute(
+            r#"SELECT spend_rollup_rebuild(NULL, CURRENT_DATE - 4, CURRENT_DATE - 2, force => true);
+               DELETE FROM ever WHERE "startTime"::date IN (CURRENT_DATE - 3, CURRENT_DATE - 4);
+               INSERT INTO ever SELECT * FROM "LiteLLM_SpendLogs" WHERE "startTime"::date IN (CURRENT_DATE - 3, CURRENT_DATE - 4)"#,
+        )
+        .unwrap();
+    let unknown: String = value(
+        &mut client,
+        "SELECT string_agg((CURRENT_DATE - ago)::text, ',') FROM unnest('{7,9,10,11,12}'::int[]) AS ago",
+    );
+    assert_whole_or_nothing(&mut client.transaction().unwrap(), &unknown, "after a forced rebuild");
+    assert!(holds(
+        &mut client,
+        "SELECT covered_from = CURRENT_DATE - 6 FROM spend_rollup_status WHERE rollup = 'hourly_usage'"
+    ));
 }
 
 // ---- what is asked ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ fn original() -> (Database, Client) {
         )
         .unwrap();
     client.batch_execute(&insert_rows("old", 2000, 40)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
     wait_until_live(&mut client);
     client
         .batch_execute(

@@ -60,6 +60,15 @@ fn an_attached_database_goes_on_and_its_objects_go_to_the_tables_owner() {
     // The deleted row stays in the totals.
     let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
     assert_eq!(value::<i64>(&mut client, requests), 300);
+    // So do the reports, which a new database has when it asks for them.
+    for report in ["hourly_usage", "daily_usage", "hourly_usage_by_end_user"] {
+        let requests = format!("SELECT sum(requests)::bigint FROM litellm_spend.{report}");
+        assert_eq!(value::<i64>(&mut client, &requests), 300, "{report}");
+    }
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT count(*) FROM spend_rollup_status WHERE kind = 'built-in'"),
+        8
+    );
     assert!(holds(
         &mut client,
         r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass AND owner = 'litellm'::regrole AND retention = '90 days'

@@ -13,7 +13,7 @@ fn captured() -> Database {
     let db = CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"])).database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("old", 100, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
     client.batch_execute("CALL spend_backfill()").unwrap();
     db
 }

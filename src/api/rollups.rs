@@ -12,12 +12,14 @@ use crate::litellm::backfill;
 use crate::litellm::builtin;
 use crate::litellm::capture;
 use crate::litellm::detach;
+use crate::litellm::reports;
 use crate::litellm::views;
 use crate::server::limit::Limit;
 use crate::server::locks::Patience;
 use crate::server::relation;
 use crate::server::session::{self, Elevated, Failure, attempt};
 use crate::server::spi;
+use crate::server::text::literal;
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence::Fence;
 use crate::state::restore;
@@ -120,6 +122,7 @@ fn require_attached(caller: pg_sys::Oid, source: Option<Regclass>) -> error::Res
 
 pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
     session::require_version().and_then(|()| work()).map_err(|error| match &error {
+        Error::NoRollup(name) if builtin::is_report(name) => Error::ReportNotMade(name.clone()).into(),
         Error::NoRollup(_) => {
             let hint = own_rollups();
             let report = ErrorReport::from(error);
@@ -151,6 +154,7 @@ pub fn require_changeable() -> error::Result<()> {
 fn spend_attach(
     source: default!(Option<Regclass>, "NULL"),
     on_delete: default!(Option<&str>, "NULL"),
+    reports: default!(Option<bool>, "NULL"),
 ) -> Result<TableIterator<'static, (name!(object, String), name!(action, String))>, ErrorReport> {
     report(|| {
         require_changeable()?;
@@ -166,9 +170,18 @@ fn spend_attach(
         session::require_owner(elevated.caller(), source)?;
         // Who attaches says that whatever was restored is all there.
         restore::adopt()?;
-        Ok((capture::attach(source, subtract)?, relation::relation_name(source)?))
+        let actions = capture::attach(source, subtract, reports == Some(true))?;
+        let kept = if reports == Some(false) { reports::here()? } else { vec![] };
+        Ok((actions, relation::relation_name(source)?, kept))
     })
-    .map(|(actions, table)| {
+    .map(|(actions, table, kept)| {
+        if !kept.is_empty() {
+            let drops = kept.iter().map(|name| format!("SELECT spend_rollup_drop({});", literal(name)));
+            tell(vec![Notice {
+                message: format!("the reports stay, with their history: {}", kept.join(", ")),
+                hint: format!("To drop them with it: {}", drops.collect::<Vec<_>>().join(" ")),
+            }]);
+        }
         let locked = actions.iter().any(|(_, action)| action == capture::CAPTURING);
         // SAFETY: reads state of the transaction.
         if locked && unsafe { pg_sys::IsTransactionBlock() } {
@@ -513,13 +526,18 @@ fn spend_rollup_window(
     .map(|(start, end)| TableIterator::once((Some(start), Some(end))))
 }
 
-/// Drops a declared rollup with its history, or the watermark of a registered one.
+/// Drops a declared rollup or a report with its history, or the watermark of a registered one.
 #[pg_extern(volatile, parallel_unsafe)]
 fn spend_rollup_drop(name: Option<&str>) -> Result<(), ErrorReport> {
     report(|| {
         require_changeable()?;
         let elevated = Elevated::enter()?;
         let name = name.ok_or(Error::Null("rollup name"))?;
+        if builtin::is_report(name) {
+            let elevated = elevated.impatient(guc::lock_timeout().time);
+            restore::require_over()?;
+            return detach::drop_report(elevated.caller(), name);
+        }
         if builtin::is_reserved(name) && !rollups::rollup_exists(name)? {
             return Err(Error::BuiltIn(name.into()));
         }
@@ -578,7 +596,7 @@ fn spend_grant_reports(
         let Regrole(role) = role.ok_or(Error::Null("role"))?;
         let elevated = Elevated::enter()?;
         let schema = require_attached(elevated.caller(), None)?.schema;
-        views::grant_reports(elevated.caller(), role, &schema)
+        reports::grant(elevated.caller(), role, &schema)
     })
     .map(TableIterator::new)
 }

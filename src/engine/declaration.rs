@@ -60,6 +60,7 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
         outputs: vec![],
         presence: String::new(),
         key: Key::HERE,
+        optional: false,
     };
     let (mut buckets, mut notices) = (vec![], vec![]);
     for text in &declaration.dimensions {

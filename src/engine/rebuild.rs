@@ -26,7 +26,7 @@ use crate::state::captured::CaptureState;
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
-use crate::state::rollups::rollup_names;
+use crate::state::rollups::{self, rollup_names};
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -81,6 +81,11 @@ pub enum Shrink {
 /// Recomputes `range` of rollups of one source, under their fences, reading the truth once. Returns the
 /// number of groups written; an error has written nothing.
 pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
+    rebuild_some(fences, fences, range, shrink)
+}
+
+/// The same, where others of `known` may know of rows that are gone: one of `fences` may be new.
+pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     let Some(first) = fences.first() else { return Ok(0) };
     let truth = Truth::of(first)?;
     // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a
@@ -90,8 +95,8 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     }
     // 2. does the rollup know of rows that are gone?
     match shrink {
-        Shrink::Refuse => check_nothing_lost(fences, &truth, range)?,
-        Shrink::IfRawReachesBack => check_raw_reaches_back(fences, range)?,
+        Shrink::Refuse => check_nothing_lost(known, &truth, range)?,
+        Shrink::IfRawReachesBack => check_raw_reaches_back(known, range)?,
         Shrink::Allow => {}
     }
     // 3. the range's rows go; readers still see them.
@@ -116,6 +121,10 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     //    record.
     if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
         return Err(Error::RawVanished(first.name.clone()));
+    }
+    // 6. what one of them did not know, it does now.
+    if first.is_built_in() {
+        rollups::know(&fences.iter().map(|fence| fence.name.clone()).collect::<Vec<_>>(), range)?;
     }
     Ok(groups.first().copied().unwrap_or(0))
 }
@@ -205,17 +214,21 @@ pub fn rebuild_range(
 ) -> Result<i64> {
     let patience = Patience::of_call();
     let one = name.map(Fence::look).transpose()?.filter(|fence| !(force && fence.is_built_in()));
-    let fences = match &one {
-        Some(fence) => Fence::take(&fence.name, patience)?.map(|fence| vec![fence]),
-        None => Fence::take_all(&attached()?.source, patience)?,
+    // Of the built-in ones all are held: another may know of rows that are gone.
+    let known = match &one {
+        Some(fence) if !fence.is_built_in() => Fence::take(&fence.name, patience)?.map(|fence| vec![fence]),
+        _ => Fence::take_all(&attached()?.source, patience)?,
     };
-    let Some(fences) = fences else {
+    let Some(known) = known else {
         let names = match one {
-            Some(fence) => vec![fence.name],
-            None => rollup_names(Some(&attached()?.source))?,
+            Some(fence) if !fence.is_built_in() => vec![fence.name],
+            _ => rollup_names(Some(&attached()?.source))?,
         };
         return Err(Fence::busy(&names)?);
     };
+    let known: Vec<&Fence> = known.iter().collect();
+    let is_meant = |fence: &&&Fence| one.as_ref().is_none_or(|one| one.name == fence.name);
+    let fences: Vec<&Fence> = known.iter().filter(is_meant).copied().collect();
     let Some(first) = fences.first() else { return Ok(0) };
     require_right(caller, first)?;
     let range = Range { start: start.unwrap_or_else(Timestamp::negative_infinity), end };
@@ -228,8 +241,7 @@ pub fn rebuild_range(
     if !frozen.is_empty() {
         return Err(frozen::error(&first.name, &frozen));
     }
-    let fences: Vec<&Fence> = fences.iter().collect();
-    rebuild(&fences, range, if force { Shrink::Allow } else { Shrink::Refuse })
+    rebuild_some(&fences, &known, range, if force { Shrink::Allow } else { Shrink::Refuse })
 }
 
 /// Lets spend_progress show it: until the transaction ends other sessions see nothing of it but its locks.
@@ -271,12 +283,16 @@ fn check_range(fence: &Fence, range: Range) -> Result<()> {
     Ok(())
 }
 
-/// The parts of the range that only the rollup has a record of. Where it has none either, nothing is missing.
+/// The parts of the range that only the built-in rollups have a record of. Where they have none either,
+/// nothing is missing.
 fn frozen_parts(fence: &Fence, range: Range) -> Result<Vec<Range>> {
     if !fence.is_built_in() {
         return Ok(vec![]);
     }
-    let knows_rows = fence.filled()?.knows_rows();
+    let all = rollups::rollup_names(fence.source.as_deref())?;
+    let all = all.iter().map(|name| Fence::look(name)).collect::<Result<Vec<_>>>()?;
+    let Some((_, definition)) = smallest(all.iter()) else { return Ok(vec![]) };
+    let knows_rows = definition.knows_rows();
     let mut parts = vec![];
     for part in frozen::frozen_in(range)? {
         if spi::exists(&knows_rows, &[part.start.into(), part.end.into()])? {

@@ -132,13 +132,29 @@ impl Definition {
 
     /// The watermark, in the statement's own snapshot.
     fn watermark(&self) -> String {
+        self.state("watermark")
+    }
+
+    fn state(&self, column: &str) -> String {
         let name = literal(&self.name);
-        format!("(SELECT watermark FROM {SCHEMA}.rollup WHERE rollup.name = {name}::text)")
+        format!("(SELECT {column} FROM {SCHEMA}.rollup WHERE rollup.name = {name}::text)")
     }
 
     /// The query of the live view: every column, every bucket.
     pub fn live_query(&self) -> String {
-        self.shown(&self.partial_rows(|_| true, None))
+        self.shown(&self.known_rows())
+    }
+
+    /// All partial rows, but those of days that the rollup does not know, in the statement's own snapshot. A
+    /// day that lacks the rows of before, and has some that came late, would be shown short.
+    fn known_rows(&self) -> String {
+        let rows = self.partial_rows(|_| true, None);
+        let Some(bucket) = self.bucket.as_ref().filter(|_| self.optional) else { return rows };
+        format!(
+            "SELECT * FROM ({rows}) AS rows WHERE ({} <@ {}) IS NOT TRUE",
+            quoted(&bucket.dimension),
+            self.state("unknown_days")
+        )
     }
 
     pub fn create_live_view(&self) -> String {
@@ -185,7 +201,7 @@ impl Definition {
         for dimension in daily.dimensions.iter_mut().filter(|d| bucket == Some(&d.column.name)) {
             dimension.column.name = "date".into();
         }
-        daily.shown(&format!("SELECT {columns} FROM ({}) AS hourly", self.partial_rows(|_| true, None)))
+        daily.shown(&format!("SELECT {columns} FROM ({}) AS hourly", self.known_rows()))
     }
 
     /// Merged rows and the tail, in one snapshot, not combined yet: the columns asked for and the presence,

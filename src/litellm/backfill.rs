@@ -1,6 +1,6 @@
 //! Computes the built-in rollups of the rows that were there before, newest day first, a day a transaction.
 
-use crate::engine::rebuild::{Shrink, rebuild};
+use crate::engine::rebuild::{Shrink, rebuild_some};
 use crate::error::{Error, Result};
 use crate::litellm::capture::{attached, require_no_foreign_partition};
 use crate::litellm::repair;
@@ -31,23 +31,24 @@ pub fn step(patience: Patience) -> Result<bool> {
     let front = fences.iter().map(|f| f.covered_from).filter(|day| !day.is_neg_infinity()).max();
     let Some(front) = front else { return Ok(false) };
     let behind: Vec<&Fence> = fences.iter().filter(|f| f.covered_from == front).collect();
-    let days = days_with_rows(&behind, front)?;
+    let days = days_with_rows(&fences, front)?;
     let history_end = frozen::frozen_before()?;
     let next = days.filter(|days| days.last >= history_end);
-    let covered_from = match next {
-        None => Timestamp::negative_infinity(),
-        Some(days) => {
-            let end = if front.is_infinity() { None } else { Some(front) };
-            for part in frozen::unfrozen_in(Range { start: days.last, end })? {
-                match rebuild(&behind, part, Shrink::Refuse) {
-                    // What the rollup says is the best record of that day.
-                    Err(Error::RawRowsLost { .. }) => {}
-                    other => drop(other?),
-                }
-            }
-            days.last
+    let end = if front.is_infinity() { None } else { Some(front) };
+    let names: Vec<String> = behind.iter().map(|f| f.name.clone()).collect();
+    let covered_from = next.map_or_else(Timestamp::negative_infinity, |days| days.last);
+    for part in frozen::unfrozen_in(Range { start: covered_from, end })? {
+        if next.is_none() {
+            // No row that anybody knows of.
+            rollups::know(&names, part)?;
+            continue;
         }
-    };
+        match rebuild_some(&behind, &fences.iter().collect::<Vec<_>>(), part, Shrink::Refuse) {
+            // What the rollups say is the best record of that day.
+            Err(Error::RawRowsLost { .. }) => {}
+            other => drop(other?),
+        }
+    }
     spi::execute(
         &format!(
             "UPDATE {SCHEMA}.rollup SET covered_from = $2, backfill_first = coalesce(backfill_first, $3),
@@ -55,7 +56,7 @@ pub fn step(patience: Patience) -> Result<bool> {
              WHERE name = ANY ($1)"
         ),
         &[
-            behind.iter().map(|f| f.name.clone()).collect::<Vec<_>>().into(),
+            names.into(),
             covered_from.into(),
             next.map(|days| days.first).into(),
             next.map(|days| days.last).into(),
@@ -75,7 +76,7 @@ struct Days {
 }
 
 /// The first and the last day before `covered_from` that has raw, retired or merged rows.
-fn days_with_rows(fences: &[&Fence], covered_from: Timestamp) -> Result<Option<Days>> {
+fn days_with_rows(fences: &[Fence], covered_from: Timestamp) -> Result<Option<Days>> {
     let mut parts = vec![("\"hour\"".to_string(), format!("{SCHEMA}.retired"))];
     for fence in fences {
         let definition = fence.filled()?;

@@ -6,7 +6,8 @@ use crate::server::text::{SCHEMA, float, qualified, quoted};
 use crate::state::definition::{Bucket, Column, Combine, Definition, Dimension, Key, Measure};
 use crate::state::sources::CHANGE_LOG;
 
-/// Sized to what reads them: the daily ones answer LiteLLM's views, the hourly ones its reports.
+/// Sized to what reads them: the daily ones answer LiteLLM's views; the hourly ones are the reports, which
+/// are made when asked for.
 pub fn rollups() -> Vec<Definition> {
     let usage = [
         "api_key",
@@ -79,6 +80,7 @@ fn rollup(name: &str, (bucket, expression, r#type): Width, dimensions: &[&str]) 
         measures,
         presence: "requests".into(),
         key: Key::HERE,
+        optional: is_report(name),
     }
 }
 
@@ -105,16 +107,28 @@ pub const DAILY_REPORTS: [(&str, &str); 3] = [
     ("daily_usage_by_tag", "hourly_usage_by_tag"),
 ];
 
+/// Whether it is a rollup, or would be one, that LiteLLM's views do not need.
+pub fn is_report(rollup: &str) -> bool {
+    DAILY_REPORTS.iter().any(|(_, hourly)| *hourly == rollup)
+}
+
+/// The view by day over an hourly rollup.
+pub fn by_day(hourly: &str) -> Option<&'static str> {
+    DAILY_REPORTS.iter().find(|(_, rollup)| *rollup == hourly).map(|(daily, _)| *daily)
+}
+
 /// The index that a daily report needs on its hourly rollup.
 pub fn report_index(hourly: &str) -> String {
     format!("{hourly}_by_day")
 }
 
-/// The tables, sequences and views that attach makes in our schema.
-pub fn relations() -> Vec<String> {
-    let rollups = rollups().into_iter().flat_map(|rollup| [rollup.table_name(), rollup.name]);
-    let others = LOG_RELATIONS.into_iter().chain(DAILY_REPORTS.map(|(report, _)| report));
-    rollups.chain(others.map(str::to_string)).collect()
+/// The tables, sequences and views that attach makes in our schema for these rollups.
+pub fn relations(rollups: &[Definition]) -> Vec<String> {
+    let of_rollup = |rollup: &Definition| {
+        let daily = by_day(&rollup.name).map(str::to_string);
+        [rollup.table_name(), rollup.name.clone()].into_iter().chain(daily)
+    };
+    rollups.iter().flat_map(of_rollup).chain(LOG_RELATIONS.map(str::to_string)).collect()
 }
 
 // ---- LiteLLM's views -------------------------------------------------------------------------------------
@@ -276,5 +290,5 @@ impl PublicView {
 /// Whether it is a name that attach takes, which no other rollup may have.
 pub fn is_reserved(name: &str) -> bool {
     let mut indexes = DAILY_REPORTS.iter().map(|(_, hourly)| report_index(hourly));
-    relations().iter().any(|relation| relation == name) || indexes.any(|index| index == name)
+    relations(&rollups()).iter().any(|relation| relation == name) || indexes.any(|index| index == name)
 }

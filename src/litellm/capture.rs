@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::guc::LockLimit;
 use crate::litellm::backfill;
 use crate::litellm::builtin;
+use crate::litellm::reports;
 use crate::litellm::spend_log::{self, Capture, LOG_RELATIONS, MOVE, OPERATIONS, SPEND_LOGS};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
@@ -159,9 +160,10 @@ pub fn hold_rollups() -> Result<()> {
     Ok(())
 }
 
-pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+/// Without `reports` those stay that there are.
+pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) -> Result<Vec<Action>> {
     hold_rollups()?;
-    let actions = attach_locked(oid, subtract)?;
+    let actions = attach_locked(oid, subtract, reports)?;
     restore::mark()?;
     Ok(actions)
 }
@@ -170,7 +172,7 @@ pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
 pub const CAPTURING: &str = "capturing";
 
 /// As attach(), for who holds the attachment's lock.
-pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Action>> {
+pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) -> Result<Vec<Action>> {
     let table = open(oid)?;
     require_all_rows_seen(&table)?;
     let columns = captured_columns(&table)?;
@@ -184,14 +186,19 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>) -> Result<Vec<Act
     // 1. everything that needs no lock on the table.
     let mut actions = create_log()?;
     let mut complete = actions.is_empty();
-    for definition in builtin::rollups() {
-        let (action, unchanged) = ensure_rollup(&definition)?;
+    let history = !rollups::rollup_names(Some(CHANGE_LOG))?.is_empty();
+    let rollups = if reports { builtin::rollups() } else { reports::rollups()? };
+    for definition in &rollups {
+        let (action, unchanged) = ensure_rollup(definition, history)?;
         actions.push(action);
         complete &= unchanged;
+        reports::ensure_by_day(definition)?;
+    }
+    if !rollups.iter().any(|rollup| rollup.optional) {
+        actions.push(("reports".into(), "not made: spend_attach(reports => true) makes them".into()));
     }
     store_state(&table, &columns, subtract)?;
-    views::ensure_reports()?;
-    grant(Owner::of(oid)?)?;
+    grant(Owner::of(oid)?, &rollups)?;
     // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows
     // meanwhile keep what the rollups say.
     complete &= current.is_some_and(|current| current.columns == columns)
@@ -247,8 +254,9 @@ fn create_log() -> Result<Vec<Action>> {
 }
 
 /// Makes a rollup's table, live view and state, or brings them up to the definition at hand. New measures
-/// start as 0; days whose raw rows are gone keep that. Also says whether the table was complete.
-fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
+/// start as 0; days whose raw rows are gone keep that. With `history` there may be such days, and a report
+/// that is made now knows nothing yet. Also says whether the other rollups need not be computed again.
+fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool)> {
     let name = definition.name.as_str();
     let stored = spi::query(
         &format!("SELECT definition::text, source FROM {SCHEMA}.rollup WHERE name = $1"),
@@ -288,6 +296,7 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
     if action != "already there" || !exists || stored.as_ref() != Some(definition) {
         views::make_live(definition)?;
     }
+    let later = action == "created" && definition.optional && history;
     // A new rollup begins at a watermark that is known to be safe.
     spi::execute(
         &format!(
@@ -297,7 +306,10 @@ fn ensure_rollup(definition: &Definition) -> Result<(Action, bool)> {
         ),
         &[name.into(), CHANGE_LOG.into(), serde_json::to_string(definition)?.into()],
     )?;
-    Ok(((format!("rollup {name}"), action.into()), action == "already there"))
+    if later {
+        rollups::forget(name)?;
+    }
+    Ok(((format!("rollup {name}"), action.into()), later || action == "already there"))
 }
 
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
@@ -354,7 +366,7 @@ fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
 
 /// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner
 /// before.
-fn grant(owner: Owner) -> Result<()> {
+fn grant(owner: Owner, rollups: &[Definition]) -> Result<()> {
     for former in grantees()? {
         if former != owner {
             revoke(former, "ALL")?;
@@ -362,7 +374,7 @@ fn grant(owner: Owner) -> Result<()> {
     }
     let role = quoted(&owner.name()?);
     declare::grant_step(&role)?;
-    let rollups: Vec<String> = builtin::rollups().iter().map(Definition::table).collect();
+    let rollups: Vec<String> = rollups.iter().map(Definition::table).collect();
     for sql in spend_log::grants_to_owner(&rollups, &role) {
         spi::execute(&sql, &[])?;
     }

@@ -8,17 +8,19 @@
 use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::litellm::builtin::{self, DAILY_REPORTS};
+use crate::litellm::builtin;
 use crate::litellm::capture::{attached, grantees, hold_rollups, lock_rows, revoke};
+use crate::litellm::reports;
 use crate::litellm::spend_log::{self, OPERATIONS};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table};
-use crate::server::session::Owner;
+use crate::server::session::{self, Owner};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
-use crate::state::captured::CaptureState;
+use crate::state::captured::{self, CaptureState};
+use crate::state::definition::Definition;
 use crate::state::restore;
 use crate::state::sources::{self, CHANGE_LOG};
 use pgrx::prelude::*;
@@ -82,7 +84,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         actions.extend(drop_rollups()?);
     } else {
         let kept =
-            builtin::rollups().into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
+            reports::rollups()?.into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
         actions.extend(kept);
     }
     Ok(actions)
@@ -94,6 +96,21 @@ pub fn forget_history() -> Result<Vec<Action>> {
     let locked: Vec<_> = relations_of_rollups()?.into_iter().chain(relations_of_log()?).collect();
     lock_exclusively(&locked)?;
     drop_rollups()
+}
+
+/// Drops a report and what it knows; the other rollups stay.
+pub fn drop_report(caller: pg_sys::Oid, name: &str) -> Result<()> {
+    hold_rollups()?;
+    match captured::capture()? {
+        Some(state) => session::require_owner(caller, state.relation)?,
+        None => session::require_extension_owner(caller)?,
+    }
+    let report = reports::rollups()?.into_iter().find(|rollup| rollup.optional && rollup.name == name);
+    let report = report.ok_or_else(|| Error::ReportNotMade(name.into()))?;
+    lock_exclusively(&relations_of(std::slice::from_ref(&report))?)?;
+    spi::unless_needed(|| drop_rollup(&report))?;
+    spi::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
+    Ok(())
 }
 
 /// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each
@@ -120,10 +137,18 @@ fn existing(names: impl IntoIterator<Item = String>) -> Result<Vec<pg_sys::Oid>>
 
 /// The views and tables of the built-in rollups; a view before what it reads.
 fn relations_of_rollups() -> Result<Vec<pg_sys::Oid>> {
-    let reports = DAILY_REPORTS.iter().map(|(name, _)| qualified(SCHEMA, name));
+    relations_of(&builtin::rollups())
+}
+
+fn relations_of(rollups: &[Definition]) -> Result<Vec<pg_sys::Oid>> {
+    let daily = rollups.iter().filter_map(view_by_day);
     let (live, tables): (Vec<_>, Vec<_>) =
-        builtin::rollups().iter().map(|rollup| (rollup.live_view(), rollup.table())).unzip();
-    existing(reports.chain(live).chain(tables))
+        rollups.iter().map(|rollup| (rollup.live_view(), rollup.table())).unzip();
+    existing(daily.chain(live).chain(tables))
+}
+
+fn view_by_day(rollup: &Definition) -> Option<String> {
+    builtin::by_day(&rollup.name).map(|name| qualified(SCHEMA, name))
 }
 
 /// The writers of the table come to these last.
@@ -165,11 +190,8 @@ fn drop_rollups() -> Result<Vec<Action>> {
 
 fn drop_relations() -> Result<Vec<Action>> {
     let mut actions = vec![];
-    views::drop_reports()?;
     for definition in builtin::rollups() {
-        spi::execute(&format!("DROP VIEW IF EXISTS {}", definition.live_view()), &[])?;
-        if relation::find_relation(&definition.table())?.is_some() {
-            spi::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
+        if drop_rollup(&definition)? {
             actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
         }
     }
@@ -180,6 +202,18 @@ fn drop_relations() -> Result<Vec<Action>> {
     spi::execute(&format!("DROP SEQUENCE IF EXISTS {SCHEMA}.change_log_seq"), &[])?;
     restore::mark()?;
     Ok(actions)
+}
+
+/// Says whether there was its table.
+fn drop_rollup(definition: &Definition) -> Result<bool> {
+    for view in view_by_day(definition).into_iter().chain([definition.live_view()]) {
+        spi::execute(&format!("DROP VIEW IF EXISTS {view}"), &[])?;
+    }
+    let there = relation::find_relation(&definition.table())?.is_some();
+    if there {
+        spi::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
+    }
+    Ok(there)
 }
 
 fn log() -> Result<Option<sources::Source>> {

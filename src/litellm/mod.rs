@@ -7,6 +7,7 @@ pub mod builtin;
 pub mod capture;
 pub mod detach;
 pub mod repair;
+pub mod reports;
 pub mod spend_log;
 pub mod views;
 pub mod watch;

@@ -1,5 +1,5 @@
 //! LiteLLM's own views, answered from rollups: put in place when their rollup covers what they need, given
-//! back by detach. And what is ours: the live views, and the report views.
+//! back by detach. And what is ours: the live views. The report views are in `reports`.
 //!
 //! A view keeps its OID, owner, grants and dependents when it gets another query (`rewrite`). That takes
 //! ACCESS EXCLUSIVE on the view (not on the table) for the moment, within `litellm_spend.lock_timeout`.
@@ -12,14 +12,14 @@
 use crate::error::{Error, Result};
 use crate::guc;
 pub use crate::litellm::builtin::PublicView;
-use crate::litellm::builtin::{self, DAILY_REPORTS, VIEWS};
+use crate::litellm::builtin::{self, VIEWS};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::rewrite;
-use crate::server::session::{self, Owner, advised, attempt};
+use crate::server::session::{Owner, advised, attempt};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, literal, qualified, quoted};
+use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::captured;
 use crate::state::definition::Definition;
 use crate::state::fence;
@@ -293,85 +293,6 @@ pub fn make_live(definition: &Definition) -> Result<()> {
         spi::execute(&comment, &[])?;
     }
     Ok(())
-}
-
-// ---- reports ---------------------------------------------------------------------------------------------
-
-/// The report views by day, over the hourly rollups.
-pub fn ensure_reports() -> Result<()> {
-    for (name, hourly) in DAILY_REPORTS {
-        let view = qualified(SCHEMA, name);
-        if relation::find_relation(&view)?.is_none() {
-            let query = rollup(hourly)?.by_day();
-            spi::execute(&format!("CREATE VIEW {view} AS {query}"), &[])?;
-            // For ranges of days.
-            let (index, hours) = (builtin::report_index(hourly), rollup(hourly)?.table());
-            spi::execute(&format!("CREATE INDEX IF NOT EXISTS {index} ON {hours} ((hour::date))"), &[])?;
-            let comment = literal(&format!("Rollup {hourly} by day, exact in every snapshot"));
-            spi::execute(&format!("COMMENT ON VIEW {view} IS {comment}"), &[])?;
-        }
-    }
-    Ok(())
-}
-
-pub fn drop_reports() -> Result<()> {
-    for (name, _) in DAILY_REPORTS {
-        spi::execute(&format!("DROP VIEW IF EXISTS {}", qualified(SCHEMA, name)), &[])?;
-    }
-    Ok(())
-}
-
-/// What the reports of docs/reports.md call keys, teams and users: LiteLLM's tables, and the columns. Never a
-/// whole table: one holds passwords.
-const NAMES: [(&str, &[&str]); 3] = [
-    ("LiteLLM_VerificationToken", &["token", "key_alias", "key_name"]),
-    ("LiteLLM_TeamTable", &["team_id", "team_alias"]),
-    ("LiteLLM_UserTable", &["user_id", "user_alias", "user_email"]),
-];
-
-/// Lets `role` read all live views of the built-in rollups, and the names of what they are about. These are
-/// tables of other owners, granted as whom and only if the caller may act for them.
-pub fn grant_reports(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec<Action>> {
-    let grantee = relation::role_name(role)?;
-    let mut actions = grant_views(&grantee)?;
-    let mut found = vec![];
-    for (table, columns) in NAMES {
-        let Some(table) = Table::named(&qualified(schema, table))? else { continue };
-        let has = |column: &&str| table.columns.iter().any(|(name, _)| name == column);
-        let columns: Vec<String> = columns.iter().copied().filter(has).map(quoted).collect();
-        if !columns.is_empty() && ["r", "p"].contains(&table.kind.as_str()) {
-            let privilege = format!("SELECT ({})", columns.join(", "));
-            found.push((table.owner_oid, privilege, format!("TABLE {}", table.qualified())));
-        }
-    }
-    if let (false, Some(owner)) = (found.is_empty(), relation::owner_of_closed_schema(role, schema)?) {
-        found.push((owner, "USAGE".into(), format!("SCHEMA {}", quoted(schema))));
-    }
-    for (owner, privilege, object) in found {
-        let grant = format!("GRANT {privilege} ON {object} TO {}", quoted(&grantee));
-        let action = if !session::may_act_for(caller, owner)? {
-            format!("left alone, for its owner to type: {grant};")
-        } else if let Err(failure) = attempt(|| Owner::role(owner).run(&grant)) {
-            // An owner who may not use the schema of the table, say.
-            format!("left alone: {}", failure.unless_cancel().message)
-        } else {
-            format!("{privilege} granted to {grantee}")
-        };
-        actions.push((object, action));
-    }
-    Ok(actions)
-}
-
-fn grant_views(role: &str) -> Result<Vec<Action>> {
-    let names = builtin::rollups().into_iter().map(|r| r.name);
-    let mut actions = vec![];
-    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)), &[])?;
-    for name in names.chain(DAILY_REPORTS.iter().map(|(name, _)| name.to_string())) {
-        let view = qualified(SCHEMA, &name);
-        spi::execute(&format!("GRANT SELECT ON {view} TO {}", quoted(role)), &[])?;
-        actions.push((format!("view {view}"), format!("may be read by {role}")));
-    }
-    Ok(actions)
 }
 
 // ---- in place --------------------------------------------------------------------------------------------

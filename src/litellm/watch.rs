@@ -11,6 +11,7 @@ use crate::litellm::capture::{
     attach_locked, attached, captured_columns, create_functions, create_triggers, failing_triggers,
     foreign_partition, missing_triggers, require_all_rows_seen, silence,
 };
+use crate::litellm::reports;
 use crate::litellm::spend_log::{Capture, MOVE};
 use crate::litellm::views::{self, PublicView, Stray};
 use crate::server::locks::{self, Patience};
@@ -73,7 +74,8 @@ fn damage() -> Result<Option<Damage>> {
     {
         return Ok(Some(Damage::PredecessorDropped));
     }
-    if relation::any_missing(builtin::relations().iter().map(|name| qualified(SCHEMA, name)).collect())? {
+    let ours = builtin::relations(&reports::rollups()?);
+    if relation::any_missing(ours.iter().map(|name| qualified(SCHEMA, name)).collect())? {
         return Ok(Some(Damage::Incomplete));
     }
     if let Some(source) = sources::source(CHANGE_LOG)? {
@@ -152,7 +154,7 @@ fn mend() -> Result<bool> {
                 }
             }
         }
-        Damage::Incomplete => drop(attach_locked(state.relation, None)?),
+        Damage::Incomplete => drop(attach_locked(state.relation, None, false)?),
     }
     Ok(true)
 }

@@ -65,6 +65,12 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
                 _ => format!("A superuser lets it: SELECT * FROM spend_grant_reports({});", as_regrole()),
             })
         }
+        "relation \"%s.%s\" does not exist" => {
+            let is_report = |word: &str| REPORTS_ASKED_FOR.iter().any(|ours| word.starts_with(ours));
+            words(&message).any(is_report).then(|| {
+                "The reports are made when somebody asks for them: SELECT * FROM spend_attach(reports => true);".into()
+            })
+        }
         "permission denied for schema %s" => {
             words(&message).find(|word| *word == "litellm_spend")?;
             let reports = format!("SELECT * FROM spend_grant_reports({});", as_regrole());
@@ -109,6 +115,9 @@ const OF_SESSIONS: [&str; 4] =
 
 /// How the names of the report views begin.
 const REPORTS: [&str; 2] = ["daily_", "hourly_"];
+
+/// Those that need not be there.
+const REPORTS_ASKED_FOR: [&str; 2] = ["litellm_spend.daily_usage", "litellm_spend.hourly_usage"];
 
 fn grant_admin() -> String {
     format!("SELECT * FROM spend_grant_admin({});", as_regrole())

@@ -98,6 +98,10 @@ pub struct Definition {
     /// The measure that says how many source rows a group has: a group of none does not exist.
     pub presence: String,
     pub key: Key,
+    /// It may be added when raw rows of its source are gone: its views show nothing of the days that it does
+    /// not know.
+    #[serde(default)]
+    pub optional: bool,
 }
 
 impl Definition {

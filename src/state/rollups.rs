@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::server::spi::{execute, query, value};
 use crate::server::text::SCHEMA;
+use crate::state::frozen::Range;
 use crate::state::restore::HERE;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
@@ -51,6 +52,33 @@ pub fn is_uncovered(source: &str) -> Result<bool> {
          WHERE r.source = $1 AND r.covered_from > '-infinity' LIMIT 1"
     );
     Ok(!query(&sql, &[source.into()], |_| Ok(()))?.is_empty())
+}
+
+/// It knows nothing, and is to be computed.
+pub fn forget(name: &str) -> Result<()> {
+    execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup
+             SET unknown_days = '{{(,)}}', covered_from = 'infinity', backfill_first = NULL,
+                 backfill_last = NULL, backfill_began = NULL
+             WHERE name = $1"
+        ),
+        &[name.into()],
+    )
+    .map(drop)
+}
+
+/// These know a range from now on: it was computed, or nobody knows of a row there.
+pub fn know(names: &[String], range: Range) -> Result<()> {
+    execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup
+             SET unknown_days = nullif(unknown_days - tsmultirange(tsrange(nullif($2, '-infinity'), $3)), '{{}}')
+             WHERE name = ANY ($1) AND unknown_days && tsrange(nullif($2, '-infinity'), $3)"
+        ),
+        &[names.to_vec().into(), range.start.into(), range.end.into()],
+    )
+    .map(drop)
 }
 
 /// How far the backfill of the built-in rollups is: the day, and how many are left. `None`: all is covered.

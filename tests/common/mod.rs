@@ -267,8 +267,17 @@ impl Database {
 
     /// With the table captured, backfilled, and the view live.
     pub fn attached(self) -> Database {
+        self.attached_by("SELECT spend_attach()")
+    }
+
+    /// The same, and with the reports.
+    pub fn attached_with_reports(self) -> Database {
+        self.attached_by("SELECT spend_attach(reports => true)")
+    }
+
+    fn attached_by(self, call: &str) -> Database {
         let mut client = self.connect();
-        client.batch_execute("SELECT spend_attach()").unwrap();
+        client.batch_execute(call).unwrap();
         wait_until_live(&mut client);
         self
     }

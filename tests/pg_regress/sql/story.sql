@@ -49,7 +49,10 @@ RESET TIME ZONE;
 
 SELECT object, action FROM spend_detach();
 SELECT sum(requests) FROM litellm_spend.daily_spend;
-SELECT object, action FROM spend_attach();
+SELECT object, action FROM spend_attach(reports => true);
+SELECT spend_rollup_drop('hourly_usage_by_tag');
+SELECT object, action FROM spend_attach() WHERE object LIKE '%hourly%' OR object = 'reports';
+SELECT count(*) FROM spend_attach(reports => false);
 SELECT object, action FROM spend_detach(drop_history => true);
 DROP EXTENSION litellm_spend;
 SELECT count(*) FROM "MonthlyGlobalSpend";
