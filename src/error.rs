@@ -412,7 +412,7 @@ errors! {
     RawRowsLost { rollup: String, bucket: String }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "rollup \"{rollup}\" knows of more rows at {bucket} than there are";
-        "Raw rows vanished, other than by a DELETE that was captured; the rollup is their only record.";
+        "Rows that it has counted are gone, and it is their only record.";
         "Pass force => true to count only what is there, in all built-in rollups if it is one of them.";
 
     RawVanished(table: String):
@@ -465,6 +465,12 @@ errors! {
         "Times are of type timestamp (in UTC), timestamp with time zone or date, or text.";
         "Pass one such as '2026-12-31', or now().";
 
+    NotATimeText(given: String):
+        ERRCODE_INVALID_DATETIME_FORMAT;
+        "\"{given}\" is no time";
+        "A text is read as the server reads a timestamp; without a time zone it is in UTC.";
+        "Pass one such as '2026-12-31', or now().";
+
     CutoverBeyond:
         ERRCODE_INVALID_PARAMETER_VALUE;
         "cutover is beyond the calendar";
@@ -494,7 +500,7 @@ errors! {
         ERRCODE_UNDEFINED_COLUMN;
         "relation \"{relation}\" has no column \"{column}\" to partition by";
         "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.";
-        "Pass time_column := '<name>'.";
+        "Pass such a column of the table, as in time_column => 'created_at'.";
 
     Interval(given: String):
         ERRCODE_INVALID_PARAMETER_VALUE;
@@ -659,6 +665,12 @@ errors! {
         "role \"{owner}\" may not use schema {schema}, where extension pg_trgm is";
         "An index is built as the table's owner, and this one with an operator class of pg_trgm's.";
         ("GRANT USAGE ON SCHEMA {schema} TO {};", quoted(owner));
+
+    NoIndexes:
+        ERRCODE_NULL_VALUE_NOT_ALLOWED;
+        "list of indexes must not be NULL";
+        "Nothing is built that was not asked for by name.";
+        "SELECT item, serves FROM spend_index_plan(); lists them. Pass some, as in indexes => '{{team, user}}'.";
 
     NoIndex(name: String):
         ERRCODE_UNDEFINED_OBJECT;

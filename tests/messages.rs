@@ -323,3 +323,74 @@ fn a_table_that_is_being_reverted_is_not_said_to_be_converted_and_is_left_alone(
     });
     assert!(holds(&mut client, "SELECT state = 'done' FROM spend_partition_revert('t')"));
 }
+
+#[test]
+fn who_passes_something_else_is_told_what_to_pass() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute("CREATE TABLE t (id int, created_at timestamp)").unwrap();
+    for cutover in ["'tomorrowish'", "'2026-13-01'::text"] {
+        let time = cutover.split('\'').nth(1).unwrap();
+        assert_says(
+            &mut client,
+            &format!("SELECT spend_partition_plan(cutover => {cutover})"),
+            [
+                "22007",
+                &format!("\"{time}\" is no time"),
+                "A text is read as the server reads a timestamp; without a time zone it is in UTC.",
+                "Pass one such as '2026-12-31', or now().",
+            ],
+        );
+    }
+    for call in ["rebuild", "verify"] {
+        assert_says(
+            &mut client,
+            &format!("SELECT * FROM spend_rollup_{call}('by_kind', now() - interval '1 day', now())"),
+            [
+                "42883",
+                &format!("function spend_rollup_{call}(unknown, timestamp with time zone, …) does not exist"),
+                "",
+                &format!(
+                    "Its times are timestamps in UTC, as in spend_rollup_{call}(…, '2026-11-01', now() AT TIME ZONE 'UTC')."
+                ),
+            ],
+        );
+    }
+    // Others have the parser's own.
+    let hint = error(&mut client, "SELECT spend_rollup_rebuild('by_kind', 1, 2)").hint().map(String::from);
+    assert!(hint.is_some_and(|hint| hint.contains("explicit type casts")));
+    assert_says(
+        &mut client,
+        "SELECT * FROM spend_index_set()",
+        [
+            "22004",
+            "list of indexes must not be NULL",
+            "Nothing is built that was not asked for by name.",
+            "SELECT item, serves FROM spend_index_plan(); lists them. Pass some, as in indexes => '{team, user}'.",
+        ],
+    );
+    assert_says(
+        &mut client,
+        "SELECT spend_partition_set('t', time_column => 'at')",
+        [
+            "42703",
+            "relation \"…t\" has no column \"at\" to partition by",
+            "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.",
+            "Pass such a column of the table, as in time_column => 'created_at'.",
+        ],
+    );
+    // A declared rollup captures nothing.
+    eventually("it is merged", || holds(&mut client, "SELECT watermark = 100 FROM spend_rollup_status"));
+    client.batch_execute("DELETE FROM ev WHERE id < 50").unwrap();
+    assert_says(
+        &mut client,
+        "SELECT spend_rollup_rebuild('by_kind')",
+        [
+            "55000",
+            "rollup \"by_kind\" knows of more rows at … than there are",
+            "Rows that it has counted are gone, and it is their only record.",
+            "Pass force => true to count only what is there, …",
+        ],
+    );
+}

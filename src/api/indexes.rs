@@ -102,7 +102,7 @@ fn spend_index_set(
     report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
-        let wanted = named(indexes)?.ok_or(Error::Null("list of indexes"))?;
+        let wanted = named(indexes)?.ok_or(Error::NoIndexes)?;
         require_suitable(&table)?;
         wanted.iter().try_for_each(|index| index.require_possible(&table))?;
         let hot = hot.unwrap_or(false);

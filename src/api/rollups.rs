@@ -97,8 +97,16 @@ impl TimeArgument {
             pg_sys::getTypeOutputInfo(self.0.oid(), &mut output, &mut is_varlena);
             CStr::from_ptr(pg_sys::OidOutputFunctionCall(output, self.0.datum())).to_string_lossy()
         };
-        let sql = "SELECT $1::timestamptz AT TIME ZONE 'UTC'";
-        let times = spi::query(sql, &[text.as_ref().into()], |r| spi::value::<Timestamp>(r, 1))?;
+        let read = || {
+            let sql = "SELECT $1::timestamptz AT TIME ZONE 'UTC'";
+            spi::query(sql, &[text.as_ref().into()], |r| spi::value::<Timestamp>(r, 1))
+        };
+        use PgSqlErrorCode::{ERRCODE_DATETIME_FIELD_OVERFLOW, ERRCODE_INVALID_DATETIME_FORMAT};
+        let refused = |_| Err(Error::NotATimeText(text.to_string()));
+        let times = PgTryBuilder::new(std::panic::AssertUnwindSafe(read))
+            .catch_when(ERRCODE_INVALID_DATETIME_FORMAT, refused)
+            .catch_when(ERRCODE_DATETIME_FIELD_OVERFLOW, refused)
+            .execute()?;
         times.into_iter().next().ok_or(Error::Null("time"))
     }
 }

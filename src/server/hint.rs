@@ -76,6 +76,14 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
             let reports = format!("SELECT * FROM spend_grant_reports({});", as_regrole());
             Some(format!("A superuser lets it: {reports} for the reports, {} for our calls.", grant_admin()))
         }
+        // The parser's own HINT is about casts; now() is a timestamptz.
+        "function %s does not exist" => {
+            let name = words(&message).nth(1)?;
+            let takes_times = ["spend_rollup_rebuild", "spend_rollup_verify"].contains(&name);
+            (takes_times && message.contains("with time zone")).then(|| {
+                format!("Its times are timestamps in UTC, as in {name}(…, '2026-11-01', now() AT TIME ZONE 'UTC').")
+            })
+        }
         "cannot drop %s because other objects depend on it" => {
             let is_ours = words(&message).any(|word| word == "litellm_spend");
             is_ours.then(|| {
