@@ -951,6 +951,7 @@ fn one_statement_lets_a_dashboard_read_the_reports() {
     for name in &reports {
         grafana.query_one(&read(name), &[]).unwrap();
     }
+    assert!(holds(&mut grafana, "SELECT count(*) > 0 FROM monthly_global_spend()"));
     // Names, but no passwords.
     grafana
         .batch_execute(
@@ -1050,21 +1051,26 @@ fn names_are_granted_only_where_the_caller_may_and_only_the_columns_there_are() 
                ALTER TABLE "LiteLLM_TeamTable" SET SCHEMA llm; ALTER TABLE "LiteLLM_UserTable" SET SCHEMA llm;
                ALTER TABLE llm."LiteLLM_TeamTable" OWNER TO other_r;
                ALTER TABLE llm."LiteLLM_UserTable" RENAME user_alias TO nickname;
-               CREATE EXTENSION litellm_spend; SELECT spend_attach(); SELECT spend_grant_admin('litellm')"#,
+               CREATE SCHEMA ext AUTHORIZATION other_r; CREATE EXTENSION litellm_spend SCHEMA ext;
+               SELECT ext.spend_attach(); SELECT ext.spend_grant_admin('litellm'); SET search_path = public, ext"#,
         )
         .unwrap();
+    wait_until_live(&mut client);
     let mut litellm = db.cluster.connect_as(&db.name, LITELLM);
     let said: Vec<(String, String)> = litellm
-        .query("SELECT * FROM spend_grant_reports('reader_r') WHERE object NOT LIKE 'view%'", &[])
+        .query("SELECT * FROM ext.spend_grant_reports('reader_r') WHERE object NOT LIKE 'view%'", &[])
         .unwrap()
         .iter()
         .map(|row| (row.get(0), row.get(1)))
         .collect();
     let typed = r#"GRANT SELECT ("team_id", "team_alias") ON TABLE "llm"."LiteLLM_TeamTable" TO "reader_r";"#;
+    let closed = r#"left alone, for its owner to type: GRANT USAGE ON SCHEMA "ext" TO "reader_r";"#;
     let expected = [
+        (r#"function "ext"."monthly_global_spend"(integer)"#, "may be called by reader_r"),
         (r#"TABLE "llm"."LiteLLM_TeamTable""#, &*format!("left alone, for its owner to type: {typed}")),
         (r#"TABLE "llm"."LiteLLM_UserTable""#, r#"SELECT ("user_id", "user_email") granted to reader_r"#),
         (r#"SCHEMA "llm""#, "USAGE granted to reader_r"),
+        (r#"SCHEMA "ext""#, closed),
     ];
     assert_eq!(said.iter().map(|(object, action)| (&**object, &**action)).collect::<Vec<_>>(), expected);
     let mut reader = db.cluster.connect_as(&db.name, "reader_r");
@@ -1077,6 +1083,7 @@ fn names_are_granted_only_where_the_caller_may_and_only_the_columns_there_are() 
     client.batch_execute("GRANT USAGE ON SCHEMA llm TO other_r").unwrap();
     client.batch_execute(grant).unwrap();
     reader.batch_execute(teams).unwrap();
+    reader.batch_execute("SELECT * FROM ext.monthly_global_spend()").unwrap();
     drop((reader, litellm));
     client.batch_execute("DROP OWNED BY other_r, reader_r CASCADE; DROP ROLE other_r, reader_r").unwrap();
 }

@@ -294,7 +294,7 @@ fn who_may_not_call_is_told_what_lets_it() {
     let hint = denied(&mut ops, "SELECT * FROM monthly_global_spend()");
     assert_eq!(
         hint.unwrap(),
-        r#"A superuser lets it: GRANT EXECUTE ON FUNCTION monthly_global_spend TO "Ops h";"#
+        r#"A superuser, or the captured table's owner, lets it: SELECT * FROM spend_grant_reports('"Ops h"');"#
     );
     let hint = denied(&mut ops, "SELECT * FROM spend_rollup_status").unwrap();
     assert!(
@@ -302,7 +302,9 @@ fn who_may_not_call_is_told_what_lets_it() {
         "{hint}"
     );
     let hint = denied(&mut ops, "SELECT * FROM litellm_spend.coverage").unwrap();
-    assert!(hint.contains(r#"SELECT * FROM spend_grant_reports('"Ops h"');"#), "{hint}");
+    let reports = r#"SELECT * FROM spend_grant_reports('"Ops h"');"#;
+    let owner = format!("A superuser, or the captured table's owner, lets it: {reports}");
+    assert_eq!(hint, format!("{owner} for the reports. {lets} for our calls."));
     // What a procedure calls.
     client
         .batch_execute(

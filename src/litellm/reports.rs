@@ -18,7 +18,7 @@ use crate::litellm::views::Action;
 use crate::server::relation::{self, Table};
 use crate::server::session::{self, Owner, attempt};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, literal, qualified, quoted};
+use crate::server::text::{EXTENSION, SCHEMA, literal, qualified, quoted};
 use crate::state::definition::Definition;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
@@ -73,8 +73,9 @@ const NAMES: [(&str, &[&str]); 3] = [
     ("LiteLLM_UserTable", &["user_id", "user_alias", "user_email"]),
 ];
 
-/// Lets `role` read all live views of the built-in rollups, and the names of what they are about. These are
-/// tables of other owners, granted as whom and only if the caller may act for them.
+/// Lets `role` read all live views of the built-in rollups, call monthly_global_spend(), and read the names
+/// of what they are about. These are tables of other owners, as the extension's schema may be: granted as
+/// whom and only if the caller may act for them.
 pub fn grant(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec<Action>> {
     let grantee = relation::role_name(role)?;
     let mut actions = grant_views(&grantee)?;
@@ -90,6 +91,12 @@ pub fn grant(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec
     }
     if let (false, Some(owner)) = (found.is_empty(), relation::owner_of_closed_schema(role, schema)?) {
         found.push((owner, "USAGE".into(), format!("SCHEMA {}", quoted(schema))));
+    }
+    if let Some(ours) = relation::extension_schema(EXTENSION)?
+        && let Some(owner) = relation::owner_of_closed_schema(role, &ours)?
+        && ours != schema
+    {
+        found.push((owner, "USAGE".into(), format!("SCHEMA {}", quoted(&ours))));
     }
     for (owner, privilege, object) in found {
         let grant = format!("GRANT {privilege} ON {object} TO {}", quoted(&grantee));
@@ -116,6 +123,12 @@ fn grant_views(role: &str) -> Result<Vec<Action>> {
         spi::execute(&format!("GRANT SELECT ON {view} TO {}", quoted(role)), &[])?;
         actions.push((format!("view {view}"), format!("may be read by {role}")));
     }
+    // What it looks at with its caller's rights.
+    spi::execute(&format!("GRANT SELECT ON {SCHEMA}.coverage TO {}", quoted(role)), &[])?;
+    let ours = relation::extension_schema(EXTENSION)?.unwrap_or_default();
+    let function = format!("{}(integer)", qualified(&ours, "monthly_global_spend"));
+    spi::execute(&format!("GRANT EXECUTE ON FUNCTION {function} TO {}", quoted(role)), &[])?;
+    actions.push((format!("function {function}"), format!("may be called by {role}")));
     for (daily, hourly) in DAILY_REPORTS {
         if !rollups.iter().any(|r| r.name == hourly) {
             let views = format!("views {}, {}", qualified(SCHEMA, hourly), qualified(SCHEMA, daily));

@@ -45,9 +45,7 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
             let name = words(&message).find(|word| FUNCTIONS.iter().any(|ours| word.starts_with(ours)))?;
             Some(match name {
                 // It shows spend: that is for who may read it.
-                "monthly_global_spend" => {
-                    format!("A superuser lets it: GRANT EXECUTE ON FUNCTION monthly_global_spend TO {};", role())
-                }
+                "monthly_global_spend" => format!("{BY_OWNER}: {}", grant_reports()),
                 _ => format!("A superuser lets it: {}", grant_admin()),
             })
         }
@@ -62,7 +60,7 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
                 name if VIEWS.contains(&name) => {
                     format!("A superuser lets it: GRANT pg_monitor TO {}; or {}", role(), grant_admin())
                 }
-                _ => format!("A superuser lets it: SELECT * FROM spend_grant_reports({});", as_regrole()),
+                _ => format!("{BY_OWNER}: {}", grant_reports()),
             })
         }
         "relation \"%s.%s\" does not exist" => {
@@ -73,8 +71,8 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
         }
         "permission denied for schema %s" => {
             words(&message).find(|word| *word == "litellm_spend")?;
-            let reports = format!("SELECT * FROM spend_grant_reports({});", as_regrole());
-            Some(format!("A superuser lets it: {reports} for the reports, {} for our calls.", grant_admin()))
+            let (reports, admin) = (grant_reports(), grant_admin());
+            Some(format!("{BY_OWNER}: {reports} for the reports. A superuser lets it: {admin} for our calls."))
         }
         // The parser's own HINT is about casts; now() is a timestamptz.
         "function %s does not exist" => {
@@ -126,6 +124,13 @@ const REPORTS: [&str; 2] = ["daily_", "hourly_"];
 
 /// Those that need not be there.
 const REPORTS_ASKED_FOR: [&str; 2] = ["litellm_spend.daily_usage", "litellm_spend.hourly_usage"];
+
+/// Who may call what lets others read the reports.
+const BY_OWNER: &str = "A superuser, or the captured table's owner, lets it";
+
+fn grant_reports() -> String {
+    format!("SELECT * FROM spend_grant_reports({});", as_regrole())
+}
 
 fn grant_admin() -> String {
     format!("SELECT * FROM spend_grant_admin({});", as_regrole())
