@@ -237,7 +237,7 @@ fn database() -> Database {
         ],
     );
     make_own_views(&mut db.connect());
-    db.attached()
+    db.attached_with_reports()
 }
 
 fn make_own_views(client: &mut Client) {

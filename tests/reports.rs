@@ -451,6 +451,35 @@ fn assert_whole_or_nothing(tx: &mut Transaction, unknown: &str, moment: &str) {
     }
 }
 
+/// A day that a report does not know does not keep it from knowing those that come.
+#[test]
+fn a_report_that_is_added_on_a_day_of_losses_knows_the_next_day() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    for ago in [0, 1] {
+        client.batch_execute(&rows_of_day("a", ago)).unwrap();
+    }
+    client
+        .batch_execute(
+            r#"SET session_replication_role = replica; DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'a0-7';
+               RESET session_replication_role; SELECT spend_attach(reports => true)"#,
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+    for ago in [-1, 0, 1] {
+        client.batch_execute(&rows_of_day("b", ago)).unwrap();
+    }
+    let shown = "SELECT string_agg(CURRENT_DATE - date || ': ' || n, ', ' ORDER BY date)
+                 FROM (SELECT date, sum(requests) AS n FROM litellm_spend.daily_usage GROUP BY date) AS days";
+    assert_eq!(value::<String>(&mut client, shown), "1: 80, -1: 40");
+    wait_until_merged(&mut client);
+    assert_eq!(value::<String>(&mut client, shown), "1: 80, -1: 40");
+    assert!(holds(
+        &mut client,
+        "SELECT covered_from = CURRENT_DATE + 1 FROM spend_rollup_status WHERE rollup = 'hourly_usage'"
+    ));
+}
+
 /// Retention dropped partitions, somebody truncated one, and somebody took rows past the triggers, before
 /// anybody asked for the reports.
 #[test]

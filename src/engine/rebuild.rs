@@ -95,7 +95,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     }
     // 2. does the rollup know of rows that are gone?
     match shrink {
-        Shrink::Refuse => check_nothing_lost(known, &truth, range)?,
+        Shrink::Refuse => check_nothing_lost(fences, known, &truth, range)?,
         Shrink::IfRawReachesBack => check_raw_reaches_back(known, range)?,
         Shrink::Allow => {}
     }
@@ -129,11 +129,11 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     Ok(groups.first().copied().unwrap_or(0))
 }
 
-/// Refuses to recompute a bucket of which the rollup knows more rows than there are.
-fn check_nothing_lost(fences: &[&Fence], truth: &Truth, range: Range) -> Result<()> {
-    let Some((fence, definition)) = smallest(fences.iter().copied()) else { return Ok(()) };
-    // On its first backfill a rollup has next to no rows, and the days need to be read only once.
-    {
+/// Refuses to recompute a bucket of which one of `known` knows more rows than there are.
+fn check_nothing_lost(fences: &[&Fence], known: &[&Fence], truth: &Truth, range: Range) -> Result<()> {
+    let Some((fence, definition)) = smallest(known.iter().copied()) else { return Ok(()) };
+    // On its own first backfill a rollup has next to no rows, and the days need to be read only once.
+    if fences.iter().any(|computed| computed.name == fence.name) {
         let _owner = truth.owner.act();
         if !spi::exists(&definition.has_rows(), &[range.start.into(), range.end.into()])? {
             return Ok(());

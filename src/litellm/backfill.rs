@@ -8,7 +8,7 @@ use crate::server::locks::Patience;
 use crate::server::log;
 use crate::server::relation;
 use crate::server::spi;
-use crate::server::text::SCHEMA;
+use crate::server::text::{SCHEMA, next_midnight};
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
 use crate::state::rollups;
@@ -43,10 +43,12 @@ pub fn step(patience: Patience) -> Result<bool> {
             rollups::know(&names, part)?;
             continue;
         }
-        match rebuild_some(&behind, &fences.iter().collect::<Vec<_>>(), part, Shrink::Refuse) {
-            // What the rollups say is the best record of that day.
-            Err(Error::RawRowsLost { .. }) => {}
-            other => drop(other?),
+        // What the rollups say of a day that has lost rows is the best record of it; not so of what follows.
+        if !computed(&behind, &fences, part)? {
+            let rest = Range { start: day_after(part.start)?, ..part };
+            if part.end != Some(rest.start) {
+                computed(&behind, &fences, rest)?;
+            }
         }
     }
     spi::execute(
@@ -67,6 +69,20 @@ pub fn step(patience: Patience) -> Result<bool> {
     }
     Ok(fences.iter().any(|f| f.covered_from < front && !f.covered_from.is_neg_infinity())
         || !covered_from.is_neg_infinity())
+}
+
+/// Computes a range, unless raw rows of it are gone.
+fn computed(behind: &[&Fence], known: &[Fence], range: Range) -> Result<bool> {
+    match rebuild_some(behind, &known.iter().collect::<Vec<_>>(), range, Shrink::Refuse) {
+        Err(Error::RawRowsLost { .. }) => Ok(false),
+        other => other.map(|_| true),
+    }
+}
+
+fn day_after(day: Timestamp) -> Result<Timestamp> {
+    let sql = format!("SELECT {}", next_midnight("$1"));
+    let days = spi::query(&sql, &[day.into()], |r| spi::value::<Timestamp>(r, 1))?;
+    days.into_iter().next().ok_or(Error::Null("day"))
 }
 
 #[derive(Clone, Copy)]
