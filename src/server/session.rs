@@ -3,7 +3,7 @@
 use crate::error::{Error, Result, Told};
 use crate::server::limit;
 use crate::server::relation;
-use crate::server::spi::{self, query, value};
+use crate::server::spi::{self, kept, query, value};
 use crate::server::text::EXTENSION;
 use pgrx::prelude::*;
 use std::ffi::{CStr, CString};
@@ -142,16 +142,15 @@ impl Elevated {
     pub fn enter() -> Result<Elevated> {
         // The first look for the owner is on the pinned path already.
         let guard = Elevated::act(user(), 0);
-        let owner = query(
-            "SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'",
-            &[],
-            |r| value::<pg_sys::Oid>(r, 1),
-        )?
-        .pop()
-        .ok_or_else(|| Error::NotAttached {
-            to: "this database".into(),
-            remedy: "CREATE EXTENSION litellm_spend;".into(),
-        })?;
+        let owner =
+            kept("SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'", |r| {
+                value::<pg_sys::Oid>(r, 1)
+            })?
+            .pop()
+            .ok_or_else(|| Error::NotAttached {
+                to: "this database".into(),
+                remedy: "CREATE EXTENSION litellm_spend;".into(),
+            })?;
         guard.become_user(owner, OURSELVES);
         Ok(guard)
     }

@@ -61,7 +61,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
             tidied = Instant::now();
         }
         report_idle();
-        if !more && !BackgroundWorker::wait_latch(Some(guc::merge_interval())) {
+        if !more && !BackgroundWorker::wait_latch(Some(steps.pause())) {
             return;
         }
         pgrx::check_for_interrupts!();
@@ -132,6 +132,8 @@ struct Steps {
     waiting: HashMap<String, Instant>,
     /// What their sequences had given at the last look.
     last_values: HashMap<String, Option<i64>>,
+    /// When there was something to do, or news of it.
+    last_news: Instant,
 }
 
 impl Default for Steps {
@@ -146,6 +148,7 @@ impl Default for Steps {
             indexes: Look::every(INDEX_LOOK),
             waiting: HashMap::new(),
             last_values: HashMap::new(),
+            last_news: Instant::now(),
         }
     }
 }
@@ -155,7 +158,8 @@ impl Steps {
     /// `None`: the worker is to leave.
     fn look(&mut self) -> Option<bool> {
         let news = in_transaction(|| (!database_is_wanted()).then(|| attempt_as_owner(news::look)))?;
-        if quiet::was_told() {
+        let told = quiet::was_told();
+        if told {
             [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
         }
         let Ok(news) = news else { return self.wait_for_update().then_some(true) };
@@ -176,7 +180,15 @@ impl Steps {
             }
             work |= trims || numbers < 0 || numbers > 0 && self.merge_is_due(&source, numbers);
         }
+        if told || work || news.policies || news.indexes || !self.waiting.is_empty() {
+            self.last_news = Instant::now();
+        }
         Some(work)
+    }
+
+    /// Until the next look: longer where nothing has happened for a while.
+    fn pause(&self) -> Duration {
+        guc::merge_interval() * if self.last_news.elapsed() > quiet::LONGEST { 2 } else { 1 }
     }
 
     /// Rests while the extension is at another version than the library. `false`: the worker is to leave.

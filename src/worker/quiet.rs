@@ -56,7 +56,7 @@ pub fn was_told() -> bool {
 
 /// Nothing is left alone for longer. By what was told it would not have to be: this bounds what somebody has
 /// forgotten above.
-pub const LONGEST: Duration = Duration::from_secs(30);
+pub const LONGEST: Duration = Duration::from_secs(60);
 
 /// A look at something that takes more than the statement: due when there may be news of it, but not sooner
 /// than `shortest` after the last one.
