@@ -446,7 +446,28 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
     });
     wait_for_a_round(&mut client);
     assert_eq!(value::<f64>(&mut client, r#"SELECT spend FROM "MonthlyGlobalSpend""#), 1.0);
-    client.batch_execute(r#"DROP VIEW "MonthlyGlobalSpend"; SELECT spend_attach()"#).unwrap();
+    // Others at another time: all of them are named.
+    for view in ["Last30dTopEndUsersSpend", "DailyTagSpend"] {
+        client
+            .batch_execute(&format!(
+                r#"DO $$ BEGIN EXECUTE (
+                       SELECT format('CREATE OR REPLACE VIEW %s AS SELECT %s', attrelid::regclass, string_agg(
+                           format('NULL::%s AS %I', format_type(atttypid, atttypmod), attname), ', ' ORDER BY attnum))
+                       FROM pg_attribute WHERE attrelid = '"{view}"'::regclass AND attnum > 0 GROUP BY attrelid);
+                   END $$"#
+            ))
+            .unwrap();
+    }
+    let fault = r#"SELECT bool_or(problem = 'capture of "LiteLLM_SpendLogs": views "MonthlyGlobalSpend", '
+                          '"DailyTagSpend", "Last30dTopEndUsersSpend" were replaced'
+                      AND remedy = 'SELECT * FROM spend_attach();  -- puts ours back') AND count(*) = 1
+                   FROM spend_health"#;
+    eventually("health names them all", || holds(&mut client, fault));
+    client
+        .batch_execute(
+            r#"DROP VIEW "MonthlyGlobalSpend", "Last30dTopEndUsersSpend", "DailyTagSpend"; SELECT spend_attach()"#,
+        )
+        .unwrap();
     wait_until_live(&mut client);
     assert!(holds(
         &mut client,

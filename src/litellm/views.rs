@@ -197,8 +197,41 @@ pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
     Ok(strays)
 }
 
+/// A view that is not ours any more.
+pub enum Lost {
+    /// Somebody has replaced it.
+    Replaced(&'static str),
+    /// It is LiteLLM's own again; why.
+    LetGo(String),
+}
+
+/// Says which are lost: of those that were replaced all, by what was noted before.
+pub fn tell_lost(lost: &[Lost], noted: Option<&str>) -> String {
+    let before = noted.and_then(|noted| Some(noted.split_once(" replaced")?.0)).unwrap_or_default();
+    let is_replaced = |name: &str| {
+        lost.iter().any(|lost| matches!(lost, Lost::Replaced(view) if *view == name))
+            || before.contains(&quoted(name))
+    };
+    let replaced: Vec<String> =
+        VIEWS.iter().map(|view| view.name).filter(|name| is_replaced(name)).map(quoted).collect();
+    let mut said = match &replaced[..] {
+        [] => vec![],
+        [one] => vec![format!("view {one} was replaced")],
+        all => vec![format!("views {} were replaced", all.join(", "))],
+    };
+    said.extend(lost.iter().filter_map(|lost| match lost {
+        Lost::Replaced(_) => None,
+        Lost::LetGo(message) => Some(message.clone()),
+    }));
+    let message = said.join("; ");
+    match replaced.is_empty() {
+        true => message,
+        false => advised(&message, "SELECT * FROM spend_attach();  -- puts ours back"),
+    }
+}
+
 /// Deals with one of them. Returns what is to be said of it.
-pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<String>> {
+pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<Lost>> {
     let found = Table::named(&qualified(&source.schema, view.name))?;
     match (stray, found) {
         (Stray::Changed, Some(found)) => match unusable(view, &found, source)? {
@@ -208,13 +241,12 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
             }
             Some(reason) => {
                 let_go(view, &found)?;
-                Ok(Some(format!("view \"{}\" is LiteLLM's own again: {reason}", view.name)))
+                Ok(Some(Lost::LetGo(format!("view \"{}\" is LiteLLM's own again: {reason}", view.name))))
             }
         },
         _ => {
             forget(view)?;
-            let message = format!("view \"{}\" was replaced", view.name);
-            Ok(Some(advised(&message, "SELECT * FROM spend_attach();  -- puts ours back")))
+            Ok(Some(Lost::Replaced(view.name)))
         }
     }
 }

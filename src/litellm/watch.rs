@@ -148,10 +148,13 @@ fn mend() -> Result<bool> {
         }
         Damage::Views(strays) => {
             let Some(table) = Table::find(state.relation)? else { return Ok(false) };
+            let mut lost = vec![];
             for (view, stray) in strays {
-                if let Some(message) = views::settle(view, stray, &table)? {
-                    captured::record_capture_error(Some(&message))?;
-                }
+                lost.extend(views::settle(view, stray, &table)?);
+            }
+            if !lost.is_empty() {
+                let said = views::tell_lost(&lost, captured::capture_error()?.as_deref());
+                captured::record_capture_error(Some(&said))?;
             }
         }
         Damage::Incomplete => drop(attach_locked(state.relation, None, false)?),
