@@ -239,6 +239,22 @@ fn try_again(client: &mut Client) {
 }
 
 #[test]
+fn a_worker_that_looks_rarely_is_said_to() {
+    let cluster: &'static Cluster =
+        Box::leak(Box::new(Cluster::start(&["litellm_spend.merge_interval = '1h'"])));
+    let (_db, mut client) = partitioned(cluster);
+    eventually("there is a worker", || {
+        holds(
+            &mut client,
+            "SELECT bool_or(state = 'idle') FROM spend_worker_status WHERE kind = 'litellm_spend worker'",
+        )
+    });
+    let set = "SELECT detail FROM spend_index_set(indexes => '{team}') WHERE state = 'waiting'";
+    let said: Vec<String> = client.query(set, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+    assert_eq!(said, ["begun within 3600 s: see litellm_spend.merge_interval"; 2]);
+}
+
+#[test]
 fn closed_partitions_get_their_indexes_the_newest_first_and_the_open_one_when_that_was_asked_for() {
     let (db, mut client) = partitioned(shared());
     let mut owner = shared().connect_as(&db.name, LITELLM);

@@ -24,6 +24,7 @@ use crate::state::conversion;
 use crate::state::indexes::{self, Leftover, Place};
 use crate::state::step::{Runner, Subject};
 use pgrx::prelude::*;
+use std::time::Duration;
 
 /// A statement for top level.
 pub struct Work {
@@ -132,12 +133,19 @@ pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<
         let detail = match place.last_error.clone() {
             Some(error) => error,
             None if is_to_do => create_of(&place, owner)?.map(statement).unwrap_or_default(),
+            None if place.state == "waiting" && guc::merge_interval() > SOON => {
+                let pause = guc::merge_interval().as_secs();
+                format!("begun within {pause} s: see litellm_spend.merge_interval")
+            }
             None => String::new(),
         };
         rows.push((place.name, place.partition_name, place.state, detail));
     }
     Ok(rows)
 }
+
+/// How long nobody wonders that a build does not begin.
+const SOON: Duration = Duration::from_secs(30);
 
 /// One round over all tables. `true`: there is more to do soon.
 pub fn round(run: &mut impl Runner) -> bool {
