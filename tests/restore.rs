@@ -169,6 +169,40 @@ fn every_mode_of_the_tools_restores_beside_the_worker() {
 }
 
 #[test]
+fn litellm_s_own_role_may_dump_with_pg_read_all_data_and_is_told_so() {
+    let db = shared().database().attached();
+    db.connect().batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    // Not litellm itself: a role is all tests'.
+    let mut admin = db.connect();
+    admin.batch_execute("DROP ROLE IF EXISTS dumper_d; CREATE ROLE dumper_d LOGIN IN ROLE litellm").unwrap();
+    let file = shared().dir.join("dumper.c").to_str().unwrap().to_string();
+    let dump = || {
+        let mut pg_dump = shared().program("pg_dump");
+        pg_dump.args(["-h", shared().dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "dumper_d"]);
+        let output = pg_dump.args(["-Fc", "-f", &file, &db.name]).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let complaints = dump();
+    for said in [
+        "permission denied for sequence capture_failures",
+        "Who dumps reads all state. A superuser lets it: GRANT pg_read_all_data TO dumper_d;",
+    ] {
+        assert!(complaints.contains(said), "{complaints}");
+    }
+    admin.batch_execute("GRANT pg_read_all_data TO dumper_d").unwrap();
+    assert_eq!(dump(), "");
+    admin.batch_execute("DROP ROLE dumper_d").unwrap();
+    let database = target("dumper");
+    run("pg_restore", &["-d", &database, &file]);
+    let mut client = shared().connect(&database);
+    wait_until_merged(&mut client);
+    assert!(holds(&mut client, "SELECT sum(requests) = 100 FROM litellm_spend.daily_spend"));
+    assert_exact(&mut client);
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+#[test]
 fn a_restore_in_pieces_is_left_alone_until_the_last() {
     let (db, _open) = original();
     let totals: String = value(&mut db.connect(), TOTALS);

@@ -69,6 +69,11 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
                 "The reports are made when somebody asks for them: SELECT * FROM spend_attach(reports => true);".into()
             })
         }
+        // The first of what pg_dump reads that LiteLLM's role may not.
+        "permission denied for sequence %s" => {
+            words(&message).find(|word| *word == "capture_failures")?;
+            Some(format!("Who dumps reads all state. A superuser lets it: GRANT pg_read_all_data TO {};", role()))
+        }
         "permission denied for schema %s" => {
             words(&message).find(|word| *word == "litellm_spend")?;
             let (reports, admin) = (grant_reports(), grant_admin());
