@@ -239,10 +239,10 @@ def end_worker(session):
                         " AND database = current_database())")
 
 
-def attach(session):
+def attach(session, reports=False):
     """Everything, until LiteLLM's views are live."""
     create_extension(session)
-    session.run("SELECT * FROM spend_attach()")
+    session.run(f"SELECT * FROM spend_attach(reports => {reports})")
     backfill(session)
 
 

@@ -22,7 +22,7 @@ TITLES = {
     "view": 'SELECT SUM(spend) FROM "MonthlyGlobalSpend", 470,000 rows (ten times: 4.7 million)',
     "views": "Each of LiteLLM's views, 470,000 rows, at the client",
     "capture": "Capture and merge, per row inserted",
-    "whole": "All that a server pays: 100 rows a statement, all built-in rollups, until all is merged",
+    "whole": "All that a server pays: 100 rows a statement, until all is merged; with and without the reports",
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
@@ -52,7 +52,10 @@ RATIOS = {
         *((metric, [f"{size} attached"], f"{size} plain") for size in SIZES for metric in ("cpu", "wall", "wal")),
         *((metric, [f"{size} attached", f"{size} merge"], f"{size} plain") for size in SIZES for metric in ("cpu", "wal")),
     ],
-    "whole": [(metric, [f"{kind} attached"], f"{kind} plain") for kind in whole.KINDS for metric in ("cpu", "wal", "disk")],
+    "whole": [
+        (metric, [f"{kind} {variant}"], f"{kind} plain")
+        for variant in whole.ATTACHED for kind in whole.KINDS for metric in ("cpu", "wal", "disk")
+    ],
     "stall": [(metric, [variant], "plain") for variant in ("ours", "lock") for metric in ("longest", "p99.9", "median")],
     "backfill": [("attach + backfill", ["ours"], "scan")],
     "merge": [

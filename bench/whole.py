@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What a server pays for everything that attach switches on: capture, all built-in rollups, the worker at its default pace.
+"""What a server pays for everything that attach switches on: capture, the built-in rollups, the worker at its default pace.
 
-A session inserts as LiteLLM does, 100 rows a statement, a statement each tenth of a second. Two variants take turns, each
-in a new copy of the same database: attached, and plain, which has no extension. Measured until all is merged and the change
-log is trimmed, with the VACUUM of the tables that were written. Per row inserted:
+A session inserts as LiteLLM does, 100 rows a statement, a statement each tenth of a second. Three variants take turns, each
+in a new copy of the same database: attached; with reports, the three hourly rollups more that are made when asked for; and
+plain, which has no extension. Measured until all is merged and the change log is trimmed, with the VACUUM of the tables that
+were written. Per row inserted:
 
     cpu    of all processes of the server, those that have ended too
     wal    of the whole server
@@ -41,6 +42,7 @@ ROWS = 100  # a statement
 BEFORE = 10 if QUICK else 100  # statements
 DAYS, ROWS_A_DAY = 4, 2_500 if QUICK else 25_000
 KINDS = ["related", "independent"]
+ATTACHED = {"attached": False, "with reports": True}  # whether the reports are asked for
 DEFAULTS = ["litellm_spend.merge_interval"]
 
 
@@ -154,13 +156,14 @@ def insert(session, rows, statements, pace):
 
 def one_run(results, server, run, kind, variant):
     rows, count = Rows(kind, run), SECONDS * STATEMENTS_A_SECOND
-    with harness.clone(harness.empty(), f"whole_{variant}") as (session,):
-        if variant == "attached":
-            harness.attach(session)
+    attached = variant in ATTACHED
+    with harness.clone(harness.empty(), "whole") as (session,):
+        if attached:
+            harness.attach(session, ATTACHED[variant])
         session.prepare("insert", capture.statement(ROWS))
         insert(session, rows, BEFORE, 0)
         tables = ['"LiteLLM_SpendLogs"']
-        if variant == "attached":
+        if attached:
             wait_until_merged(session)
             tables += [f"litellm_spend.{name.decode()}" for name, in session.rows(
                 "SELECT relname FROM pg_class WHERE relnamespace = 'litellm_spend'::regnamespace AND relkind = 'r'")]
@@ -169,7 +172,7 @@ def one_run(results, server, run, kind, variant):
 
         cpu, wal = server.used()
         insert(session, rows, count, 1 / STATEMENTS_A_SECOND)
-        if variant == "attached":
+        if attached:
             wait_until_merged(session)
         session.run(vacuum)
         cpu, wal = (after - before for after, before in zip(server.used(), (cpu, wal)))
@@ -177,19 +180,19 @@ def one_run(results, server, run, kind, variant):
         results.add(run, label, "cpu", cpu / inserted, "us/row")
         results.add(run, label, "wal", wal / inserted, "B/row")
         say(f"{label}, run {run} of {RUNS}: {cpu / inserted:.1f} us/row, WAL {wal / inserted:.0f} B/row")
-        if variant == "attached":
+        if attached:
             cpu, wal = server.used()
             time.sleep(IDLE_SECONDS)
             cpu, wal = (after - before for after, before in zip(server.used(), (cpu, wal)))
-            results.add(run, f"{kind} idle", "idle cpu", cpu / IDLE_SECONDS / 1000, "ms/s")
-            results.add(run, f"{kind} idle", "idle wal", wal / IDLE_SECONDS, "B/s")
-            say(f"{kind} idle, run {run} of {RUNS}: {cpu / IDLE_SECONDS / 1000:.2f} ms/s, WAL {wal / IDLE_SECONDS:.0f} B/s")
-            verify(session)
+            results.add(run, label, "idle cpu", cpu / IDLE_SECONDS / 1000, "ms/s")
+            results.add(run, label, "idle wal", wal / IDLE_SECONDS, "B/s")
+            say(f"{label}, idle, run {run} of {RUNS}: {cpu / IDLE_SECONDS / 1000:.2f} ms/s, WAL {wal / IDLE_SECONDS:.0f} B/s")
+            verify(session, ATTACHED[variant])
     results.write()
 
 
-def verify(session):
-    for name in ("daily_spend", "hourly_usage", "daily_spend_by_tag"):
+def verify(session, reports):
+    for name in ["daily_spend", "daily_spend_by_tag"] + ["hourly_usage"] * reports:
         wrong = session.rows(f"SELECT * FROM spend_rollup_verify('{name}', NULL, NULL)")
         if wrong:
             raise RuntimeError(f"{name} differs from the raw rows: {wrong}")
@@ -203,8 +206,13 @@ def measure_disk(results, kind):
         session.prepare("insert", capture.statement(ROWS))
         for n in range(DAYS * ROWS_A_DAY // ROWS):
             session.execute("insert", rows.statement(now - timedelta(days=DAYS) * (1 - n * ROWS / (DAYS * ROWS_A_DAY))))
-        harness.attach(session)
-        for variant, which in (("plain", "relname = 'LiteLLM_SpendLogs'"), ("attached", "relname LIKE '%\\_rollup'")):
+        of_rollups = "relname LIKE '%\\_rollup'"
+        for variant, which in (("plain", "relname = 'LiteLLM_SpendLogs'"), ("attached", of_rollups), ("with reports", of_rollups)):
+            if variant == "attached":
+                harness.attach(session)
+            elif variant in ATTACHED:
+                session.run("SELECT * FROM spend_attach(reports => true)")
+                harness.backfill(session)
             tables = session.value(f"SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relkind = 'r' AND {which}")
             session.run(f"VACUUM {tables}")
             size = int(session.value(f"SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND {which}"))
@@ -221,7 +229,7 @@ def main():
     with default_pace():
         for run in range(1, RUNS + 1):
             for kind in KINDS:
-                for variant in rotated(["plain", "attached"], run):
+                for variant in rotated(["plain", *ATTACHED], run):
                     one_run(results, server, run, kind, variant)
 
 
