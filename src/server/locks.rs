@@ -186,15 +186,16 @@ fn within(
 
 /// Who else has locks, as a DETAIL names them: `which` says of `l` in pg_locks which locks. Empty: nobody.
 pub fn holders(which: &str, args: &[DatumWithOid]) -> Result<String> {
+    // The second look at the locks only where one has no process: others may be waiting for us.
     let sql = format!(
         "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL
-                    THEN concat_ws(' ', 'prepared transaction', quote_literal(p.gid))
+                    THEN concat_ws(' ', 'prepared transaction', quote_literal(
+                        (SELECT p.gid FROM pg_catalog.pg_prepared_xacts p JOIN pg_catalog.pg_locks x
+                             ON x.locktype = 'transactionid' AND x.pid IS NULL AND x.transactionid = p.transaction
+                         WHERE x.virtualtransaction = l.virtualtransaction)))
                     ELSE format('process %s (%s)', l.pid,
                                 concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-         LEFT JOIN pg_catalog.pg_locks x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
-             AND x.virtualtransaction = l.virtualtransaction
-         LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = x.transactionid
          WHERE l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() AND {which}"
     );
     Ok(query(&sql, args, |r| value::<String>(r, 1))?.pop().unwrap_or_default())
