@@ -157,8 +157,11 @@ fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
 fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
     let (db, mut client) = of_0_1_0(true);
     let version = env!("CARGO_PKG_VERSION");
+    let hint = "ALTER EXTENSION litellm_spend UPDATE;";
+    // It has another argument now.
+    let attach = error(&mut client, "SELECT spend_attach()");
+    assert_eq!(attach.hint(), Some(format!("The library was replaced: {hint}").as_str()), "{attach:?}");
     for call in [
-        "SELECT spend_attach()",
         "SELECT spend_detach()",
         "CALL spend_backfill()",
         "SELECT * FROM spend_rollup_run()",
@@ -177,7 +180,7 @@ fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
             error.detail(),
             Some("The library was replaced; what this database has is still the old version's.")
         );
-        assert_eq!(error.hint(), Some("ALTER EXTENSION litellm_spend UPDATE;"));
+        assert_eq!(error.hint(), Some(hint));
     }
     // LiteLLM's writers and reports go on.
     client.batch_execute("SELECT * FROM \"MonthlyGlobalSpend\"").unwrap();
@@ -194,6 +197,9 @@ fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
     assert!(said.iter().any(|line| line.contains("is at version 0.1.0")), "{said:#?}");
     assert!(!said.iter().any(|line| line.contains("does not exist")), "{said:#?}");
     client.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    eventually("the worker brings the rest over", || {
+        holds(&mut client, "SELECT has_table_privilege('litellm', 'litellm_spend.retired', 'SELECT')")
+    });
     wait_until_live(&mut client);
     assert_exact(&mut client);
 }

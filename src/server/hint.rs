@@ -37,10 +37,16 @@ unsafe extern "C-unwind" fn on_report(error: *mut pg_sys::ErrorData) {
     }
 }
 
+/// What a call of spend_attach() fails with that is declared as in 0.1.0, without the argument.
+const OF_AN_OLDER_VERSION: &str = "unboxing reports_ argument failed";
+
 /// The statement that helps, if the error is one of those.
 fn advise(error: &pg_sys::ErrorData) -> Option<String> {
-    let (id, message) = (text(error.message_id)?, text(error.message)?);
-    match &*id {
+    let message = text(error.message)?;
+    if message == OF_AN_OLDER_VERSION {
+        return Some("The library was replaced: ALTER EXTENSION litellm_spend UPDATE;".into());
+    }
+    match &*text(error.message_id)? {
         "permission denied for function %s" | "permission denied for procedure %s" => {
             let name = words(&message).find(|word| FUNCTIONS.iter().any(|ours| word.starts_with(ours)))?;
             Some(match name {
