@@ -16,6 +16,7 @@ Metadata is 2.5 kB a row, out of line, in the last three days, which the windows
 """
 
 import json
+import re
 import subprocess
 import time
 
@@ -108,6 +109,13 @@ def result(answer):
     return [tuple(answer.get_value(r, c) for c in range(answer.nfields)) for r in range(answer.ntuples)]
 
 
+def comparable(rows):
+    """In any order; of a sum in double precision the digits that do not depend on the order of addition."""
+    def digits(value):
+        return f"{float(value):.9g}" if value and re.fullmatch(rb"-?\d+\.\d+(e[-+]\d+)?", value) else value
+    return sorted((tuple(map(digits, row)) for row in rows), key=str)
+
+
 def measure(results, run, variant, session, sql, values):
     """What it answers."""
     plan = json.loads(result(session.execute_unprepared(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values))[0][0])
@@ -116,7 +124,7 @@ def measure(results, run, variant, session, sql, values):
     start = time.perf_counter_ns()
     answer = session.execute_unprepared(sql, values)
     results.add(run, variant, "time", (time.perf_counter_ns() - start) / 1e6, "ms")
-    return sorted(result(answer), key=str)
+    return comparable(result(answer))
 
 
 def ask_for_indexes(session, indexes, hot=False):
@@ -124,7 +132,8 @@ def ask_for_indexes(session, indexes, hot=False):
     session.run("SET client_min_messages = warning")
     start = time.monotonic()
     session.run(f"SELECT * FROM spend_index_set(indexes => '{{{', '.join(indexes)}}}', hot => {hot})")
-    harness.wait_until(session, "SELECT bool_and(state IN ('built', 'open partition')) FROM spend_index_status", 3600)
+    while session.value("SELECT bool_and(state IN ('built', 'open partition')) FROM spend_index_status") != "t":
+        time.sleep(1)  # to look costs, too
     session.run('VACUUM (ANALYZE) "LiteLLM_SpendLogs"')
     return time.monotonic() - start
 
