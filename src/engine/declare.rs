@@ -283,12 +283,9 @@ pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
 
 /// `spend_rollup_drop()`: the rollup with its history, or the watermark of one that is filled by hand.
 pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
-    let fence = match Fence::take(name, Patience::of_call()) {
+    let fence = match Fence::require(name, Patience::of_call()) {
         Err(Error::NoRollup(_)) => return drop_leftovers(caller, name),
-        fence => match fence? {
-            Some(fence) => fence,
-            None => return Err(Fence::busy(&[name.into()])?),
-        },
+        fence => fence?,
     };
     // Whoever asks: the owner of the captured table is not that of its rollups.
     if fence.is_built_in() {

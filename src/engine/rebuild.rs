@@ -26,7 +26,7 @@ use crate::state::captured::CaptureState;
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
-use crate::state::rollups::{self, rollup_names};
+use crate::state::rollups;
 use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -216,15 +216,8 @@ pub fn rebuild_range(
     let one = name.map(Fence::look).transpose()?.filter(|fence| !(force && fence.is_built_in()));
     // Of the built-in ones all are held: another may know of rows that are gone.
     let known = match &one {
-        Some(fence) if !fence.is_built_in() => Fence::take(&fence.name, patience)?.map(|fence| vec![fence]),
-        _ => Fence::take_all(&attached()?.source, patience)?,
-    };
-    let Some(known) = known else {
-        let names = match one {
-            Some(fence) if !fence.is_built_in() => vec![fence.name],
-            _ => rollup_names(Some(&attached()?.source))?,
-        };
-        return Err(Fence::busy(&names)?);
+        Some(fence) if !fence.is_built_in() => vec![Fence::require(&fence.name, patience)?],
+        _ => Fence::require_all(&attached()?.source, patience)?,
     };
     let known: Vec<&Fence> = known.iter().collect();
     let is_meant = |fence: &&&Fence| one.as_ref().is_none_or(|one| one.name == fence.name);

@@ -29,7 +29,6 @@ use crate::server::text::{SCHEMA, quoted};
 use crate::state::captured;
 use crate::state::fence::Fence;
 use crate::state::frozen;
-use crate::state::rollups::rollup_names;
 use pgrx::datum::{AnyNumeric, Timestamp};
 use pgrx::prelude::*;
 
@@ -78,9 +77,7 @@ pub fn finish(
     let captured = captured::capture()?.filter(|state| state.relation == layout.table.oid);
     // 1. the rollups: what they say of these days is from now on their only record.
     if let Some(state) = &captured {
-        let Some(fences) = Fence::take_all(&state.source, patience)? else {
-            return Err(Fence::busy(&rollup_names(Some(&state.source))?)?);
-        };
+        let fences = Fence::require_all(&state.source, patience)?;
         for fence in &fences {
             if !fence.covered_from.is_neg_infinity() {
                 return Err(Error::NotCovered {

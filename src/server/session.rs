@@ -13,7 +13,7 @@ use std::time::Duration;
 pub fn require_version() -> Result<()> {
     let _pinned = Elevated::pinned();
     let sql = "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'";
-    match query(sql, &[], |r| value::<String>(r, 1))?.pop() {
+    match kept(sql, |r| value::<String>(r, 1))?.pop() {
         Some(installed) if installed != VERSION => Err(Error::OtherVersion { installed, library: VERSION }),
         _ => Ok(()),
     }

@@ -115,10 +115,14 @@ impl Fence {
         Ok(Fence { _work: Some(work), ..fence })
     }
 
-    /// That another transaction keeps one of these rollups, and whose it is.
-    pub fn busy(names: &[String]) -> Result<Error> {
-        let (rollup, holders) = kept_by(names)?;
-        Ok(Error::RollupBusy { rollup, holders })
+    /// As [`Fence::take`], or fails and says who keeps it.
+    pub fn require(name: &str, patience: Patience) -> Result<Fence> {
+        Fence::take(name, patience)?.map_or_else(|| Err(busy(&[name.into()])?), Ok)
+    }
+
+    /// As [`Fence::take_all`], or fails and says who keeps one.
+    pub fn require_all(source: &str, patience: Patience) -> Result<Vec<Fence>> {
+        Fence::take_all(source, patience)?.map_or_else(|| Err(busy(&rollup_names(Some(source))?)?), Ok)
     }
 
     /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
@@ -207,6 +211,12 @@ impl Fence {
         )?;
         Ok(())
     }
+}
+
+/// That another transaction keeps one of these rollups, and whose it is.
+fn busy(names: &[String]) -> Result<Error> {
+    let (rollup, holders) = kept_by(names)?;
+    Ok(Error::RollupBusy { rollup, holders })
 }
 
 /// Which of these rollups another transaction keeps, and whose it is.
