@@ -68,7 +68,7 @@ VALUES = {
 
 
 def load(name):
-    """The plain table, and how many rows it has."""
+    """The plain table."""
     harness.on_server(f"CREATE DATABASE {name} TEMPLATE {harness.empty()}")
     loads = []
     for first in (1, 2):
@@ -77,14 +77,7 @@ def load(name):
     if any([load.wait() for load in loads]):
         raise RuntimeError("could not load the rows")
     harness.psql(name, "-U", "litellm", "-f", ROOT / "target/litellm/1.110.sql")
-    with_session(name, 'VACUUM (ANALYZE) "LiteLLM_SpendLogs"')
-
-
-def with_session(database, *statements):
-    session = Session(database)
-    for statement in statements:
-        session.run(statement)
-    session.close()
+    harness.psql(name, "-c", 'VACUUM (ANALYZE) "LiteLLM_SpendLogs"')
 
 
 def queries(session):
