@@ -124,7 +124,7 @@ fn one_statement_with_equal_tags_of_other_text_keeps_them_apart() {
         .unwrap();
     let tags: String = value(
         &mut client,
-        "SELECT string_agg(request_tags::text, ' ' ORDER BY request_tags::text) FROM litellm_spend.change_log WHERE call_type = 'x'",
+        "SELECT string_agg(request_tags::text, ' ' ORDER BY request_tags::text) FROM litellm_spend.change_log WHERE spend = 1",
     );
     assert_eq!(tags, "[1.0] [1]");
     writer.batch_execute("ROLLBACK").unwrap();
@@ -568,18 +568,18 @@ fn null_and_empty_dimensions_stay_distinct() {
     insert(&mut writer, "open");
     client
         .batch_execute(
-            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", end_user, team_id)
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", end_user, "user")
                VALUES ('n1', 'x', 1, now(), now(), NULL, ''), ('n2', 'x', 1, now(), now(), '', NULL), ('n3', 'x', 1, now(), now(), '', NULL)"#,
         )
         .unwrap();
     let groups: i64 = value(
         &mut client,
-        "SELECT count(DISTINCT (end_user, team_id)) FROM litellm_spend.change_log WHERE call_type = 'x'",
+        "SELECT count(DISTINCT (end_user, \"user\")) FROM litellm_spend.change_log WHERE spend = 1",
     );
     assert_eq!(groups, 2);
     let nulls: i64 = value(
         &mut client,
-        "SELECT sum(requests)::bigint FROM litellm_spend.change_log WHERE call_type = 'x' AND end_user IS NULL AND team_id = ''",
+        "SELECT sum(requests)::bigint FROM litellm_spend.change_log WHERE spend = 1 AND end_user IS NULL AND \"user\" = ''",
     );
     assert_eq!(nulls, 1);
     writer.batch_execute("ROLLBACK").unwrap();

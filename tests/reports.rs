@@ -725,3 +725,34 @@ fn sorted(values: &[Value]) -> Vec<Flat> {
 fn close(a: &Flat, b: &Flat) -> bool {
     a.0 == b.0 && a.1.iter().zip(&b.1).all(|(a, b)| (a - b).abs() <= 1e-9 * a.abs().max(b.abs()))
 }
+
+#[test]
+fn reports_that_are_added_wait_for_who_captured_without_them() {
+    let db = shared().database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    wait_until_live(&mut client);
+    let row = |id| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", team_id)
+               VALUES ('{id}', 'x', 1, now(), now(), 'team')"#
+        )
+    };
+    let teams = "SELECT count(team_id) FROM litellm_spend.change_log";
+    writer.batch_execute("BEGIN").unwrap();
+    writer.batch_execute(&row("before")).unwrap();
+    assert_eq!(writer.query_one(teams, &[]).unwrap().get::<_, i64>(0), 0, "no rollup reads it");
+
+    let add = "SET litellm_spend.lock_timeout = '200ms'; SELECT spend_attach(reports => true)";
+    assert_refused(&mut client, add, "55P03");
+    assert_eq!(reports_there(&mut client), Vec::<String>::new());
+    writer.batch_execute("COMMIT").unwrap();
+    client.batch_execute(add).unwrap();
+    wait_until_live(&mut client);
+
+    writer.batch_execute("BEGIN").unwrap();
+    writer.batch_execute(&row("after")).unwrap();
+    assert_eq!(writer.query_one(teams, &[]).unwrap().get::<_, i64>(0), 1);
+    writer.batch_execute("COMMIT").unwrap();
+    let counted = "SELECT sum(requests)::bigint FROM litellm_spend.hourly_usage WHERE team_id = 'team'";
+    assert_eq!(value::<i64>(&mut client, counted), 2);
+}

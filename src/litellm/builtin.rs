@@ -43,6 +43,11 @@ pub fn log_column(column: &str) -> &str {
     }
 }
 
+/// The dimensions of the change log that rollups read.
+pub fn read_by(rollups: &[Definition]) -> Vec<&str> {
+    rollups.iter().flat_map(|r| &r.dimensions).map(|d| log_column(&d.column.name)).collect()
+}
+
 /// A bucket's name, expression and type.
 type Width = (&'static str, &'static str, &'static str);
 const DAY: Width = ("date", "hour::date", "date");

@@ -4,7 +4,7 @@
 //! - attach, and the watch when triggers are missing: SHARE ROW EXCLUSIVE on the table and each partition
 //!   (writers wait, readers do not), from the creation of the triggers to the end of the transaction: about a
 //!   millisecond for each partition (400 of them: writers waited 0.5 s, two busy cores, debug build,
-//!   PostgreSQL 15, 2026-11). Everything else is done before.
+//!   PostgreSQL 15, 2026-11). Everything else is done before. The same when reports are added.
 //! - when a foreign table becomes a partition, by the statement that brings it, or by the watch: the same,
 //!   for making the triggers harmless.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new
@@ -188,6 +188,7 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     let mut complete = actions.is_empty();
     let history = !rollups::rollup_names(Some(CHANGE_LOG))?.is_empty();
     let rollups = if reports { builtin::rollups() } else { reports::rollups()? };
+    let added = rollups.len() > reports::rollups()?.len();
     for definition in &rollups {
         let (action, unchanged) = ensure_rollup(definition, history)?;
         actions.push(action);
@@ -211,6 +212,11 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     actions.push(create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
+    if added {
+        // A statement that captured with the function of before, for fewer rollups, ends before a day that it
+        // wrote to is computed.
+        locks::lock_against_writers(&relation::relation_tree(oid)?)?;
+    }
     let text = if create_triggers(&state)? > 0 { CAPTURING } else { "already capturing" };
     if text == CAPTURING {
         log::event(format_args!("{} is captured from now on", table.qualified()));
@@ -345,7 +351,9 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
     let owner = quoted(&state.owner()?.name()?);
     let before = functions()?;
-    for (name, body) in (Capture { columns: &state.columns }).functions(state.subtract, predecessor) {
+    let rollups = reports::rollups()?;
+    let capture = Capture { columns: &state.columns };
+    for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, predecessor) {
         spi::execute(&spend_log::create_function(&name, &body), &[])?;
         spi::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;
         spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;

@@ -41,7 +41,8 @@ const REQUIRED: [SourceColumn; 6] = [
     required("completion_tokens", "integer"),
 ];
 
-/// Captured as they are, NULL and '' apart. The change log has a column of the same name for each.
+/// Captured as they are, NULL and '' apart, if a rollup reads them. The change log has a column of the same
+/// name for each.
 pub const DIMENSIONS: [SourceColumn; 13] = [
     required("api_key", "text"),
     optional("user", "text"),
@@ -92,10 +93,18 @@ impl Capture<'_> {
 
     /// Turns rows of `relation` into rows of the change log, one for one. `sign` is `1` or `-1`.
     fn rows(&self, relation: &str, sign: i32, condition: &str) -> String {
+        self.rows_with(|_| true, relation, sign, condition)
+    }
+
+    /// The same with NULL, which takes no room, for the dimensions that are not wanted.
+    fn rows_with(&self, wanted: impl Fn(&str) -> bool, relation: &str, sign: i32, condition: &str) -> String {
         let hour = format!("date_trunc('hour', r.{}) AS hour", quoted(TIME));
         let dimensions = DIMENSIONS.iter().map(|d| {
             let name = quoted(d.name);
-            if self.has(d.name) { format!("r.{name}") } else { format!("NULL::{} AS {name}", d.r#type) }
+            match wanted(d.name) && self.has(d.name) {
+                true => format!("r.{name}"),
+                false => format!("NULL::{} AS {name}", d.r#type),
+            }
         });
         let measures = MEASURES.iter().map(|(name, _, value)| {
             let value = if *name == "failed_requests" && !self.has("status") { "0::bigint" } else { value };
@@ -130,7 +139,8 @@ impl Capture<'_> {
         write_sums("retired", &self.rows(relation, 1, ""))
     }
 
-    /// The trigger functions, as (name, body).
+    /// The trigger functions, as (name, body). Of the dimensions they write to the change log those that a
+    /// rollup has: `read`. The ledger gets them all, for a rollup that is added later.
     ///
     /// They are PL/pgSQL, not Rust: LiteLLM's writes then go on whatever happens to our library. They belong
     /// to the table's owner and are SECURITY DEFINER, because the writer may be any role that the owner lets
@@ -140,10 +150,14 @@ impl Capture<'_> {
     /// and, if that can be written, its days are marked dirty; the user's statement succeeds.
     pub fn functions(
         &self,
+        read: &[&str],
         subtract_deleted: bool,
         predecessor: Option<(u32, &str)>,
     ) -> Vec<(String, String)> {
-        let inserted = self.rows("new_rows", 1, "");
+        let rows = |relation, sign, condition: &str| {
+            self.rows_with(|name| read.contains(&name), relation, sign, condition)
+        };
+        let inserted = rows("new_rows", 1, "");
         let insert = match predecessor {
             None => write_rows("change_log", &inserted) + ";",
             // The old table may be dropped, and its owner may give its name to something else, which must not
@@ -157,17 +171,17 @@ impl Capture<'_> {
         END IF;
     END IF;
     {};",
-                write_rows("change_log", &self.rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
+                write_rows("change_log", &rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
                 write_rows("change_log", &inserted),
                 text = literal(name),
             ),
         };
-        let updated = format!("{} UNION ALL {}", self.rows("old_rows", -1, ""), self.rows("new_rows", 1, ""));
+        let updated = format!("{} UNION ALL {}", rows("old_rows", -1, ""), rows("new_rows", 1, ""));
         let expiring = format!("coalesce(current_setting('{EXPIRING}', true) = 'on', false)");
         // A kept row that could not be written to the ledger is still in the rollups, which is where it
         // belongs.
         let (delete, delete_repair) = if subtract_deleted {
-            let subtract = write_rows("change_log", &self.rows("old_rows", -1, ""));
+            let subtract = write_rows("change_log", &rows("old_rows", -1, ""));
             (
                 format!("IF {expiring} THEN {}; ELSE {subtract}; END IF;", self.retire("old_rows")),
                 format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"),
@@ -543,7 +557,7 @@ mod tests {
     #[test]
     fn an_update_subtracts_the_old_row_and_adds_the_new_one() {
         let columns = vec![];
-        let functions = Capture { columns: &columns }.functions(false, None);
+        let functions = Capture { columns: &columns }.functions(&[], false, None);
         let update = &functions.iter().find(|(name, _)| name.ends_with("update")).unwrap().1;
         assert!(update.contains("- (1::bigint) AS \"requests\""), "{update}");
         assert!(update.contains("FROM old_rows") && update.contains("FROM new_rows"), "{update}");
