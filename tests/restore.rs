@@ -105,13 +105,17 @@ fn target(name: &str) -> String {
     name
 }
 
+fn wait_until_restored(client: &mut Client) {
+    eventually("the end of the restore is seen", || {
+        holds(client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status")
+    });
+}
+
 /// All is as it was, work goes on by itself, and stays exact.
 fn check(database: &str, totals: &str) {
     let mut client = shared().connect(database);
     assert_eq!(value::<String>(&mut client, TOTALS), totals, "{database}");
-    eventually("the end of the restore is seen", || {
-        holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status")
-    });
+    wait_until_restored(&mut client);
     client.batch_execute("SET ROLE litellm").unwrap();
     client.batch_execute(&insert_rows("after", 20, 3)).unwrap();
     client.batch_execute("RESET ROLE; INSERT INTO ev (kind) SELECT 1 FROM generate_series(1, 10)").unwrap();
@@ -195,6 +199,7 @@ fn litellm_s_own_role_may_dump_with_pg_read_all_data_and_is_told_so() {
     let database = target("dumper");
     run("pg_restore", &["-d", &database, &file]);
     let mut client = shared().connect(&database);
+    wait_until_restored(&mut client);
     wait_until_merged(&mut client);
     assert!(holds(&mut client, "SELECT sum(requests) = 100 FROM litellm_spend.daily_spend"));
     assert_exact(&mut client);
