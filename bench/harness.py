@@ -266,12 +266,12 @@ def merge(session):
     return int(merged or 0)
 
 
-def wait_until(session, condition, seconds=30):
+def wait_until(session, condition, seconds=30, pause=0.05):
     deadline = time.monotonic() + seconds
     while session.value(condition) != "t":
         if time.monotonic() > deadline:
             raise RuntimeError(f"not within {seconds} s: {condition}")
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 # ---- results ---------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ ROWS = int(os.environ.get("ROWS", 200_000 if QUICK else 10_000_000))
 WINDOWS = 10
 WINDOW = ROWS // WINDOWS
 
-# A thousand groups a minute, ten rows each; the second half has the times of the first.
-PAGE_VIEWS = f"""
+
+def page_views():
+    """A thousand groups a minute, ten rows each; the second half has the times of the first."""
+    return f"""
 CREATE TABLE page_views (
     site_id int, path text, client_ip inet, view_time timestamptz DEFAULT now(), view_id bigserial);
 INSERT INTO page_views (site_id, path, client_ip, view_time)
@@ -138,7 +140,7 @@ def prepare(session):
     harness.create_extension(session)
     harness.end_worker(session)
     start = time.monotonic()
-    session.run(PAGE_VIEWS)
+    session.run(page_views())
     session.run("VACUUM (ANALYZE) page_views")
     for rollup, _ in CASES:
         session.run(rollup.create)

@@ -8,6 +8,7 @@ import csv
 import statistics
 from collections import defaultdict
 
+import groups
 import logs_page
 import merge
 import pipeline
@@ -26,6 +27,7 @@ TITLES = {
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
+    "groups": f"Merge of {groups.ROWS:,} page views by the number of groups",
     "pipeline": f"Two connections COPY {pipeline.ROWS:,} page views, merged beside them into a million groups",
     "convert": "spend_partition_convert(), and what others wait for it",
     "expire": "Expiry of a day of 100,000 rows",
@@ -63,6 +65,10 @@ RATIOS = {
         for _, cases in merge.CASES for case in cases
         for above, below in (("ours", "plain"), ("ours", "plain, windows"), ("ours, one window", "plain"))
         for metric in ("time", "cpu")
+    ],
+    "groups": [
+        (metric, [f"{count} groups: {ours}"], f"{count} groups: article")
+        for ours in ("ours", "ours, in SQL") for metric in ("time", "cpu") for count in groups.GROUPS
     ],
     "pipeline": [
         *((metric, ["ours"], "article") for metric in ("end to end", "longest lag", "merge cpu", "memory")),

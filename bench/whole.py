@@ -142,7 +142,7 @@ def wait_until_merged(session):
     harness.wait_until(
         session, "SELECT min(r.watermark) = q.last_value AND s.trimmed_to = q.last_value FROM litellm_spend.change_log_seq q,"
         " litellm_spend.source s JOIN litellm_spend.rollup r ON r.source = s.name WHERE s.name = 'change_log'"
-        " GROUP BY q.last_value, s.trimmed_to", seconds=120)
+        " GROUP BY q.last_value, s.trimmed_to", seconds=120, pause=0.5)  # what it asks is measured, too
 
 
 def insert(session, rows, statements, pace):
