@@ -696,6 +696,12 @@ errors! {
         { failure.detail().unwrap_or_default() };
         { failure.hint().unwrap_or_default() };
 
+    OutOfRange:
+        ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE;
+        "bigint out of range";
+        "The sum of a group is more than its column holds.";
+        "Take a sum of numeric, as in sum(value::numeric).";
+
     SeveralStatements:
         ERRCODE_SYNTAX_ERROR;
         "not a single statement";

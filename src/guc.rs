@@ -9,6 +9,7 @@ static LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static SWAP_LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(10_000_000);
+static HASH_GROUPS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MAINTAIN_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static DISCOVERY_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
 
@@ -70,6 +71,11 @@ pub fn maintain_interval() -> Duration {
 /// from a template). CREATE EXTENSION itself is noticed within a second.
 pub fn discovery_interval() -> Duration {
     Duration::from_secs(DISCOVERY_INTERVAL.get() as u64)
+}
+
+/// Whether a merge groups rows in a hash table of ours, where that can be done, or in SQL.
+pub fn hash_groups() -> bool {
+    HASH_GROUPS.get()
 }
 
 fn millis(setting: &GucSetting<i32>) -> Duration {
@@ -136,6 +142,14 @@ pub fn register() {
         1,
         i32::MAX,
         GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_bool_guc(
+        c"litellm_spend.hash_groups",
+        c"Merges group rows in a hash table of ours where that can be done.",
+        c"Off: PostgreSQL's aggregation groups them, which takes longer.",
+        &HASH_GROUPS,
+        GucContext::Suset,
         GucFlags::default(),
     );
     GucRegistry::define_int_guc(

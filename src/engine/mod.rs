@@ -1,8 +1,10 @@
 //! Rollups of any source that a sequence numbers: what a user says one is, which rows are safe, merging,
 //! recomputing, comparing. Why no row is counted twice: docs/internals.md. May call state and server.
 
+mod decimal;
 pub mod declaration;
 pub mod declare;
+mod groups;
 pub mod rebuild;
 pub mod rollup;
 pub mod source;

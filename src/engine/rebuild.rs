@@ -13,8 +13,10 @@
 //! built-in ones we remove the rows of a range ourselves, which the owner may not.
 
 use crate::citus;
+use crate::engine::groups;
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
+use crate::guc;
 use crate::litellm::capture::attached;
 use crate::litellm::spend_log::Capture;
 use crate::server::locks::{self, Patience};
@@ -101,22 +103,25 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     }
     // 3. the range's rows go; readers still see them.
     let (start, end) = (range.start, range.end);
-    let mut refills = vec![];
+    let mut rollups = vec![];
     for fence in fences {
         let definition = fence.filled()?;
         let _rights = fence.act()?;
         spi::execute(&definition.clear(), &[start.into(), end.into()])?;
-        refills.push(definition.refill(truth.query.as_ref().map(|_| "truth"), fence.watermark));
+        rollups.push((definition, fence.watermark));
     }
-    // 4. truth − tail, in one statement: one snapshot, newer than the fences.
-    let owner = truth.owner;
-    let truth = truth.query.map(|query| format!("truth AS ({query})"));
-    let parts = refills.iter().enumerate().map(|(i, refill)| format!("refilled_{i} AS ({refill})"));
-    let parts: Vec<String> = truth.into_iter().chain(parts).collect();
-    let counts: Vec<String> =
-        (0..refills.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
-    let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
-    let groups = owner.fresh(&sql, &[start.into(), end.into()], |r| spi::value::<i64>(r, 1))?;
+    // 4. truth − tail of each in one statement: one snapshot, newer than the fences.
+    let groups = match guc::hash_groups() && !citus::is_distributed(first.relation)? {
+        true => {
+            let _owner = truth.owner.act();
+            groups::refill(&rollups, truth.query.as_deref(), range)?
+        }
+        false => None,
+    };
+    let groups = match groups {
+        Some(groups) => groups,
+        None => refill(&rollups, truth, range)?,
+    };
     // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only
     //    record.
     if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
@@ -126,6 +131,22 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     if first.is_built_in() {
         rollups::know(&fences.iter().map(|fence| fence.name.clone()).collect::<Vec<_>>(), range)?;
     }
+    Ok(groups)
+}
+
+/// Inserts truth − tail in SQL, which reads the truth once. Returns the number of groups.
+fn refill(rollups: &[(&Definition, i64)], truth: Truth, range: Range) -> Result<i64> {
+    let name = truth.query.as_ref().map(|_| "truth");
+    let refilled = rollups.iter().enumerate();
+    let refilled =
+        refilled.map(|(i, (d, watermark))| format!("refilled_{i} AS ({})", d.refill(name, *watermark)));
+    let parts: Vec<String> =
+        truth.query.iter().map(|query| format!("truth AS ({query})")).chain(refilled).collect();
+    let counts: Vec<String> =
+        (0..rollups.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
+    let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
+    let arguments = [range.start.into(), range.end.into()];
+    let groups = truth.owner.fresh(&sql, &arguments, |r| spi::value::<i64>(r, 1))?;
     Ok(groups.first().copied().unwrap_or(0))
 }
 

@@ -11,13 +11,13 @@
 //! else.
 
 use crate::citus;
+use crate::engine::groups;
 use crate::engine::source;
-use crate::engine::statements;
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::server::locks::{self, Patience};
 use crate::server::relation;
-use crate::server::session::{Elevated, Failure, attempt};
+use crate::server::session::{Failure, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::definition::Definition;
@@ -117,7 +117,15 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     }
     // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
     let rights = fence.act()?;
-    let (rows, groups) = write_window(&[definition], start, end)?[0];
+    // What nodes have they add up themselves.
+    let hashed = match guc::hash_groups() && !citus::is_distributed(fence.relation)? {
+        true => groups::merge(&[definition], start, end)?,
+        false => None,
+    };
+    let (rows, groups) = match hashed {
+        Some(counts) => counts[0],
+        None => write_window(definition, start, end)?,
+    };
     if rows == 0 && end < safe_end {
         end = end_of_gap(definition, end, safe_end)?;
     }
@@ -127,15 +135,18 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
 }
 
-/// Merges the next window of all built-in rollups in one statement, which reads the change log less often
-/// than they would one by one. `None`: that cannot be done now, one of them is ahead or fails, say; then each
-/// goes its own way.
+/// Merges the next window of all built-in rollups together: the change log is read once for those whose rows
+/// are the same. `None`: that cannot be done now, one of them is ahead or fails, say; then each goes its own
+/// way.
 pub fn merge_together(
     names: &[String],
     safe_end: i64,
     most: i64,
     patience: Patience,
 ) -> Result<Option<Vec<Merge>>> {
+    if !guc::hash_groups() {
+        return Ok(None);
+    }
     let started = Instant::now();
     // 1. lock the state rows, in the order of their names as everybody does.
     let mut fences = vec![];
@@ -155,16 +166,10 @@ pub fn merge_together(
         return Ok(None);
     }
     // 3. its rows, on a snapshot that is newer than the fences and the look. All that is mentioned is ours.
-    let write = || {
-        // The log comes and goes too quickly for statistics. Groups that are taken for few are sorted by all
-        // their keys, which took a third of a merge (5,000 rows, PostgreSQL 15, 2026-11).
-        let _hashed = Elevated::enter()?.with(c"enable_sort", c"off");
-        write_window(&definitions, start, end)
-    };
-    let counts = match attempt(write).map_err(Failure::unless_cancel) {
-        Ok(counts) => counts,
+    let counts = match attempt(|| groups::merge(&definitions, start, end)).map_err(Failure::unless_cancel) {
+        Ok(Some(counts)) => counts,
         // Whose fault it is will be found, and recorded, when each is merged alone.
-        Err(_) => return Ok(None),
+        Ok(None) | Err(_) => return Ok(None),
     };
     if end < safe_end && counts.iter().all(|(rows, _)| *rows == 0) {
         end = end_of_gap(definitions[0], end, safe_end)?;
@@ -178,16 +183,12 @@ pub fn merge_together(
     Ok(Some(counts.into_iter().map(merge).collect()))
 }
 
-/// Adds the rows of a window to rollups of one source. Returns the source rows and the groups of each.
-fn write_window(rollups: &[&Definition], start: i64, end: i64) -> Result<Vec<(i64, i64)>> {
-    let found = spi::fresh(&statements::merge(rollups), &[start.into(), end.into()], |r| {
-        Ok((spi::value::<i32>(r, 1)?, spi::value::<i64>(r, 2)?, spi::value::<i64>(r, 3)?))
+/// Adds the rows of a window to a rollup. Returns the number of source rows and of groups.
+fn write_window(rollup: &Definition, start: i64, end: i64) -> Result<(i64, i64)> {
+    let found = spi::fresh(&rollup.merge(), &[start.into(), end.into()], |r| {
+        Ok((spi::value::<i64>(r, 1)?, spi::value::<i64>(r, 2)?))
     })?;
-    let mut counts = vec![(0, 0); rollups.len()];
-    for (rollup, rows, groups) in found {
-        counts[rollup as usize] = (rows, groups);
-    }
-    Ok(counts)
+    Ok(found.into_iter().next().unwrap_or_default())
 }
 
 /// Where a window that begins after `start` ends.

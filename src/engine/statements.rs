@@ -31,6 +31,17 @@ impl Definition {
         self.measures.iter().any(|m| m.aggregates)
     }
 
+    /// Whether only an aggregate of somebody's can combine its states.
+    pub fn has_aggregates(&self) -> bool {
+        self.aggregates() || self.measures.iter().any(|m| matches!(m.combine, Combine::With(_)))
+    }
+
+    /// Whether the rows that it is computed of are the same.
+    pub fn reads_as(&self, other: &Definition) -> bool {
+        let rows = |d: &Definition| (d.source.clone(), d.source_sequence.clone(), d.expansion.clone());
+        rows(self) == rows(other)
+    }
+
     // ---- the two steps --------------------------------------------------------------------------------
 
     /// Partial rows of the source rows in `relation` that satisfy `condition`.
@@ -255,59 +266,48 @@ impl Definition {
 
     // ---- merge ----------------------------------------------------------------------------------------
 
-    /// The groups of the window `($1, $2]`, with the number of source rows of each.
+    /// That a source row is in the window `($1, $2]`.
+    fn in_window(&self) -> String {
+        format!("r.{0} > $1 AND r.{0} <= $2", quoted(&self.source_sequence))
+    }
+
+    /// Expressions over the rows of the window, one for one.
+    pub fn window_rows(&self, expressions: &[&str]) -> String {
+        let (source, expansion) = (&self.source, &self.expansion);
+        format!("SELECT {} FROM {source} AS r{expansion} WHERE {}", expressions.join(", "), self.in_window())
+    }
+
+    /// The groups of the window, with the number of source rows of each.
     fn window_groups(&self) -> String {
-        let window = format!("r.{0} > $1 AND r.{0} <= $2", quoted(&self.source_sequence));
         let counted = |m: &Measure| m.column.name == self.presence && m.column.expression == ONE_ROW;
         let rows = match self.aggregates() || self.measures.iter().any(counted) {
             true => format!("sum({})", quoted(&self.presence)),
             false => "count(*)".into(),
         };
-        self.combine(&format!(", {rows} AS {SOURCE_ROWS}"), &self.project(&self.source, &window), "")
+        self.combine(
+            &format!(", {rows} AS {SOURCE_ROWS}"),
+            &self.project(&self.source, &self.in_window()),
+            "",
+        )
     }
 
-    /// The same from the groups of a finer rollup, which are called `groups`.
-    fn window_groups_of(&self, finer: &Definition, groups: &str) -> String {
-        let dimensions = self.dimensions.iter().map(|d| match finer.has_dimension(&d.column) {
-            true => quoted(&d.column.name),
-            false => format!("{} AS {}", d.column.expression, quoted(&d.column.name)),
-        });
-        let measures = self.measures.iter().map(|m| quoted(&m.column.name));
-        let columns = dimensions.chain(measures).collect::<Vec<_>>().join(", ");
-        let rows = format!("SELECT {columns}, {SOURCE_ROWS} FROM {groups} AS r");
-        self.combine(&format!(", sum({SOURCE_ROWS}) AS {SOURCE_ROWS}"), &rows, "")
-    }
-
-    fn has_dimension(&self, column: &Column) -> bool {
-        self.dimensions.iter().any(|d| d.column == *column)
-    }
-
-    /// Whether its groups say all that those of `coarser` do: the same measures of the same rows, and its
-    /// dimensions, or the time itself that `coarser` buckets.
-    fn is_finer_than(&self, coarser: &Definition) -> bool {
-        let column = coarser.bucket.as_ref().map(|b| b.column.as_str());
-        let has_time = self.dimensions.iter().any(|d| {
-            column == Some(&d.column.name) && d.column.expression.trim_matches('"') == d.column.name
-        });
-        let is_bucket = |name: &String| coarser.bucket.as_ref().is_some_and(|b| b.dimension == *name);
-        self.dimensions.len() > coarser.dimensions.len()
-            && (&self.source, &self.source_sequence) == (&coarser.source, &coarser.source_sequence)
-            && (&self.expansion, &self.measures) == (&coarser.expansion, &coarser.measures)
-            && coarser
-                .dimensions
-                .iter()
-                .all(|d| self.has_dimension(&d.column) || has_time && is_bucket(&d.column.name))
+    /// Merges the window. Returns the number of source rows and of groups.
+    pub fn merge(&self) -> String {
+        format!(
+            "WITH merged AS ({}), written AS ({})
+             SELECT coalesce(sum({SOURCE_ROWS}), 0)::bigint, count(*) FROM merged",
+            self.window_groups(),
+            self.write_groups(&format!("merged ORDER BY {}", self.dimension_list()))
+        )
     }
 
     /// Adds the groups that are called `groups` to the table.
-    fn write(&self, groups: &str) -> String {
+    pub fn write_groups(&self, groups: &str) -> String {
         format!(
-            "INSERT INTO {table} AS r ({columns})
-             SELECT {columns} FROM {groups} ORDER BY {keys}
+            "INSERT INTO {table} AS r ({columns}) SELECT {columns} FROM {groups}
              ON CONFLICT ({target}) DO UPDATE SET {add}",
             table = self.table(),
             columns = self.column_list(),
-            keys = self.dimension_list(),
             target = self.conflict_target(),
             add = list(&self.measures, Measure::add_excluded),
         )
@@ -355,6 +355,27 @@ impl Definition {
             self.table(),
             self.column_list(),
             self.combine("", &rows, &keep)
+        )
+    }
+
+    /// The source rows whose states [`Definition::refill`] adds up: expressions over them, and whether each is
+    /// a measure's, which the tail takes away.
+    pub fn refill_rows(&self, columns: &[(&str, bool)], truth: Option<&str>, watermark: i64) -> String {
+        let (source, expansion, range) = (&self.source, &self.expansion, self.source_in_range());
+        let Some(truth) = truth else {
+            let merged = format!("r.{} <= {watermark}", quoted(&self.source_sequence));
+            let columns = list(columns, |(expression, _)| expression.to_string());
+            return format!("SELECT {columns} FROM {source} AS r{expansion} WHERE {range} AND {merged}");
+        };
+        format!(
+            "SELECT {} FROM ({truth}) AS r{expansion} WHERE {range}
+             UNION ALL SELECT {} FROM {source} AS r{expansion} WHERE {range} AND {}",
+            list(columns, |(expression, _)| expression.to_string()),
+            list(columns, |(expression, is_measure)| match is_measure {
+                true => format!("- ({expression})"),
+                false => expression.to_string(),
+            }),
+            self.tail(&watermark.to_string())
         )
     }
 
@@ -466,31 +487,11 @@ impl Definition {
     }
 }
 
+/// What groups that are ready to be written are called.
+pub const GROUPS: &str = "litellm_spend_groups";
+
 /// What a column is called that no rollup's has the name of: the number of source rows of a group.
 const SOURCE_ROWS: &str = "litellm_spend_rows_";
-
-/// Merges the window `($1, $2]` into rollups of one source. A coarse one is computed from the groups of the
-/// finer one that has the fewest dimensions, not from the source. Returns for each its place in `rollups`,
-/// the number of source rows and of groups.
-pub fn merge(rollups: &[&Definition]) -> String {
-    let mut order: Vec<usize> = (0..rollups.len()).collect();
-    order.sort_by_key(|i| std::cmp::Reverse(rollups[*i].dimensions.len()));
-    let (mut parts, mut counts) = (vec![], vec![]);
-    for i in order {
-        let rollup = rollups[i];
-        let finer = (0..rollups.len()).filter(|j| rollups[*j].is_finer_than(rollup));
-        let groups = match finer.min_by_key(|j| rollups[*j].dimensions.len()) {
-            Some(j) => rollup.window_groups_of(rollups[j], &format!("merged_{j}")),
-            None => rollup.window_groups(),
-        };
-        parts.push(format!(
-            "merged_{i} AS ({groups}), written_{i} AS ({})",
-            rollup.write(&format!("merged_{i}"))
-        ));
-        counts.push(format!("SELECT {i}, coalesce(sum({SOURCE_ROWS}), 0)::bigint, count(*) FROM merged_{i}"));
-    }
-    format!("WITH {} {}", parts.join(", "), counts.join(" UNION ALL "))
-}
 
 impl Column {
     /// As a table has it.

@@ -12,4 +12,5 @@ pub mod relation;
 pub mod rewrite;
 pub mod session;
 pub mod spi;
+pub mod stream;
 pub mod text;

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
 /// Refuses a text that is more than one statement, whatever quotes it was meant to keep.
-fn require_one_statement(sql: &str) -> Result<()> {
+pub fn require_one_statement(sql: &str) -> Result<()> {
     // Nothing else separates statements, and hardly any text of ours has one.
     if !sql.contains(';') {
         return Ok(());

@@ -1,0 +1,521 @@
+//! Merges a window, or computes a range anew, through a hash table of ours, where PostgreSQL's aggregation would take longer than all
+//! the rest: it calls a function for each value of each row, and each rollup of a source reads the rows anew.
+//!
+//! ```text
+//!   SELECT dimensions, states          one scan for all rollups     INSERT … ON CONFLICT
+//!   FROM source WHERE …       ──row──> table of groups a rollup ──> SELECT … FROM groups
+//!   (the executor, as the owner)       (here: bytes and numbers)    (the executor, as the owner)
+//! ```
+//!
+//! Whatever means something is done by the server: which rows, the expressions, the conflict, the rows'
+//! place. Here values are compared byte by byte, and numbers added. So only dimensions are covered whose
+//! equal values have equal bytes, and states whose sum is one of integers or numerics, or a least or greatest
+//! integer or time. For all else, and for what Citus distributes, [`Definition::merge`] and
+//! [`Definition::refill`] do the same in SQL.
+//!
+//! Memory: the groups take at most `maintenance_work_mem`, and as much again while they are written. When
+//! they are more they are written before all rows are read; what comes later is added to them, as that of the
+//! next window is.
+
+use crate::engine::decimal::{Decimal, content, datum_of};
+use crate::engine::statements::GROUPS;
+use crate::error::{Error, Result};
+use crate::server::relation;
+use crate::server::session::Elevated;
+use crate::server::spi::Args;
+use crate::server::stream::{self, Query, Sink};
+use crate::state::definition::{Combine, Definition};
+use crate::state::frozen::Range;
+use hashbrown::{DefaultHashBuilder, HashTable};
+use pgrx::prelude::*;
+use std::hash::BuildHasher;
+use std::mem;
+
+/// Adds the rows of a window to rollups of one source. Returns the rows and the groups of each; `None`: that
+/// cannot be done here, and nothing was.
+pub fn merge(rollups: &[&Definition], start: i64, end: i64) -> Result<Option<Vec<(i64, i64)>>> {
+    let Some(mut scans) = scans(rollups.iter().map(|rollup| (*rollup, 0)))? else { return Ok(None) };
+    let sql = |scan: &Scan| scan.rollups[0].definition.window_rows(&scan.expressions());
+    if !run(&mut scans, sql, &[start.into(), end.into()])? {
+        return Ok(None);
+    }
+    let mut counts = vec![(0, 0); rollups.len()];
+    for scan in &scans {
+        scan.rollups.iter().for_each(|rollup| counts[rollup.place] = (scan.rows, rollup.written));
+    }
+    Ok(Some(counts))
+}
+
+/// Inserts `truth − tail` of a range, as [`Definition::refill`] does, for rollups of one source with their
+/// watermarks. Returns the number of groups; `None`: as of [`merge`].
+///
+/// What is read is the owner's of the truth, as whom we act. Tables that are ours are written as ourselves:
+/// that owner may not change what is there.
+pub fn refill(rollups: &[(&Definition, i64)], truth: Option<&str>, range: Range) -> Result<Option<i64>> {
+    let Some(mut scans) = scans(rollups.iter().copied())? else { return Ok(None) };
+    for rollup in scans.iter_mut().flat_map(|scan| &mut scan.rollups) {
+        rollup.refills = truth.is_some();
+    }
+    let sql = |scan: &Scan| scan.rollups[0].definition.refill_rows(&scan.columns, truth, scan.watermark);
+    let done = run(&mut scans, sql, &[range.start.into(), range.end.into()])?;
+    let written = scans.iter().flat_map(|scan| &scan.rollups).map(|rollup| rollup.written);
+    Ok(done.then(|| written.sum()))
+}
+
+/// Those that are computed of the same rows together. `None`: states cannot be added here.
+fn scans<'a>(rollups: impl Iterator<Item = (&'a Definition, i64)>) -> Result<Option<Vec<Scan<'a>>>> {
+    let mut scans: Vec<Scan> = vec![];
+    for (place, (rollup, watermark)) in rollups.enumerate() {
+        if rollup.has_aggregates() {
+            return Ok(None);
+        }
+        let alike =
+            |scan: &&mut Scan| scan.watermark == watermark && scan.rollups[0].definition.reads_as(rollup);
+        match scans.iter_mut().find(alike) {
+            Some(scan) => scan.add(place, rollup)?,
+            None => {
+                let mut scan = Scan { watermark, ..Scan::default() };
+                scan.add(place, rollup)?;
+                scans.push(scan);
+            }
+        }
+    }
+    Ok(Some(scans))
+}
+
+/// Reads the rows of all, and writes their groups. `false`: a type is not covered, and nothing was done.
+fn run(scans: &mut [Scan], sql: impl Fn(&Scan) -> String, arguments: Args) -> Result<bool> {
+    let queries = scans.iter().map(|scan| Query::new(&sql(scan), arguments));
+    let queries = queries.collect::<Result<Vec<_>>>()?;
+    if !scans.iter_mut().zip(&queries).all(|(scan, query)| scan.covers(&query.columns)) {
+        return Ok(false);
+    }
+    for (scan, query) in scans.iter_mut().zip(&queries) {
+        query.read(arguments, scan)?;
+        scan.flush()?;
+    }
+    Ok(true)
+}
+
+/// Rollups that are computed of the same rows.
+#[derive(Default)]
+struct Scan<'a> {
+    /// Expressions over the source, each once, and whether it is a measure's.
+    columns: Vec<(&'a str, bool)>,
+    watermark: i64,
+    rollups: Vec<Rollup<'a>>,
+    rows: i64,
+}
+
+struct Rollup<'a> {
+    /// Which of those that are merged.
+    place: usize,
+    definition: &'a Definition,
+    table: pg_sys::Oid,
+    dimensions: Vec<Dimension>,
+    measures: Vec<Measure>,
+    groups: Groups,
+    written: i64,
+    /// It is one of ours, and gets the difference of a truth and a tail, which may be nothing.
+    refills: bool,
+}
+
+struct Dimension {
+    /// Which column of the scan.
+    column: usize,
+    /// Which of the rollup's table.
+    attribute: usize,
+    bytes: Bytes,
+}
+
+struct Measure {
+    column: usize,
+    attribute: usize,
+    number: Number,
+    combine: Combine,
+    /// The type of the table's column.
+    r#type: pg_sys::Oid,
+}
+
+/// How a dimension is written as bytes that are ordered as its values are.
+#[derive(Clone, Copy)]
+enum Bytes {
+    Whole(Whole),
+    /// In the order of the collation "C".
+    Text,
+    Uuid,
+}
+
+/// A type whose values are whole numbers.
+#[derive(Clone, Copy)]
+enum Whole {
+    Boolean,
+    Two,
+    Four,
+    Eight,
+}
+
+#[derive(Clone, Copy)]
+enum Number {
+    Whole(Whole),
+    Numeric,
+}
+
+impl Whole {
+    fn of(r#type: pg_sys::Oid) -> Option<Whole> {
+        match r#type {
+            pg_sys::BOOLOID => Some(Whole::Boolean),
+            pg_sys::INT2OID => Some(Whole::Two),
+            pg_sys::INT4OID | pg_sys::DATEOID => Some(Whole::Four),
+            pg_sys::INT8OID | pg_sys::TIMESTAMPOID | pg_sys::TIMESTAMPTZOID => Some(Whole::Eight),
+            _ => None,
+        }
+    }
+
+    fn read(self, value: pg_sys::Datum) -> i64 {
+        match self {
+            Whole::Boolean => i64::from(value.value() as u8 != 0),
+            Whole::Two => i64::from(value.value() as i16),
+            Whole::Four => i64::from(value.value() as i32),
+            Whole::Eight => value.value() as i64,
+        }
+    }
+}
+
+const INTEGERS: [pg_sys::Oid; 3] = [pg_sys::INT2OID, pg_sys::INT4OID, pg_sys::INT8OID];
+
+impl Bytes {
+    fn of(r#type: pg_sys::Oid, collation: pg_sys::Oid) -> Option<Bytes> {
+        match r#type {
+            pg_sys::TEXTOID | pg_sys::VARCHAROID => {
+                // SAFETY: looks a collation up; fails if there is none.
+                let by_bytes = unsafe { pg_sys::get_collation_isdeterministic(collation) };
+                by_bytes.then_some(Bytes::Text)
+            }
+            pg_sys::UUIDOID => Some(Bytes::Uuid),
+            other => Whole::of(other).map(Bytes::Whole),
+        }
+    }
+
+    fn write(self, value: pg_sys::Datum, key: &mut Vec<u8>) {
+        match self {
+            Bytes::Whole(whole) => key.extend((whole.read(value) ^ i64::MIN).to_be_bytes()),
+            // A text has no byte 0.
+            Bytes::Text => with_content(value, |text| {
+                key.extend(text);
+                key.push(0);
+            }),
+            // SAFETY: sixteen bytes, wherever they are.
+            Bytes::Uuid => key.extend(unsafe { std::slice::from_raw_parts(value.cast_mut_ptr::<u8>(), 16) }),
+        }
+    }
+
+    /// The value at the beginning of `key`, which goes on behind it.
+    fn read(self, key: &mut &[u8]) -> pg_sys::Datum {
+        let length = match self {
+            Bytes::Whole(_) => 8,
+            Bytes::Text => key.iter().position(|byte| *byte == 0).unwrap_or(key.len()),
+            Bytes::Uuid => 16,
+        };
+        let (value, rest) = key.split_at(length);
+        *key = rest;
+        match self {
+            Bytes::Whole(_) => {
+                let bytes = value.try_into().unwrap_or_default();
+                pg_sys::Datum::from(i64::from_be_bytes(bytes) ^ i64::MIN)
+            }
+            Bytes::Text => {
+                *key = &key[1..];
+                datum_of(value)
+            }
+            // SAFETY: as many bytes are made as are written.
+            Bytes::Uuid => unsafe {
+                let copy = pg_sys::palloc(16).cast::<u8>();
+                std::ptr::copy_nonoverlapping(value.as_ptr(), copy, 16);
+                copy.into()
+            },
+        }
+    }
+}
+
+/// The bytes of a value of varying length, however it is stored.
+fn with_content(value: pg_sys::Datum, mut use_it: impl FnMut(&[u8])) {
+    // SAFETY: it is such a value, and stays for as long as its row does; a copy is given back.
+    unsafe {
+        let stored: *mut pg_sys::varlena = value.cast_mut_ptr();
+        let plain =
+            pgrx::varatt_is_4b_u(stored) || pgrx::varatt_is_1b(stored) && !pgrx::varatt_is_1b_e(stored);
+        let found = if plain { stored } else { pg_sys::pg_detoast_datum_packed(stored) };
+        use_it(content(found));
+        if found != stored {
+            pg_sys::pfree(found.cast());
+        }
+    }
+}
+
+impl<'a> Scan<'a> {
+    fn add(&mut self, place: usize, definition: &'a Definition) -> Result<()> {
+        let name = definition.table();
+        let table = relation::find_relation(&name)?.ok_or(Error::NoTable(name))?;
+        let attributes = stream::columns(table);
+        let attribute = |name: &str| attributes.iter().position(|(found, _)| found == name).unwrap_or(0);
+        let columns = &mut self.columns;
+        let mut column = |expression: &'a str, is_measure: bool| {
+            columns.iter().position(|column| *column == (expression, is_measure)).unwrap_or_else(|| {
+                columns.push((expression, is_measure));
+                columns.len() - 1
+            })
+        };
+        // What is read is known when the server says its types.
+        let dimensions = definition.dimensions.iter().map(|d| Dimension {
+            column: column(&d.column.expression, false),
+            attribute: attribute(&d.column.name),
+            bytes: Bytes::Text,
+        });
+        let dimensions = dimensions.collect();
+        let measures = definition.measures.iter().map(|m| Measure {
+            column: column(&m.column.expression, true),
+            attribute: attribute(&m.column.name),
+            number: Number::Numeric,
+            combine: m.combine.clone(),
+            r#type: attributes[attribute(&m.column.name)].1,
+        });
+        let measures = measures.collect();
+        let groups = Groups::default();
+        let rollup =
+            Rollup { place, definition, table, dimensions, measures, groups, written: 0, refills: false };
+        self.rollups.push(rollup);
+        Ok(())
+    }
+
+    fn expressions(&self) -> Vec<&str> {
+        self.columns.iter().map(|(expression, _)| *expression).collect()
+    }
+
+    fn covers(&mut self, columns: &[(pg_sys::Oid, pg_sys::Oid)]) -> bool {
+        self.rollups.iter_mut().all(|rollup| rollup.covers(columns).is_some())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.rollups.iter_mut().try_for_each(Rollup::flush)
+    }
+}
+
+impl Sink for Scan<'_> {
+    fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
+        self.rows += 1;
+        for rollup in &mut self.rollups {
+            rollup.add(values, nulls);
+        }
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        let memory: usize = self.rollups.iter().map(|rollup| rollup.groups.memory()).sum();
+        // SAFETY: reads a setting, in kilobytes.
+        let most = unsafe { pg_sys::maintenance_work_mem } as usize * 1024;
+        if memory > most { self.flush() } else { Ok(()) }
+    }
+}
+
+impl Rollup<'_> {
+    /// Takes note of the types, if there is nothing among them that cannot be done here.
+    fn covers(&mut self, columns: &[(pg_sys::Oid, pg_sys::Oid)]) -> Option<()> {
+        for dimension in &mut self.dimensions {
+            let (r#type, collation) = columns[dimension.column];
+            dimension.bytes = Bytes::of(r#type, collation)?;
+        }
+        for measure in &mut self.measures {
+            let (r#type, _) = columns[measure.column];
+            let to = measure.r#type;
+            measure.number = match &measure.combine {
+                Combine::Sum if r#type == pg_sys::NUMERICOID && to == r#type => Number::Numeric,
+                Combine::Sum if INTEGERS.contains(&r#type) => {
+                    [pg_sys::INT8OID, pg_sys::NUMERICOID].contains(&to).then_some(())?;
+                    Number::Whole(Whole::of(r#type)?)
+                }
+                Combine::Min | Combine::Max if r#type == to => Number::Whole(Whole::of(r#type)?),
+                _ => return None,
+            };
+        }
+        Some(())
+    }
+
+    fn add(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
+        let mut key = mem::take(&mut self.groups.scratch);
+        key.clear();
+        for dimension in &self.dimensions {
+            // NULLs last, and equal.
+            key.push(u8::from(nulls[dimension.column]));
+            if !nulls[dimension.column] {
+                dimension.bytes.write(values[dimension.column], &mut key);
+            }
+        }
+        let states = self.groups.states(&key, self.measures.len());
+        for (measure, state) in self.measures.iter().zip(states) {
+            if !nulls[measure.column] {
+                state.add(measure, values[measure.column]);
+            }
+        }
+        self.groups.scratch = key;
+    }
+
+    /// Writes the groups, in the order of their keys, and forgets them.
+    fn flush(&mut self) -> Result<()> {
+        let (groups, count) = (&self.groups, self.measures.len());
+        let is_nothing = |group: &usize| groups.states[group * count..][..count].iter().all(State::is_zero);
+        let mut order: Vec<usize> = (0..groups.len()).collect();
+        if self.refills {
+            order.retain(|group| !is_nothing(group));
+        }
+        order.sort_unstable_by(|a, b| groups.key(*a).cmp(groups.key(*b)));
+        let written = order.len();
+        let mut rest = order.into_iter();
+        let next = |values: &mut [pg_sys::Datum], nulls: &mut [bool]| {
+            let Some(group) = rest.next() else { return Ok(false) };
+            let mut key = groups.key(group);
+            for dimension in &self.dimensions {
+                let null = key[0] != 0;
+                key = &key[1..];
+                nulls[dimension.attribute] = null;
+                if !null {
+                    values[dimension.attribute] = dimension.bytes.read(&mut key);
+                }
+            }
+            for (measure, state) in self.measures.iter().zip(&groups.states[group * count..]) {
+                let value = state.value(measure)?;
+                nulls[measure.attribute] = value.is_none();
+                values[measure.attribute] = value.unwrap_or(pg_sys::Datum::null());
+            }
+            Ok(true)
+        };
+        if written > 0 {
+            let _ourselves = self.refills.then(Elevated::enter).transpose()?;
+            let sql = self.definition.write_groups(GROUPS);
+            stream::run_over(&sql, GROUPS, self.table, next)?;
+            self.written += written as i64;
+        }
+        self.groups.clear();
+        Ok(())
+    }
+}
+
+/// The groups of a rollup: keys, one behind the other, and as many states for each as there are measures.
+#[derive(Default)]
+struct Groups {
+    table: HashTable<usize>,
+    hasher: DefaultHashBuilder,
+    keys: Vec<u8>,
+    /// Where each key ends.
+    ends: Vec<usize>,
+    states: Vec<State>,
+    scratch: Vec<u8>,
+}
+
+impl Groups {
+    fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn key(&self, group: usize) -> &[u8] {
+        key(&self.keys, &self.ends, group)
+    }
+
+    /// The states of a key, which is new or not.
+    fn states(&mut self, wanted: &[u8], measures: usize) -> &mut [State] {
+        let Groups { table, hasher, keys, ends, states, .. } = self;
+        let hash = hasher.hash_one(wanted);
+        let group = match table.find(hash, |group| key(keys, ends, *group) == wanted) {
+            Some(group) => *group,
+            None => {
+                let group = ends.len();
+                keys.extend(wanted);
+                ends.push(keys.len());
+                states.resize_with(states.len() + measures, State::default);
+                table.insert_unique(hash, group, |group| hasher.hash_one(key(keys, ends, *group)));
+                group
+            }
+        };
+        &mut states[group * measures..][..measures]
+    }
+
+    /// What they take, about.
+    fn memory(&self) -> usize {
+        let boxed = mem::size_of::<Decimal>() + 16;
+        self.keys.capacity()
+            + self.ends.capacity() * 2 * mem::size_of::<usize>()
+            + self.states.capacity() * (mem::size_of::<State>() + boxed / 2)
+    }
+
+    fn clear(&mut self) {
+        *self = Groups { hasher: mem::take(&mut self.hasher), ..Groups::default() };
+    }
+}
+
+fn key<'a>(keys: &'a [u8], ends: &[usize], group: usize) -> &'a [u8] {
+    let start = if group == 0 { 0 } else { ends[group - 1] };
+    &keys[start..ends[group]]
+}
+
+/// What the rows of a group have come to, for one measure.
+#[derive(Default)]
+enum State {
+    /// NULL: no row had a value.
+    #[default]
+    None,
+    Whole(i64),
+    Decimal(Box<Decimal>),
+}
+
+impl State {
+    fn add(&mut self, measure: &Measure, value: pg_sys::Datum) {
+        match measure.number {
+            Number::Whole(whole) => self.add_whole(&measure.combine, whole.read(value)),
+            Number::Numeric => with_content(value, |numeric| self.add_decimal(Decimal::new(numeric))),
+        }
+    }
+
+    fn add_whole(&mut self, combine: &Combine, value: i64) {
+        match (&mut *self, combine) {
+            (State::None, _) => *self = State::Whole(value),
+            (State::Whole(state), Combine::Min) => *state = value.min(*state),
+            (State::Whole(state), Combine::Max) => *state = value.max(*state),
+            (State::Whole(state), _) => match state.checked_add(value) {
+                Some(sum) => *state = sum,
+                None => {
+                    let state = *state;
+                    *self = State::Decimal(Box::new(state.into()));
+                    self.add_decimal(value.into());
+                }
+            },
+            (State::Decimal(_), _) => self.add_decimal(value.into()),
+        }
+    }
+
+    /// Adding it changes nothing.
+    fn is_zero(&self) -> bool {
+        match self {
+            State::None | State::Whole(0) => true,
+            State::Decimal(sum) => sum.is_zero(),
+            State::Whole(_) => false,
+        }
+    }
+
+    fn add_decimal(&mut self, value: Decimal) {
+        match self {
+            State::Decimal(sum) => sum.add(&value),
+            _ => *self = State::Decimal(Box::new(value)),
+        }
+    }
+
+    /// As the table has it. A sum may be more than its type holds, as PostgreSQL's own cast says.
+    fn value(&self, measure: &Measure) -> Result<Option<pg_sys::Datum>> {
+        let numeric = measure.r#type == pg_sys::NUMERICOID;
+        Ok(match self {
+            State::None => None,
+            State::Whole(value) if numeric => Some(Decimal::from(*value).datum()),
+            State::Whole(value) => Some((*value).into()),
+            State::Decimal(sum) if numeric => Some(sum.datum()),
+            State::Decimal(sum) => Some(sum.integer().ok_or(Error::OutOfRange)?.into()),
+        })
+    }
+}
