@@ -585,9 +585,15 @@ fn an_index_that_nothing_has_used_for_thirty_days_is_named() {
 
 // ---- converted and back -------------------------------------------------------------------------------
 
+fn wait_until_reverted(client: &mut Client) {
+    eventually("it is plain again", || {
+        holds(client, r#"SELECT relkind = 'r' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#)
+    });
+}
+
 #[test]
-fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_back() {
-    let (_db, mut client) = with_rows();
+fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_has_them_before_the_swap() {
+    let (db, mut client) = with_rows();
     client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
     wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
@@ -605,15 +611,76 @@ fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_brings_them_b
             .all(|partition| partition == r#""LiteLLM_SpendLogs_legacy""#)
     );
     assert_eq!(status(&mut client).iter().filter(|(.., state)| state == "open partition").count() % 2, 0);
+    // Asked for meanwhile, and one that another stands for.
+    let own = r#"CREATE INDEX by_call ON "LiteLLM_SpendLogs" (litellm_call_id)"#;
+    client.batch_execute(own).unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{failure, call_id}', hot => true)").unwrap();
+    wait_for(&mut client, "failure", r#""LiteLLM_SpendLogs_legacy""#, "built");
+    // No index could be built on the table after the swap, not as long as this lasts.
+    let mut dump = old_snapshot(&db);
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    eventually("it is plain again", || {
-        holds(
-            &mut client,
-            r#"SELECT relkind = 'r' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
-    wait_for(&mut client, "team", r#""LiteLLM_SpendLogs""#, "built");
-    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
+    wait_until_reverted(&mut client);
+    let state = |name: &str| (name.into(), r#""LiteLLM_SpendLogs""#.into(), "built".into());
+    assert_eq!(status(&mut client), ["call_id", "failure", "team", "user"].map(state));
+    let names = "SELECT string_agg(c.relname, ' ' ORDER BY 1) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+        WHERE i.indrelid = '\"LiteLLM_SpendLogs\"'::regclass AND i.indisvalid AND c.relowner = 'litellm'::regrole
+          AND c.relname LIKE 'litellm\\_spend\\_%'";
+    assert_eq!(
+        value::<String>(&mut client, names),
+        "litellm_spend_failure_LiteLLM_SpendLogs litellm_spend_team_LiteLLM_SpendLogs \
+         litellm_spend_user_LiteLLM_SpendLogs"
+    );
+    dump.batch_execute("COMMIT").unwrap();
+}
+
+#[test]
+fn an_index_that_cannot_be_built_keeps_no_table_from_being_reverted() {
+    let (_db, mut client) = partitioned(shared());
+    client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
+    wait_for(&mut client, "user", "p2", "built");
+    let long = r#"UPDATE p0 SET "user" = (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300) AS i) WHERE request_id = 'r1'"#;
+    assert_eq!(client.execute(long, &[]).unwrap(), 1);
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    wait_until_reverted(&mut client);
+    assert!(status(&mut client).contains(&("team".into(), r#""LiteLLM_SpendLogs""#.into(), "built".into())));
+    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "failed");
+    let error: String =
+        value(&mut client, r#"SELECT last_error FROM spend_index_status WHERE "index" = 'user'"#);
+    assert!(error.starts_with("index row "), "{error}");
+}
+
+#[test]
+fn what_is_dropped_during_a_reversion_is_not_there_after_it() {
+    let (_db, mut client) = partitioned(without_worker());
+    client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
+    let step = |client: &mut Client| -> Vec<String> {
+        let rows = client.query("SELECT step || ': ' || state FROM spend_partition_revert()", &[]).unwrap();
+        rows.iter().map(|row| row.get(0)).collect()
+    };
+    let made = "SELECT string_agg(relname, ' ' ORDER BY 1) FROM pg_class
+        WHERE relkind = 'i' AND relnamespace = to_regnamespace('litellm_spend_archive')
+            AND relname LIKE 'litellm\\_spend\\_%'";
+    let names = |client: &mut Client| value::<Option<String>>(client, made).unwrap_or_default();
+    for _ in 0..20 {
+        if step(&mut client).contains(&"swap: next".into()) {
+            break;
+        }
+    }
+    assert_eq!(
+        names(&mut client),
+        "litellm_spend_team_LiteLLM_SpendLogs litellm_spend_user_LiteLLM_SpendLogs"
+    );
+    client.batch_execute("SELECT spend_index_drop(indexes => '{team}')").unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{failure}')").unwrap();
+    // Before the swap, by a call of its own: what is made is not undone by a lock that is not to be had.
+    assert!(step(&mut client).contains(&"swap: next".into()));
+    assert_eq!(
+        names(&mut client),
+        "litellm_spend_failure_LiteLLM_SpendLogs litellm_spend_user_LiteLLM_SpendLogs"
+    );
+    assert_eq!(step(&mut client), ["swap: done"]);
+    let states = ["failure", "user"].map(|n| (n.into(), r#""LiteLLM_SpendLogs""#.into(), "built".into()));
+    assert_eq!(status(&mut client), states);
 }
 
 // ---- what a release does ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ use crate::api::rollups::{
 };
 use crate::error::{self, Error};
 use crate::guc;
+use crate::index::build;
 use crate::litellm::spend_log;
 use crate::partition::archive::ARCHIVE;
 use crate::partition::calendar::Moment;
@@ -210,7 +211,7 @@ fn spend_partition_revert(
         }
         let Some(mut reversion) = Reversion::of(&table)? else { return Ok(vec![]) };
         if !has_worker()?
-            && let Some(done) = reversion.by_hand()?
+            && let Some(done) = reversion.by_hand(build::for_copy)?
         {
             return Ok(vec![row("swap", "done", done)]);
         }

@@ -17,7 +17,9 @@
 use crate::error::Result;
 use crate::guc;
 use crate::index::catalogue;
-use crate::server::relation::free_name;
+use crate::index::plan;
+use crate::partition::revert::Asked;
+use crate::server::relation::{Table, free_name};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
 use crate::state::conversion;
@@ -108,6 +110,23 @@ fn create_of(place: &Place, owner: Owner) -> Result<Option<Work>> {
         partition_name: place.partition_name.clone(),
         owner,
     }))
+}
+
+/// What a table that is being reverted is asked for, as its copy is to have it. What is not possible now is
+/// left for later.
+pub fn for_copy(table: &Table, copy: pg_sys::Oid) -> Result<Vec<Asked>> {
+    let names = indexes::asked_for(table)?;
+    if names.is_empty() {
+        return Ok(vec![]);
+    }
+    let others = plan::of_others(copy)?;
+    let asked = names.iter().filter_map(|name| catalogue::find(name));
+    let possible = asked.filter(|index| {
+        !others.iter().any(|found| found.does(index)) && index.require_possible(table).is_ok()
+    });
+    possible
+        .map(|index| Ok(Asked { name: index.name_on(&table.name), definition: index.definition()? }))
+        .collect()
 }
 
 /// How it stands with an index on a table or partition, for whoever asked for it: index, partition, state,

@@ -7,6 +7,7 @@ use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
 use crate::server::spi::{self, value};
 use crate::server::text::{qualified, quoted};
+use crate::state::indexes::PREFIX;
 use pgrx::Json;
 use pgrx::prelude::*;
 use std::collections::HashMap;
@@ -63,7 +64,7 @@ fn row(index: &'static Index, table: &Table, size: &Size, existing: &[Existing])
 // ---- what there is ---------------------------------------------------------------------------------------
 
 /// An index on the table or a partition.
-struct Existing {
+pub struct Existing {
     name: String,
     valid: bool,
     /// It is the partitioned table's, and says nothing of a partition.
@@ -99,6 +100,13 @@ fn existing(tree: &[pg_sys::Oid]) -> Result<Vec<Existing>> {
     )
 }
 
+/// Those of a table that are not ours.
+pub fn of_others(table: pg_sys::Oid) -> Result<Vec<Existing>> {
+    let mut found = existing(&[table])?;
+    found.retain(|index| index.valid && !index.name.starts_with(PREFIX));
+    Ok(found)
+}
+
 /// Whether it is there, as ours or as somebody's that does the same, and on how many tables.
 fn state(index: &Index, tables: usize, existing: &[Existing]) -> String {
     let leaves = || existing.iter().filter(|found| !found.of_parent && found.valid);
@@ -124,7 +132,7 @@ impl Existing {
     }
 
     /// It has the same keys first, what else the index holds, and all of its rows.
-    fn does(&self, index: &Index) -> bool {
+    pub fn does(&self, index: &Index) -> bool {
         let has = |column: &&str| self.columns.iter().any(|c| c == column);
         let rows = match &self.predicate {
             None => index.leaves_out_nulls_only(),

@@ -107,6 +107,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
          WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
     ))?;
     reversion.options.shape = Some(shape(reversion.relation)?);
+    (reversion.options.indexes, reversion.options.indexed, reversion.options.without) = (None, false, vec![]);
     remember(reversion)?;
     restart(reversion)
 }
@@ -161,16 +162,14 @@ pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
 fn restart(reversion: &mut Reversion) -> Result<()> {
     let failures = failures(reversion)?;
     let options = &mut reversion.options;
-    (options.copied_to, options.copied_all, options.indexes) = (None, false, None);
+    (options.copied_to, options.copied_all) = (None, false);
     options.failures = failures;
     Ok(())
 }
 
 /// What the trigger missed may be anywhere.
 pub fn begin_anew(reversion: &mut Reversion) -> Result<()> {
-    let indexes = reversion.options.indexes.take();
     restart(reversion)?;
-    reversion.options.indexes = indexes;
     lock(reversion)?;
     // Its triggers, if there are any, are the owner's.
     reversion.owner.run(format!("TRUNCATE {}, {}", reversion.plain(), reversion.duplicates()))

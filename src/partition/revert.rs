@@ -7,7 +7,8 @@
 //!  prepare    SHARE ROW EXCLUSIVE, and on the       a moment: the new table, the triggers, about a
 //!             partitions                            millisecond for each partition
 //!  copy       none but a reader's                   a batch a transaction, in the order of time
-//!  indexes    none                                  on the new table, which nobody uses yet
+//!  indexes    none                                  on the new table, which nobody uses yet: one a
+//!                                                   transaction
 //!  swap       ACCESS EXCLUSIVE, and on its views    the changes that are left, and the names
 //! ```
 //! The plain table's key is narrower: of rows that agree in it the one with the earliest time stays, the
@@ -31,6 +32,7 @@ use crate::partition::swap;
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table, free_name};
+use crate::server::session::{Failure, attempt};
 use crate::server::spi;
 use crate::server::text::{literal, qualified, quoted, suffixed};
 use crate::state::captured;
@@ -38,6 +40,7 @@ use crate::state::conversion::{self, Pending, Progress, progress};
 use crate::state::fence;
 use crate::state::indexes;
 use crate::state::step::{Runner, Subject};
+use pgrx::pg_sys;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -60,9 +63,14 @@ pub struct Options {
     /// The last row that was copied: its time and key, as text. `None`: not begun.
     pub copied_to: Option<Vec<String>>,
     pub copied_all: bool,
-    /// The plain table's indexes: the name of the one that each is made after, and its own. `None`: not made
-    /// yet.
+    /// The plain table's indexes: the name that was asked for, and the one that it has. `None`: not begun.
     pub indexes: Option<Vec<(String, String)>>,
+    /// All of them are made, as far as was known when the last one was.
+    #[serde(default)]
+    pub indexed: bool,
+    /// Those of ours that could not be made. The table can do without until somebody has mended it.
+    #[serde(default)]
+    pub without: Vec<String>,
     /// Failures of the trigger when the copy began.
     pub failures: i64,
 }
@@ -71,8 +79,25 @@ impl conversion::Options for Options {
     const DIRECTION: &'static str = "revert";
 }
 
+/// An index that was asked for beside the table's own, and how it is defined after `ON <table>`.
+pub struct Asked {
+    pub name: String,
+    pub definition: String,
+}
+
+/// Which those are, for the table and its copy: we do not know what they are good for.
+pub type AskedFor = fn(&Table, pg_sys::Oid) -> Result<Vec<Asked>>;
+
 /// A table on its way to being plain again.
 pub type Reversion = Pending<Options>;
+
+/// An index as the plain table is to have it.
+struct Wanted {
+    name: String,
+    definition: String,
+    /// The table has it, and the plain one cannot do without.
+    is_own: bool,
+}
 
 impl Reversion {
     pub fn plain(&self) -> String {
@@ -134,11 +159,11 @@ pub fn request(table: &Table) -> Result<()> {
 // ---- one step --------------------------------------------------------------------------------------------
 
 /// One round of all reversions. `true`: there is more to do at once.
-pub fn round(run: &mut impl Runner) -> bool {
+pub fn round(run: &mut impl Runner, asked_for: AskedFor) -> bool {
     let mut more = false;
     for mut reversion in run.step(Subject::Task("reversions"), Reversion::all).unwrap_or_default() {
         let subject = Subject::Conversion(reversion.schema.clone(), reversion.table.clone());
-        let done = run.step(subject, || reversion.step());
+        let done = run.step(subject, || reversion.step(asked_for));
         if let Some(Some(done)) = &done {
             log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
         }
@@ -147,24 +172,30 @@ pub fn round(run: &mut impl Runner) -> bool {
     more
 }
 
-/// How long a SQL call goes on copying.
+/// How long a SQL call goes on with the copy and its indexes.
 const SLICE_OF_CALL: Duration = Duration::from_secs(1);
 
 impl Reversion {
     /// Does what comes next in the caller's transaction, where no worker does it.
-    pub fn by_hand(&mut self) -> Result<Option<String>> {
+    pub fn by_hand(&mut self, asked_for: AskedFor) -> Result<Option<String>> {
         self.lock_in_call()?;
+        let made = |options: &Options| options.indexes.iter().flatten().count() + options.without.len();
         let began = Instant::now();
         loop {
-            let done = locks::insist(|| self.step())?;
-            if done.is_some() || self.options.copied_all || began.elapsed() > SLICE_OF_CALL {
+            let (copied_all, before) = (self.options.copied_all, made(&self.options));
+            let done = locks::insist(|| self.step(asked_for))?;
+            let goes_on = match copied_all {
+                false => !self.options.copied_all,
+                true => made(&self.options) > before && !self.options.indexed,
+            };
+            if done.is_some() || !goes_on || began.elapsed() > SLICE_OF_CALL {
                 return Ok(done);
             }
         }
     }
 
     /// Does what comes next. Returns what became of it after the last step.
-    fn step(&mut self) -> Result<Option<String>> {
+    fn step(&mut self, asked_for: AskedFor) -> Result<Option<String>> {
         if !self.lock(Patience::None)? {
             return Ok(None);
         }
@@ -184,10 +215,10 @@ impl Reversion {
             // Their rows are copied with what changed.
         } else if !self.options.copied_all {
             copy::batch(self)?;
-        } else if !self.has_indexes_of(&self.blueprint()?) {
-            self.make_indexes()?;
+        } else if self.make_index(&self.blueprint()?, asked_for)? {
+            // And the next one in a transaction of its own.
         } else if copy::catch_up_in_part(self)? {
-            return self.swap().map(Some);
+            return self.swap(asked_for).map(Some);
         }
         self.store()?;
         Ok(None)
@@ -198,30 +229,70 @@ impl Reversion {
         let options = &self.options;
         let copied = options.copied_to.as_ref().and_then(|row| row.first());
         let detail = self.last_error.clone().or(copied.map(|time| format!("copied to {time}")));
-        let done = [options.shape.is_some(), options.copied_all, options.indexes.is_some()];
+        let done = [options.shape.is_some(), options.copied_all, options.indexed];
         let next = done.iter().position(|done| !done).unwrap_or(done.len());
         progress(&["prepare", "copy", "indexes", "swap"], next, self.stopped, detail.unwrap_or_default())
     }
 
-    /// Whether the new table has one for each of the old one's.
-    fn has_indexes_of(&self, blueprint: &Blueprint) -> bool {
-        let wanted = blueprint.indexes.iter().map(|index| &index.name);
-        self.options.indexes.as_ref().is_some_and(|made| made.iter().map(|(index, _)| index).eq(wanted))
+    /// The indexes that the new table is to have.
+    fn wanted_indexes(&self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<Vec<Wanted>> {
+        let own = blueprint.indexes.iter().map(|index| {
+            let (_, rest) = index.sql.split_once(" USING ").unwrap_or_default();
+            Wanted { name: index.name.clone(), definition: format!("USING {rest}"), is_own: true }
+        });
+        let plain = self.options.made.first().copied().unwrap_or_default().into();
+        let asked = asked_for(&blueprint.table, plain)?.into_iter();
+        let asked = asked.filter(|index| !self.options.without.contains(&index.name));
+        let asked = asked.map(|Asked { name, definition }| Wanted { name, definition, is_own: false });
+        Ok(own.chain(asked).collect())
     }
 
-    /// The new table's indexes, under names of their own for now.
-    fn make_indexes(&mut self) -> Result<()> {
+    /// The index that was made for this name.
+    fn made_index(&self, name: &str) -> Option<&String> {
+        self.options.indexes.iter().flatten().find(|(index, _)| index == name).map(|(_, made)| made)
+    }
+
+    fn lacks_index(&self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<bool> {
+        let wanted = self.wanted_indexes(blueprint, asked_for)?;
+        Ok(wanted.iter().any(|index| self.made_index(&index.name).is_none()))
+    }
+
+    /// Makes one that the new table lacks. `false`: it has them all.
+    fn make_index(&mut self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<bool> {
+        let wanted = self.wanted_indexes(blueprint, asked_for)?;
+        self.drop_other_indexes(&wanted)?;
+        let mut lacking = wanted.into_iter().filter(|index| self.made_index(&index.name).is_none());
+        let (Some(index), next) = (lacking.next(), lacking.next()) else {
+            self.options.indexed = true;
+            return Ok(false);
+        };
         copy::lock(self)?;
-        for (_, made) in self.options.indexes.take().unwrap_or_default() {
-            self.owner.run(format!("DROP INDEX IF EXISTS {}", qualified(ARCHIVE, &made)))?;
+        // The table's own have those names until the swap.
+        let name = if index.is_own { suffixed(&index.name, "_plain") } else { index.name.clone() };
+        let name = free_name([&self.schema, ARCHIVE], &name)?;
+        let sql = format!("CREATE INDEX {} ON {} {}", quoted(&name), self.plain(), index.definition);
+        let build = || self.owner.run(sql);
+        let failure = match index.is_own {
+            true => build().map(|()| None)?,
+            false => attempt(build).err().map(Failure::unless_cancel),
+        };
+        if let Some(failure) = failure {
+            log::failure(format_args!("index {} of {} failed", index.name, self.plain()), &failure);
+            self.options.without.push(index.name);
+        } else {
+            self.options.indexes.get_or_insert_default().push((index.name, name));
         }
-        let mut made = vec![];
-        for index in self.blueprint()?.indexes {
-            let (_, rest) = index.sql.split_once(" USING ").unwrap_or_default();
-            let name = free_name([&self.schema, ARCHIVE], &suffixed(&index.name, "_plain"))?;
-            let sql = format!("CREATE INDEX {} ON {} USING {rest}", quoted(&name), self.plain());
-            self.owner.run(sql)?;
-            made.push((index.name, name));
+        self.options.indexed = next.is_none();
+        Ok(true)
+    }
+
+    /// Drops what the table has lost since, and what nobody asks for any more.
+    fn drop_other_indexes(&mut self, wanted: &[Wanted]) -> Result<()> {
+        let mut made = self.options.indexes.take().unwrap_or_default();
+        let is_wanted = |name: &String| wanted.iter().any(|index| index.name == *name);
+        for (_, unwanted) in made.extract_if(.., |(index, _)| !is_wanted(index)) {
+            copy::lock(self)?;
+            self.owner.run(format!("DROP INDEX IF EXISTS {}", qualified(ARCHIVE, &unwanted)))?;
         }
         self.options.indexes = Some(made);
         Ok(())
@@ -229,7 +300,7 @@ impl Reversion {
 
     // ---- the swap ----------------------------------------------------------------------------------------
 
-    fn swap(&mut self) -> Result<String> {
+    fn swap(&mut self, asked_for: AskedFor) -> Result<String> {
         fence::require_attachment(Patience::None)?;
         // 1. the locks. Nobody writes any more: the rest of what changed.
         let tree = relation::relation_tree(self.relation)?;
@@ -240,7 +311,7 @@ impl Reversion {
         }
         if copy::failures(self)? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)
-            || !self.has_indexes_of(&blueprint)
+            || self.lacks_index(&blueprint, asked_for)?
         {
             return Err(Error::CameBetween(self.table.clone()));
         }
@@ -259,8 +330,9 @@ impl Reversion {
         run(format!("ALTER TABLE {} RENAME TO {}", qualified(&schema, &self.options.plain), quoted(&table)))?;
         let made_key = copy::key_name(&self.options.plain);
         run(format!("ALTER TABLE {name} RENAME CONSTRAINT {} TO {}", quoted(&made_key), quoted(&key)))?;
-        for (index, made) in self.options.indexes.iter().flatten() {
-            rename_index(owner, &schema, made, index)?;
+        for index in &blueprint.indexes {
+            let made = self.made_index(&index.name).ok_or_else(|| Error::CameBetween(name.clone()))?;
+            rename_index(owner, &schema, made, &index.name)?;
         }
         blueprint.give()?;
         blueprint.point_readers()?;

@@ -108,6 +108,18 @@ fn subject(r: &pgrx::spi::SpiHeapTupleData) -> Result<Subject> {
     })
 }
 
+/// The indexes that were asked for on a table of this owner, by name.
+pub fn asked_for(table: &Table) -> Result<Vec<String>> {
+    spi::query(
+        &format!(
+            "SELECT name FROM {SCHEMA}.index_set
+             WHERE relation = $1 AND owner = $2 AND NOT dropped AND origin = {HERE} ORDER BY 1"
+        ),
+        &[table.oid.into(), table.owner_oid.into()],
+        |r| value(r, 1),
+    )
+}
+
 /// An index on a table or partition, as it is now.
 pub struct Place {
     pub name: String,

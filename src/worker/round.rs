@@ -69,7 +69,7 @@ pub fn round(run: &mut impl Runner) -> Round {
     }
     if run.converts() && run.step(Subject::Task("conversions"), conversion::any).unwrap_or(false) {
         more |= convert::round(run);
-        more |= revert::round(run);
+        more |= revert::round(run, build::for_copy);
     }
     Round { outcomes, more }
 }
