@@ -385,6 +385,45 @@ fn what_is_killed_in_the_midst_of_a_build_goes_on_and_leaves_nothing() {
 }
 
 #[test]
+fn what_a_crash_of_the_server_leaves_half_built_is_dropped_and_built_again() {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let (db, mut client) = partitioned(cluster);
+    // A writer that no crash ends: the build waits for it, and so does who drops what is left.
+    client
+        .batch_execute(
+            r#"BEGIN; INSERT INTO p1 SELECT (jsonb_populate_record(l, '{"request_id": "kept", "team_id": "kept"}')).*
+                   FROM p1 AS l LIMIT 1;
+               PREPARE TRANSACTION 'writer'"#,
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    let half_built = [("litellm_spend_team_p1".to_string(), false)];
+    assert_eq!(ours(&mut client), half_built);
+    let oid = "SELECT 'litellm_spend_team_p1'::regclass::oid::bigint";
+    let first: i64 = value(&mut client, oid);
+    drop(client);
+    cluster.crash_and_restart();
+    let mut client = db.connect();
+    let drops = "SELECT count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'litellm_spend builder'
+        AND query LIKE '%index team of p1%' AND wait_event_type = 'Lock'";
+    eventually("who drops it waits", || holds(&mut client, drops));
+    // Until then it is neither there nor failed, and nothing else is begun.
+    assert_eq!((ours(&mut client), value(&mut client, oid)), (half_built.into(), first));
+    assert_eq!(
+        status(&mut client)[2..],
+        ["p1", "p2"].map(|partition| ("team".into(), partition.into(), "waiting".into()))
+    );
+    client.batch_execute("COMMIT PREPARED 'writer'").unwrap();
+    wait_for(&mut client, "team", "p2", "built");
+    assert_eq!(ours(&mut client), ["p1", "p2"].map(|p| (format!("litellm_spend_team_{p}"), true)));
+    assert_ne!(value::<i64>(&mut client, oid), first);
+    client.batch_execute("SET enable_seqscan = off; SET enable_bitmapscan = off").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM p1 WHERE team_id = 'kept'"), 1);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_failure"), 0);
+}
+
+#[test]
 fn a_build_that_fails_leaves_nothing_and_keeps_no_other_from_being_built() {
     let (_db, mut client) = partitioned(shared());
     // Longer than an entry of a B-tree may be, whatever compresses it.

@@ -80,7 +80,6 @@ pub fn tidy(run: &mut impl Runner) {
     if run.may_watch() {
         run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
     }
-    run.step(Subject::Task("indexes"), indexes::look_after);
 }
 
 /// Maintains the tables whose turn it is.
@@ -93,6 +92,7 @@ pub fn maintain(run: &mut impl Runner) {
 
 /// Goes on with the indexes that were asked for. `true`: there is more to do soon.
 pub fn index(run: &mut impl Runner) -> bool {
+    run.step(Subject::Task("indexes"), indexes::look_after);
     build::round(run)
 }
 
