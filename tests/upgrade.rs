@@ -94,6 +94,96 @@ fn without_a_call_the_worker_brings_it_over() {
     assert_exact(&mut client);
 }
 
+/// A declared rollup as 0.1.0 made it: sums of floating-point columns are cast.
+const DECLARED: &str = r#"
+    SET ROLE litellm;
+    CREATE TABLE charges (id bigserial, kind text NOT NULL, price double precision, weight real);
+    RESET ROLE;
+    CREATE TABLE litellm_spend.by_kind_rollup (kind text NOT NULL, n bigint, price numeric, weight_sum numeric,
+        weight_count bigint, PRIMARY KEY (kind));
+    GRANT USAGE ON SCHEMA litellm_spend TO litellm;
+    GRANT SELECT (name, watermark) ON litellm_spend.rollup TO litellm;
+    CREATE VIEW litellm_spend.by_kind AS
+        SELECT kind, n, price::double precision AS price, (weight_sum / nullif(weight_count, 0))::real AS weight
+        FROM (SELECT kind, sum(n)::bigint AS n, sum(price) AS price, sum(weight_sum) AS weight_sum,
+                     sum(weight_count)::bigint AS weight_count
+              FROM (TABLE litellm_spend.by_kind_rollup
+                    UNION ALL SELECT kind, 1, price::numeric, weight::numeric, 1 FROM public.charges
+                    WHERE id > (SELECT watermark FROM litellm_spend.rollup WHERE name = 'by_kind')) AS rows
+              GROUP BY kind) AS live;
+    ALTER TABLE litellm_spend.by_kind_rollup OWNER TO litellm;
+    ALTER VIEW litellm_spend.by_kind OWNER TO litellm;
+    INSERT INTO litellm_spend.source (name, relation, sequence) VALUES ('public.charges', 'public.charges', 'public.charges_id_seq');
+    INSERT INTO litellm_spend.rollup (name, source, covered_from, definition) VALUES ('by_kind', 'public.charges', '-infinity', '{
+        "key": "Dimensions", "name": "by_kind", "bucket": null, "source": "\"public\".\"charges\"", "source_sequence": "id",
+        "presence": "n",
+        "dimensions": [{"name": "kind", "type": "text", "collation": null, "expression": "kind", "nullable": false}],
+        "measures": [
+            {"name": "n", "type": "bigint", "expression": "1", "combine": "Sum", "empty": "0"},
+            {"name": "price", "type": "numeric", "expression": "(price)::numeric", "combine": "Sum", "empty": null},
+            {"name": "weight_sum", "type": "numeric", "expression": "(weight)::numeric", "combine": "Sum", "empty": null},
+            {"name": "weight_count", "type": "bigint", "expression": "1", "combine": "Sum", "empty": "0"}],
+        "outputs": [
+            {"name": "n", "type": "bigint", "expression": "\"n\""},
+            {"name": "price", "type": "double precision", "expression": "\"price\"::double precision"},
+            {"name": "weight", "type": "real", "expression": "(\"weight_sum\" / nullif(\"weight_count\", 0))::real"}]}')"#;
+
+#[test]
+fn a_live_view_that_failed_on_sums_beyond_their_type_is_made_anew() {
+    let (_db, mut client) = of_0_1_0(false);
+    client.batch_execute(DECLARED).unwrap();
+    // A view over it stays over it, and whoever may read it may go on.
+    client
+        .batch_execute(
+            "CREATE ROLE analyst; GRANT SELECT ON litellm_spend.by_kind TO analyst;
+             CREATE VIEW dear AS SELECT kind FROM litellm_spend.by_kind WHERE price > 1;
+             INSERT INTO charges (kind, price, weight) VALUES ('usual', 0.5, 0.25), ('usual', 2, 0.5)",
+        )
+        .unwrap();
+    let shown = |client: &mut Client, kind: &str| -> String {
+        let sql = format!(
+            "SELECT (v.n, v.price, v.weight)::text FROM litellm_spend.by_kind v WHERE kind = '{kind}'"
+        );
+        value(client, &sql)
+    };
+    assert_eq!(shown(&mut client, "usual"), "(2,2.5,0.375)");
+    let huge = "INSERT INTO charges (kind, price) SELECT 'huge', 1e308 FROM generate_series(1, 3)";
+    client.batch_execute(huge).unwrap();
+    assert_eq!(error(&mut client, "TABLE litellm_spend.by_kind").code().code(), "22003", "as it was");
+
+    client.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    eventually("the view is made anew", || {
+        holds(&mut client, "SELECT pg_get_viewdef('litellm_spend.by_kind') LIKE '%Infinity%'")
+    });
+    wait_until_merged(&mut client);
+    for kind in ["usual", "huge"] {
+        let (expected, raw) = match kind {
+            "usual" => ("(2,2.5,0.375)", "(SELECT sum(price) FROM charges WHERE kind = 'usual')"),
+            _ => ("(3,Infinity,)", "'Infinity'"),
+        };
+        assert_eq!(shown(&mut client, kind), expected);
+        let same = format!("SELECT price = {raw}::float8 FROM litellm_spend.by_kind WHERE kind = '{kind}'");
+        assert!(holds(&mut client, &same), "{kind}");
+    }
+    assert!(holds(
+        &mut client,
+        "SELECT relowner = 'litellm'::regrole AND has_table_privilege('analyst', oid, 'SELECT')
+             AND (SELECT count(*) FROM dear) = 2
+         FROM pg_class WHERE oid = 'litellm_spend.by_kind'::regclass"
+    ));
+    assert_verified(&mut client);
+    // It is no stray any more.
+    assert!(holds(
+        &mut client,
+        "SELECT last_error IS NULL FROM spend_rollup_status WHERE rollup = 'by_kind'"
+    ));
+    let xmin = "SELECT xmin::text FROM pg_class WHERE oid = 'litellm_spend.by_kind'::regclass";
+    let before: String = value(&mut client, xmin);
+    wait_for_a_round(&mut client);
+    assert_eq!(value::<String>(&mut client, xmin), before);
+    client.batch_execute("DROP OWNED BY analyst; DROP ROLE analyst").unwrap();
+}
+
 /// All that belongs to the extension, as the catalogs describe it.
 const MEMBERS: &str = "
     WITH member AS (

@@ -237,6 +237,25 @@ fn sum(column: Column, counts: bool) -> Measure {
     Measure { column, combine: Combine::Sum, aggregates: false, empty: counts.then(|| "0".into()) }
 }
 
+/// Brings over what 0.1.0 stored: it showed a sum of a floating-point column by a cast, which fails beyond
+/// the type's range. `false`: nothing of it does.
+pub fn bring_over(definition: &mut Definition) -> bool {
+    let mut found = false;
+    for output in &mut definition.outputs {
+        let column_type = output.r#type.as_str();
+        let cast = output.expression.strip_suffix(column_type).and_then(|text| text.strip_suffix("::"));
+        if let Some(sum) = cast.filter(|_| ["real", "double precision"].contains(&column_type)) {
+            output.expression = float(sum, column_type);
+            found = true;
+        }
+    }
+    found
+}
+
+/// Whether [`bring_over`] would find something in a stored definition, `r.definition`.
+pub const IS_OLD: &str = "EXISTS (SELECT FROM jsonb_array_elements(r.definition -> 'outputs') AS o
+    WHERE o ->> 'type' IN ('real', 'double precision') AND o ->> 'expression' LIKE '%::' || (o ->> 'type'))";
+
 /// Aggregates that merge their own results.
 const SELF_MERGING: [&str; 5] = ["bool_and", "bool_or", "every", "bit_and", "bit_or"];
 

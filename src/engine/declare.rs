@@ -9,7 +9,7 @@
 //! Locks: ACCESS SHARE on the source until the call ends.
 
 use crate::citus;
-use crate::engine::declaration::{Declaration, Defined, MergeFunction, define};
+use crate::engine::declaration::{Declaration, Defined, IS_OLD, MergeFunction, bring_over, define};
 use crate::engine::rollup;
 use crate::engine::source::{self, Notice, Numbering, advice, ensure_source, open_source};
 use crate::error::{Error, Result};
@@ -348,8 +348,9 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The rollups whose source was dropped or has another owner, or whose live view is gone or another's. Only
-/// looks: what is to be done may call code of an owner's, and is a step of that rollup's own.
+/// The rollups whose source was dropped or has another owner, or whose live view is gone, another's, or as an
+/// older version made it. Only looks: what is to be done may call code of an owner's, and is a step of that
+/// rollup's own.
 pub fn strays() -> Result<Vec<String>> {
     spi::query(
         &format!(
@@ -360,7 +361,7 @@ pub fn strays() -> Result<Vec<String>> {
              LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
              WHERE s.name <> {} AND s.origin = {HERE}
                AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
-                    AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner))
+                    AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner OR {IS_OLD}))
              ORDER BY r.name",
             literal(CHANGE_LOG)
         ),
@@ -369,12 +370,13 @@ pub fn strays() -> Result<Vec<String>> {
     )
 }
 
-/// Deals with one of them: it follows its source to another owner, gets its live view again, or becomes
-/// history.
+/// Deals with one of them: it follows its source to another owner, gets its live view again or anew, or
+/// becomes history.
 pub fn settle(name: &str, patience: Patience) -> Result<()> {
     let Some(fence) = Fence::take(name, patience)? else { return Ok(()) };
     let Some(table) = Table::find(fence.relation)? else { return release(&fence) };
-    let (definition, known, owner) = (fence.filled()?, Owner::role(fence.owner), Owner::of(table.oid)?);
+    let (mut definition, known) = (fence.filled()?.clone(), Owner::role(fence.owner));
+    let owner = Owner::of(table.oid)?;
     // 1. what has its names is its own. By name alone it could be another rollup's, or a user's.
     let found = require_own(&definition.table(), "r", known)?;
     if relation::find_relation(&definition.live_view())?.is_some() {
@@ -389,8 +391,13 @@ pub fn settle(name: &str, patience: Patience) -> Result<()> {
             expected: known.name()?,
         });
     }
-    give_to_owner(definition, owner)?;
-    make_view(definition, owner, &definition.live_query())
+    give_to_owner(&definition, owner)?;
+    // 3. the view.
+    if bring_over(&mut definition) {
+        let sql = format!("UPDATE {SCHEMA}.rollup SET definition = $2::jsonb WHERE name = $1");
+        spi::execute(&sql, &[name.into(), serde_json::to_string(&definition)?.into()])?;
+    }
+    make_view(&definition, owner, &definition.live_query())
 }
 
 fn require_own(name: &str, kind: &str, owner: Owner) -> Result<Table> {
