@@ -1,12 +1,14 @@
 //! Real clusters for tests with several connections.
 //!
 //! A test binary shares one cluster ([`shared`]); every test has a database of its own with LiteLLM's schema,
-//! made by LiteLLM's migrations. Tests that crash the server start a cluster for themselves. A watchdog
-//! process stops each cluster and removes its folder when the test binary ends, however it ends.
+//! made by LiteLLM's migrations. Tests that crash the server start a cluster for themselves. All clusters are
+//! copies of one that was made once ([`original`]). A watchdog process stops each cluster and removes its
+//! folder when the test binary ends, however it ends.
 #![allow(dead_code)]
 
 use postgres::{Client, NoTls, Row};
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -38,55 +40,40 @@ pub fn shared() -> &'static Cluster {
 impl Cluster {
     /// A new cluster whose template database has LiteLLM's schema.
     pub fn start(settings: &[&str]) -> Cluster {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("spend-{}-{number}", std::process::id()));
-        let bin = bin_dir();
-        let user = server_user();
-        fs::create_dir_all(&dir).unwrap();
-        if let Some((uid, gid)) = user {
-            std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
-        }
-        run(as_user(&bin.join("initdb"), user).current_dir(&dir).args([
-            "-N",
-            "-D",
-            "data",
-            "-U",
-            "postgres",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            "--locale=C.UTF-8",
-        ]));
-        let mut conf = format!(
-            "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\n\
-             shared_preload_libraries = 'litellm_spend'\nfsync = off\nmax_prepared_transactions = 50\n\
+        let (bin, user) = (bin_dir(), server_user());
+        let dir = new_dir(user);
+        run(Command::new("cp").arg("-a").arg(original(&bin, user)).arg(dir.join("data")));
+        let mut conf = String::from(
+            "shared_preload_libraries = 'litellm_spend'\nmax_prepared_transactions = 50\n\
              max_worker_processes = 100\nmax_connections = 150\nshared_buffers = 64MB\n\
              log_line_prefix = '%m [%p] %b %d '\nlitellm_spend.merge_interval = '50ms'\n\
              litellm_spend.discovery_interval = '5s'\nautovacuum_naptime = '1s'\n",
-            dir.display()
         );
         settings.iter().for_each(|s| conf += &format!("{s}\n"));
+        Cluster::run(dir, bin, user, &conf)
+    }
+
+    /// Starts the server of a data folder.
+    fn run(dir: PathBuf, bin: PathBuf, user: Option<(u32, u32)>, conf: &str) -> Cluster {
         let path = dir.join("data/postgresql.conf");
-        fs::write(&path, fs::read_to_string(&path).unwrap() + &conf).unwrap();
+        let own = format!(
+            "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n{conf}",
+            dir.display()
+        );
+        fs::write(&path, fs::read_to_string(&path).unwrap() + &own).unwrap();
         let watchdog = watchdog(&dir, &bin, user);
         let postmaster = Mutex::new(spawn(&dir, &bin, user));
         let cluster = Cluster { dir, bin, user, postmaster, _watchdog: watchdog };
         cluster.wait_ready();
-        cluster.make_template();
         cluster
     }
 
     fn make_template(&self) {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/litellm");
         let mut admin = self.connect("postgres");
         admin.batch_execute(&format!("CREATE ROLE {LITELLM} LOGIN")).unwrap();
         admin.batch_execute(&format!("CREATE DATABASE {TEMPLATE} OWNER {LITELLM}")).unwrap();
         self.connect(TEMPLATE).batch_execute(&format!("ALTER SCHEMA public OWNER TO {LITELLM}")).unwrap();
-        for file in ["migrations.sql", "views.sql"] {
-            let file = fixtures.join(file);
-            assert!(file.exists(), "{} is missing: scripts/litellm_fixtures.py makes it", file.display());
+        for file in fixtures() {
             self.psql(
                 TEMPLATE,
                 &["-U", LITELLM, "-q", "-v", "ON_ERROR_STOP=1", "-f", file.to_str().unwrap()],
@@ -179,6 +166,16 @@ impl Cluster {
         self.wait_ready();
     }
 
+    /// Stops it with a signal: `-INT` as pg_ctl does, `-QUIT` at once.
+    fn stop(&self, signal: &str) -> std::io::Result<()> {
+        let mut postmaster = self.postmaster.lock().unwrap();
+        if postmaster.try_wait()?.is_none() {
+            Command::new("kill").args([signal, &postmaster.id().to_string()]).status()?;
+            postmaster.wait()?;
+        }
+        Ok(())
+    }
+
     /// A streaming standby of this cluster, in a cluster folder of its own.
     pub fn standby(&self) -> Cluster {
         let dir = PathBuf::from(format!("{}-standby", self.dir.display()));
@@ -244,9 +241,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        let mut postmaster = self.postmaster.lock().unwrap();
-        let _ = Command::new("kill").args(["-QUIT", &postmaster.id().to_string()]).status();
-        let _ = postmaster.wait();
+        let _ = self.stop("-QUIT");
     }
 }
 
@@ -303,6 +298,66 @@ impl Drop for Database {
         let sql = format!("DROP DATABASE {}", self.name);
         self.cluster.connect("postgres").batch_execute(&sql).unwrap();
     }
+}
+
+/// A new folder for a cluster, which belongs to the OS user that runs the server.
+fn new_dir(user: Option<(u32, u32)>) -> PathBuf {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("spend-{}-{number}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    if let Some((uid, gid)) = user {
+        std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
+    }
+    dir
+}
+
+/// LiteLLM's SQL, in the order in which it is run.
+fn fixtures() -> [PathBuf; 2] {
+    ["migrations.sql", "views.sql"].map(|file| {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/litellm").join(file);
+        assert!(file.exists(), "{} is missing: scripts/litellm_fixtures.py makes it", file.display());
+        file
+    })
+}
+
+/// The data folder of which clusters are copies, with the template database: made once for this server and
+/// this SQL of LiteLLM's. initdb and 220 migrations take four times as long as the copy.
+fn original(bin: &Path, user: Option<(u32, u32)>) -> PathBuf {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _one = MAKING.lock().unwrap_or_else(|e| e.into_inner());
+    let mut hasher = DefaultHasher::new();
+    let version = Command::new(bin.join("postgres")).arg("--version").output().unwrap().stdout;
+    (bin, user, version, fixtures().map(|file| fs::read(file).unwrap())).hash(&mut hasher);
+    let name = format!("cluster-{:016x}", hasher.finish());
+    let made = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if !made.exists() {
+        let dir = new_dir(user);
+        run(as_user(&bin.join("initdb"), user).current_dir(&dir).args([
+            "-N",
+            "-D",
+            "data",
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+        ]));
+        let conf = fs::read(dir.join("data/postgresql.conf")).unwrap();
+        let cluster = Cluster::run(dir, bin.into(), user, "");
+        cluster.make_template();
+        cluster.stop("-INT").unwrap();
+        fs::write(cluster.dir.join("data/postgresql.conf"), conf).unwrap();
+        // Whoever else makes one at the same time makes the same.
+        let copy = made.with_extension(std::process::id().to_string());
+        run(Command::new("cp").arg("-a").arg(cluster.dir.join("data")).arg(&copy));
+        if fs::rename(&copy, &made).is_err() {
+            fs::remove_dir_all(&copy).unwrap();
+        }
+    }
+    made
 }
 
 fn bin_dir() -> PathBuf {
