@@ -104,7 +104,7 @@ COMMENT ON FUNCTION @extschema@.spend_detach(regclass, boolean) IS 'Gives LiteLL
 COMMENT ON PROCEDURE @extschema@.spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
 COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
 COMMENT ON FUNCTION @extschema@.spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
-COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
+COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
 COMMENT ON FUNCTION @extschema@.spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';
 COMMENT ON FUNCTION @extschema@.spend_rollup_window(text) IS 'The next window of a registered rollup that is safe to merge, empty when start > end; advances its watermark';
 COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup or a report with its history, or the watermark of a registered one';
@@ -127,7 +127,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_attach(regclass, text, boolean), @extschema@.spend_detach(regclass, boolean), @extschema@.monthly_global_spend(integer),
     @extschema@.spend_rollup_run(text), @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean),
     @extschema@.spend_rollup_verify(text, timestamp, timestamp),
-    @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text),
+    @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean),
     @extschema@.spend_rollup_register(text, regclass, regclass, bigint), @extschema@.spend_rollup_window(text), @extschema@.spend_rollup_drop(text),
     @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole),
     @extschema@.spend_grant_reports(regrole), @extschema@.spend_restored(), litellm_spend.restored(),

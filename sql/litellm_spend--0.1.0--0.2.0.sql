@@ -48,6 +48,7 @@ END $$;
 ALTER TABLE litellm_spend.rollup ADD COLUMN owner regrole;
 ALTER TABLE litellm_spend.rollup ADD COLUMN backfill_began timestamptz;
 ALTER TABLE litellm_spend.rollup ADD COLUMN unknown_days tsmultirange;
+ALTER TABLE litellm_spend.rollup ADD COLUMN committed_to bigint;
 UPDATE litellm_spend.rollup r SET owner = t.relowner
 FROM pg_class t
 WHERE t.relname = r.name || '_rollup' AND t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r'
@@ -948,11 +949,27 @@ REVOKE ALL ON FUNCTION
     @extschema@.spend_upgrade_check(text, regclass)
 FROM PUBLIC;
 
+CREATE FUNCTION @extschema@.spend_rollup_create(
+    "name" TEXT,
+    "source" regclass,
+    "dimensions" TEXT[],
+    "measures" TEXT[],
+    "sequence" regclass DEFAULT NULL,
+    "time_column" TEXT DEFAULT NULL,
+    "distributed" bool DEFAULT NULL
+) RETURNS VOID
+VOLATILE PARALLEL UNSAFE
+LANGUAGE c
+AS 'MODULE_PATHNAME', 'spend_rollup_create_wrapper';
+COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
+
 -- Whoever may call the old one may call the new one.
 DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
     FOR old, new IN VALUES
         ('@extschema@.spend_attach(regclass, text)'::regprocedure,
          '@extschema@.spend_attach(regclass, text, boolean)'::regprocedure),
+        ('@extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text)',
+         '@extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean)'),
         ('@extschema@.spend_partition_convert(regclass, text, timestamp, text, integer, boolean)',
          '@extschema@.spend_partition_convert(regclass, text, "any", text, integer)'),
         ('@extschema@.spend_partition_plan(regclass, text, timestamp, text, integer)',

@@ -65,7 +65,9 @@ CREATE TABLE litellm_spend.rollup (
     last_error_at   timestamptz,
     -- Of a declared one: who owned its source when it was declared or last followed, and as whom it is
     -- merged.
-    owner           regrole
+    owner           regrole,
+    -- Of one whose table Citus distributes: what is merged up to here is committed on all nodes.
+    committed_to    bigint
 );
 
 -- The one table that triggers capture into the change log.

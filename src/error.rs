@@ -123,6 +123,19 @@ errors! {
         "{answer}";
         "Nothing is merged meanwhile, and nothing lost: it is asked again. Is it up, and does it let the table's owner in?";
 
+    NotDistributable { rollup: String, reason: String }:
+        ERRCODE_FEATURE_NOT_SUPPORTED;
+        "rollup \"{rollup}\" cannot be distributed";
+        "{reason}";
+        "Leave distributed out, or pass distributed => false: its table is then one of this node.";
+
+    StillCommitting { rollup: String, node: String }:
+        ERRCODE_OBJECT_IN_USE;
+        "what was merged of rollup \"{rollup}\" is not committed on node {node} yet";
+        "A COMMIT PREPARED is under way there, or has failed and is repeated by Citus. Nothing is merged meanwhile, \
+         and nothing lost.";
+        "SELECT recover_prepared_transactions();";
+
     NumberedOnNode { relation: String, column: String, number: i64 }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "rows of {relation} were numbered on another node than the coordinator";

@@ -36,6 +36,10 @@ const DATABASE: &str = "events";
 
 impl Citus {
     fn start() -> Option<Citus> {
+        Citus::start_with(&[])
+    }
+
+    fn start_with(settings: &[&str]) -> Option<Citus> {
         if !server_has_it() {
             return None;
         }
@@ -44,16 +48,19 @@ impl Citus {
         let address = |node| address(number, node);
         let nodes: Vec<Cluster> = (0..3)
             .map(|i| {
-                let node = Cluster::start(&[
+                let listen = format!("listen_addresses = '{}'", address(i));
+                let local = format!("citus.local_hostname = '{}'", address(i));
+                let ours = [
                     "shared_preload_libraries = 'citus,litellm_spend'",
-                    &format!("listen_addresses = '{}'", address(i)),
+                    &listen,
                     "citus.node_conninfo = 'sslmode=disable'",
                     // Where a move of shards connects to this node itself.
-                    &format!("citus.local_hostname = '{}'", address(i)),
+                    &local,
                     // So that a test sees what is in doubt, and ends it by itself.
                     "citus.recover_2pc_interval = -1",
                     "synchronous_commit = local",
-                ]);
+                ];
+                let node = Cluster::start(&[&ours, settings].concat());
                 let rules = node.dir.join("data/pg_hba.conf");
                 let mut file = fs::OpenOptions::new().append(true).open(rules).unwrap();
                 writeln!(file, "host all all 127.0.0.0/8 trust").unwrap();
@@ -276,12 +283,210 @@ fn only_what_is_distributed_by_hash_is_a_source_and_only_on_the_coordinator() {
     let mut on_node = citus.nodes[1].connect(DATABASE);
     let call = "SELECT spend_rollup_create('kind', 'kinds.parted', '{x}', '{count(*) AS n}')";
     assert_refused(&mut on_node, call, "0A000");
-    let said = citus.nodes[0].notices(DATABASE, call);
-    assert!(said.contains("NOTICE:  rollup \"kind\" is a table of this node"), "{said}");
+    client.batch_execute(call).unwrap();
     client.batch_execute("INSERT INTO parted (x) SELECT i FROM generate_series(1, 50) AS i").unwrap();
     client.batch_execute("INSERT INTO parted_1 (x) VALUES (1)").unwrap();
     eventually("it is merged", || watermark(&mut client, "kind") == 51);
     assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.kind"), 51);
+    assert!(client.query("SELECT * FROM spend_rollup_verify('kind')", &[]).unwrap().is_empty());
+}
+
+#[test]
+fn a_rollup_that_cannot_be_distributed_is_a_table_of_the_coordinator_which_is_said() {
+    let Some(citus) = citus() else { return };
+    let mut client = schema(citus, "local");
+    client
+        .batch_execute(
+            "CREATE TABLE plain (id bigserial PRIMARY KEY, x int, y int);
+             CREATE TABLE ev (id bigserial, x int, y int, PRIMARY KEY (id, x));
+             SELECT create_distributed_table('ev', 'x');
+             CREATE TABLE one (id bigserial, x int, y int, PRIMARY KEY (id, x));
+             SELECT create_distributed_table('one', 'x', shard_count => 1, colocate_with => 'none')",
+        )
+        .unwrap();
+    let call = |rollup: &str, table: &str, dimension: &str, distributed: &str| {
+        format!(
+            "SELECT spend_rollup_create('{rollup}', 'local.{table}', '{{{dimension}}}', '{{count(*) AS n}}',
+                 distributed => {distributed})"
+        )
+    };
+    // Neither x alone nor a copy of it under another name is missing: the column itself is.
+    for (table, dimension) in [("ev", "y"), ("ev", "x + 0 AS x"), ("one", "x"), ("plain", "x")] {
+        assert_refused(&mut client, &call("no", table, dimension, "true"), "0A000");
+    }
+    let said = citus.nodes[0].notices(DATABASE, &call("by_y", "ev", "y", "NULL"));
+    assert!(said.contains("NOTICE:  rollup \"by_y\" is a table of this node"), "{said}");
+    assert!(said.contains("is distributed by column \"x\", which is none of the dimensions"), "{said}");
+    let said = citus.nodes[0].notices(DATABASE, &call("of_one", "one", "x", "NULL"));
+    assert!(said.contains("has only one shard"), "{said}");
+    for (rollup, table, distributed) in
+        [("of_plain", "plain", "NULL"), ("not_wanted", "ev", "false"), ("beside", "ev", "true")]
+    {
+        assert_eq!(citus.nodes[0].notices(DATABASE, &call(rollup, table, "x", distributed)), "");
+    }
+    let tables =
+        "SELECT string_agg(logicalrelid::text, ' ' ORDER BY logicalrelid::text) FROM pg_dist_partition
+                  WHERE logicalrelid::text ~ 'by_y|of_|not_wanted|beside'";
+    assert_eq!(
+        value::<String>(&mut client, tables),
+        "litellm_spend.beside_merged litellm_spend.beside_rollup"
+    );
+    for table in ["plain", "ev", "one"] {
+        let insert =
+            format!("INSERT INTO {table} (x, y) SELECT i % 5, i % 7 FROM generate_series(1, 70) AS i");
+        client.batch_execute(&insert).unwrap();
+    }
+    for rollup in ["by_y", "of_one", "of_plain", "not_wanted", "beside"] {
+        eventually("it is merged", || watermark(&mut client, rollup) == 70);
+        let sql = format!("SELECT sum(n)::bigint FROM litellm_spend.{rollup}_rollup");
+        assert_eq!(value::<i64>(&mut client, &sql), 70, "{rollup}");
+        client.batch_execute(&format!("SELECT spend_rollup_drop('{rollup}')")).unwrap();
+    }
+    let left = "SELECT count(*) FROM pg_class WHERE relname ~ '^(by_y|of_|not_wanted|beside)'";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+    let left = "SELECT sum(result::int)::bigint FROM run_command_on_workers(
+                    $$SELECT count(*) FROM pg_class WHERE relname LIKE 'beside%'$$)";
+    assert_eq!(value::<i64>(&mut client, left), 0);
+}
+
+/// What the coordinator's log says of plans from a moment on: those of statements that a call runs itself.
+fn plans(citus: &Citus, client: &mut Client, call: &str) -> String {
+    client
+        .batch_execute(
+            "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0;
+             SET auto_explain.log_nested_statements = on; SET citus.explain_distributed_queries = off",
+        )
+        .unwrap();
+    let before = citus.nodes[0].log().len();
+    client.batch_execute(call).unwrap();
+    client
+        .batch_execute("SET auto_explain.log_min_duration = -1; RESET citus.explain_distributed_queries")
+        .unwrap();
+    citus.nodes[0].log()[before..].to_string()
+}
+
+/// The plans of the statements that begin so, by their first word after `Query Text`.
+fn plans_of<'a>(log: &'a str, statement: &str) -> Vec<&'a str> {
+    log.split("Query Text: ").filter(|plan| plan.starts_with(statement)).collect()
+}
+
+#[test]
+fn a_distributed_rollup_is_beside_its_source_and_each_node_merges_and_shows_its_own() {
+    // Nobody but the test merges.
+    let Some(citus) = Citus::start_with(&["litellm_spend.merge_interval = '1h'"]) else { return };
+    let mut client = schema(&citus, "beside");
+    for sql in [
+        "CREATE ROLE beside LOGIN; GRANT ALL ON SCHEMA beside TO beside",
+        "CREATE FUNCTION longer(a text, b text) RETURNS text IMMUTABLE STRICT LANGUAGE sql
+         AS 'SELECT CASE WHEN length(a) < length(b) THEN b ELSE a END'",
+        "CREATE AGGREGATE longest (text) (SFUNC = longer, STYPE = text)",
+        "SET ROLE beside; CREATE TABLE ev (id bigserial, site int, path text, ms float8, at timestamptz DEFAULT now());
+         CREATE INDEX ON ev (id)",
+        "SELECT create_distributed_table('ev', 'site', shard_count => 8); RESET ROLE",
+        "SELECT spend_rollup_create('ev', 'ev', ARRAY['path', 'site', 'date_trunc(''hour'', at) AS hour'],
+             ARRAY['count(*) AS n', 'sum(ms) AS ms', 'avg(ms) AS mean', 'min(ms) AS low',
+                   'max(ms) FILTER (WHERE path <> ''/a'') AS high'])",
+        "SELECT spend_rollup_create('states', 'ev', ARRAY['site', 'path'],
+             ARRAY['longest(path) AS longest MERGE WITH longest', 'bool_or(ms > 3) AS slow',
+                   'longest(path) AS longer MERGE WITH longer'])",
+    ] {
+        client.batch_execute(sql).unwrap();
+    }
+    // 1. co-located, the owner's, who is let in on the nodes.
+    assert!(holds(
+        &mut client,
+        "SELECT count(DISTINCT colocation_id) = 1 AND count(*) = 5 AND bool_and(table_owner = 'beside')
+         FROM citus_tables"
+    ));
+    // 2. merged by the nodes.
+    let insert = "INSERT INTO ev (site, path, ms, at)
+        SELECT i % 50, (ARRAY['/a', '/bb', NULL])[i % 3 + 1], i % 11, now() - i % 5 * interval '1 hour'
+        FROM generate_series(1, 1000) AS i";
+    for round in 1..=3 {
+        client.batch_execute(insert).unwrap();
+        let log = plans(&citus, &mut client, "SELECT * FROM spend_rollup_run()");
+        let inserts = plans_of(&log, "INSERT INTO \"litellm_spend\".");
+        assert_eq!(inserts.len(), 4, "two of each rollup: {log}");
+        for plan in inserts {
+            assert!(plan.contains("Custom Scan (Citus Adaptive)"), "{plan}");
+            assert!(!plan.contains("INSERT/SELECT method"), "{plan}");
+        }
+        assert!(holds(
+            &mut client,
+            &format!(
+                "SELECT bool_and(watermark = {0} AND committed_to = {0} - 1000) FROM litellm_spend.rollup",
+                round * 1000
+            )
+        ));
+        // A shard's rows of the rollup and of how far it is merged are of one transaction.
+        assert!(holds(
+            &mut client,
+            "SELECT bool_and(success AND result IN ('0', '1')) AND count(*) = 8
+             FROM run_command_on_colocated_placements('litellm_spend.ev_rollup', 'litellm_spend.ev_merged',
+                 'SELECT count(DISTINCT xmin::text)
+                  FROM (SELECT xmin FROM %s UNION ALL SELECT xmin FROM %s) AS both_tables')"
+        ));
+    }
+    // 3. one more that is not merged, and a site that was not there before: shown by each node of its own.
+    client.batch_execute(insert).unwrap();
+    client.batch_execute("INSERT INTO ev (site, path, ms) VALUES (777, '/ccc', 9)").unwrap();
+    let differs = "SELECT * FROM (
+            SELECT path, site, date_trunc('hour', at, 'UTC') AS hour, count(*) AS n, sum(ms) AS ms, avg(ms) AS mean,
+                min(ms) AS low, max(ms) FILTER (WHERE path <> '/a') AS high
+            FROM ev GROUP BY 1, 2, 3 EXCEPT SELECT * FROM litellm_spend.ev) AS groups
+        UNION ALL SELECT NULL, NULL, NULL, (SELECT count(*) FROM litellm_spend.ev), NULL, NULL, NULL, NULL
+        WHERE (SELECT count(*) FROM litellm_spend.ev)
+            <> (SELECT count(*) FROM (SELECT FROM ev GROUP BY path, site, date_trunc('hour', at)) AS groups)";
+    assert_no_rows(client.query(differs, &[]).unwrap(), "the view differs");
+    assert!(holds(
+        &mut client,
+        "SELECT sum(litellm_spend_rows) = 4001 AND max(longest) = '/ccc' AND bool_or(slow)
+             AND count(*) FILTER (WHERE longest IS DISTINCT FROM longer) = 0
+         FROM (SELECT s.*, n AS litellm_spend_rows FROM litellm_spend.states AS s
+               JOIN (SELECT site, path, count(*) AS n FROM ev GROUP BY 1, 2) AS ev
+                   ON ev.site = s.site AND ev.path IS NOT DISTINCT FROM s.path) AS joined"
+    ));
+    for (query, tasks) in
+        [("SELECT * FROM litellm_spend.ev", 8), ("SELECT * FROM litellm_spend.states WHERE site = 7", 1)]
+    {
+        let plan: Vec<String> = client
+            .query(&format!("EXPLAIN (COSTS off) {query}"), &[])
+            .unwrap()
+            .iter()
+            .map(|r| r.get(0))
+            .collect();
+        let plan = plan.join("\n");
+        assert!(plan.contains(&format!("Task Count: {tasks}\n")), "{plan}");
+        // The state of the rollup, which is here, goes to the nodes, and nothing comes back but groups.
+        assert_eq!(plan.matches("Distributed Subplan").count(), 1, "{plan}");
+        assert!(plan.starts_with("Custom Scan (Citus Adaptive)"), "{plan}");
+    }
+    // 4. compared by each node, in one snapshot of its own.
+    for rollup in ["ev", "states"] {
+        let log = plans(&citus, &mut client, &format!("SELECT spend_rollup_verify('{rollup}')"));
+        let compared = plans_of(&log, "SELECT jsonb_build_object(");
+        assert_eq!(compared.len(), 1, "{log}");
+        assert!(!compared[0].contains("Aggregate"), "compared here: {}", compared[0]);
+        assert_no_rows(
+            client.query("SELECT * FROM spend_rollup_verify($1)", &[&rollup]).unwrap(),
+            "the rollup differs",
+        );
+    }
+    // 5. computed again by each node.
+    client.batch_execute("UPDATE litellm_spend.ev_rollup SET n = n - 1 WHERE site = 7").unwrap();
+    let found = client.query("SELECT * FROM spend_rollup_verify('ev')", &[]).unwrap();
+    assert!(!found.is_empty());
+    let log = plans(&citus, &mut client, "SELECT spend_rollup_rebuild('ev')");
+    let refill = plans_of(&log, "INSERT INTO \"litellm_spend\".");
+    assert_eq!(refill.len(), 1, "{log}");
+    assert!(!refill[0].contains("INSERT/SELECT method"), "{}", refill[0]);
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('ev')", &[]).unwrap(), "after a rebuild");
+    assert_no_rows(client.query(differs, &[]).unwrap(), "after a rebuild");
+    // 6. and dropped on all.
+    client.batch_execute("SELECT spend_rollup_drop('ev'); SELECT spend_rollup_drop('states')").unwrap();
+    let left = "SELECT sum(result::int)::bigint FROM run_command_on_all_nodes(
+                    $$SELECT count(*) FROM pg_class WHERE relname ~ '^(ev|states)_(rollup|merged)'$$)";
+    assert_eq!(value::<i64>(&mut client, left), 0);
 }
 
 #[test]
@@ -319,6 +524,146 @@ fn partitions_of_a_distributed_table_are_left_to_citus() {
     let left = "SELECT count(*) FROM parted";
     assert_eq!(value::<i64>(&mut client, left), 1);
     client.batch_execute("SELECT spend_partition_set('late', 'none')").unwrap();
+}
+
+/// Runs a statement whose COMMIT PREPARED fails on a node: that is killed while the coordinator's own commit
+/// waits for a standby that there is not.
+fn commit_in_doubt(citus: &Citus, node: usize, sql: &str) -> i64 {
+    let standby = |name| {
+        let mut client = citus.connect();
+        client.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).unwrap();
+        client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    };
+    standby("nobody");
+    std::thread::scope(|scope| {
+        let mut committing = citus.connect();
+        let committing = scope.spawn(move || {
+            committing.batch_execute("SET synchronous_commit = on").unwrap();
+            committing.batch_execute(sql).unwrap();
+        });
+        eventually("it has prepared on its nodes, and waits", || {
+            let waits = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+            holds(&mut citus.connect(), waits)
+        });
+        citus.nodes[node].crash_and_restart();
+        standby("");
+        committing.join().unwrap();
+    });
+    value(
+        &mut citus.nodes[node].connect(DATABASE),
+        "SELECT count(*) FROM pg_prepared_xacts WHERE gid LIKE 'citus%'",
+    )
+}
+
+#[test]
+fn a_merge_in_doubt_on_a_node_is_neither_lost_nor_doubled_and_the_next_waits_for_it() {
+    let Some(citus) = Citus::start_with(&["litellm_spend.merge_interval = '1h'"]) else { return };
+    let mut client = events(&citus, "halves");
+    let insert = "INSERT INTO halves.events (site, x) SELECT i % 40, i FROM generate_series(1, 400) AS i";
+    let run = "SELECT outcome FROM spend_rollup_run('halves')";
+    let shown = "SELECT sum(n)::bigint FROM litellm_spend.halves";
+    client.batch_execute(insert).unwrap();
+    assert_eq!(value::<String>(&mut client, run), "merged");
+    client.batch_execute(insert).unwrap();
+    let in_doubt = commit_in_doubt(&citus, 2, run);
+    assert!(in_doubt > 0, "no COMMIT PREPARED failed");
+    // 1. merged as far as the coordinator knows, on one node of two.
+    let mut client = citus.connect();
+    client.batch_execute("SET search_path = halves, public").unwrap();
+    assert_eq!(watermark(&mut client, "halves"), 800);
+    let merged = "SELECT sum(n)::bigint FROM litellm_spend.halves_rollup";
+    let half = value::<i64>(&mut client, merged);
+    assert!(400 < half && half < 800, "{half} rows are merged");
+    let exact = |client: &mut Client, rows: i64| {
+        assert_eq!(value::<i64>(client, shown), rows);
+        let found = client.query("SELECT * FROM spend_rollup_verify('halves')", &[]).unwrap();
+        assert_no_rows(found, "the rollup differs");
+    };
+    exact(&mut client, 800);
+    // 2. more rows, of a site that is on that node and was not there: no row's lock is in the way.
+    let site: i32 = (1000..).find(|site| shard_of(&citus, &mut client, "events", *site).0 == 2).unwrap();
+    client.batch_execute(&format!("INSERT INTO events (site, x) VALUES ({site}, 0)")).unwrap();
+    assert_eq!(value::<String>(&mut client, run), "failed");
+    assert_eq!(watermark(&mut client, "halves"), 800);
+    exact(&mut client, 801);
+    assert_refused(&mut client, "SELECT spend_rollup_rebuild('halves')", "55006");
+    // 3. the worker says so, and goes on by itself.
+    client.batch_execute("ALTER SYSTEM SET litellm_spend.merge_interval = '50ms'").unwrap();
+    client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    eventually("the status names the node", || {
+        let said = "SELECT last_error FROM spend_rollup_status WHERE rollup = 'halves'";
+        let said = value::<Option<String>>(&mut client, said).unwrap_or_default();
+        said.contains(&format!("is not committed on node {}", citus.address(2)))
+            && said.contains("recover_prepared_transactions()")
+    });
+    exact(&mut client, 801);
+    client.batch_execute("SELECT recover_prepared_transactions()").unwrap();
+    eventually("it goes on", || watermark(&mut client, "halves") == 801);
+    exact(&mut client, 801);
+    assert_eq!(value::<i64>(&mut client, merged), 801);
+    // 4. what a merge has prepared that was not committed: waited for, and undone.
+    let (node, shard) = shard_of(&citus, &mut client, "litellm_spend.halves_rollup", 7);
+    citus.nodes[node]
+        .connect(DATABASE)
+        .batch_execute(&format!(
+            "SET citus.enable_manual_changes_to_shards = on;
+             BEGIN; UPDATE {shard} SET n = n + 1; PREPARE TRANSACTION 'of_another_merge'"
+        ))
+        .unwrap();
+    client.batch_execute(insert).unwrap();
+    eventually("the status says so again", || {
+        holds(
+            &mut client,
+            "SELECT last_error LIKE '%is not committed%' FROM spend_rollup_status WHERE rollup = 'halves'",
+        )
+    });
+    exact(&mut client, 1201);
+    citus.nodes[node].connect(DATABASE).batch_execute("ROLLBACK PREPARED 'of_another_merge'").unwrap();
+    eventually("it goes on", || watermark(&mut client, "halves") == 1201);
+    exact(&mut client, 1201);
+    let said = "SELECT last_error IS NULL FROM spend_rollup_status WHERE rollup = 'halves'";
+    eventually("nothing is wrong any more", || holds(&mut client, said));
+}
+
+#[test]
+fn a_node_that_is_added_gets_shards_and_merges_them() {
+    let Some(citus) = Citus::start() else { return };
+    let mut client = citus.connect();
+    client.batch_execute(&format!("SELECT citus_remove_node('{}', {PORT})", citus.address(2))).unwrap();
+    let mut client = events(&citus, "wider");
+    let stop = AtomicBool::new(false);
+    let insert = "INSERT INTO wider.events (site, x) SELECT i % 40, i FROM generate_series(1, 400) AS i";
+    std::thread::scope(|scope| {
+        let _stop = RaiseOnDrop(&stop);
+        again(scope, &citus, &stop, move |client, _| client.batch_execute(insert));
+        eventually("rows are merged", || watermark(&mut client, "wider") > 0);
+        for sql in [
+            format!("SELECT citus_add_node('{}', {PORT})", citus.address(2)),
+            "SELECT rebalance_table_shards(shard_transfer_mode => 'block_writes')".into(),
+        ] {
+            eventually("the node is added", || match client.batch_execute(&sql) {
+                Ok(()) => true,
+                Err(e) => {
+                    eprintln!("{sql}: {e:?}");
+                    false
+                }
+            });
+        }
+        assert!(holds(
+            &mut client,
+            "SELECT count(DISTINCT groupid) = 2 FROM pg_dist_placement JOIN pg_dist_shard USING (shardid)
+             WHERE logicalrelid = 'litellm_spend.wider_rollup'::regclass"
+        ));
+        let before = watermark(&mut client, "wider");
+        eventually("it goes on", || watermark(&mut client, "wider") > before + 2000);
+    });
+    let last: i64 = value(&mut client, "SELECT last_value FROM wider.events_id_seq");
+    eventually("all is merged", || watermark(&mut client, "wider") == last);
+    assert!(holds(
+        &mut client,
+        "SELECT (SELECT sum(n) FROM litellm_spend.wider_rollup) = (SELECT count(*) FROM wider.events)"
+    ));
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('wider')", &[]).unwrap(), "it differs");
 }
 
 /// The article's example on distributed tables, co-located as it says.
@@ -403,10 +748,13 @@ fn the_article_and_a_declared_rollup_are_exact_beside_writers_and_nodes_that_com
     citus.nodes[0].psql(DATABASE, &["-q", "-v", "ON_ERROR_STOP=1", "-f", file.to_str().unwrap()]);
     client
         .batch_execute(
-            "SELECT spend_rollup_create('views', 'page_views', '{site_id, path}', '{count(*) AS n}')",
+            "SELECT spend_rollup_create('views', 'page_views', '{site_id, path}', '{count(*) AS n}');
+             SELECT spend_rollup_create('local_views', 'page_views', '{site_id, path}', '{count(*) AS n}',
+                 distributed => false)",
         )
         .unwrap();
     let (stop, checks, windows) = (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0));
+    let compared = AtomicU32::new(0);
     let mut in_doubt = 0_i64;
     std::thread::scope(|scope| {
         let _stop = RaiseOnDrop(&stop);
@@ -427,16 +775,16 @@ fn the_article_and_a_declared_rollup_are_exact_beside_writers_and_nodes_that_com
                 // One statement over tables of the coordinator's is one snapshot: what is merged, and up to
                 // where.
                 let row = client.query_one(
-                    "SELECT watermark, (SELECT coalesce(sum(n), 0)::bigint FROM litellm_spend.views_rollup)
-                     FROM litellm_spend.rollup WHERE name = 'views'",
+                    "SELECT watermark, (SELECT coalesce(sum(n), 0)::bigint FROM litellm_spend.local_views_rollup)
+                     FROM litellm_spend.rollup WHERE name = 'local_views'",
                     &[],
                 )?;
                 let (watermark, merged): (i64, i64) = (row.get(0), row.get(1));
                 let there =
                     client.query_one("SELECT count(*) FROM page_views WHERE view_id <= $1", &[&watermark])?;
                 assert_eq!(merged, there.get::<_, i64>(0), "up to {watermark}");
-                let live =
-                    client.query_one("SELECT coalesce(sum(n), 0)::bigint FROM litellm_spend.views", &[])?;
+                let live = client
+                    .query_one("SELECT coalesce(sum(n), 0)::bigint FROM litellm_spend.local_views", &[])?;
                 let by_hand = client
                     .query_one("SELECT coalesce(sum(view_count), 0)::bigint FROM page_views_1min", &[])?;
                 let there = client.query_one("SELECT count(*) FROM page_views", &[])?.get::<_, i64>(0);
@@ -448,6 +796,15 @@ fn the_article_and_a_declared_rollup_are_exact_beside_writers_and_nodes_that_com
                 Ok(())
             });
         }
+        // The distributed rollup is compared by each shard in one snapshot: neither ahead nor behind.
+        again(scope, &citus, &stop, |client, _| {
+            let differing = client.query(VIEWS_AGAINST_ROWS, &[])?;
+            assert_no_rows(differing, "the live view and the rows differ");
+            let differing = client.query("SELECT * FROM spend_rollup_verify('views')", &[])?;
+            assert_no_rows(differing, "verify");
+            compared.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        });
         let pause = |seconds| std::thread::sleep(Duration::from_secs(seconds));
         pause(2);
         // 1. a node stands still.
@@ -455,30 +812,8 @@ fn the_article_and_a_declared_rollup_are_exact_beside_writers_and_nodes_that_com
         pause(3);
         citus.signal(1, "-CONT");
         pause(2);
-        // 2. a node is killed between PREPARE TRANSACTION and COMMIT PREPARED: the coordinator's own commit
-        //    waits for a standby that there is not.
-        let standby = |name| {
-            let mut client = citus.connect();
-            client.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).unwrap();
-            client.batch_execute("SELECT pg_reload_conf()").unwrap();
-        };
-        standby("nobody");
-        let mut committing = citus.connect();
-        let committing = scope.spawn(move || {
-            committing.batch_execute("SET synchronous_commit = on").unwrap();
-            committing.batch_execute(&insert(500, "0")).unwrap();
-        });
-        eventually("it has prepared on its nodes, and waits", || {
-            let waits = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
-            holds(&mut citus.connect(), waits)
-        });
-        citus.nodes[2].crash_and_restart();
-        standby("");
-        committing.join().unwrap();
-        in_doubt = value(
-            &mut citus.nodes[2].connect(DATABASE),
-            "SELECT count(*) FROM pg_prepared_xacts WHERE gid LIKE 'citus%'",
-        );
+        // 2. a node is killed between PREPARE TRANSACTION and COMMIT PREPARED.
+        in_doubt = commit_in_doubt(&citus, 2, &insert(500, "0"));
         // 3. it stays in doubt for a while, and is recovered.
         pause(3);
         eventually("what was in doubt is recovered", || {
@@ -506,19 +841,24 @@ fn the_article_and_a_declared_rollup_are_exact_beside_writers_and_nodes_that_com
         pause(2);
     });
     eprintln!(
-        "{} windows, {} checks, {in_doubt} in doubt",
+        "{} windows, {} checks, {} comparisons, {in_doubt} in doubt",
         windows.load(Ordering::Relaxed),
-        checks.load(Ordering::Relaxed)
+        checks.load(Ordering::Relaxed),
+        compared.load(Ordering::Relaxed)
     );
     assert!(in_doubt > 0, "no COMMIT PREPARED failed");
-    assert!(windows.load(Ordering::Relaxed) > 10 && checks.load(Ordering::Relaxed) > 10);
+    for count in [windows, checks, compared] {
+        assert!(count.into_inner() > 10);
+    }
     let mut client = citus.connect();
     client.batch_execute("SELECT recover_prepared_transactions()").unwrap();
     let last: i64 = value(&mut client, "SELECT last_value FROM page_views_view_id_seq");
     let began = Instant::now();
     eventually("all is aggregated", || {
         client.batch_execute("SELECT do_page_view_aggregation()").unwrap();
-        watermark(&mut client, "page_views_1min_rollup") == last && watermark(&mut client, "views") == last
+        ["page_views_1min_rollup", "views", "local_views"]
+            .iter()
+            .all(|name| watermark(&mut client, name) == last)
     });
     eprintln!("after {:?}", began.elapsed());
     let differing = client
@@ -530,6 +870,16 @@ fn the_article_and_a_declared_rollup_are_exact_beside_writers_and_nodes_that_com
         )
         .unwrap();
     assert_no_rows(differing, "page_views_1min differs");
-    let differing = client.query("SELECT * FROM spend_rollup_verify('views')", &[]).unwrap();
-    assert_no_rows(differing, "views differs");
+    for rollup in ["views", "local_views"] {
+        let differing = client.query("SELECT * FROM spend_rollup_verify($1)", &[&rollup]).unwrap();
+        assert_no_rows(differing, rollup);
+    }
+    assert_no_rows(client.query(VIEWS_AGAINST_ROWS, &[]).unwrap(), "the live view and the rows differ");
 }
+
+/// One statement, which each shard answers by itself.
+const VIEWS_AGAINST_ROWS: &str = "
+    SELECT coalesce(v.site_id, e.site_id)::text AS site, v.n, e.n
+    FROM (SELECT site_id, sum(n)::bigint AS n FROM litellm_spend.views GROUP BY site_id) AS v
+    FULL JOIN (SELECT site_id, count(*) AS n FROM page_views GROUP BY site_id) AS e ON e.site_id = v.site_id
+    WHERE v.n IS DISTINCT FROM e.n";

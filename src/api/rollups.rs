@@ -338,7 +338,7 @@ fn spend_rollup_run(
             name!(rollup, String),
             name!(window_start, Option<i64>),
             name!(window_end, Option<i64>),
-            name!(rows, i64),
+            name!(rows, Option<i64>),
             name!(groups, i64),
             name!(outcome, String),
         ),
@@ -361,7 +361,7 @@ fn spend_rollup_run(
             outcome.rollup,
             merge.as_ref().map(|m| m.window_start),
             merge.as_ref().map(|m| m.window_end),
-            merge.as_ref().map_or(0, |m| m.rows),
+            merge.as_ref().map_or(Some(0), |m| m.rows),
             merge.as_ref().map_or(0, |m| m.groups),
             outcome.text.to_string(),
         )
@@ -465,6 +465,7 @@ fn spend_rollup_create(
     measures: Option<Vec<Option<String>>>,
     sequence: default!(Option<Regclass>, "NULL"),
     time_column: default!(Option<&str>, "NULL"),
+    distributed: default!(Option<bool>, "NULL"),
 ) -> Result<(), ErrorReport> {
     report(|| {
         require_changeable()?;
@@ -483,6 +484,7 @@ fn spend_rollup_create(
             measures: texts(measures, "list of measures", "measure")?,
             sequence: sequence.map(|Regclass(oid)| oid),
             time_column: time_column.map(str::to_string),
+            distributed,
             search_path: session::search_path(),
         };
         if builtin::is_reserved(&declaration.name) {

@@ -31,14 +31,16 @@
 //! Numbers drawn on another node come from a range of that node's, beyond the coordinator's. They are not
 //! merged, and the source stops.
 
+mod nodes;
+pub mod spread;
+
+use crate::citus::nodes::{Answer, Which, ask, nodes};
 use crate::error::{Error, Result};
 use crate::server::relation;
 use crate::server::session::Owner;
 use crate::server::spi;
-use crate::server::text::literal;
 use crate::state::window::Holder;
 use pgrx::prelude::*;
-use serde::Deserialize;
 use std::collections::BTreeSet;
 
 /// The first number that is not the coordinator's: the upper 16 bits are the node's.
@@ -94,21 +96,6 @@ pub fn require_by_hash(relation: pg_sys::Oid) -> Result<bool> {
     }
 }
 
-/// A node, and the shards that it holds of some relations.
-struct Node {
-    name: String,
-    port: i32,
-    group: i32,
-    shards: Vec<String>,
-}
-
-/// What a node says.
-#[derive(Deserialize)]
-struct Answer {
-    writers: Vec<String>,
-    last_value: Option<i64>,
-}
-
 /// The transactions that hold RowExclusiveLock on a shard of `relations`, or wait for it. `None`: Citus
 /// distributes none of them.
 ///
@@ -122,10 +109,11 @@ pub fn writers(
     if distributed(citus, relations)?.is_empty() {
         return Ok(None);
     }
-    let nodes = nodes(citus, relations)?;
+    let nodes = nodes(citus, relations, Which::Holding)?;
     let owner = Owner::of(source)?;
     let (mut writers, mut drawn) = (BTreeSet::new(), false);
-    for (node, answer) in ask(owner, source, &relation::relation_name(sequence)?, &nodes)? {
+    let sequence_name = relation::relation_name(sequence)?;
+    for (node, answer) in ask::<Answer>(owner, source, &nodes, |node| node.writers(Some(&sequence_name)))? {
         let holder = |transaction| Holder::on_node(node.group, transaction);
         writers.extend(answer.writers.iter().map(|transaction| holder(transaction)));
         drawn |= answer.last_value.is_some_and(|last| last >= OF_OTHER_NODES);
@@ -134,74 +122,6 @@ pub fn writers(
         require_own_numbers(owner, source, sequence)?;
     }
     Ok(Some(writers))
-}
-
-fn nodes(citus: Owner, relations: &[pg_sys::Oid]) -> Result<Vec<Node>> {
-    let _citus = citus.act();
-    // shard_name() leaves out the schema public.
-    spi::current(
-        "SELECT n.nodename, n.nodeport, n.groupid,
-                array_agg(CASE ns.nspname WHEN 'public' THEN 'public.' ELSE '' END
-                          || pg_catalog.shard_name(s.logicalrelid, s.shardid))
-         FROM pg_catalog.pg_dist_shard s JOIN pg_catalog.pg_dist_placement p USING (shardid)
-         JOIN pg_catalog.pg_dist_node n USING (groupid)
-         JOIN pg_catalog.pg_class c ON c.oid = s.logicalrelid JOIN pg_catalog.pg_namespace ns
-             ON ns.oid = c.relnamespace
-         WHERE s.logicalrelid::oid = ANY ($1) AND n.noderole = 'primary'
-         GROUP BY 1, 2, 3 ORDER BY 3",
-        &[relations.to_vec().into()],
-        |r| {
-            let (name, port) = (spi::value(r, 1)?, spi::value(r, 2)?);
-            Ok(Node { name, port, group: spi::value(r, 3)?, shards: spi::value(r, 4)? })
-        },
-    )
-}
-
-/// Asks all nodes at once. One that does not answer is an error: nobody knows what is still open there.
-fn ask<'a>(
-    owner: Owner,
-    source: pg_sys::Oid,
-    sequence: &str,
-    nodes: &'a [Node],
-) -> Result<Vec<(&'a Node, Answer)>> {
-    let questions: Vec<String> = nodes.iter().map(|node| question(sequence, &node.shards)).collect();
-    let names: Vec<String> = nodes.iter().map(|node| node.name.clone()).collect();
-    let ports: Vec<i32> = nodes.iter().map(|node| node.port).collect();
-    let answers = owner.query(
-        "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)",
-        &[names.into(), ports.into(), questions.into()],
-        |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<String>(r, 2)?)),
-    )?;
-    let mut understood = vec![];
-    for (node, (success, answer)) in nodes.iter().zip(answers) {
-        match serde_json::from_str(&answer) {
-            Ok(answer) if success => understood.push((node, answer)),
-            _ => {
-                let (relation, node) =
-                    (relation::relation_name(source)?, format!("{}:{}", node.name, node.port));
-                return Err(Error::NodeSilent { relation, node, answer });
-            }
-        }
-    }
-    Ok(understood)
-}
-
-/// What a node is asked: one row with one value.
-fn question(sequence: &str, shards: &[String]) -> String {
-    let shards: Vec<String> = shards.iter().map(|shard| literal(shard)).collect();
-    format!(
-        "SELECT pg_catalog.json_build_object(
-             'writers', (SELECT coalesce(pg_catalog.json_agg(DISTINCT virtualtransaction), '[]')
-                 FROM pg_catalog.pg_locks
-                 WHERE locktype = 'relation' AND mode = 'RowExclusiveLock'
-                   AND database = (SELECT oid FROM pg_catalog.pg_database
-                       WHERE datname = pg_catalog.current_database())
-                   AND relation IN (SELECT pg_catalog.to_regclass(shard)::oid
-                                    FROM pg_catalog.unnest(ARRAY[{shards}]::text[]) AS shard)),
-             'last_value', (SELECT pg_catalog.pg_sequence_last_value(pg_catalog.to_regclass({sequence})::oid)))",
-        shards = shards.join(", "),
-        sequence = literal(sequence),
-    )
 }
 
 /// A node has drawn numbers of its own range: fails if there are rows of them. They could not be told from

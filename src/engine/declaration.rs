@@ -1,5 +1,6 @@
 //! What a user says a rollup is, made into a [`Definition`].
 
+use crate::citus::{self, spread};
 use crate::engine::source::{Notice, Numbering};
 use crate::error::{Error, Result};
 use crate::server::expression::{self, Aggregate, Cut, Parsed, Scalar, Scope, Volatility};
@@ -7,7 +8,8 @@ use crate::server::relation::{self, Table};
 use crate::server::session::{Owner, attempt};
 use crate::server::text::{float, quoted};
 use crate::state::definition::{
-    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIME_TYPES, TIMESTAMPTZ,
+    Bucket, Column, Combine, Definition, Dimension, Distribution, Key, Measure, ONE_ROW, TIME_TYPES,
+    TIMESTAMPTZ,
 };
 use pgrx::prelude::*;
 use pgrx::spi::quote_identifier;
@@ -21,6 +23,8 @@ pub struct Declaration {
     pub measures: Vec<String>,
     pub sequence: Option<pg_sys::Oid>,
     pub time_column: Option<String>,
+    /// Whether Citus is to distribute its table; `None`: if it can.
+    pub distributed: Option<bool>,
     /// The caller's, by which the names in the expressions are found.
     pub search_path: CString,
 }
@@ -61,12 +65,17 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
         presence: String::new(),
         key: Key::HERE,
         optional: false,
+        distribution: None,
     };
-    let (mut buckets, mut notices) = (vec![], vec![]);
+    let (mut buckets, mut scalars, mut notices) = (vec![], vec![], vec![]);
     for text in &declaration.dimensions {
         let (dimension, scalar) = dimension(table, &scope, text, &mut notices)?;
         buckets.extend(bucket(table, &dimension, &scalar, declaration.time_column.as_deref()));
         definition.dimensions.push(dimension);
+        scalars.push(scalar);
+    }
+    if declaration.distributed != Some(false) {
+        distribute(&mut definition, table, &scalars, declaration.distributed, &mut notices)?;
     }
     if let Some(column) = &declaration.time_column
         && !table.columns.iter().any(|(name, _)| name == column)
@@ -159,6 +168,47 @@ fn truncated_in_utc(unit: &str, column: &str) -> String {
         "CASE WHEN {column} >= {origin} THEN date_bin('1 {unit}'::interval, {column}, {origin}) \
          ELSE {truncated} END"
     )
+}
+
+/// Where Citus distributes the source, the rollup's table is distributed alike, and nodes merge by themselves
+/// what is theirs; unless that cannot be.
+fn distribute(
+    definition: &mut Definition,
+    table: &Table,
+    scalars: &[Scalar],
+    wanted: Option<bool>,
+    notices: &mut Vec<Notice>,
+) -> Result<()> {
+    let (relation, rollup) = (table.qualified(), definition.name.clone());
+    let reason = match spread::distribution(table.oid)? {
+        None if wanted.is_none() && !citus::is_distributed(table.oid)? => return Ok(()),
+        None => format!("Citus does not distribute {relation}."),
+        // Citus commits what was written over one connection before we commit: a failure between the two
+        // would count a window twice.
+        Some((_, 1)) => format!("{relation} has only one shard."),
+        Some((column, _)) => {
+            let is_it = |scalar: &Scalar| scalar.is_column && scalar.columns == [column.as_str()];
+            if let Some(at) = scalars.iter().position(is_it) {
+                // Citus takes no row without a value.
+                definition.dimensions[at].nullable = false;
+                let dimension = definition.dimensions[at].column.name.clone();
+                definition.distribution = Some(Distribution { column, dimension });
+                return Ok(());
+            }
+            format!("{relation} is distributed by column \"{column}\", which is none of the dimensions.")
+        }
+    };
+    if wanted == Some(true) {
+        return Err(Error::NotDistributable { rollup, reason });
+    }
+    notices.push(Notice {
+        message: format!(
+            "rollup \"{rollup}\" is a table of this node: one process here aggregates the rows that the nodes of \
+             {relation} send"
+        ),
+        hint: format!("{reason} Otherwise each node would merge what is its own."),
+    });
+    Ok(())
 }
 
 const NO_NAME: &str = "It has no name: write it as \"expression AS name\".";

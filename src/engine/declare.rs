@@ -8,10 +8,11 @@
 //!
 //! Locks: ACCESS SHARE on the source until the call ends.
 
-use crate::citus;
+use crate::citus::spread;
 use crate::engine::declaration::{Declaration, Defined, IS_OLD, MergeFunction, bring_over, define};
 use crate::engine::rollup;
 use crate::engine::source::{self, Notice, Numbering, advice, ensure_source, open_source};
+use crate::engine::statements::MERGED_VALUE;
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::server::locks::{self, Patience};
@@ -71,36 +72,30 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     let source = ensure_source(&table, &numbering)?;
     insert_rollup(&definition.name, &source, &table, &numbering, Some(&definition))?;
     let owner = Owner::of(table.oid)?;
+    if let Some(distribution) = &definition.distribution {
+        spread::distribute(&definition.table(), &distribution.dimension, &definition.source)?;
+        spread::distribute(&definition.merged_table(), MERGED_VALUE, &definition.source)?;
+    }
     give_to_owner(&definition, owner)?;
+    if definition.distribution.is_some() {
+        spread::await_end(&definition.name, &definition.table(), Patience::None)?;
+        spread::require_by_shard(&definition.name, owner, &definition.merge_by_shard())?;
+    }
     make_view(&definition, owner, &definition.live_query())?;
     notices.extend(advice(&table, &numbering)?);
-    if citus::is_distributed(table.oid)? {
-        notices.push(Notice {
-            message: format!(
-                "rollup \"{}\" is a table of this node: one process here aggregates the rows that the nodes \
-                 of {} send",
-                definition.name,
-                table.qualified()
-            ),
-            hint:
-                "Nodes merge by themselves what your own SQL fills, into a table that is distributed alike: \
-                   spend_rollup_register()."
-                    .into(),
-        });
-    }
     restore::mark()?;
     Ok(notices)
 }
 
 /// Whether role $1 was granted what the owner of a rollup needs of ours.
 const HAS_GRANTS: &str = "
-    SELECT count(*) = 4
+    SELECT count(*) = 5
     FROM (SELECT nspacl AS acl, 'USAGE' AS privilege FROM pg_catalog.pg_namespace
           WHERE oid = 'litellm_spend'::regnamespace
           UNION ALL SELECT proacl, 'EXECUTE' FROM pg_catalog.pg_proc
           WHERE oid = 'litellm_spend.backfill_step(regclass)'::regprocedure
           UNION ALL SELECT attacl, 'SELECT' FROM pg_catalog.pg_attribute
-          WHERE attrelid = 'litellm_spend.rollup'::regclass AND attname IN ('name', 'watermark')) AS ours
+          WHERE attrelid = 'litellm_spend.rollup'::regclass AND attname IN ('name', 'watermark', 'committed_to')) AS ours
     WHERE EXISTS (SELECT FROM pg_catalog.aclexplode(acl) AS a WHERE a.grantee = $1
         AND a.privilege_type = privilege)";
 
@@ -118,8 +113,9 @@ fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
         spi::execute(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
         spi::execute(&format!("ALTER FUNCTION {aggregate} ({state}, {state}) OWNER TO {owner}"), &[])?;
     }
-    let name = definition.table();
-    locks::lock_named(&format!("ALTER TABLE {name} OWNER TO {owner}"), &name)?;
+    for name in definition.tables() {
+        locks::lock_named(&format!("ALTER TABLE {name} OWNER TO {owner}"), &name)?;
+    }
     let sql = format!("UPDATE {SCHEMA}.rollup SET owner = $2 WHERE name = $1");
     spi::execute(&sql, &[definition.name.as_str().into(), oid.into()]).map(drop)
 }
@@ -192,7 +188,7 @@ fn require_free(definition: &Definition) -> Result<()> {
             return Err(Error::Exists(definition.name.clone()));
         }
     }
-    for name in [definition.table(), definition.live_view()] {
+    for name in definition.tables().into_iter().chain([definition.live_view()]) {
         if relation::find_relation(&name)?.is_some() {
             return Err(Error::Exists(definition.name.clone()));
         }
@@ -216,15 +212,19 @@ fn insert_rollup(
     numbering: &Numbering,
     definition: Option<&Definition>,
 ) -> Result<()> {
-    let first = first_value(table, numbering)?;
+    let distributed = definition.is_some_and(|definition| definition.distribution.is_some());
+    let first = match distributed {
+        true => spread::first_value(table.oid, &numbering.column)?,
+        false => first_value(table, numbering)?,
+    };
     let definition = definition.map(serde_json::to_string).transpose()?;
     let last = relation::last_value(numbering.sequence)?;
     spi::execute(
         &format!(
             "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value,
-                 covered_from, owner)
+                 covered_from, owner, committed_to)
              SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity',
-                 CASE WHEN $3 IS NOT NULL THEN $7::oid END
+                 CASE WHEN $3 IS NOT NULL THEN $7::oid END, CASE WHEN $8 THEN start END
              FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence
                  WHERE seqrelid = $4) AS s"
         ),
@@ -236,6 +236,7 @@ fn insert_rollup(
             last.into(),
             first.into(),
             table.owner_oid.into(),
+            distributed.into(),
         ],
     )?;
     Ok(())
@@ -304,7 +305,9 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
 fn drop_relations(definition: &Definition) -> Result<()> {
     let view = definition.live_view();
     locks::lock_named(&format!("DROP VIEW IF EXISTS {view}"), &view)?;
-    spi::execute(&format!("DROP TABLE IF EXISTS {}", definition.table()), &[])?;
+    for table in definition.tables() {
+        spi::execute(&format!("DROP TABLE IF EXISTS {table}"), &[])?;
+    }
     for (aggregate, state) in definition.own_aggregates() {
         spi::execute(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
         spi::execute(&format!("DROP FUNCTION IF EXISTS {aggregate} ({state}, {state})"), &[])?;
@@ -326,12 +329,11 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
         &[name.into()],
         |r| Ok((spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?, spi::value::<pg_sys::Oid>(r, 3)?)),
     )?;
-    let (view, table) = (qualified(SCHEMA, name), qualified(SCHEMA, &format!("{name}_rollup")));
-    let found = [("v", "VIEW", Table::named(&view)?), ("r", "TABLE", Table::named(&table)?)];
-    let found: Vec<(&str, Table)> = found
-        .into_iter()
-        .filter_map(|(kind, word, found)| found.filter(|found| found.kind == kind).map(|found| (word, found)))
-        .collect();
+    let mut found = vec![];
+    for (kind, word, suffix) in [("v", "VIEW", ""), ("r", "TABLE", "_rollup"), ("r", "TABLE", "_merged")] {
+        let relation = Table::named(&qualified(SCHEMA, &format!("{name}{suffix}")))?;
+        found.extend(relation.filter(|found| found.kind == kind).map(|found| (word, found)));
+    }
     if found.is_empty() {
         return Err(Error::NoRollup(name.into()));
     }
@@ -378,13 +380,14 @@ pub fn settle(name: &str, patience: Patience) -> Result<()> {
     let (mut definition, known) = (fence.filled()?.clone(), Owner::role(fence.owner));
     let owner = Owner::of(table.oid)?;
     // 1. what has its names is its own. By name alone it could be another rollup's, or a user's.
-    let found = require_own(&definition.table(), "r", known)?;
+    let tables = definition.tables();
+    let tables = tables.iter().map(|name| require_own(name, "r", known)).collect::<Result<Vec<_>>>()?;
     if relation::find_relation(&definition.live_view())?.is_some() {
         require_own(&definition.live_view(), "v", known)?;
     }
     // 2. another owner gets it only if nothing of the former one's hangs on it, which would then run as the
     //    new one.
-    if known != owner && (!known.may_pass_to(owner)? || !is_bare(found.oid)?) {
+    if known != owner && (!known.may_pass_to(owner)? || !is_bare(&tables)?) {
         return Err(Error::OtherOwner {
             relation: table.qualified(),
             owner: table.owner,
@@ -408,21 +411,22 @@ fn require_own(name: &str, kind: &str, owner: Owner) -> Result<Table> {
     Err(Error::OtherOwner { relation: name.into(), owner: found.owner, expected: owner.name()? })
 }
 
-/// Nothing is on the rollup's table that we have not made: no trigger, rule, policy or CHECK, no index with
-/// an expression but ours.
-fn is_bare(table: pg_sys::Oid) -> Result<bool> {
-    let sql = "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1
-               UNION ALL SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = $1
-               UNION ALL SELECT FROM pg_catalog.pg_policy WHERE polrelid = $1
-               UNION ALL SELECT FROM pg_catalog.pg_statistic_ext WHERE stxrelid = $1
-               UNION ALL SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1
+/// Nothing is on the rollup's tables that we have not made: no trigger, rule, policy or CHECK, no index with
+/// an expression but ours. (Citus has a trigger of the server's own kind on each distributed table.)
+fn is_bare(tables: &[Table]) -> Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = ANY ($1) AND NOT tgisinternal
+               UNION ALL SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = ANY ($1)
+               UNION ALL SELECT FROM pg_catalog.pg_policy WHERE polrelid = ANY ($1)
+               UNION ALL SELECT FROM pg_catalog.pg_statistic_ext WHERE stxrelid = ANY ($1)
+               UNION ALL SELECT FROM pg_catalog.pg_constraint WHERE conrelid = ANY ($1)
                    AND contype NOT IN ('p', 'u', 'n')
-               UNION ALL SELECT FROM pg_catalog.pg_index i WHERE indrelid = $1
+               UNION ALL SELECT FROM pg_catalog.pg_index i WHERE indrelid = ANY ($1)
                    AND (indexprs IS NOT NULL OR indpred IS NOT NULL)
                    AND EXISTS (SELECT FROM pg_catalog.pg_depend d
                        WHERE d.classid = 'pg_catalog.pg_class'::regclass
                                AND d.objid = i.indexrelid AND d.refclassid = 'pg_catalog.pg_proc'::regclass)";
-    Ok(spi::query(sql, &[table.into()], |_| Ok(()))?.is_empty())
+    let tables: Vec<_> = tables.iter().map(|table| table.oid).collect();
+    Ok(spi::query(sql, &[tables.into()], |_| Ok(()))?.is_empty())
 }
 
 /// The source was dropped: the rollup keeps what was merged, and its live view shows that.

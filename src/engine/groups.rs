@@ -31,17 +31,19 @@ use pgrx::prelude::*;
 use std::hash::BuildHasher;
 use std::mem;
 
-/// Adds the rows of a window to rollups of one source. Returns the rows and the groups of each; `None`: that
-/// cannot be done here, and nothing was.
-pub fn merge(rollups: &[&Definition], start: i64, end: i64) -> Result<Option<Vec<(i64, i64)>>> {
+/// Source rows, where they are counted, and groups.
+pub type Counts = (Option<i64>, i64);
+
+/// Adds the rows of a window to rollups of one source. `None`: that cannot be done here, and nothing was.
+pub fn merge(rollups: &[&Definition], start: i64, end: i64) -> Result<Option<Vec<Counts>>> {
     let Some(mut scans) = scans(rollups.iter().map(|rollup| (*rollup, 0)))? else { return Ok(None) };
     let sql = |scan: &Scan| scan.rollups[0].definition.window_rows(&scan.expressions());
     if !run(&mut scans, sql, &[start.into(), end.into()])? {
         return Ok(None);
     }
-    let mut counts = vec![(0, 0); rollups.len()];
+    let mut counts = vec![(None, 0); rollups.len()];
     for scan in &scans {
-        scan.rollups.iter().for_each(|rollup| counts[rollup.place] = (scan.rows, rollup.written));
+        scan.rollups.iter().for_each(|rollup| counts[rollup.place] = (Some(scan.rows), rollup.written));
     }
     Ok(Some(counts))
 }

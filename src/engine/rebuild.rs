@@ -12,7 +12,7 @@
 //! is ours of the captured table, and add to it. Of a declared rollup everything is the owner's; of the
 //! built-in ones we remove the rows of a range ourselves, which the owner may not.
 
-use crate::citus;
+use crate::citus::{self, spread};
 use crate::engine::groups;
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
@@ -90,6 +90,10 @@ pub fn rebuild(fences: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
 pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: Shrink) -> Result<i64> {
     let Some(first) = fences.first() else { return Ok(0) };
     let truth = Truth::of(first)?;
+    let distributed = first.filled()?.distribution.is_some();
+    if distributed {
+        spread::await_end(&first.name, &first.filled()?.table(), Patience::of_call())?;
+    }
     // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a
     //    partition.
     for relation in &truth.relations {
@@ -111,6 +115,14 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         rollups.push((definition, fence.watermark));
     }
     // 4. truth − tail of each in one statement: one snapshot, newer than the fences.
+    if let [(rollup, watermark)] = rollups[..]
+        && distributed
+    {
+        let rights = truth.owner.act();
+        let groups = spi::execute(&rollup.refill(None, watermark), &[start.into(), end.into()])?;
+        drop(rights);
+        return first.is_committed().map(|()| groups);
+    }
     let groups = match guc::hash_groups() && !citus::is_distributed(first.relation)? {
         true => {
             let _owner = truth.owner.act();
@@ -138,8 +150,8 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
 fn refill(rollups: &[(&Definition, i64)], truth: Truth, range: Range) -> Result<i64> {
     let name = truth.query.as_ref().map(|_| "truth");
     let refilled = rollups.iter().enumerate();
-    let refilled =
-        refilled.map(|(i, (d, watermark))| format!("refilled_{i} AS ({})", d.refill(name, *watermark)));
+    let refilled = refilled
+        .map(|(i, (d, watermark))| format!("refilled_{i} AS ({} RETURNING 1)", d.refill(name, *watermark)));
     let parts: Vec<String> =
         truth.query.iter().map(|query| format!("truth AS ({query})")).chain(refilled).collect();
     let counts: Vec<String> =
@@ -398,10 +410,9 @@ pub fn verify(
         return Err(frozen::error(name, &frozen));
     }
     let truth = Truth::of(&fence)?;
+    let with_tail = fence.filled()?.distribution.is_some() || !citus::is_distributed(fence.relation)?;
     let differences = Differences {
-        comparison: fence
-            .filled()?
-            .compare(truth.relation().as_deref(), !citus::is_distributed(fence.relation)?),
+        comparison: fence.filled()?.compare(truth.relation().as_deref(), with_tail),
         owner: truth.owner,
         parts: parts.into_iter(),
         cursor: None,

@@ -10,8 +10,8 @@
 //! changes either. No lock is taken on the source: a writer that stays open freezes the watermark, nothing
 //! else.
 
-use crate::citus;
-use crate::engine::groups;
+use crate::citus::{self, spread};
+use crate::engine::groups::{self, Counts};
 use crate::engine::source;
 use crate::error::{Error, Result};
 use crate::guc;
@@ -31,7 +31,8 @@ use std::time::Instant;
 pub struct Merge {
     pub window_start: i64,
     pub window_end: i64,
-    pub rows: i64,
+    /// `None`: they are not counted, because the nodes merge them by themselves.
+    pub rows: Option<i64>,
     pub groups: i64,
 }
 
@@ -115,18 +116,21 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     if !locks::try_lock_against_dropping(fence.relation)? {
         return Ok(Merged::Busy);
     }
+    let note_merged = definition.note_merged();
+    if note_merged.is_some() {
+        spread::await_end(&fence.name, &definition.table(), patience)?;
+    }
     // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
     let rights = fence.act()?;
-    // What nodes have they add up themselves.
-    let hashed = match guc::hash_groups() && !citus::is_distributed(fence.relation)? {
-        true => groups::merge(&[definition], start, end)?,
-        false => None,
+    let (rows, groups) = match note_merged {
+        None => write_window(&fence, definition, start, end)?,
+        Some(note_merged) => {
+            let groups = spi::execute(&definition.merge_by_shard(), &[start.into(), end.into()])?;
+            spi::execute(&note_merged, &[start.into(), end.into()])?;
+            (None, groups)
+        }
     };
-    let (rows, groups) = match hashed {
-        Some(counts) => counts[0],
-        None => write_window(definition, start, end)?,
-    };
-    if rows == 0 && end < safe_end {
+    if groups == 0 && end < safe_end {
         end = end_of_gap(definition, end, safe_end)?;
     }
     drop(rights);
@@ -171,7 +175,7 @@ pub fn merge_together(
         // Whose fault it is will be found, and recorded, when each is merged alone.
         Ok(None) | Err(_) => return Ok(None),
     };
-    if end < safe_end && counts.iter().all(|(rows, _)| *rows == 0) {
+    if end < safe_end && counts.iter().all(|(_, groups)| *groups == 0) {
         end = end_of_gap(definitions[0], end, safe_end)?;
     }
     // 4. the watermarks, in the same transaction.
@@ -183,10 +187,17 @@ pub fn merge_together(
     Ok(Some(counts.into_iter().map(merge).collect()))
 }
 
-/// Adds the rows of a window to a rollup. Returns the number of source rows and of groups.
-fn write_window(rollup: &Definition, start: i64, end: i64) -> Result<(i64, i64)> {
+/// Adds the rows of a window to a rollup.
+fn write_window(fence: &Fence, rollup: &Definition, start: i64, end: i64) -> Result<Counts> {
+    // What nodes have they add up themselves.
+    if guc::hash_groups()
+        && !citus::is_distributed(fence.relation)?
+        && let Some(counts) = groups::merge(&[rollup], start, end)?
+    {
+        return Ok(counts[0]);
+    }
     let found = spi::fresh(&rollup.merge(), &[start.into(), end.into()], |r| {
-        Ok((spi::value::<i64>(r, 1)?, spi::value::<i64>(r, 2)?))
+        Ok((r.get::<i64>(1)?, spi::value::<i64>(r, 2)?))
     })?;
     Ok(found.into_iter().next().unwrap_or_default())
 }

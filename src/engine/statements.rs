@@ -9,7 +9,9 @@
 //! others. All statements share these two steps, so they cannot drift apart.
 
 use crate::server::text::{SCHEMA, literal, quoted};
-use crate::state::definition::{Bucket, Column, Combine, Definition, Key, Measure, ONE_ROW};
+use crate::state::definition::{
+    Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIMESTAMPTZ,
+};
 
 /// Part of its space that a page of a rollup's table is filled with: the rest keeps updates HOT.
 const FILLFACTOR: u32 = 80;
@@ -110,7 +112,19 @@ impl Definition {
             after.push(format!("ALTER TABLE {} REPLICA IDENTITY FULL", self.table()));
         }
         let create = format!("CREATE TABLE {} ({columns}) WITH (fillfactor = {FILLFACTOR})", self.table());
+        after.extend(self.distributed_by().map(|value| {
+            format!(
+                "CREATE TABLE {} ({} PRIMARY KEY, watermark bigint NOT NULL) WITH (fillfactor = {FILLFACTOR})",
+                self.merged_table(),
+                Column { name: MERGED_VALUE.into(), ..value.clone() }.declared()
+            )
+        }));
         std::iter::once(create).chain(after).collect()
+    }
+
+    fn distributed_by(&self) -> Option<&Column> {
+        let distribution = self.distribution.as_ref()?;
+        self.dimensions.iter().map(|d| &d.column).find(|c| c.name == distribution.dimension)
     }
 
     fn conflict_target(&self) -> String {
@@ -120,9 +134,16 @@ impl Definition {
         })
     }
 
-    /// COMMENT ON the table and the live view.
-    pub fn comments(&self) -> [String; 2] {
-        [
+    /// COMMENT ON the tables and the live view.
+    pub fn comments(&self) -> Vec<String> {
+        let merged = self.distribution.iter().map(|_| {
+            format!(
+                "COMMENT ON TABLE {} IS {}",
+                self.merged_table(),
+                literal(&format!("Numbers up to which rollup {} is merged, for each value", self.name))
+            )
+        });
+        let comments = [
             format!(
                 "COMMENT ON TABLE {} IS {}",
                 self.table(),
@@ -133,10 +154,11 @@ impl Definition {
                 self.live_view(),
                 literal(&format!("Rollup {}: merged rows and tail, exact in every snapshot", self.name))
             ),
-        ]
+        ];
+        merged.chain(comments).collect()
     }
 
-    /// Rows above the watermark: what has not been merged yet.
+    /// Rows above a watermark: what has not been merged yet.
     fn tail(&self, watermark: &str) -> String {
         format!("r.{} > {watermark}", quoted(&self.source_sequence))
     }
@@ -149,6 +171,19 @@ impl Definition {
     fn state(&self, column: &str) -> String {
         let name = literal(&self.name);
         format!("(SELECT {column} FROM {SCHEMA}.rollup WHERE rollup.name = {name}::text)")
+    }
+
+    /// What has not been merged yet, in the statement's own snapshot. Of a distributed rollup each shard says
+    /// itself, for each value, up to where it is merged; what was merged on all nodes need not be read.
+    fn tail_now(&self) -> String {
+        let Some(distribution) = &self.distribution else { return self.tail(&self.watermark()) };
+        format!(
+            "{} AND NOT EXISTS (SELECT FROM {} AS m WHERE m.{MERGED_VALUE} = r.{} AND m.watermark >= r.{})",
+            self.tail(&self.state("committed_to")),
+            self.merged_table(),
+            quoted(&distribution.column),
+            quoted(&self.source_sequence)
+        )
     }
 
     /// The query of the live view: every column, every bucket.
@@ -219,9 +254,8 @@ impl Definition {
     /// from a bucket on. Not a query over the live view: planning two levels takes longer than running one.
     pub fn partial_rows(&self, wanted: impl Fn(&str) -> bool, first_bucket: Option<&str>) -> String {
         let wanted = |name: &str| name == self.presence || wanted(name);
-        let watermark = self.watermark();
         let names = list(self.columns().filter(|c| wanted(&c.name)), |c| quoted(&c.name));
-        let (mut merged, mut tail) = (String::new(), self.tail(&watermark));
+        let (mut merged, mut tail) = (String::new(), self.tail_now());
         if let Some((first, bucket)) = first_bucket.zip(self.bucket.as_ref()) {
             merged = format!(" WHERE {} >= {first}", quoted(&bucket.dimension));
             tail += &format!(" AND {} >= {first}", bucket.source_time);
@@ -261,7 +295,7 @@ impl Definition {
 
     /// What the owner of a live view needs apart from the source and the rollup's table.
     pub fn grant_watermark(&self, role: &str) -> String {
-        format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}")
+        format!("GRANT SELECT (name, watermark, committed_to) ON {SCHEMA}.rollup TO {role}")
     }
 
     // ---- merge ----------------------------------------------------------------------------------------
@@ -303,35 +337,74 @@ impl Definition {
 
     /// Adds the groups that are called `groups` to the table.
     pub fn write_groups(&self, groups: &str) -> String {
+        self.add(&format!("SELECT {} FROM {groups}", self.column_list()))
+    }
+
+    /// Adds partial rows, one for each group, to the table.
+    fn add(&self, rows: &str) -> String {
         format!(
-            "INSERT INTO {table} AS r ({columns}) SELECT {columns} FROM {groups}
-             ON CONFLICT ({target}) DO UPDATE SET {add}",
-            table = self.table(),
-            columns = self.column_list(),
-            target = self.conflict_target(),
-            add = list(&self.measures, Measure::add_excluded),
+            "INSERT INTO {} AS r ({}) {rows} ON CONFLICT ({}) DO UPDATE SET {}",
+            self.table(),
+            self.column_list(),
+            self.conflict_target(),
+            list(&self.measures, Measure::add_excluded),
         )
+    }
+
+    /// Merges the window `($1, $2]` of a distributed rollup: each shard the rows that are beside it. Nothing
+    /// is put in order or counted, which would bring the groups here.
+    pub fn merge_by_shard(&self) -> String {
+        self.add(&self.combine("", &self.project(&self.source, &self.in_window()), ""))
+    }
+
+    /// Notes with each value of the window how far it is merged. By the shard's own connection of the merge,
+    /// so that a shard has both or neither. `None`: it is not distributed.
+    pub fn note_merged(&self) -> Option<String> {
+        let column = quoted(&self.distribution.as_ref()?.column);
+        Some(format!(
+            "INSERT INTO {} AS m ({MERGED_VALUE}, watermark)
+             SELECT r.{column}, $2::bigint FROM {} AS r WHERE {} GROUP BY r.{column}
+             ON CONFLICT ({MERGED_VALUE}) DO UPDATE SET watermark = excluded.watermark",
+            self.merged_table(),
+            self.source,
+            self.in_window()
+        ))
     }
 
     // ---- rebuild --------------------------------------------------------------------------------------
 
-    /// `time` lies in `[$1, $2)`; a NULL end is unbounded (`infinity` itself is a time that a row can have).
-    /// Without a bucket every row is in range.
-    fn in_range(&self, time: impl Fn(&Bucket) -> String) -> String {
-        let Some(bucket) = &self.bucket else { return "true".into() };
-        let time = time(bucket);
-        let nullable = self.dimensions.iter().any(|d| d.column.name == bucket.dimension && d.nullable);
-        let timeless =
-            if nullable { format!(" OR {time} IS NULL AND $1 = '-infinity'") } else { String::new() };
-        format!("({time} >= $1{timeless}) AND ($2 IS NULL OR {time} < $2)")
-    }
-
+    /// The bucket lies in `[$1, $2)`, which are timestamps in UTC; a NULL end is unbounded (`infinity` itself
+    /// is a time that a row can have). Without a bucket every row is in range.
     fn bucket_in_range(&self) -> String {
-        self.in_range(|b| quoted(&b.dimension))
+        self.in_range(|bucket, r#type| (quoted(&bucket.dimension), r#type))
     }
 
+    /// The same, said of the source's rows.
     fn source_in_range(&self) -> String {
-        self.in_range(|b| b.source_time.clone())
+        self.in_range(|bucket, r#type| match bucket.source_time.clone() {
+            column if column == quoted(&bucket.column) => (column, &bucket.column_type),
+            expression => (expression, r#type),
+        })
+    }
+
+    /// `time` gives what is compared, and its type; it is given the dimension's.
+    fn in_range<'a>(&'a self, time: impl Fn(&'a Bucket, &'a str) -> (String, &'a str)) -> String {
+        let is_bucket = |d: &&Dimension| self.bucket.as_ref().is_some_and(|b| b.dimension == d.column.name);
+        let Some((bucket, dimension)) = self.bucket.as_ref().zip(self.dimensions.iter().find(is_bucket))
+        else {
+            return "true".into();
+        };
+        let (time, r#type) = time(bucket, &dimension.column.r#type);
+        let timeless = match dimension.nullable {
+            true => format!(" OR {time} IS NULL AND $1 = '-infinity'"),
+            false => String::new(),
+        };
+        // Other nodes compare, too, and do not know our TimeZone.
+        let moment = |number: i32| match r#type {
+            TIMESTAMPTZ => format!("(${number} AT TIME ZONE 'UTC')"),
+            _ => format!("${number}"),
+        };
+        format!("({time} >= {}{timeless}) AND ($2 IS NULL OR {time} < {})", moment(1), moment(2))
     }
 
     /// The rollup's bucket, as a column of partial rows.
@@ -344,18 +417,13 @@ impl Definition {
         format!("DELETE FROM {} WHERE {}", self.table(), self.bucket_in_range())
     }
 
-    /// Inserts `truth − tail` of the range `[$1, $2)`, and returns the number of groups. `truth` is a
-    /// relation with the source's columns; without one the source itself is the truth.
+    /// Inserts `truth − tail` of the range `[$1, $2)`. `truth` is a relation with the source's columns;
+    /// without one the source itself is the truth.
     pub fn refill(&self, truth: Option<&str>, watermark: i64) -> String {
         let rows = self.merged_truth(truth, watermark);
         let nonzero = list_of(&self.measures, |m| format!("sum({}) <> 0", quoted(&m.column.name)));
         let keep = if truth.is_some() { format!(" HAVING {}", nonzero.join(" OR ")) } else { String::new() };
-        format!(
-            "INSERT INTO {} ({}) {} RETURNING 1",
-            self.table(),
-            self.column_list(),
-            self.combine("", &rows, &keep)
-        )
+        format!("INSERT INTO {} ({}) {}", self.table(), self.column_list(), self.combine("", &rows, &keep))
     }
 
     /// The source rows whose states [`Definition::refill`] adds up: expressions over them, and whether each is
@@ -396,9 +464,9 @@ impl Definition {
         )
     }
 
-    /// Whether there are merged rows in `[$1, $2)`.
+    /// Whether there are merged rows in `[$1, $2)`. (Citus takes no subquery without a column.)
     pub fn has_rows(&self) -> String {
-        format!("SELECT FROM {} WHERE {}", self.table(), self.bucket_in_range())
+        format!("SELECT 1 FROM {} WHERE {}", self.table(), self.bucket_in_range())
     }
 
     /// Whether the rollup or its tail has rows in `[$1, $2)`.
@@ -436,8 +504,8 @@ impl Definition {
     }
 
     /// The groups of the range `[$1, $2)` in which rollup + tail differ from the truth, all in one snapshot.
-    /// Without the tail on either side where the source's rows are on other nodes: a statement reads those of
-    /// each in a snapshot of its own, and only what is merged is sure to be the same twice.
+    /// Without the tail on either side where only the source's rows are on other nodes: a statement reads
+    /// those of each in a snapshot of its own, and only what is merged is sure to be the same twice.
     pub fn compare(&self, truth: Option<&str>, with_tail: bool) -> String {
         let of = |side: &str, m: &Measure| {
             let m = quoted(&m.column.name);
@@ -489,6 +557,9 @@ impl Definition {
 
 /// What groups that are ready to be written are called.
 pub const GROUPS: &str = "litellm_spend_groups";
+
+/// The column of [`Definition::merged_table`] that holds values of the distribution column.
+pub const MERGED_VALUE: &str = "value";
 
 /// What a column is called that no rollup's has the name of: the number of source rows of a group.
 const SOURCE_ROWS: &str = "litellm_spend_rows_";

@@ -86,6 +86,7 @@ fn rollup(name: &str, (bucket, expression, r#type): Width, dimensions: &[&str]) 
         presence: "requests".into(),
         key: Key::HERE,
         optional: is_report(name),
+        distribution: None,
     }
 }
 

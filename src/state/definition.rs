@@ -80,6 +80,15 @@ impl Key {
     pub const HERE: Key = if cfg!(feature = "pg14") { Key::Arrays } else { Key::Dimensions };
 }
 
+/// How Citus distributes a rollup's table: beside its source's, by the same values.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// The source's column.
+    pub column: String,
+    /// The dimension that is that column.
+    pub dimension: String,
+}
+
 /// A rollup over a source whose rows are numbered by `source_sequence`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
@@ -102,6 +111,9 @@ pub struct Definition {
     /// not know.
     #[serde(default)]
     pub optional: bool,
+    /// `None`: its table is a table of this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distribution: Option<Distribution>,
 }
 
 impl Definition {
@@ -112,6 +124,16 @@ impl Definition {
 
     pub fn table_name(&self) -> String {
         format!("{}_rollup", self.name)
+    }
+
+    /// The tables that it is made of, qualified.
+    pub fn tables(&self) -> Vec<String> {
+        std::iter::once(self.table()).chain(self.distribution.iter().map(|_| self.merged_table())).collect()
+    }
+
+    /// Of a distributed one: up to which number each value of the distribution column is merged. Qualified.
+    pub fn merged_table(&self) -> String {
+        qualified(SCHEMA, &format!("{}_merged", self.name))
     }
 
     /// The live view: merged rows and the tail, in one snapshot. Qualified.

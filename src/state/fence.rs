@@ -193,23 +193,32 @@ impl Fence {
     }
 
     /// Advances the watermark. The rollup's rows of the window are written in the same transaction; `counts`
-    /// are the source rows and groups, where we know them.
-    pub fn advance(&self, end: i64, counts: Option<(i64, i64)>, ms: f64) -> Result<()> {
+    /// are the source rows and groups, where we know them. What is merged of a distributed rollup before that
+    /// is committed on all nodes.
+    pub fn advance(&self, end: i64, counts: Option<(Option<i64>, i64)>, ms: f64) -> Result<()> {
         execute(
             &format!(
-                "UPDATE {SCHEMA}.rollup SET watermark = $2, merged_at = clock_timestamp(), merged_rows = $3,
-                     merged_groups = $4, merged_ms = $5, last_error = NULL, last_error_at = NULL
+                "UPDATE {SCHEMA}.rollup SET watermark = $2,
+                     committed_to = CASE WHEN committed_to IS NOT NULL THEN watermark END,
+                     merged_at = clock_timestamp(), merged_rows = $3, merged_groups = $4, merged_ms = $5,
+                     last_error = NULL, last_error_at = NULL
                  WHERE name = $1"
             ),
             &[
                 self.name.as_str().into(),
                 end.into(),
-                counts.map(|c| c.0).into(),
+                counts.and_then(|c| c.0).into(),
                 counts.map(|c| c.1).into(),
                 ms.into(),
             ],
         )?;
         Ok(())
+    }
+
+    /// Notes that all that is merged of a distributed rollup is committed on all nodes.
+    pub fn is_committed(&self) -> Result<()> {
+        let sql = format!("UPDATE {SCHEMA}.rollup SET committed_to = watermark WHERE name = $1");
+        execute(&sql, &[self.name.as_str().into()]).map(drop)
     }
 }
 

@@ -230,7 +230,7 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
         Some(earlier) => Merge {
             window_start: earlier.window_start,
             window_end: later.window_end,
-            rows: earlier.rows + later.rows,
+            rows: earlier.rows.zip(later.rows).map(|(earlier, later)| earlier + later),
             groups: earlier.groups + later.groups,
         },
     }
