@@ -1,5 +1,6 @@
-//! Merges a window, or computes a range anew, through a hash table of ours, where PostgreSQL's aggregation would take longer than all
-//! the rest: it calls a function for each value of each row, and each rollup of a source reads the rows anew.
+//! Merges a window, or computes a range anew, through a hash table of ours, where PostgreSQL's aggregation
+//! would take longer than all the rest: it calls a function for each value of each row, and each rollup of a
+//! source reads the rows anew.
 //!
 //! ```text
 //!   SELECT dimensions, states          one scan for all rollups     INSERT … ON CONFLICT

@@ -426,8 +426,8 @@ impl Definition {
         format!("INSERT INTO {} ({}) {}", self.table(), self.column_list(), self.combine("", &rows, &keep))
     }
 
-    /// The source rows whose states [`Definition::refill`] adds up: expressions over them, and whether each is
-    /// a measure's, which the tail takes away.
+    /// The source rows whose states [`Definition::refill`] adds up: expressions over them, and whether each
+    /// is a measure's, which the tail takes away.
     pub fn refill_rows(&self, columns: &[(&str, bool)], truth: Option<&str>, watermark: i64) -> String {
         let (source, expansion, range) = (&self.source, &self.expansion, self.source_in_range());
         let Some(truth) = truth else {
