@@ -70,13 +70,11 @@ pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> R
     let elsewhere = spi::current(
         &format!(
             "{FAMILY}
-             SELECT a.attrelid::regclass::text, $2::regclass::text, a.attname::text,
+             SELECT a.attrelid::regclass::text, $2::regclass::text, attname::text,
                  other.sequence::regclass::text,
                     d.oid IS NOT NULL
              FROM family JOIN pg_catalog.pg_attribute a ON a.attrelid = family.oid AND a.attnum > 0
-             JOIN pg_catalog.pg_attribute number ON number.attname = a.attname
-             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation
-                 AND number.attnum = draws.attnum
+             JOIN number USING (attname)
              LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
              LEFT JOIN LATERAL (
                  SELECT objid AS sequence FROM pg_catalog.pg_depend
@@ -116,12 +114,10 @@ fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     let defaults = spi::current(
         &format!(
             "{FAMILY}
-             SELECT d.adrelid::regclass::text, $2::regclass::text, a.attname::text, d.adbin::text
+             SELECT d.adrelid::regclass::text, $2::regclass::text, attname::text, d.adbin::text
              FROM family JOIN pg_catalog.pg_attrdef d ON d.adrelid = family.oid
              JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
-             JOIN pg_catalog.pg_attribute number ON number.attname = a.attname
-             JOIN draws ON draws.relation = $1 AND number.attrelid = draws.relation
-                 AND number.attnum = draws.attnum"
+             JOIN number USING (attname)"
         ),
         &[relation.into(), sequence.into()],
         |r| {
@@ -237,7 +233,7 @@ pub fn require_sequence(sequence: Option<pg_sys::Oid>, has_merged_to: bool) -> R
     }
 }
 
-/// The table and its numbering, if it can be a source for the caller.
+/// The table and its numbering, if it can be a source for the caller, and whether Citus distributes it.
 pub fn open_source(
     caller: pg_sys::Oid,
     oid: pg_sys::Oid,

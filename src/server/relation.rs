@@ -80,7 +80,7 @@ pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
 }
 
 /// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2
-/// numbers, as their identity or in their default.
+/// numbers, as their identity or in their default; `number`, the name of the one of relation $1.
 pub const FAMILY: &str = concat!(
     tree!(),
     ",
@@ -94,16 +94,16 @@ pub const FAMILY: &str = concat!(
         UNION SELECT d.adrelid, d.adnum FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_attrdef d
             ON d.oid = p.objid
         WHERE p.classid = 'pg_catalog.pg_attrdef'::regclass AND p.refclassid = 'pg_catalog.pg_class'::regclass
-          AND p.refobjid = $2)"
+          AND p.refobjid = $2),
+    number AS (
+        SELECT a.attname FROM draws JOIN pg_catalog.pg_attribute a
+            ON a.attrelid = draws.relation AND a.attnum = draws.attnum
+        WHERE draws.relation = $1)"
 );
 
 /// The column of a relation that a sequence numbers, quoted.
 pub fn numbered_column(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<String> {
-    let sql = format!(
-        "{FAMILY} SELECT pg_catalog.quote_ident(attname) FROM draws
-         JOIN pg_catalog.pg_attribute a ON a.attrelid = draws.relation AND a.attnum = draws.attnum
-         WHERE draws.relation = $1"
-    );
+    let sql = format!("{FAMILY} SELECT pg_catalog.quote_ident(attname) FROM number");
     let columns = current(&sql, &[relation.into(), sequence.into()], |r| value::<String>(r, 1))?;
     columns.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
 }
@@ -249,13 +249,13 @@ pub fn owner_of_closed_schema(role: pg_sys::Oid, schema: &str) -> Result<Option<
     Ok(query(sql, &[role.into(), schema.into()], |r| value(r, 1))?.pop())
 }
 
-/// Whether values of the type can be sorted: then they can be a key.
 pub fn type_name(r#type: pg_sys::Oid) -> Result<String> {
     let names =
         query("SELECT pg_catalog.format_type($1, NULL)", &[r#type.into()], |r| value::<String>(r, 1))?;
     Ok(names.into_iter().next().unwrap_or_default())
 }
 
+/// Whether values of the type can be sorted: then they can be a key.
 pub fn is_sortable(r#type: pg_sys::Oid) -> bool {
     // SAFETY: reads the catalog and the type cache. TypeCacheEntry outlives this call.
     unsafe {
