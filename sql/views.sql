@@ -204,8 +204,8 @@ ORDER BY table_oid::regclass::text, is_default, range_start;
 -- whose locks have none.
 CREATE VIEW litellm_spend.party AS
 SELECT pid::text AS id, pid, NULL AS gid, backend_type AS kind, xact_start AS since,
-       format('process %s (%s, %s), query of %s', pid, usename, coalesce(nullif(application_name, ''), backend_type),
-              to_char(query_start, 'YYYY-MM-DD HH24:MI:SS')) AS who,
+       format('process %s (%s)', pid, concat_ws(', ', usename, coalesce(nullif(application_name, ''), backend_type)))
+           || coalesce(to_char(query_start, '", query of "YYYY-MM-DD HH24:MI:SS'), '') AS who,
        format('SELECT pg_terminate_backend(%s);', pid) AS remedy
 FROM pg_stat_activity
 UNION ALL

@@ -193,6 +193,21 @@ fn retention_behind_a_dashboard_names_it() {
 }
 
 #[test]
+fn who_has_no_user_or_query_is_named_without() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let named = |client: &mut Client, which: &str| -> (i32, String) {
+        let row = client.query_one(&format!("SELECT pid, who FROM litellm_spend.party WHERE {which}"), &[]);
+        row.map(|row| (row.get(0), row.get(1))).unwrap()
+    };
+    let (pid, who) = named(&mut client, "kind = 'checkpointer'");
+    assert_eq!(who, format!("process {pid} (checkpointer)"));
+    client.batch_execute("SET application_name = 'a report'").unwrap();
+    let (pid, who) = named(&mut client, "pid = pg_backend_pid()");
+    assert!(who.starts_with(&format!("process {pid} (postgres, a report), query of 20")), "{who}");
+}
+
+#[test]
 fn an_index_that_waits_for_a_snapshot_names_who_has_it() {
     let db = shared().database().attached();
     let (mut client, mut dump) = (db.connect(), db.connect());
