@@ -1,5 +1,6 @@
 //! Rollups of any source that a sequence numbers: what a user says one is, which rows are safe, merging,
-//! recomputing, comparing. Why no row is counted twice: docs/internals.md. May call state and server.
+//! recomputing, comparing. Why no row is counted twice: docs/internals.md. May call citus, state and server,
+//! and where a rebuild reads what a built-in rollup must equal, LiteLLM's room.
 
 mod decimal;
 pub mod declaration;

@@ -1,5 +1,5 @@
 //! LiteLLM's table and views: capture, the built-in rollups, backfill, repair, what changes around them. May
-//! call the engine and below.
+//! call the engine and the rooms below it.
 
 pub mod admin;
 pub mod backfill;

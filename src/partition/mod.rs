@@ -1,6 +1,6 @@
 //! Tables that are divided by time: conversion and reversion, and the upkeep of partitions. Each module says
-//! which locks it takes, and for how long. May call state and server, and where a table is captured,
-//! LiteLLM's room.
+//! which locks it takes, and for how long. May call the engine and the rooms below it, and where a table is
+//! captured LiteLLM's.
 
 pub mod archive;
 pub mod blueprint;

@@ -1,5 +1,5 @@
 //! Processes: the launcher, a worker for each database, the builder of indexes, and one round of everything.
-//! May call all below.
+//! And the hook that sees DDL of others'. May call all below.
 
 pub mod builder;
 pub mod hook;
