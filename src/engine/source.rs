@@ -233,7 +233,7 @@ pub fn require_sequence(sequence: Option<pg_sys::Oid>, has_merged_to: bool) -> R
     }
 }
 
-/// The table and its numbering, if it can be a source for the caller, and whether Citus distributes it.
+/// The table and its numbering, if it can be a source for the caller.
 pub fn open_source(
     caller: pg_sys::Oid,
     oid: pg_sys::Oid,
