@@ -16,8 +16,9 @@
 //! exact as a query over the rows themselves is.
 //!
 //! Where to begin to read is another matter, which the number of a value cannot say: `committed_to` can, what
-//! is known to be committed on all nodes. It is the watermark before the last merge, for no merge begins
-//! before the one before it is over everywhere.
+//! is known to be committed on all nodes. At first it is the watermark before the last merge, for no merge
+//! begins before the one before it is over everywhere; then the worker asks the nodes, and it is the
+//! watermark.
 //!
 //! Exactly once:
 //!

@@ -139,6 +139,18 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
 }
 
+/// Notes that what is merged of a distributed rollup is committed on all nodes, if it is: its live view then
+/// reads only what came later. In another transaction than the merge.
+pub fn note_committed(name: &str) -> Result<()> {
+    let Some(fence) = Fence::take(name, Patience::None)? else { return Ok(()) };
+    match spread::await_end(name, &fence.filled()?.table(), Patience::None) {
+        Ok(()) => fence.is_committed(),
+        // The next merge waits for it, and says so.
+        Err(Error::StillCommitting { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Merges the next window of all built-in rollups together: the change log is read once for those whose rows
 /// are the same. `None`: that cannot be done now, one of them is ahead or fails, say; then each goes its own
 /// way.

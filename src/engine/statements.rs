@@ -351,8 +351,8 @@ impl Definition {
         )
     }
 
-    /// Merges the window `($1, $2]` of a distributed rollup: each shard the rows that are beside it. Nothing
-    /// is put in order or counted, which would bring the groups here.
+    /// Merges the window `($1, $2]` of a distributed rollup: each shard the rows that are beside it. No part
+    /// of it has a name or returns anything, or Citus would bring the groups here.
     pub fn merge_by_shard(&self) -> String {
         self.add(&self.combine("", &self.project(&self.source, &self.in_window()), ""))
     }

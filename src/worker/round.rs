@@ -208,12 +208,17 @@ fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<
         match step {
             Some(Merged::Window(next)) => {
                 run.has_merged(&subject, next.window_end - next.window_start + 1, started.elapsed());
-                let last = next.window_end == safe_end;
+                let (last, by_nodes) = (next.window_end == safe_end, next.rows.is_none());
                 merged = Some(joined(merged, next));
+                let transaction_ends = matches!(patience, Patience::None);
+                if last && by_nodes && transaction_ends {
+                    run.step(subject, || rollup::note_committed(rollup));
+                }
                 if last {
                     return (merged, End::Done);
                 }
-                if matches!(patience, Patience::None) {
+                // The nodes merge the next one when this is committed.
+                if transaction_ends || by_nodes {
                     return (merged, End::More);
                 }
             }
