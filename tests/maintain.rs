@@ -407,10 +407,21 @@ fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
              SELECT spend_partition_set('events', precreate => 1)"
         ))
         .unwrap();
-    for _ in 0..2 {
-        let actions = maintain_at(&mut client, "events", "2026-11-28");
-        assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
-    }
+    // As many rounds as it takes: how much is drained in one goes by time.
+    let maintain = |client: &mut Client| {
+        for _ in 0..20 {
+            let mut actions = maintain_at(client, "events", "2026-11-28");
+            let before = actions.len();
+            actions.retain(|a| a.3 != "more is to be drained by the next round");
+            assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+            if actions.len() == before {
+                return;
+            }
+        }
+        panic!("it is never drained");
+    };
+    maintain(&mut client);
+    maintain(&mut client);
     let left = "SELECT array_agg(at::text ORDER BY at) FROM events_pdefault";
     assert_eq!(
         value::<Vec<String>>(&mut client, left),
@@ -420,8 +431,7 @@ fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
     client
         .batch_execute("SELECT spend_partition_set('events', precreate => 1, retention => '20 days')")
         .unwrap();
-    let actions = maintain_at(&mut client, "events", "2026-11-28");
-    assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+    maintain(&mut client);
     let rows = "SELECT count(*) FROM events WHERE at < '2026-01-01' AND isfinite(at)";
     assert_eq!(value::<i64>(&mut client, rows), 0);
     assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
