@@ -592,6 +592,7 @@ fn a_merge_in_doubt_on_a_node_is_neither_lost_nor_doubled_and_the_next_waits_for
     assert_eq!(watermark(&mut client, "halves"), 800);
     exact(&mut client, 801);
     assert_refused(&mut client, "SELECT spend_rollup_rebuild('halves')", "55006");
+    assert_refused(&mut client, "SELECT spend_rollup_drop('halves')", "55006");
     // 3. the worker says so, and goes on by itself.
     client.batch_execute("ALTER SYSTEM SET litellm_spend.merge_interval = '50ms'").unwrap();
     client.batch_execute("SELECT pg_reload_conf()").unwrap();

@@ -305,6 +305,10 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
 fn drop_relations(definition: &Definition) -> Result<()> {
     let view = definition.live_view();
     locks::lock_named(&format!("DROP VIEW IF EXISTS {view}"), &view)?;
+    if definition.distribution.is_some() {
+        // On a node nobody ends our wait for a lock.
+        spread::await_end(&definition.name, &definition.table(), Patience::of_call())?;
+    }
     for table in definition.tables() {
         spi::execute(&format!("DROP TABLE IF EXISTS {table}"), &[])?;
     }
