@@ -8,6 +8,7 @@ import csv
 import statistics
 from collections import defaultdict
 
+import citus
 import groups
 import logs_page
 import merge
@@ -29,6 +30,7 @@ TITLES = {
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
     "groups": f"Merge of {groups.ROWS:,} page views by the number of groups",
     "pipeline": f"Two connections COPY {pipeline.ROWS:,} page views, merged beside them into a million groups",
+    "citus": f"The same on a cluster of Citus, three servers on this machine: {citus.ROWS:,} page views",
     "convert": "spend_partition_convert(), and what others wait for it",
     "expire": "Expiry of a day of 100,000 rows",
     "partitioned": "Inserts of 100 rows into the partitioned and the plain table, both captured",
@@ -72,6 +74,11 @@ RATIOS = {
     ],
     "pipeline": [
         *((metric, ["ours"], "article") for metric in ("end to end", "longest lag", "merge cpu", "memory")),
+        *(("ingest", [variant], "ingest alone") for variant in ("ours", "article")),
+    ],
+    "citus": [
+        *((metric, ["ours"], below) for below in ("article", "single node")
+          for metric in ("end to end", "longest lag", "cpu", "dashboard")),
         *(("ingest", [variant], "ingest alone") for variant in ("ours", "article")),
     ],
     "convert": [
