@@ -127,7 +127,7 @@ errors! {
         ERRCODE_FEATURE_NOT_SUPPORTED;
         "rollup \"{rollup}\" cannot be distributed";
         "{reason}";
-        "Leave distributed out, or pass distributed => false: its table is then one of this node.";
+        "Pass distributed => false: its table is then one of this node.";
 
     StillCommitting { rollup: String, node: String }:
         ERRCODE_OBJECT_IN_USE;

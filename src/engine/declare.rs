@@ -79,7 +79,7 @@ pub fn create(declaration: &Declaration) -> Result<Vec<Notice>> {
     give_to_owner(&definition, owner)?;
     if definition.distribution.is_some() {
         spread::await_end(&definition.name, &definition.table(), Patience::None)?;
-        spread::require_by_shard(&definition.name, owner, &definition.merge_by_shard())?;
+        spread::require_by_shard(&definition.name, owner, &definition.merge_by_shard("0", "0"))?;
     }
     make_view(&definition, owner, &definition.live_query())?;
     notices.extend(advice(&table, &numbering)?);

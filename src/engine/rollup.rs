@@ -125,7 +125,7 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     let (rows, groups) = match note_merged {
         None => write_window(&fence, definition, start, end)?,
         Some(note_merged) => {
-            let groups = spi::execute(&definition.merge_by_shard(), &[start.into(), end.into()])?;
+            let groups = spi::execute(&definition.merge_by_shard("$1", "$2"), &[start.into(), end.into()])?;
             spi::execute(&note_merged, &[start.into(), end.into()])?;
             (None, groups)
         }

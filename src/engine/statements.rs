@@ -351,10 +351,11 @@ impl Definition {
         )
     }
 
-    /// Merges the window `($1, $2]` of a distributed rollup: each shard the rows that are beside it. No part
-    /// of it has a name or returns anything, or Citus would bring the groups here.
-    pub fn merge_by_shard(&self) -> String {
-        self.add(&self.combine("", &self.project(&self.source, &self.in_window()), ""))
+    /// Merges a window `(start, end]` of a distributed rollup: each shard the rows that are beside it. No
+    /// part of it has a name or returns anything, or Citus would bring the groups here.
+    pub fn merge_by_shard(&self, start: &str, end: &str) -> String {
+        let window = format!("r.{0} > {start} AND r.{0} <= {end}", quoted(&self.source_sequence));
+        self.add(&self.combine("", &self.project(&self.source, &window), ""))
     }
 
     /// Notes with each value of the window how far it is merged. By the shard's own connection of the merge,
