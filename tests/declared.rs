@@ -42,14 +42,6 @@ fn page_views_with_rollup() -> (Database, Client) {
     (db, client)
 }
 
-/// A database in which nothing is merged but by a call.
-fn without_worker() -> (Database, Client) {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
-    let db = cluster.database();
-    let client = db.connect();
-    (db, client)
-}
-
 /// `n` rows from `first` on, some of them with NULLs, over two days.
 fn views(first: u32, n: u32) -> String {
     format!(

@@ -191,8 +191,7 @@ fn assert_equal(client: &mut postgres::Client, definition: &Definition, when: &s
 
 #[test]
 fn a_random_rollup_is_the_group_by_that_it_says() {
-    let db = shared().database();
-    let mut client = db.connect();
+    let (_db, mut client) = without_worker();
     client.batch_execute(TABLE).unwrap();
     client.batch_execute("SET timezone = 'UTC'").unwrap();
     for seed in 1..=30 {
@@ -264,8 +263,7 @@ fn assert_same_rows(client: &mut postgres::Client, definition: &Definition) {
 
 #[test]
 fn groups_that_take_more_memory_than_they_may_are_written_before_the_window_ends() {
-    let db = shared().database();
-    let mut client = db.connect();
+    let (_db, mut client) = without_worker();
     client
         .batch_execute(
             "CREATE TABLE things (id bigserial, name text, n numeric);

@@ -506,6 +506,14 @@ impl Drop for RaiseOnDrop<'_> {
     }
 }
 
+/// A database in which nothing is merged but by a call.
+pub fn without_worker() -> (Database, Client) {
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let db = cluster.database();
+    let client = db.connect();
+    (db, client)
+}
+
 /// Waits until the worker has looked, and done what it found, in a look that began after the call.
 pub fn wait_for_a_round(client: &mut Client) {
     let mut ends: Vec<String> = vec![value(client, "SELECT clock_timestamp()::text")];
