@@ -122,15 +122,21 @@ pub fn ask<T: DeserializeOwned>(
     Ok(understood)
 }
 
-/// Runs a statement about what is ours on nodes, as ourselves. Not in the transaction: it stays done.
-pub fn run(nodes: &[&Node], sql: &str) -> Result<()> {
+/// Runs a statement about what is ours on nodes, for a relation, as ourselves. Not in the transaction: it
+/// stays done. Fails with what a node says against it.
+pub fn run(relation: pg_sys::Oid, nodes: &[&Node], sql: &str) -> Result<()> {
     let (names, ports) = addresses(nodes.iter().copied());
     let sql = vec![sql.to_string(); nodes.len()];
-    spi::execute(
-        "SELECT pg_catalog.master_run_on_worker($1, $2, $3, true)",
+    let answers = spi::fresh(
+        "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)",
         &[names.into(), ports.into(), sql.into()],
-    )
-    .map(drop)
+        |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<String>(r, 2)?)),
+    )?;
+    let refused = nodes.iter().zip(answers).find(|(_, (success, _))| !success);
+    refused.map_or(Ok(()), |(node, (_, answer))| {
+        let (relation, node) = (relation::relation_name(relation)?, node.address());
+        Err(Error::NodeSilent { relation, node, answer })
+    })
 }
 
 fn addresses<'a>(nodes: impl Iterator<Item = &'a Node>) -> (Vec<String>, Vec<i32>) {

@@ -91,13 +91,15 @@ pub fn require_by_shard(rollup: &str, owner: Owner, merge: &str) -> Result<()> {
 pub fn await_end(rollup: &str, table: &str, patience: Patience) -> Result<()> {
     let (Some(citus), Some(table)) = (citus()?, relation::find_relation(table)?) else { return Ok(()) };
     let (nodes, owner) = (nodes(citus, &[table], Which::All)?, Owner::of(table)?);
+    let mut opened = false;
     loop {
         let answers = ask::<Answer>(owner, table, &nodes, |node| node.writers(None))?;
         let shut = answers.iter().filter(|(_, answer)| !answer.let_in);
         let shut: Vec<&Node> = shut.map(|(node, _)| *node).collect();
-        if !shut.is_empty() {
+        if !shut.is_empty() && !opened {
             let grant = format!("GRANT USAGE, CREATE ON SCHEMA {SCHEMA} TO {}", quoted(&owner.name()?));
-            run(&shut, &grant)?;
+            run(table, &shut, &grant)?;
+            opened = true;
             continue;
         }
         let Some((node, _)) = answers.into_iter().find(|(_, answer)| !answer.writers.is_empty()) else {
