@@ -14,9 +14,10 @@
 //! integer or time. For all else, and for what Citus distributes, [`Definition::merge`] and
 //! [`Definition::refill`] do the same in SQL.
 //!
-//! Memory: the groups take at most `maintenance_work_mem`, and as much again while they are written. When
-//! they are more they are written before all rows are read; what comes later is added to them, as that of the
-//! next window is.
+//! Memory: the groups may take as much as PostgreSQL gives to a hash table in maintenance, and
+//! `maintenance_work_mem` more while they are written. What they are when they reach that is forgotten, and
+//! SQL does it all, which sets rows aside on disk. To write a part of them would cost more: the groups would
+//! come again, and each be found and changed in the table.
 
 use crate::engine::decimal::{Decimal, content, datum_of};
 use crate::engine::statements::GROUPS;
@@ -86,18 +87,32 @@ fn scans<'a>(rollups: impl Iterator<Item = (&'a Definition, i64)>) -> Result<Opt
     Ok(Some(scans))
 }
 
-/// Reads the rows of all, and writes their groups. `false`: a type is not covered, and nothing was done.
+/// Reads the rows of all, and writes their groups. `false`: a type is not covered, or there are too many
+/// groups, and nothing was done.
 fn run(scans: &mut [Scan], sql: impl Fn(&Scan) -> String, arguments: Args) -> Result<bool> {
     let queries = scans.iter().map(|scan| Query::new(&sql(scan), arguments));
     let queries = queries.collect::<Result<Vec<_>>>()?;
     if !scans.iter_mut().zip(&queries).all(|(scan, query)| scan.covers(&query.columns)) {
         return Ok(false);
     }
+    let mut most = most_memory();
     for (scan, query) in scans.iter_mut().zip(&queries) {
+        scan.most = most;
         query.read(arguments, scan)?;
-        scan.flush()?;
+        if !scan.wants_more() {
+            return Ok(false);
+        }
+        most -= scan.memory();
     }
+    scans.iter_mut().flat_map(|scan| &mut scan.rollups).try_for_each(Rollup::write)?;
     Ok(true)
+}
+
+/// Bytes that a hash table may take in maintenance.
+fn most_memory() -> usize {
+    // SAFETY: reads two settings, the first in kilobytes.
+    let (most, times) = unsafe { (pg_sys::maintenance_work_mem, pg_sys::hash_mem_multiplier) };
+    (f64::from(most) * 1024.0 * times) as usize
 }
 
 /// Rollups that are computed of the same rows.
@@ -108,6 +123,8 @@ struct Scan<'a> {
     watermark: i64,
     rollups: Vec<Rollup<'a>>,
     rows: i64,
+    /// What its groups may take.
+    most: usize,
 }
 
 struct Rollup<'a> {
@@ -299,8 +316,8 @@ impl<'a> Scan<'a> {
         self.rollups.iter_mut().all(|rollup| rollup.covers(columns).is_some())
     }
 
-    fn flush(&mut self) -> Result<()> {
-        self.rollups.iter_mut().try_for_each(Rollup::flush)
+    fn memory(&self) -> usize {
+        self.rollups.iter().map(Rollup::memory).sum()
     }
 }
 
@@ -312,11 +329,8 @@ impl Sink for Scan<'_> {
         }
     }
 
-    fn pause(&mut self) -> Result<()> {
-        let memory: usize = self.rollups.iter().map(|rollup| rollup.groups.memory()).sum();
-        // SAFETY: reads a setting, in kilobytes.
-        let most = unsafe { pg_sys::maintenance_work_mem } as usize * 1024;
-        if memory > most { self.flush() } else { Ok(()) }
+    fn wants_more(&self) -> bool {
+        self.memory() <= self.most
     }
 }
 
@@ -362,8 +376,15 @@ impl Rollup<'_> {
         self.groups.scratch = key;
     }
 
-    /// Writes the groups, in the order of their keys, and forgets them.
-    fn flush(&mut self) -> Result<()> {
+    /// What its groups take.
+    fn memory(&self) -> usize {
+        let boxed = mem::size_of::<Decimal>() + 2 * mem::size_of::<usize>();
+        let numerics = self.measures.iter().filter(|measure| matches!(measure.number, Number::Numeric));
+        self.groups.memory() + self.groups.len() * numerics.count() * boxed
+    }
+
+    /// Writes the groups, in the order of their keys.
+    fn write(&mut self) -> Result<()> {
         let (groups, count) = (&self.groups, self.measures.len());
         let is_nothing = |group: &usize| groups.states[group * count..][..count].iter().all(State::is_zero);
         let mut order: Vec<usize> = (0..groups.len()).collect();
@@ -395,9 +416,8 @@ impl Rollup<'_> {
             let _ourselves = self.refills.then(Elevated::enter).transpose()?;
             let sql = self.definition.write_groups(GROUPS);
             stream::run_over(&sql, GROUPS, self.table, next)?;
-            self.written += written as i64;
+            self.written = written as i64;
         }
-        self.groups.clear();
         Ok(())
     }
 }
@@ -441,16 +461,11 @@ impl Groups {
         &mut states[group * measures..][..measures]
     }
 
-    /// What they take, about.
     fn memory(&self) -> usize {
-        let boxed = mem::size_of::<Decimal>() + 16;
         self.keys.capacity()
-            + self.ends.capacity() * 2 * mem::size_of::<usize>()
-            + self.states.capacity() * (mem::size_of::<State>() + boxed / 2)
-    }
-
-    fn clear(&mut self) {
-        *self = Groups { hasher: mem::take(&mut self.hasher), ..Groups::default() };
+            + self.ends.capacity() * mem::size_of::<usize>()
+            + self.table.allocation_size()
+            + self.states.capacity() * mem::size_of::<State>()
     }
 }
 

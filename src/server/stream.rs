@@ -17,11 +17,11 @@ pub trait Sink {
     /// A row: its values, and which of them are NULL. They are gone when this returns.
     fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]);
 
-    /// Between two rows, some thousand apart, when other statements may run.
-    fn pause(&mut self) -> Result<()>;
+    /// Asked some thousand rows apart.
+    fn wants_more(&self) -> bool;
 }
 
-/// Rows between two pauses.
+/// Rows after which the sink is asked.
 const BATCH: u32 = 10_000;
 
 /// A query that is known before it is run.
@@ -52,7 +52,7 @@ impl Query {
         })
     }
 
-    /// Gives its rows, on a fresh snapshot, to `sink`.
+    /// Gives its rows, on a fresh snapshot, to `sink`, for as long as it wants more.
     pub fn read(&self, arguments: Args, sink: &mut dyn Sink) -> Result<()> {
         let given = |argument: &DatumWithOid| argument.datum().map(|value| value.sans_lifetime());
         let (mut values, mut nulls) = (vec![], vec![]);
@@ -80,10 +80,9 @@ impl Query {
                     let dest = (&raw mut receiver).cast();
                     pg_sys::PortalRunFetch(portal, pg_sys::FetchDirection::FETCH_FORWARD, BATCH.into(), dest)
                 };
-                if rows == 0 {
+                if rows == 0 || !receiver.sink.wants_more() {
                     break;
                 }
-                receiver.sink.pause()?;
             }
             // SAFETY: it is still open.
             unsafe { pg_sys::SPI_cursor_close(portal) };
