@@ -582,7 +582,10 @@ fn a_report_that_is_added_later_shows_each_day_whole_or_not_at_all() {
     }
     let verify = "SELECT * FROM spend_rollup_verify('hourly_usage', CURRENT_DATE - 8, CURRENT_DATE - 4)";
     assert_no_rows(client.query(verify, &[]).unwrap(), "what it does not know is not compared");
-    client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
+    // An autovacuum gives way after a second, which is the longest that we wait.
+    client
+        .batch_execute("SET litellm_spend.lock_timeout = '10s'; SELECT spend_detach(); SELECT spend_attach()")
+        .unwrap();
     wait_until_live(&mut client);
     assert_whole_or_nothing(&mut client.transaction().unwrap(), &unknown, "when all was computed again");
     // Unless that is asked for: then all of them say what there is, and it is shown.
