@@ -750,6 +750,40 @@ fn the_worker_begins_with_a_small_window() {
 }
 
 #[test]
+fn a_column_of_a_rollups_table_that_its_owner_changes_stops_that_rollup_at_most() {
+    let (db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE changed (id bigserial, i int, t text);
+             INSERT INTO changed (i, t) VALUES (1, 'a'), (2, 'b')",
+        )
+        .unwrap();
+    for (n, change) in [
+        "ALTER i TYPE text",
+        "ALTER t TYPE int USING 0",
+        "ALTER n TYPE text",
+        "DROP COLUMN t",
+        "DROP COLUMN n",
+    ]
+    .iter()
+    .enumerate()
+    {
+        client
+            .batch_execute(&format!(
+                "SELECT spend_rollup_create('changed_{n}', 'changed', '{{i, t}}', '{{count(*) AS n}}');
+                 DROP VIEW litellm_spend.changed_{n};
+                 ALTER TABLE litellm_spend.changed_{n}_rollup {change}"
+            ))
+            .unwrap();
+        // What PostgreSQL makes of it: a value is converted, or an error says what it expects.
+        let outcome = format!("SELECT outcome FROM spend_rollup_run('changed_{n}')");
+        let outcome = client.query_one(&outcome, &[]).map(|row| row.get::<_, String>(0));
+        assert!(outcome.is_err() || ["merged", "failed"].contains(&outcome.unwrap().as_str()), "{change}");
+    }
+    assert!(holds(&mut db.connect(), "SELECT true"), "the server is there");
+}
+
+#[test]
 fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
     let (_db, mut client) = without_worker();
     client

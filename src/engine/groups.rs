@@ -145,16 +145,17 @@ struct Dimension {
     column: usize,
     /// Which of the rollup's table.
     attribute: usize,
+    /// The type of that, which its owner may have changed.
+    r#type: pg_sys::Oid,
     bytes: Bytes,
 }
 
 struct Measure {
     column: usize,
     attribute: usize,
+    r#type: pg_sys::Oid,
     number: Number,
     combine: Combine,
-    /// The type of the table's column.
-    r#type: pg_sys::Oid,
 }
 
 /// How a dimension is written as bytes that are ordered as its values are.
@@ -278,7 +279,11 @@ impl<'a> Scan<'a> {
         let name = definition.table();
         let table = relation::find_relation(&name)?.ok_or(Error::NoTable(name))?;
         let attributes = stream::columns(table);
-        let attribute = |name: &str| attributes.iter().position(|(found, _)| found == name).unwrap_or(0);
+        // One that its owner has dropped has no type, and is not covered.
+        let attribute = |name: &str| {
+            let at = attributes.iter().position(|(found, _)| found == name);
+            at.map_or((0, pg_sys::InvalidOid), |at| (at, attributes[at].1))
+        };
         let columns = &mut self.columns;
         let mut column = |expression: &'a str, is_measure: bool| {
             columns.iter().position(|column| *column == (expression, is_measure)).unwrap_or_else(|| {
@@ -287,18 +292,15 @@ impl<'a> Scan<'a> {
             })
         };
         // What is read is known when the server says its types.
-        let dimensions = definition.dimensions.iter().map(|d| Dimension {
-            column: column(&d.column.expression, false),
-            attribute: attribute(&d.column.name),
-            bytes: Bytes::Text,
+        let dimensions = definition.dimensions.iter().map(|d| {
+            let (attribute, r#type) = attribute(&d.column.name);
+            Dimension { column: column(&d.column.expression, false), attribute, r#type, bytes: Bytes::Text }
         });
         let dimensions = dimensions.collect();
-        let measures = definition.measures.iter().map(|m| Measure {
-            column: column(&m.column.expression, true),
-            attribute: attribute(&m.column.name),
-            number: Number::Numeric,
-            combine: m.combine.clone(),
-            r#type: attributes[attribute(&m.column.name)].1,
+        let measures = definition.measures.iter().map(|m| {
+            let (attribute, r#type) = attribute(&m.column.name);
+            let (column, combine) = (column(&m.column.expression, true), m.combine.clone());
+            Measure { column, attribute, r#type, number: Number::Numeric, combine }
         });
         let measures = measures.collect();
         let groups = Groups::default();
@@ -339,6 +341,7 @@ impl Rollup<'_> {
     fn covers(&mut self, columns: &[(pg_sys::Oid, pg_sys::Oid)]) -> Option<()> {
         for dimension in &mut self.dimensions {
             let (r#type, collation) = columns[dimension.column];
+            (r#type == dimension.r#type).then_some(())?;
             dimension.bytes = Bytes::of(r#type, collation)?;
         }
         for measure in &mut self.measures {
