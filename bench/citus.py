@@ -109,30 +109,17 @@ class Article(pipeline.Article):
         session.run(pipeline.ARTICLE.split("CREATE FUNCTION do_page_view")[0])
         session.run("SELECT create_distributed_table('page_views_1min', 'site_id', colocate_with => 'page_views')")
         session.run("CREATE FUNCTION do_page_view" + pipeline.ARTICLE.split("CREATE FUNCTION do_page_view")[1])
-        self.session, self.stop = Session(DATABASE), threading.Event()
-        self.thread = threading.Thread(target=self.aggregate)
-        self.thread.start()
+        self.begin()
 
 
-class Ours:
+class Ours(pipeline.Ours):
     live = "litellm_spend.page_views_1min"
-    table = "litellm_spend.page_views_1min_rollup"
-    merged_to = "SELECT watermark FROM litellm_spend.rollup"
 
     def __init__(self, name):
         self.name = name
 
     def start(self, session):
-        session.run("SELECT spend_rollup_create('page_views_1min', 'page_views', ARRAY['site_id', 'path',"
-                    " 'date_trunc(''minute'', view_time) AS period_start'], ARRAY['count(*) AS view_count'])")
-        pipeline.Ours.set_interval(session, "1s")
-
-    def end(self, session):
-        pipeline.Ours.set_interval(session, "1h")
-
-
-class Alone:
-    name, merged_to = "ingest alone", None
+        self.begin(session)
 
 
 def make_database(servers, citus):
@@ -218,7 +205,7 @@ def main():
             for file in range(FILES):
                 session.run(pipeline.FILE.format(rows=BATCH, directory=directory, file=file))
             session.close()
-        variants = [(cluster, Article()), (cluster, Ours("ours")), (single, Ours("single node")), (cluster, Alone())]
+        variants = [(cluster, Article()), (cluster, Ours("ours")), (single, Ours("single node")), (cluster, pipeline.Alone())]
         for run in range(1, RUNS + 1):  # no warm-up: each is a new database
             for servers, variant in harness.rotated(variants, run):
                 rows = one_run(results, run, servers, variant)

@@ -103,6 +103,9 @@ class Article:
 
     def start(self, session):
         session.run(ARTICLE)
+        self.begin()
+
+    def begin(self):
         self.session, self.stop = Session(DATABASE), threading.Event()
         self.pid = self.session.pid
         self.thread = threading.Thread(target=self.aggregate)
@@ -127,11 +130,14 @@ class Ours:
 
     def start(self, session):
         harness.create_extension(session)
+        self.begin(session)
+        self.pid = int(session.value("SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'"
+                                     " AND database = current_database()"))
+
+    def begin(self, session):
         session.run("SELECT spend_rollup_create('page_views_1min', 'page_views', ARRAY['site_id', 'path',"
                     " 'date_trunc(''minute'', view_time) AS period_start'], ARRAY['count(*) AS view_count'])")
         self.set_interval(session, "1s")
-        self.pid = int(session.value("SELECT pid FROM spend_worker_status WHERE kind = 'litellm_spend worker'"
-                                     " AND database = current_database()"))
 
     def end(self, session):
         self.set_interval(session, "1h")
