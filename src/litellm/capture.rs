@@ -187,8 +187,10 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     let mut actions = create_log()?;
     let mut complete = actions.is_empty();
     let history = !rollups::rollup_names(Some(CHANGE_LOG))?.is_empty();
-    let rollups = if reports { builtin::rollups() } else { reports::rollups()? };
-    let added = rollups.len() > reports::rollups()?.len();
+    let here = reports::rollups()?;
+    let wanted = builtin::rollups();
+    let added = reports && here.len() < wanted.len();
+    let rollups = if reports { wanted } else { here };
     for definition in &rollups {
         let (action, unchanged) = ensure_rollup(definition, history)?;
         actions.push(action);
