@@ -6,6 +6,7 @@ use crate::server::session::Owner;
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, quoted};
 use pgrx::prelude::*;
+use pgrx::spi::SpiHeapTupleData;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -93,6 +94,14 @@ pub fn nodes(citus: Owner, relations: &[pg_sys::Oid], which: Which) -> Result<Ve
     )
 }
 
+/// What runs texts on nodes, all at once.
+const ON_NODES: &str = "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)";
+
+/// Whether a node did it, and its answer.
+fn answer(row: &SpiHeapTupleData) -> Result<(bool, String)> {
+    Ok((spi::value(row, 1)?, spi::value(row, 2)?))
+}
+
 /// Asks all nodes at once. One with shards that does not answer is an error: nobody knows what is still open
 /// there.
 pub fn ask<T: DeserializeOwned>(
@@ -103,11 +112,7 @@ pub fn ask<T: DeserializeOwned>(
 ) -> Result<Vec<(&Node, T)>> {
     let questions: Vec<String> = nodes.iter().map(question).collect();
     let (names, ports) = addresses(nodes.iter());
-    let answers = owner.query(
-        "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)",
-        &[names.into(), ports.into(), questions.into()],
-        |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<String>(r, 2)?)),
-    )?;
+    let answers = owner.query(ON_NODES, &[names.into(), ports.into(), questions.into()], answer)?;
     let mut understood = vec![];
     for (node, (success, answer)) in nodes.iter().zip(answers) {
         match serde_json::from_str(&answer) {
@@ -127,11 +132,7 @@ pub fn ask<T: DeserializeOwned>(
 pub fn run(relation: pg_sys::Oid, nodes: &[&Node], sql: &str) -> Result<()> {
     let (names, ports) = addresses(nodes.iter().copied());
     let sql = vec![sql.to_string(); nodes.len()];
-    let answers = spi::fresh(
-        "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)",
-        &[names.into(), ports.into(), sql.into()],
-        |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<String>(r, 2)?)),
-    )?;
+    let answers = spi::fresh(ON_NODES, &[names.into(), ports.into(), sql.into()], answer)?;
     let refused = nodes.iter().zip(answers).find(|(_, (success, _))| !success);
     refused.map_or(Ok(()), |(node, (_, answer))| {
         let (relation, node) = (relation::relation_name(relation)?, node.address());
