@@ -1,6 +1,7 @@
 //! Sums of numerics, as PostgreSQL's `sum(numeric)` has them, digit for digit and to the same scale, but
 //! added as one integer, without a call of the server's for each.
 
+use crate::server::varlena;
 use pgrx::direct_function_call_as_datum;
 use pgrx::prelude::*;
 
@@ -117,45 +118,17 @@ impl Decimal {
 
     /// As a numeric of the server's, in its memory.
     pub fn datum(&self) -> pg_sys::Datum {
-        datum_of(&self.numeric())
+        varlena::datum_of(&self.numeric())
     }
 }
 
 /// As the server adds them.
 fn added(a: &[u8], b: &[u8]) -> Vec<u8> {
-    let arguments = [Some(datum_of(a)), Some(datum_of(b))];
-    // SAFETY: both are numerics, and so is their sum.
+    let (a, b) = (varlena::datum_of(a), varlena::datum_of(b));
+    // SAFETY: both are numerics, and so is their sum, which is never NULL.
     unsafe {
-        let sum =
-            direct_function_call_as_datum(pg_sys::numeric_add, &arguments).unwrap_or(arguments[0].unwrap());
-        content(sum.cast_mut_ptr()).to_vec()
-    }
-}
-
-/// A value of varying length, in memory of the server's.
-pub fn datum_of(content: &[u8]) -> pg_sys::Datum {
-    let length = pg_sys::VARHDRSZ + content.len();
-    // SAFETY: as many bytes are there as are written.
-    unsafe {
-        let datum = pg_sys::palloc(length).cast::<pg_sys::varlena>();
-        pgrx::set_varsize_4b(datum, length as i32);
-        std::ptr::copy_nonoverlapping(
-            content.as_ptr(),
-            datum.cast::<u8>().add(pg_sys::VARHDRSZ),
-            content.len(),
-        );
-        datum.into()
-    }
-}
-
-/// The bytes of a value of varying length that is neither compressed nor elsewhere.
-///
-/// # Safety
-/// It is one, and stays for as long as they are used.
-pub unsafe fn content<'a>(value: *const pg_sys::varlena) -> &'a [u8] {
-    unsafe {
-        let start = pgrx::vardata_any(value).cast();
-        std::slice::from_raw_parts(start, pgrx::varsize_any_exhdr(value))
+        let sum = direct_function_call_as_datum(pg_sys::numeric_add, &[Some(a), Some(b)]).unwrap_or(a);
+        varlena::content(sum.cast_mut_ptr()).to_vec()
     }
 }
 

@@ -19,19 +19,28 @@
 //! SQL does it all, which sets rows aside on disk. To write a part of them would cost more: the groups would
 //! come again, and each be found and changed in the table.
 
-use crate::engine::decimal::{Decimal, content, datum_of};
+use crate::citus;
+use crate::engine::decimal::Decimal;
+use crate::engine::key::{Bytes, Whole};
 use crate::engine::statements::GROUPS;
 use crate::error::{Error, Result};
+use crate::guc;
 use crate::server::relation;
 use crate::server::session::Elevated;
 use crate::server::spi::Args;
 use crate::server::stream::{self, Query, Sink};
+use crate::server::varlena;
 use crate::state::definition::{Combine, Definition};
 use crate::state::frozen::Range;
 use hashbrown::{DefaultHashBuilder, HashTable};
 use pgrx::prelude::*;
 use std::hash::BuildHasher;
 use std::mem;
+
+/// Whether groups of a source are to be hashed here. What nodes have they add up themselves.
+pub fn are_hashed(source: pg_sys::Oid) -> Result<bool> {
+    Ok(guc::hash_groups() && !citus::is_distributed(source)?)
+}
 
 /// Source rows, where they are counted, and groups.
 pub type Counts = (Option<i64>, i64);
@@ -158,121 +167,13 @@ struct Measure {
     combine: Combine,
 }
 
-/// How a dimension is written as bytes that are ordered as its values are.
-#[derive(Clone, Copy)]
-enum Bytes {
-    Whole(Whole),
-    /// In the order of the collation "C".
-    Text,
-    Uuid,
-}
-
-/// A type whose values are whole numbers.
-#[derive(Clone, Copy)]
-enum Whole {
-    Boolean,
-    Two,
-    Four,
-    Eight,
-}
-
 #[derive(Clone, Copy)]
 enum Number {
     Whole(Whole),
     Numeric,
 }
 
-impl Whole {
-    fn of(r#type: pg_sys::Oid) -> Option<Whole> {
-        match r#type {
-            pg_sys::BOOLOID => Some(Whole::Boolean),
-            pg_sys::INT2OID => Some(Whole::Two),
-            pg_sys::INT4OID | pg_sys::DATEOID => Some(Whole::Four),
-            pg_sys::INT8OID | pg_sys::TIMESTAMPOID | pg_sys::TIMESTAMPTZOID => Some(Whole::Eight),
-            _ => None,
-        }
-    }
-
-    fn read(self, value: pg_sys::Datum) -> i64 {
-        match self {
-            Whole::Boolean => i64::from(value.value() as u8 != 0),
-            Whole::Two => i64::from(value.value() as i16),
-            Whole::Four => i64::from(value.value() as i32),
-            Whole::Eight => value.value() as i64,
-        }
-    }
-}
-
 const INTEGERS: [pg_sys::Oid; 3] = [pg_sys::INT2OID, pg_sys::INT4OID, pg_sys::INT8OID];
-
-impl Bytes {
-    fn of(r#type: pg_sys::Oid, collation: pg_sys::Oid) -> Option<Bytes> {
-        match r#type {
-            pg_sys::TEXTOID | pg_sys::VARCHAROID => {
-                // SAFETY: looks a collation up; fails if there is none.
-                let by_bytes = unsafe { pg_sys::get_collation_isdeterministic(collation) };
-                by_bytes.then_some(Bytes::Text)
-            }
-            pg_sys::UUIDOID => Some(Bytes::Uuid),
-            other => Whole::of(other).map(Bytes::Whole),
-        }
-    }
-
-    fn write(self, value: pg_sys::Datum, key: &mut Vec<u8>) {
-        match self {
-            Bytes::Whole(whole) => key.extend((whole.read(value) ^ i64::MIN).to_be_bytes()),
-            // A text has no byte 0.
-            Bytes::Text => with_content(value, |text| {
-                key.extend(text);
-                key.push(0);
-            }),
-            // SAFETY: sixteen bytes, wherever they are.
-            Bytes::Uuid => key.extend(unsafe { std::slice::from_raw_parts(value.cast_mut_ptr::<u8>(), 16) }),
-        }
-    }
-
-    /// The value at the beginning of `key`, which goes on behind it.
-    fn read(self, key: &mut &[u8]) -> pg_sys::Datum {
-        let length = match self {
-            Bytes::Whole(_) => 8,
-            Bytes::Text => key.iter().position(|byte| *byte == 0).unwrap_or(key.len()),
-            Bytes::Uuid => 16,
-        };
-        let (value, rest) = key.split_at(length);
-        *key = rest;
-        match self {
-            Bytes::Whole(_) => {
-                let bytes = value.try_into().unwrap_or_default();
-                pg_sys::Datum::from(i64::from_be_bytes(bytes) ^ i64::MIN)
-            }
-            Bytes::Text => {
-                *key = &key[1..];
-                datum_of(value)
-            }
-            // SAFETY: as many bytes are made as are written.
-            Bytes::Uuid => unsafe {
-                let copy = pg_sys::palloc(16).cast::<u8>();
-                std::ptr::copy_nonoverlapping(value.as_ptr(), copy, 16);
-                copy.into()
-            },
-        }
-    }
-}
-
-/// The bytes of a value of varying length, however it is stored.
-fn with_content(value: pg_sys::Datum, mut use_it: impl FnMut(&[u8])) {
-    // SAFETY: it is such a value, and stays for as long as its row does; a copy is given back.
-    unsafe {
-        let stored: *mut pg_sys::varlena = value.cast_mut_ptr();
-        let plain =
-            pgrx::varatt_is_4b_u(stored) || pgrx::varatt_is_1b(stored) && !pgrx::varatt_is_1b_e(stored);
-        let found = if plain { stored } else { pg_sys::pg_detoast_datum_packed(stored) };
-        use_it(content(found));
-        if found != stored {
-            pg_sys::pfree(found.cast());
-        }
-    }
-}
 
 impl<'a> Scan<'a> {
     fn add(&mut self, place: usize, definition: &'a Definition) -> Result<()> {
@@ -491,7 +392,9 @@ impl State {
     fn add(&mut self, measure: &Measure, value: pg_sys::Datum) {
         match measure.number {
             Number::Whole(whole) => self.add_whole(&measure.combine, whole.read(value)),
-            Number::Numeric => with_content(value, |numeric| self.add_decimal(Decimal::new(numeric))),
+            Number::Numeric => {
+                varlena::with_content(value, |numeric| self.add_decimal(Decimal::new(numeric)))
+            }
         }
     }
 

@@ -6,6 +6,7 @@ mod decimal;
 pub mod declaration;
 pub mod declare;
 mod groups;
+mod key;
 pub mod rebuild;
 pub mod rollup;
 pub mod source;

@@ -16,7 +16,6 @@ use crate::citus::{self, spread};
 use crate::engine::groups;
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
-use crate::guc;
 use crate::litellm::capture::attached;
 use crate::litellm::spend_log::Capture;
 use crate::server::locks::{self, Patience};
@@ -123,7 +122,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         drop(rights);
         return first.is_committed().map(|()| groups);
     }
-    let groups = match guc::hash_groups() && !citus::is_distributed(first.relation)? {
+    let groups = match groups::are_hashed(first.relation)? {
         true => {
             let _owner = truth.owner.act();
             groups::refill(&rollups, truth.query.as_deref(), range)?

@@ -201,9 +201,7 @@ pub fn merge_together(
 
 /// Adds the rows of a window to a rollup.
 fn write_window(fence: &Fence, rollup: &Definition, start: i64, end: i64) -> Result<Counts> {
-    // What nodes have they add up themselves.
-    if guc::hash_groups()
-        && !citus::is_distributed(fence.relation)?
+    if groups::are_hashed(fence.relation)?
         && let Some(counts) = groups::merge(&[rollup], start, end)?
     {
         return Ok(counts[0]);

@@ -14,3 +14,4 @@ pub mod session;
 pub mod spi;
 pub mod stream;
 pub mod text;
+pub mod varlena;

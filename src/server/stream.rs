@@ -45,9 +45,7 @@ impl Query {
                 let sources = pg_sys::SPI_plan_get_plan_sources(plan);
                 let source = (*(*sources).elements).ptr_value.cast::<pg_sys::CachedPlanSource>();
                 let rows = PgTupleDesc::from_pg_unchecked((*source).resultDesc);
-                let columns = rows.iter().map(|a| (a.atttypid, a.attcollation)).collect();
-                let query = Query { plan, columns };
-                Ok(query)
+                Ok(Query { plan, columns: rows.iter().map(|a| (a.atttypid, a.attcollation)).collect() })
             }
         })
     }
