@@ -783,6 +783,106 @@ fn a_column_of_a_rollups_table_that_its_owner_changes_stops_that_rollup_at_most(
     assert!(holds(&mut db.connect(), "SELECT true"), "the server is there");
 }
 
+/// Groups are written past the executor where a statement would do nothing else with them.
+#[test]
+fn what_an_owner_adds_to_a_rollups_table_is_heeded_by_every_merge() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE fired (n bigint);
+             CREATE FUNCTION fire() RETURNS trigger LANGUAGE plpgsql AS
+                 $$BEGIN INSERT INTO public.fired VALUES (new.n); RETURN new; END$$;
+             CREATE TABLE changed (id bigserial, i int, t text)",
+        )
+        .unwrap();
+    let changes = [
+        ("a trigger", "CREATE TRIGGER fire AFTER INSERT OR UPDATE ON % FOR EACH ROW EXECUTE FUNCTION fire()"),
+        ("a column", "ALTER TABLE % ADD more text DEFAULT 'more'"),
+        ("a computed column", "ALTER TABLE % ADD twice bigint GENERATED ALWAYS AS (2 * n) STORED"),
+        ("a check", "ALTER TABLE % ADD CHECK (n < 8)"),
+        ("a column that takes no NULL", "ALTER TABLE % ALTER t SET NOT NULL"),
+        ("an index", "CREATE INDEX by_text ON % (upper(t)) WHERE n > 0"),
+        ("another key", "ALTER TABLE % ADD UNIQUE (i, t, n) DEFERRABLE INITIALLY DEFERRED"),
+        ("a policy", "ALTER TABLE % ENABLE ROW LEVEL SECURITY"),
+    ];
+    for (place, (what, change)) in changes.iter().enumerate() {
+        let (name, table) = (format!("changed_{place}"), format!("litellm_spend.changed_{place}_rollup"));
+        client
+            .batch_execute(&format!(
+                "TRUNCATE fired, changed; SELECT spend_rollup_create('{name}', 'changed', '{{i, t}}', '{{count(*) AS n}}');
+                 {}",
+                change.replace('%', &table)
+            ))
+            .unwrap();
+        // Two groups that are new, then one that is there and one that is new.
+        for rows in ["(1, 'a'), (2, 'b')", "(1, 'a'), (NULL, 'c')"] {
+            client.batch_execute(&format!("INSERT INTO changed (i, t) VALUES {rows}")).unwrap();
+            let outcome = format!("SELECT outcome FROM spend_rollup_run('{name}')");
+            assert_eq!(client.query_one(&outcome, &[]).unwrap().get::<_, String>(0), "merged", "{what}");
+        }
+        let expected = "SELECT i, t, count(*) FROM changed GROUP BY i, t";
+        assert_same(&mut client, &format!("SELECT i, t, n FROM {table}"), expected);
+        let heeded = match *what {
+            "a trigger" => "(SELECT count(*) = 4 AND sum(n) = 5 FROM fired)".into(),
+            "a column" => format!("(SELECT bool_and(more = 'more') FROM {table})"),
+            "a computed column" => format!("(SELECT bool_and(twice = 2 * n) FROM {table})"),
+            "a check" | "a column that takes no NULL" => {
+                let row = if *what == "a check" { "(1, 'a')" } else { "(1, NULL)" };
+                client
+                    .batch_execute(&format!(
+                        "INSERT INTO changed (i, t) SELECT v.* FROM (VALUES {row}) AS v, generate_series(1, 9)"
+                    ))
+                    .unwrap();
+                let outcome = format!("SELECT outcome FROM spend_rollup_run('{name}')");
+                assert_eq!(client.query_one(&outcome, &[]).unwrap().get::<_, String>(0), "failed", "{what}");
+                format!("(SELECT sum(n) = 4 FROM {table})")
+            }
+            "an index" => {
+                format!("(SELECT count(*) = 3 FROM {table} WHERE upper(t) IN ('A', 'B', 'C') AND n > 0)")
+            }
+            _ => "true".into(),
+        };
+        client.batch_execute("SET enable_seqscan = off").unwrap();
+        assert!(holds(&mut client, &format!("SELECT {heeded}")), "{what}");
+        client.batch_execute(&format!("RESET enable_seqscan; SELECT spend_rollup_drop('{name}')")).unwrap();
+    }
+}
+
+#[test]
+fn who_changes_a_merged_row_by_hand_loses_no_row_that_is_merged_meanwhile() {
+    let (db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE changed (id bigserial, i int);
+             SELECT spend_rollup_create('by_hand', 'changed', '{i}', '{count(*) AS n, sum(id) AS ids}');
+             INSERT INTO changed (i) SELECT g % 3 FROM generate_series(1, 9) AS g",
+        )
+        .unwrap();
+    let outcome = "SELECT outcome FROM spend_rollup_run('by_hand')";
+    assert_eq!(client.query_one(outcome, &[]).unwrap().get::<_, String>(0), "merged");
+    client.batch_execute("INSERT INTO changed (i) SELECT g % 4 FROM generate_series(1, 8) AS g").unwrap();
+
+    let mut hand = db.connect();
+    hand.batch_execute("BEGIN; UPDATE litellm_spend.by_hand_rollup SET ids = ids + 1000 WHERE i = 1")
+        .unwrap();
+    let mut merger = db.connect();
+    let pid: i32 = merger.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let merging = std::thread::spawn(move || {
+        let outcome: String = merger.query_one(outcome, &[]).unwrap().get(0);
+        (merger, outcome)
+    });
+    eventually("the merge waits for the row", || {
+        holds(&mut client, &format!("SELECT cardinality(pg_blocking_pids({pid})) = 1"))
+    });
+    hand.batch_execute("COMMIT").unwrap();
+    let (mut merger, first) = merging.join().unwrap();
+    if first != "merged" {
+        assert_eq!(merger.query_one(outcome, &[]).unwrap().get::<_, String>(0), "merged", "after {first}");
+    }
+    let expected = "SELECT i, count(*), sum(id) + CASE i WHEN 1 THEN 1000 ELSE 0 END FROM changed GROUP BY i";
+    assert_same(&mut client, "SELECT i, n, ids FROM litellm_spend.by_hand_rollup", expected);
+}
+
 #[test]
 fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
     let (_db, mut client) = without_worker();

@@ -3,21 +3,25 @@
 //! source reads the rows anew.
 //!
 //! ```text
-//!   SELECT dimensions, states          one scan for all rollups     INSERT … ON CONFLICT
-//!   FROM source WHERE …       ──row──> table of groups a rollup ──> SELECT … FROM groups
-//!   (the executor, as the owner)       (here: bytes and numbers)    (the executor, as the owner)
+//!   SELECT dimensions, states          one scan for all rollups     each found by its key, and
+//!   FROM source WHERE …       ──row──> table of groups a rollup ──> replaced or put in (`keyed`)
+//!   (the executor, as the owner)       (here: bytes and numbers)    (as the owner)
 //! ```
 //!
-//! Whatever means something is done by the server: which rows, the expressions, the conflict, the rows'
+//! Whatever means something is done by the server: which rows, the expressions, what is the same key, a row's
 //! place. Here values are compared byte by byte, and numbers added. So only dimensions are covered whose
 //! equal values have equal bytes, and states whose sum is one of integers or numerics, or a least or greatest
 //! integer or time. For all else, and for what Citus distributes, [`Definition::merge`] and
-//! [`Definition::refill`] do the same in SQL.
+//! [`Definition::refill`] do the same in SQL. A rollup's table to which its owner has added something of
+//! which a statement takes note, a trigger say, is written by `INSERT … ON CONFLICT` out of the groups.
 //!
-//! Memory: the groups may take as much as PostgreSQL gives to a hash table in maintenance, and
-//! `maintenance_work_mem` more while they are written. What they are when they reach that is forgotten, and
+//! Memory: the groups may take as much as PostgreSQL gives to a hash table in maintenance, and where a
+//! statement writes them, `maintenance_work_mem` more. What they are when they reach that is forgotten, and
 //! SQL does it all, which sets rows aside on disk. To write a part of them would cost more: the groups would
 //! come again, and each be found and changed in the table.
+//!
+//! Nobody else writes to the table meanwhile: who merges or rebuilds a rollup has its fence. Should its owner
+//! change a row by hand, either waits for the other, and who comes second fails and begins again.
 
 use crate::citus;
 use crate::engine::decimal::Decimal;
@@ -25,6 +29,7 @@ use crate::engine::key::{Bytes, Whole};
 use crate::engine::statements::GROUPS;
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::server::keyed::Keyed;
 use crate::server::relation;
 use crate::server::session::Elevated;
 use crate::server::spi::Args;
@@ -163,7 +168,9 @@ struct Measure {
     column: usize,
     attribute: usize,
     r#type: pg_sys::Oid,
+    /// What is read of the source, and of the rollup's table.
     number: Number,
+    stored: Number,
     combine: Combine,
 }
 
@@ -201,7 +208,7 @@ impl<'a> Scan<'a> {
         let measures = definition.measures.iter().map(|m| {
             let (attribute, r#type) = attribute(&m.column.name);
             let (column, combine) = (column(&m.column.expression, true), m.combine.clone());
-            Measure { column, attribute, r#type, number: Number::Numeric, combine }
+            Measure { column, attribute, r#type, number: Number::Numeric, stored: Number::Numeric, combine }
         });
         let measures = measures.collect();
         let groups = Groups::default();
@@ -257,6 +264,9 @@ impl Rollup<'_> {
                 Combine::Min | Combine::Max if r#type == to => Number::Whole(Whole::of(r#type)?),
                 _ => return None,
             };
+            if to != pg_sys::NUMERICOID {
+                measure.stored = Number::Whole(Whole::of(to)?);
+            }
         }
         Some(())
     }
@@ -274,7 +284,7 @@ impl Rollup<'_> {
         let states = self.groups.states(&key, self.measures.len());
         for (measure, state) in self.measures.iter().zip(states) {
             if !nulls[measure.column] {
-                state.add(measure, values[measure.column]);
+                state.add(&measure.combine, measure.number, values[measure.column]);
             }
         }
         self.groups.scratch = key;
@@ -289,38 +299,79 @@ impl Rollup<'_> {
 
     /// Writes the groups, in the order of their keys.
     fn write(&mut self) -> Result<()> {
-        let (groups, count) = (&self.groups, self.measures.len());
-        let is_nothing = |group: &usize| groups.states[group * count..][..count].iter().all(State::is_zero);
-        let mut order: Vec<usize> = (0..groups.len()).collect();
+        let mut order: Vec<usize> = (0..self.groups.len()).collect();
         if self.refills {
-            order.retain(|group| !is_nothing(group));
+            let (groups, count) = (&self.groups, self.measures.len());
+            let states = |group: usize| &groups.states[group * count..][..count];
+            order.retain(|group| !states(*group).iter().all(State::is_zero));
         }
-        order.sort_unstable_by(|a, b| groups.key(*a).cmp(groups.key(*b)));
-        let written = order.len();
-        let mut rest = order.into_iter();
-        let next = |values: &mut [pg_sys::Datum], nulls: &mut [bool]| {
-            let Some(group) = rest.next() else { return Ok(false) };
-            let mut key = groups.key(group);
-            for dimension in &self.dimensions {
-                let null = key[0] != 0;
-                key = &key[1..];
-                nulls[dimension.attribute] = null;
-                if !null {
-                    values[dimension.attribute] = dimension.bytes.read(&mut key);
+        if order.is_empty() {
+            return Ok(());
+        }
+        order.sort_unstable_by(|a, b| self.groups.key(*a).cmp(self.groups.key(*b)));
+        self.written = order.len() as i64;
+        let _ourselves = self.refills.then(Elevated::enter).transpose()?;
+        let key: Vec<usize> = self.dimensions.iter().map(|dimension| dimension.attribute).collect();
+        match Keyed::open(self.table, &key, key.len() + self.measures.len()) {
+            Some(table) => self.write_by_key(table, &order),
+            None => self.write_in_sql(&order),
+        }
+    }
+
+    fn write_by_key(&mut self, mut table: Keyed, order: &[usize]) -> Result<()> {
+        let count = self.measures.len();
+        let mut row = table.row();
+        for group in order {
+            table.make(|| self.key_values(*group, &mut row.values, &mut row.nulls));
+            let found = table.find(&row);
+            if found {
+                let states = &mut self.groups.states[group * count..][..count];
+                for (measure, state) in self.measures.iter().zip(states) {
+                    if let Some(value) = table.found(measure.attribute) {
+                        state.add(&measure.combine, measure.stored, value);
+                    }
                 }
             }
-            for (measure, state) in self.measures.iter().zip(&groups.states[group * count..]) {
-                let value = state.value(measure)?;
-                nulls[measure.attribute] = value.is_none();
-                values[measure.attribute] = value.unwrap_or(pg_sys::Datum::null());
+            table.make(|| self.measure_values(*group, &mut row.values, &mut row.nulls))?;
+            match found {
+                true => table.replace(&mut row),
+                false => table.insert(&mut row),
             }
+        }
+        table.finish();
+        Ok(())
+    }
+
+    /// A table that its owner has changed may ask of a statement what only the server does.
+    fn write_in_sql(&self, order: &[usize]) -> Result<()> {
+        let mut rest = order.iter();
+        let next = |values: &mut [pg_sys::Datum], nulls: &mut [bool]| {
+            let Some(group) = rest.next() else { return Ok(false) };
+            self.key_values(*group, values, nulls);
+            self.measure_values(*group, values, nulls)?;
             Ok(true)
         };
-        if written > 0 {
-            let _ourselves = self.refills.then(Elevated::enter).transpose()?;
-            let sql = self.definition.write_groups(GROUPS);
-            stream::run_over(&sql, GROUPS, self.table, next)?;
-            self.written = written as i64;
+        stream::run_over(&self.definition.write_groups(GROUPS), GROUPS, self.table, next)
+    }
+
+    fn key_values(&self, group: usize, values: &mut [pg_sys::Datum], nulls: &mut [bool]) {
+        let mut key = self.groups.key(group);
+        for dimension in &self.dimensions {
+            let null = key[0] != 0;
+            key = &key[1..];
+            nulls[dimension.attribute] = null;
+            if !null {
+                values[dimension.attribute] = dimension.bytes.read(&mut key);
+            }
+        }
+    }
+
+    fn measure_values(&self, group: usize, values: &mut [pg_sys::Datum], nulls: &mut [bool]) -> Result<()> {
+        let states = &self.groups.states[group * self.measures.len()..];
+        for (measure, state) in self.measures.iter().zip(states) {
+            let value = state.value(measure)?;
+            nulls[measure.attribute] = value.is_none();
+            values[measure.attribute] = value.unwrap_or(pg_sys::Datum::null());
         }
         Ok(())
     }
@@ -389,9 +440,9 @@ enum State {
 }
 
 impl State {
-    fn add(&mut self, measure: &Measure, value: pg_sys::Datum) {
-        match measure.number {
-            Number::Whole(whole) => self.add_whole(&measure.combine, whole.read(value)),
+    fn add(&mut self, combine: &Combine, number: Number, value: pg_sys::Datum) {
+        match number {
+            Number::Whole(whole) => self.add_whole(combine, whole.read(value)),
             Number::Numeric => {
                 varlena::with_content(value, |numeric| self.add_decimal(Decimal::new(numeric)))
             }

@@ -4,6 +4,7 @@
 pub mod expression;
 pub mod guard;
 pub mod hint;
+pub mod keyed;
 pub mod limit;
 pub mod locks;
 pub mod log;
