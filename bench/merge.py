@@ -55,6 +55,8 @@ class Rollup:
             f"INSERT INTO {name} ({keys}, view_count) SELECT {', '.join(expressions)}, count(*) FROM page_views"
             f" WHERE view_id BETWEEN {{}} AND {{}} GROUP BY {', '.join(expressions)}"
             f" ON CONFLICT ({keys}) DO UPDATE SET view_count = {name}.view_count + EXCLUDED.view_count")
+        self.select = f"SELECT {', '.join(dimensions)}, count(*) AS view_count"
+        self.group = ", ".join(expressions)
         texts = ", ".join("'" + d.replace("'", "''") + "'" for d in dimensions)
         self.declare = (
             f"SELECT spend_rollup_create('{name}', 'page_views', ARRAY[{texts}], ARRAY['count(*) AS view_count'])")

@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import citus
 import groups
+import late
 import logs_page
 import merge
 import pipeline
@@ -29,6 +30,7 @@ TITLES = {
     "backfill": "Attach and backfill of 470,000 rows",
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
     "groups": f"Merge of {groups.ROWS:,} page views by the number of groups",
+    "late": f"{late.LATE:,} late rows over ten old minutes, and a tail of {late.TAIL:,} rows, on {late.ROWS:,}",
     "pipeline": f"Two connections COPY {pipeline.ROWS:,} page views, merged beside them into a million groups",
     "citus": f"The same on a cluster of Citus, three servers on this machine: {citus.ROWS:,} page views",
     "convert": "spend_partition_convert(), and what others wait for it",
@@ -71,6 +73,10 @@ RATIOS = {
     "groups": [
         (metric, [f"{count} groups: {ours}"], f"{count} groups: article")
         for ours in ("ours", "ours, in SQL") for metric in ("time", "cpu") for count in groups.GROUPS
+    ],
+    "late": [
+        *((metric, ["late: ours"], "late: article") for metric in ("visible", "merged")),
+        *(("client", [f"tail {what}: ours"], f"tail {what}: raw") for what in late.SHOWN),
     ],
     "pipeline": [
         *((metric, ["ours"], "article") for metric in ("end to end", "longest lag", "merge cpu", "memory")),
