@@ -715,6 +715,12 @@ errors! {
         "The sum of a group is more than its column holds.";
         "Take a sum of numeric, as in sum(value::numeric).";
 
+    NumericOverflows:
+        ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE;
+        "value overflows numeric format";
+        "The sum of a group is more than a numeric holds.";
+        "Correct or delete the rows whose values are that large.";
+
     SeveralStatements:
         ERRCODE_SYNTAX_ERROR;
         "not a single statement";

@@ -340,6 +340,40 @@ fn partitioned_by(client: &mut Client, partitions: &str) {
 }
 
 #[test]
+fn a_partition_that_is_rewritten_meanwhile_freezes_nothing() {
+    let (db, mut client) = without_worker();
+    partitioned_by(
+        &mut client,
+        r#"CREATE TABLE old PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
+           CREATE TABLE new PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-02-01') TO (MAXVALUE)"#,
+    );
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('a', 'x', 1, '2026-01-07', now()), ('b', 'x', 1, '2026-03-07', now());
+               SELECT spend_attach()"#,
+        )
+        .unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    let mut rewriter = db.connect();
+    rewriter.batch_execute("BEGIN; ALTER TABLE old SET UNLOGGED; ALTER TABLE old SET LOGGED").unwrap();
+    let mut runner = db.connect();
+    let pid: i32 = runner.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let running = std::thread::spawn(move || runner.batch_execute("SELECT spend_rollup_run()").unwrap());
+    eventually("it waits", || {
+        holds(&mut client, &format!("SELECT cardinality(pg_blocking_pids({pid})) = 1"))
+    });
+    rewriter.batch_execute("COMMIT").unwrap();
+    running.join().unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT frozen_before <= '2026-01-07' FROM litellm_spend.source WHERE name = 'change_log'"
+    ));
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('daily_spend')", &[]).unwrap(), "verify");
+}
+
+#[test]
 fn truncate_of_a_partition_freezes_its_days_only() {
     let db = shared().database();
     let mut client = db.connect();

@@ -883,6 +883,119 @@ fn who_changes_a_merged_row_by_hand_loses_no_row_that_is_merged_meanwhile() {
     assert_same(&mut client, "SELECT i, n, ids FROM litellm_spend.by_hand_rollup", expected);
 }
 
+/// Code of the owner's runs while the source is read, between when the columns of the rollup's table are
+/// looked up and when they are written.
+#[test]
+fn a_column_of_a_rollups_table_does_not_change_while_it_is_merged() {
+    let (db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE source (id bigserial, k int, v numeric);
+             CREATE FUNCTION change() RETURNS void LANGUAGE plpgsql AS $$BEGIN
+                 DROP VIEW IF EXISTS litellm_spend.changing;
+                 ALTER TABLE litellm_spend.changing_rollup ALTER s TYPE bigint USING 0, ALTER n TYPE text USING '';
+             END$$;
+             CREATE FUNCTION f(x int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$BEGIN
+                 IF x = 7 THEN PERFORM public.change(); END IF;
+                 RETURN x;
+             END$$;
+             INSERT INTO source (k, v) SELECT 1, i FROM generate_series(1, 3) AS i",
+        )
+        .unwrap();
+    let run = "SELECT outcome FROM spend_rollup_run('changing')";
+    for plain in [true, false] {
+        client
+            .batch_execute(
+                "SELECT spend_rollup_create('changing', 'source', '{f(k) AS k}', '{count(*) AS n, sum(v) AS s}')",
+            )
+            .unwrap();
+        if !plain {
+            client.batch_execute("ALTER TABLE litellm_spend.changing_rollup ADD CHECK (n > 0)").unwrap();
+        }
+        assert_eq!(client.query_one(run, &[]).unwrap().get::<_, String>(0), "merged");
+        client.batch_execute("INSERT INTO source (k, v) VALUES (7, 1)").unwrap();
+        assert_eq!(client.query_one(run, &[]).unwrap().get::<_, String>(0), "failed");
+        client.batch_execute("UPDATE source SET k = 8 - k").unwrap();
+        let error = client.batch_execute("SELECT spend_rollup_rebuild('changing')").unwrap_err();
+        assert!(error.as_db_error().unwrap().message().contains("being used by active queries"), "{error:?}");
+        client.batch_execute("UPDATE source SET k = 8 - k; UPDATE source SET k = 8 WHERE k = 7").unwrap();
+        assert_eq!(client.query_one(run, &[]).unwrap().get::<_, String>(0), "merged");
+        let expected = "SELECT k, count(*), sum(v) FROM source GROUP BY k";
+        assert_same(&mut client, "SELECT k, n, s FROM litellm_spend.changing_rollup", expected);
+        client.batch_execute("SELECT spend_rollup_drop('changing')").unwrap();
+    }
+    assert!(holds(&mut db.connect(), "SELECT true"), "the server is there");
+}
+
+#[test]
+fn a_value_that_a_rollups_column_does_not_hold_is_an_error() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE sized (id bigserial, s varchar(10), n numeric(12, 4), t timestamp(3));
+             SELECT spend_rollup_create('sized', 'sized', '{s}', '{count(*) AS c, sum(n) AS n, max(t) AS t}');
+             DROP VIEW litellm_spend.sized;
+             ALTER TABLE litellm_spend.sized_rollup ALTER s TYPE varchar(4), ALTER n TYPE numeric(8, 2), ALTER t TYPE timestamp(0);
+             INSERT INTO sized (s, n, t) VALUES ('a', 12.3456, '2026-01-01 00:00:00.7'), ('b', 1, NULL)",
+        )
+        .unwrap();
+    let run = |client: &mut Client, rollup: &str| -> String {
+        client.query_one(&format!("SELECT outcome FROM spend_rollup_run('{rollup}')"), &[]).unwrap().get(0)
+    };
+    assert_eq!(run(&mut client, "sized"), "merged");
+    let fitted =
+        "SELECT n = 12.35 AND t = '2026-01-01 00:00:01' FROM litellm_spend.sized_rollup WHERE s = 'a'";
+    assert!(holds(&mut client, fitted));
+    client.batch_execute("INSERT INTO sized (s, n) VALUES ('too long', 1)").unwrap();
+    assert_eq!(run(&mut client, "sized"), "failed");
+
+    client
+        .batch_execute(
+            "CREATE TABLE large (id bigserial, g int, n numeric);
+             SELECT spend_rollup_create('large', 'large', '{g}', '{sum(n) AS n}')",
+        )
+        .unwrap();
+    for outcome in ["merged", "failed"] {
+        client.batch_execute("INSERT INTO large (n) VALUES (9.9e131071)").unwrap();
+        assert_eq!(run(&mut client, "large"), outcome);
+    }
+    assert!(holds(
+        &mut client,
+        "SELECT last_error LIKE 'value overflows numeric format%' FROM spend_rollup_status WHERE rollup = 'large'"
+    ));
+}
+
+/// Rows that a rewrite has moved are not in a snapshot from before it.
+#[test]
+fn verify_that_waits_for_a_rewrite_compares_what_is_there_after_it() {
+    let (db, mut client) = without_worker();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client.batch_execute(CREATE).unwrap();
+    client.batch_execute(&views(0, 300)).unwrap();
+    client.batch_execute("SELECT spend_rollup_run(); SELECT spend_rollup_run()").unwrap();
+    for table in ["litellm_spend.views_rollup", "page_views"] {
+        let mut rewriter = db.connect();
+        rewriter
+            .batch_execute(&format!(
+                "BEGIN; ALTER TABLE {table} SET UNLOGGED; ALTER TABLE {table} SET LOGGED"
+            ))
+            .unwrap();
+        let mut verifier = db.connect();
+        let pid: i32 = verifier.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+        let verifying = std::thread::spawn(move || {
+            verifier
+                .query_one("SELECT count(*) FROM spend_rollup_verify('views')", &[])
+                .unwrap()
+                .get::<_, i64>(0)
+        });
+        eventually("it waits", || {
+            holds(&mut client, &format!("SELECT cardinality(pg_blocking_pids({pid})) = 1"))
+        });
+        rewriter.batch_execute("COMMIT").unwrap();
+        assert_eq!(verifying.join().unwrap(), 0, "{table}");
+    }
+}
+
 #[test]
 fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
     let (_db, mut client) = without_worker();
@@ -918,6 +1031,9 @@ fn a_sequence_set_back_stops_the_rollup_and_says_so() {
     );
     // As the hint says.
     client.batch_execute("SELECT setval('page_views_view_id_seq', 100)").unwrap();
+    eventually("nothing more need come for the error to go", || {
+        holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status")
+    });
     client.batch_execute(&views(200, 20)).unwrap();
     merged(&mut client, "views");
     assert!(holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));

@@ -1,8 +1,10 @@
 //! Sums of numerics, as PostgreSQL's `sum(numeric)` has them, digit for digit and to the same scale, but
 //! added as one integer, without a call of the server's for each.
 
+use crate::error::Error;
 use crate::server::varlena;
 use pgrx::direct_function_call_as_datum;
+use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 /// PostgreSQL keeps a numeric as digits of this base.
@@ -60,7 +62,7 @@ impl Decimal {
     }
 
     pub fn add(&mut self, other: &Decimal) {
-        *self = self.sum(other).unwrap_or_else(|| Decimal::Large(added(&self.numeric(), &other.numeric())));
+        *self = self.sum(other).unwrap_or_else(|| Decimal::Large(added(&self.whole(), &other.whole())));
     }
 
     fn sum(&self, other: &Decimal) -> Option<Decimal> {
@@ -96,11 +98,11 @@ impl Decimal {
         }
     }
 
-    /// As a numeric, without its length.
-    pub fn numeric(&self) -> Vec<u8> {
+    /// As a numeric, without its length. `None`: it is larger than one can be.
+    pub fn numeric(&self) -> Option<Vec<u8>> {
         let (value, exponent, scale) = match self {
             Decimal::Small { value, exponent, scale } => (*value, *exponent, *scale),
-            Decimal::Large(numeric) => return numeric.clone(),
+            Decimal::Large(numeric) => return Some(numeric.clone()),
         };
         let (mut rest, mut digits, mut trailing) = (value.unsigned_abs(), vec![], 0);
         while rest > 0 {
@@ -112,13 +114,22 @@ impl Decimal {
         }
         let weight = if digits.is_empty() { 0 } else { exponent + trailing + digits.len() as i32 - 1 };
         let sign = if value < 0 { NEGATIVE } else { 0 };
-        let words = [sign | scale, weight as i16 as u16].into_iter().chain(digits.into_iter().rev());
-        words.flat_map(u16::to_ne_bytes).collect()
+        let weight = i16::try_from(weight).ok()?;
+        let words = [sign | scale, weight as u16].into_iter().chain(digits.into_iter().rev());
+        Some(words.flat_map(u16::to_ne_bytes).collect())
+    }
+
+    /// The same, or the server's error.
+    fn whole(&self) -> Vec<u8> {
+        self.numeric().unwrap_or_else(|| {
+            ErrorReport::from(Error::NumericOverflows).report(PgLogLevel::ERROR);
+            unreachable!("an error does not return")
+        })
     }
 
     /// As a numeric of the server's, in its memory.
-    pub fn datum(&self) -> pg_sys::Datum {
-        varlena::datum_of(&self.numeric())
+    pub fn datum(&self) -> Option<pg_sys::Datum> {
+        Some(varlena::datum_of(&self.numeric()?))
     }
 }
 
@@ -145,10 +156,11 @@ mod tests {
         for sum in
             [small(0, 0, 3), small(1, 0, 0), small(-12_3456, -1, 4), small(7, -50, 200), small(99, 70, 0)]
         {
-            assert_eq!(Decimal::new(&sum.numeric()), sum);
+            assert_eq!(Decimal::new(&sum.numeric().unwrap()), sum);
         }
         // What ends in zeros is written without them.
-        assert_eq!(Decimal::new(&small(12_0000, -2, 6).numeric()), small(12, -1, 6));
+        assert_eq!(Decimal::new(&small(12_0000, -2, 6).numeric().unwrap()), small(12, -1, 6));
+        assert_eq!(small(1, 1 << 15, 0).numeric(), None, "beyond the last weight");
     }
 
     #[test]

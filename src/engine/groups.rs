@@ -33,7 +33,7 @@ use crate::server::keyed::Keyed;
 use crate::server::relation;
 use crate::server::session::Elevated;
 use crate::server::spi::Args;
-use crate::server::stream::{self, Query, Sink};
+use crate::server::stream::{self, Opened, Query, Sink};
 use crate::server::varlena;
 use crate::state::definition::{Combine, Definition};
 use crate::state::frozen::Range;
@@ -145,7 +145,9 @@ struct Rollup<'a> {
     /// Which of those that are merged.
     place: usize,
     definition: &'a Definition,
-    table: pg_sys::Oid,
+    /// It stays open from when its columns are read until they are written: the source's expressions run code
+    /// of the owner's, whose table it may be.
+    table: Opened,
     dimensions: Vec<Dimension>,
     measures: Vec<Measure>,
     groups: Groups,
@@ -154,20 +156,23 @@ struct Rollup<'a> {
     refills: bool,
 }
 
+/// A type and its modifier, -1 where it has none.
+type Typed = (pg_sys::Oid, i32);
+
 struct Dimension {
     /// Which column of the scan.
     column: usize,
     /// Which of the rollup's table.
     attribute: usize,
-    /// The type of that, which its owner may have changed.
-    r#type: pg_sys::Oid,
+    /// The type of that and its modifier, which its owner may have changed.
+    r#type: Typed,
     bytes: Bytes,
 }
 
 struct Measure {
     column: usize,
     attribute: usize,
-    r#type: pg_sys::Oid,
+    r#type: Typed,
     /// What is read of the source, and of the rollup's table.
     number: Number,
     stored: Number,
@@ -186,11 +191,12 @@ impl<'a> Scan<'a> {
     fn add(&mut self, place: usize, definition: &'a Definition) -> Result<()> {
         let name = definition.table();
         let table = relation::find_relation(&name)?.ok_or(Error::NoTable(name))?;
-        let attributes = stream::columns(table);
+        let table = Opened::new(table);
+        let attributes = table.columns();
         // One that its owner has dropped has no type, and is not covered.
         let attribute = |name: &str| {
-            let at = attributes.iter().position(|(found, _)| found == name);
-            at.map_or((0, pg_sys::InvalidOid), |at| (at, attributes[at].1))
+            let at = attributes.iter().position(|(found, ..)| found == name);
+            at.map_or((0, (pg_sys::InvalidOid, -1)), |at| (at, (attributes[at].1, attributes[at].2)))
         };
         let columns = &mut self.columns;
         let mut column = |expression: &'a str, is_measure: bool| {
@@ -222,7 +228,7 @@ impl<'a> Scan<'a> {
         self.columns.iter().map(|(expression, _)| *expression).collect()
     }
 
-    fn covers(&mut self, columns: &[(pg_sys::Oid, pg_sys::Oid)]) -> bool {
+    fn covers(&mut self, columns: &[(pg_sys::Oid, i32, pg_sys::Oid)]) -> bool {
         self.rollups.iter_mut().all(|rollup| rollup.covers(columns).is_some())
     }
 
@@ -244,17 +250,25 @@ impl Sink for Scan<'_> {
     }
 }
 
+/// Whether a column takes values of a type without fitting them.
+fn takes_as_it_is(column: Typed, value: Typed) -> bool {
+    column.0 == value.0 && [-1, value.1].contains(&column.1)
+}
+
 impl Rollup<'_> {
     /// Takes note of the types, if there is nothing among them that cannot be done here.
-    fn covers(&mut self, columns: &[(pg_sys::Oid, pg_sys::Oid)]) -> Option<()> {
+    fn covers(&mut self, columns: &[(pg_sys::Oid, i32, pg_sys::Oid)]) -> Option<()> {
         for dimension in &mut self.dimensions {
-            let (r#type, collation) = columns[dimension.column];
-            (r#type == dimension.r#type).then_some(())?;
+            let (r#type, modifier, collation) = columns[dimension.column];
+            takes_as_it_is(dimension.r#type, (r#type, modifier)).then_some(())?;
             dimension.bytes = Bytes::of(r#type, collation)?;
         }
         for measure in &mut self.measures {
-            let (r#type, _) = columns[measure.column];
-            let to = measure.r#type;
+            let (r#type, modifier, _) = columns[measure.column];
+            let to = measure.r#type.0;
+            // A sum has no modifier; the server would fit it to that of the column.
+            let added = if matches!(measure.combine, Combine::Sum) { -1 } else { modifier };
+            takes_as_it_is(measure.r#type, (to, added)).then_some(())?;
             measure.number = match &measure.combine {
                 Combine::Sum if r#type == pg_sys::NUMERICOID && to == r#type => Number::Numeric,
                 Combine::Sum if INTEGERS.contains(&r#type) => {
@@ -312,7 +326,7 @@ impl Rollup<'_> {
         self.written = order.len() as i64;
         let _ourselves = self.refills.then(Elevated::enter).transpose()?;
         let key: Vec<usize> = self.dimensions.iter().map(|dimension| dimension.attribute).collect();
-        match Keyed::open(self.table, &key, key.len() + self.measures.len()) {
+        match Keyed::open(self.table.oid(), &key, key.len() + self.measures.len()) {
             Some(table) => self.write_by_key(table, &order),
             None => self.write_in_sql(&order),
         }
@@ -351,7 +365,7 @@ impl Rollup<'_> {
             self.measure_values(*group, values, nulls)?;
             Ok(true)
         };
-        stream::run_over(&self.definition.write_groups(GROUPS), GROUPS, self.table, next)
+        stream::run_over(&self.definition.write_groups(GROUPS), GROUPS, &self.table, next)
     }
 
     fn key_values(&self, group: usize, values: &mut [pg_sys::Datum], nulls: &mut [bool]) {
@@ -484,12 +498,12 @@ impl State {
 
     /// As the table has it. A sum may be more than its type holds, as PostgreSQL's own cast says.
     fn value(&self, measure: &Measure) -> Result<Option<pg_sys::Datum>> {
-        let numeric = measure.r#type == pg_sys::NUMERICOID;
+        let numeric = measure.r#type.0 == pg_sys::NUMERICOID;
         Ok(match self {
             State::None => None,
-            State::Whole(value) if numeric => Some(Decimal::from(*value).datum()),
+            State::Whole(value) if numeric => Decimal::from(*value).datum(),
             State::Whole(value) => Some((*value).into()),
-            State::Decimal(sum) if numeric => Some(sum.datum()),
+            State::Decimal(sum) if numeric => Some(sum.datum().ok_or(Error::NumericOverflows)?),
             State::Decimal(sum) => Some(sum.integer().ok_or(Error::OutOfRange)?.into()),
         })
     }

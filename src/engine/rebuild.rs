@@ -220,13 +220,15 @@ fn check_raw_reaches_back(fences: &[&Fence], range: Range) -> Result<()> {
 
 /// The first day that has raw rows.
 pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
-    let firsts = capture
-        .relations()
-        .into_iter()
-        .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", relation::relation_name(r)?)))
+    let relations = capture.relations();
+    relation::lock_for_reading(&relations)?;
+    let firsts = relations
+        .iter()
+        .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", relation::relation_name(*r)?)))
         .collect::<Result<Vec<_>>>()?;
     let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    Ok(capture.owner()?.query(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+    let first = capture.owner()?.current(&relations, &sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?;
+    Ok(first.into_iter().next().flatten())
 }
 
 // ---- SQL calls -------------------------------------------------------------------------------------------
@@ -345,6 +347,8 @@ pub type Difference = (JsonB, Option<JsonB>, Option<JsonB>);
 /// All of them. There may be as many as the rollup has groups: they are read while they are returned.
 pub struct Differences {
     comparison: String,
+    /// What it reads, and as whom.
+    relations: Vec<pg_sys::Oid>,
     owner: Owner,
     parts: std::vec::IntoIter<Range>,
     cursor: Option<String>,
@@ -356,6 +360,9 @@ const DIFFERENCES: i64 = 1000;
 
 impl Differences {
     fn next_batch(&mut self) -> Result<()> {
+        if self.cursor.is_none() {
+            relation::lock_for_reading(&self.relations)?;
+        }
         let _owner = self.owner.act();
         while self.batch.len() == 0 {
             let cursor = match (self.cursor.take(), &mut self.parts) {
@@ -409,9 +416,13 @@ pub fn verify(
         return Err(frozen::error(name, &frozen));
     }
     let truth = Truth::of(&fence)?;
+    let tables = fence.filled()?.tables();
+    let tables = tables.iter().map(|table| relation::find_relation(table)).collect::<Result<Vec<_>>>()?;
+    let tables = tables.into_iter().flatten().chain([fence.relation]);
     let with_tail = fence.filled()?.distribution.is_some() || !citus::is_distributed(fence.relation)?;
     let differences = Differences {
         comparison: fence.filled()?.compare(truth.relation().as_deref(), with_tail),
+        relations: truth.relations.iter().copied().chain(tables).collect(),
         owner: truth.owner,
         parts: parts.into_iter(),
         cursor: None,
@@ -458,7 +469,9 @@ fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Noti
     );
     let (starts, ends): (Vec<_>, Vec<_>) = frozen.iter().map(|range| (range.start, range.end)).unzip();
     let args = [range.start.into(), range.end.into(), starts.into(), ends.into()];
-    let days = truth.owner.query(&sql, &args, |r| Ok(Range { start: spi::value(r, 1)?, end: r.get(2)? }))?;
+    let days = truth
+        .owner
+        .current(&truth.relations, &sql, &args, |r| Ok(Range { start: spi::value(r, 1)?, end: r.get(2)? }))?;
     if days.is_empty() {
         return Ok(None);
     }

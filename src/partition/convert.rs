@@ -139,7 +139,9 @@ impl Conversion {
             return Ok(None);
         }
         let sql = format!("SELECT max({time})::text, count(*) FROM {} WHERE {beyond}", self.name());
-        let found = self.owner.query(&sql, &[], |r| Ok((value::<String>(r, 1)?, value::<i64>(r, 2)?)))?;
+        let found = self
+            .owner
+            .current(&[self.relation], &sql, &[], |r| Ok((value::<String>(r, 1)?, value::<i64>(r, 2)?)))?;
         let beyond = |(last, rows)| Error::RowsBeyondCutover { relation: self.name(), rows, last, cutover };
         Ok(found.into_iter().next().map(beyond))
     }

@@ -129,9 +129,10 @@ impl Keyed {
                 return None;
             }
             let indexes = opened.iter().zip(described).map(|(index, info)| (*index, &**info));
+            let table = self.table;
             indexes.filter(|(index, info)| is_key(*index, info, key)).find_map(|(index, info)| {
                 let attributes = info.ii_IndexAttrNumbers.iter().take(key.len()).enumerate();
-                let columns = attributes.map(|(at, attribute)| key_column(index, at, *attribute));
+                let columns = attributes.map(|(at, attribute)| key_column(table, index, at, *attribute));
                 Some((index, columns.collect::<Option<Vec<_>>>()?))
             })
         }
@@ -397,13 +398,24 @@ unsafe fn is_key(index: pg_sys::Relation, info: &pg_sys::IndexInfo, key: &[usize
         && unsafe { (*(*index).rd_rel).relam } == pg_sys::BTREE_AM_OID
 }
 
-/// How to look for a value in a column of an index. `None`: it tells apart what has other bytes only, or has
-/// no equality.
+/// How to look for a value in a column of an index. `None`: equal there is something else than for the type,
+/// or in a collation that calls texts of other bytes equal.
 ///
 /// # Safety
-/// The index is open, and has such a column.
-unsafe fn key_column(index: pg_sys::Relation, at: usize, attribute: i16) -> Option<KeyColumn> {
+/// Table and index are open, and have such a column.
+unsafe fn key_column(
+    table: pg_sys::Relation,
+    index: pg_sys::Relation,
+    at: usize,
+    attribute: i16,
+) -> Option<KeyColumn> {
     unsafe {
+        let columns = PgTupleDesc::from_pg_unchecked((*table).rd_att);
+        let of_type = columns.get(attribute as usize - 1)?.atttypid;
+        let usual = pg_sys::get_opclass_family(pg_sys::GetDefaultOpClass(of_type, pg_sys::BTREE_AM_OID));
+        if usual != *(*index).rd_opfamily.add(at) {
+            return None;
+        }
         let (family, r#type) = (*(*index).rd_opfamily.add(at), *(*index).rd_opcintype.add(at));
         let collation = *(*index).rd_indcollation.add(at);
         if collation != pg_sys::InvalidOid && !pg_sys::get_collation_isdeterministic(collation) {

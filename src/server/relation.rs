@@ -46,6 +46,19 @@ macro_rules! tree {
     };
 }
 
+/// Takes ACCESS SHARE on the relations and what inherits from them, as a reader of them does, and waits for
+/// it as one.
+pub fn lock_for_reading(relations: &[pg_sys::Oid]) -> Result<()> {
+    for relation in relations {
+        // SAFETY: waits for a lock, of which the transaction's end is the end.
+        unsafe { pg_sys::LockRelationOid(*relation, pg_sys::AccessShareLock as i32) };
+        for part in relation_tree(*relation)? {
+            unsafe { pg_sys::LockRelationOid(part, pg_sys::AccessShareLock as i32) };
+        }
+    }
+    Ok(())
+}
+
 /// The relation and all that inherit from it: partitions and their partitions.
 pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
     current(concat!(tree!(), " SELECT oid FROM tree"), &[relation.into()], |r| value(r, 1))

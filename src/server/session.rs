@@ -297,6 +297,20 @@ impl Owner {
         query(sql, args, row)
     }
 
+    /// On a snapshot that is newer than the locks of `relations` and of what inherits from them. A table that
+    /// was waited for may have been rewritten meanwhile, and an older snapshot finds it empty. Takes no XID.
+    pub fn current<T>(
+        self,
+        relations: &[pg_sys::Oid],
+        sql: &str,
+        args: spi::Args,
+        row: impl Fn(&pgrx::spi::SpiHeapTupleData) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        relation::lock_for_reading(relations)?;
+        let _owner = self.act();
+        spi::current(sql, args, row)
+    }
+
     /// On a fresh snapshot. Takes an XID.
     pub fn fresh<T>(
         self,

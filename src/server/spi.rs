@@ -3,7 +3,9 @@
 //! pgrx runs `select` on the transaction's first snapshot until the transaction has an XID, and `update` on a
 //! fresh one. So what must be current is read with [`fresh`], and a look that finds nothing to do, which must
 //! not write WAL, reads with [`query`]. What others may change while a call waits, above all which relations
-//! there are and what inherits from what, is read with [`current`], which takes neither.
+//! there are and what inherits from what, is read with [`current`], which takes neither. Rows of a user's
+//! table are read with `fresh`, whose snapshot is newer than the locks that it waits for, or when those are
+//! had (`Owner::current`): an ALTER TABLE that rewrites the table leaves nothing of it to older snapshots.
 
 use crate::error::{Error, Result};
 use crate::server::session::Failure;
@@ -72,11 +74,15 @@ fn rows<T>(table: SpiTupleTable, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -
     table.into_iter().map(|tuple| row(&tuple)).collect()
 }
 
-/// Opens a query that is read in batches, each in a call of its own. Returns the cursor, which is closed by
-/// the batch after the last, or at the end of the transaction.
+/// Opens a query that is read in batches, each in a call of its own, on a snapshot of now. Returns the
+/// cursor, which is closed by the batch after the last, or at the end of the transaction.
 pub fn open_cursor(sql: &str, args: Args) -> Result<String> {
     require_one_statement(sql)?;
-    Spi::connect(|client| Ok(client.try_open_cursor(sql, args)?.detach_into_name()))
+    // SAFETY: as of `current`; the cursor keeps the snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+    let cursor = Spi::connect(|client| Ok(client.try_open_cursor(sql, args)?.detach_into_name()));
+    unsafe { pg_sys::PopActiveSnapshot() };
+    cursor
 }
 
 /// The next rows of a cursor, which is read as whom it was opened.

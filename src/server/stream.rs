@@ -27,8 +27,8 @@ const BATCH: u32 = 10_000;
 /// A query that is known before it is run.
 pub struct Query {
     plan: pg_sys::SPIPlanPtr,
-    /// The type and the collation of each column.
-    pub columns: Vec<(pg_sys::Oid, pg_sys::Oid)>,
+    /// The type, its modifier and the collation of each column.
+    pub columns: Vec<(pg_sys::Oid, i32, pg_sys::Oid)>,
 }
 
 impl Query {
@@ -45,7 +45,10 @@ impl Query {
                 let sources = pg_sys::SPI_plan_get_plan_sources(plan);
                 let source = (*(*sources).elements).ptr_value.cast::<pg_sys::CachedPlanSource>();
                 let rows = PgTupleDesc::from_pg_unchecked((*source).resultDesc);
-                Ok(Query { plan, columns: rows.iter().map(|a| (a.atttypid, a.attcollation)).collect() })
+                Ok(Query {
+                    plan,
+                    columns: rows.iter().map(|a| (a.atttypid, a.atttypmod, a.attcollation)).collect(),
+                })
             }
         })
     }
@@ -128,16 +131,6 @@ unsafe extern "C-unwind" fn startup(_d: *mut pg_sys::DestReceiver, _o: c_int, _t
 #[pg_guard]
 unsafe extern "C-unwind" fn nothing(_dest: *mut pg_sys::DestReceiver) {}
 
-/// The columns of a table, in their order: name and type. One that was dropped has neither.
-pub fn columns(table: pg_sys::Oid) -> Vec<(String, pg_sys::Oid)> {
-    let table = Opened::new(table);
-    let name = |a: &pg_sys::FormData_pg_attribute| match a.attisdropped {
-        true => String::new(),
-        false => pgrx::name_data_to_str(&a.attname).to_string(),
-    };
-    table.types().iter().map(|a| (name(a), a.atttypid)).collect()
-}
-
 /// Rows between two times that the memory of their values is given back.
 const KEPT: usize = 256;
 
@@ -146,14 +139,13 @@ const KEPT: usize = 256;
 pub fn run_over(
     sql: &str,
     name: &str,
-    table: pg_sys::Oid,
+    table: &Opened,
     mut next: impl FnMut(&mut [pg_sys::Datum], &mut [bool]) -> Result<bool>,
 ) -> Result<()> {
     require_one_statement(sql)?;
     let name = c_string(name)?;
     Spi::connect_mut(|client| {
-        let opened = Opened::new(table);
-        let columns = opened.types().len();
+        let columns = table.types().len();
         let (mut values, mut nulls) = (vec![pg_sys::Datum::null(); columns], vec![true; columns]);
         let mut memory = PgMemoryContexts::new("litellm_spend rows");
         let mut rows = 0;
@@ -163,7 +155,7 @@ pub fn run_over(
             let store = pg_sys::tuplestore_begin_heap(false, false, pg_sys::maintenance_work_mem);
             while memory.switch_to(|_| next(&mut values, &mut nulls))? {
                 let (values, nulls) = (values.as_mut_ptr(), nulls.as_mut_ptr());
-                pg_sys::tuplestore_putvalues(store, (*opened.0).rd_att, values, nulls);
+                pg_sys::tuplestore_putvalues(store, (*table.0).rd_att, values, nulls);
                 rows += 1;
                 if rows % KEPT == 0 {
                     memory.reset();
@@ -172,7 +164,7 @@ pub fn run_over(
             let relation = pg_sys::palloc0(size_of::<pg_sys::EphemeralNamedRelationData>());
             let relation: pg_sys::EphemeralNamedRelation = relation.cast();
             (*relation).md.name = pg_sys::pstrdup(name.as_ptr());
-            (*relation).md.reliddesc = table;
+            (*relation).md.reliddesc = table.oid();
             (*relation).md.enrtype = pg_sys::EphemeralNameRelationType::ENR_NAMED_TUPLESTORE;
             (*relation).md.enrtuples = rows as f64;
             (*relation).reldata = store.cast();
@@ -184,18 +176,37 @@ pub fn run_over(
     })
 }
 
-/// A table that is open, and locked as for reading until the transaction ends.
-struct Opened(pg_sys::Relation);
+/// A table that is open, and locked as for reading until the transaction ends. While it is open nobody
+/// changes its columns: not who waits for our lock, nor code of an owner's that runs in our own session,
+/// which the lock would let pass.
+pub struct Opened(pg_sys::Relation);
+
+/// A column: its name, type and the type's modifier. One that was dropped has no name.
+pub type Column = (String, pg_sys::Oid, i32);
 
 impl Opened {
-    fn new(table: pg_sys::Oid) -> Opened {
+    pub fn new(table: pg_sys::Oid) -> Opened {
         // SAFETY: fails if there is none.
         Opened(unsafe { pg_sys::relation_open(table, pg_sys::AccessShareLock as _) })
+    }
+
+    pub fn oid(&self) -> pg_sys::Oid {
+        // SAFETY: it is open.
+        unsafe { (*self.0).rd_id }
     }
 
     fn types(&self) -> PgTupleDesc<'_> {
         // SAFETY: it stays while the relation is open.
         unsafe { PgTupleDesc::from_pg_unchecked((*self.0).rd_att) }
+    }
+
+    /// In their order.
+    pub fn columns(&self) -> Vec<Column> {
+        let name = |a: &pg_sys::FormData_pg_attribute| match a.attisdropped {
+            true => String::new(),
+            false => pgrx::name_data_to_str(&a.attname).to_string(),
+        };
+        self.types().iter().map(|a| (name(a), a.atttypid, a.atttypmod)).collect()
     }
 }
 
