@@ -240,6 +240,10 @@ CROSS JOIN LATERAL (
                 SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
                 WHERE p.proname = 'capture_insert' AND p.pronamespace = 'litellm_spend'::regnamespace)
             THEN E'triggers capture a table that is not known as attached any more\nHINT:  SELECT * FROM spend_attach();'
+        WHEN EXISTS (SELECT FROM pg_class t WHERE t.relnamespace = 'litellm_spend'::regnamespace AND t.relpersistence = 'u'
+                     AND t.relname = r.name || '_rollup')
+            THEN format(E'its table is UNLOGGED: a crash would empty it\nHINT:  ALTER TABLE litellm_spend.%I SET LOGGED;',
+                        r.name || '_rollup')
         END AS message
 ) AS lost
 UNION ALL
@@ -554,7 +558,7 @@ WITH status AS (
     -- The eight built-in rollups share most of theirs.
     SELECT last_error AS message, min(last_error_at) AS since, 'rollup ' || string_agg(rollup, ', ' ORDER BY rollup) AS subject
     FROM status
-    WHERE last_error IS NOT NULL AND NOT (kind = 'built-in' AND last_error IN (SELECT c.last_error FROM litellm_spend.capture c))
+    WHERE last_error IS NOT NULL AND NOT (kind = 'built-in' AND EXISTS (SELECT FROM litellm_spend.capture c WHERE c.last_error = status.last_error))
     GROUP BY last_error
     UNION ALL
     SELECT last_error, last_error_at, 'capture of ' || relation FROM litellm_spend.capture WHERE last_error IS NOT NULL

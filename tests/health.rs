@@ -34,6 +34,44 @@ fn none(client: &mut Client) {
 }
 
 #[test]
+fn what_stops_a_built_in_rollup_is_named_while_the_captured_table_is_sound() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "ALTER TABLE litellm_spend.daily_spend_by_model_rollup ADD CONSTRAINT no CHECK (false) NOT VALID",
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
+    let (severity, _, cause, _) = only(&mut client, "rollup daily_spend_by_model: ");
+    assert_eq!(severity, "error");
+    assert!(cause.is_none_or(|cause| cause.contains("Failing row")));
+    client.batch_execute("ALTER TABLE litellm_spend.daily_spend_by_model_rollup DROP CONSTRAINT no").unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn a_rollups_table_that_a_crash_would_empty_is_named() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial, k int);
+             SELECT spend_rollup_create('by_k', 'ev', '{k}', '{count(*) AS n}');
+             ALTER TABLE litellm_spend.by_k_rollup SET UNLOGGED",
+        )
+        .unwrap();
+    let (severity, _, _, remedy) =
+        only(&mut client, "rollup by_k: its table is UNLOGGED: a crash would empty it");
+    assert_eq!(
+        (severity.as_str(), remedy.as_str()),
+        ("error", "ALTER TABLE litellm_spend.by_k_rollup SET LOGGED;")
+    );
+    client.batch_execute(&remedy).unwrap();
+    none(&mut client);
+}
+
+#[test]
 fn a_sound_database_has_no_row_whatever_is_used() {
     let db = shared().database();
     let mut client = db.connect();

@@ -124,6 +124,40 @@ fn attach_and_detach_can_be_repeated() {
 }
 
 #[test]
+fn detach_says_what_goes_on_and_may_be_called_again() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_attach(); SELECT spend_partition_set(retention => '20 days');
+             SELECT spend_index_set(indexes => '{team}'); SELECT spend_grant_admin('litellm'); SET ROLE litellm",
+        )
+        .unwrap();
+    let detach = "SELECT object, action FROM spend_detach(drop_history => true)";
+    let rows = client.query(detach, &[]).unwrap();
+    let said: Vec<(String, String)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let of = |object: &str| {
+        let found = said.iter().find(|(said, _)| said == object);
+        found.unwrap_or_else(|| panic!("{object}: {said:?}")).1.as_str()
+    };
+    assert_eq!(
+        of(r#"policy of "public"."LiteLLM_SpendLogs""#),
+        r#"goes on: rows older than 20 days are removed; SELECT spend_partition_set('"public"."LiteLLM_SpendLogs"', retention => NULL) ends that"#
+    );
+    assert_eq!(of("indexes team"), "stay: SELECT spend_index_drop() drops them");
+    for _ in 0..2 {
+        let row = client.query_one(detach, &[]).unwrap();
+        assert_eq!((row.get(0), row.get(1)), ("any table", "is not captured"));
+    }
+    client
+        .batch_execute(
+            r#"SELECT spend_partition_set('public."LiteLLM_SpendLogs"', retention => NULL); SELECT spend_index_drop(); RESET ROLE"#,
+        )
+        .unwrap();
+}
+
+#[test]
 fn history_outlives_detach_and_attach() {
     let db = shared().database();
     let mut client = db.connect();
@@ -385,6 +419,49 @@ fn an_attached_partition_with_rows_is_counted() {
     });
     client.batch_execute("INSERT INTO extra (request_id, call_type, spend, \"startTime\", \"endTime\") SELECT 'f', 'x', 1, CURRENT_DATE - 9, now()").unwrap();
     assert_exact(&mut client);
+}
+
+#[test]
+fn a_partition_that_somebody_detaches_is_captured_no_more() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client
+        .batch_execute(
+            r#"SET ROLE litellm; DO $$ BEGIN
+                   EXECUTE format('CREATE TABLE old PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
+                                  CURRENT_DATE - 1, CURRENT_DATE);
+               END $$; RESET ROLE"#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("a", 100, 2)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    let triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'old'::regclass";
+    assert_eq!(value::<i64>(&mut client, triggers), 5);
+    let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
+    let before: f64 = value(&mut client, total);
+    client
+        .batch_execute(r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION old"#)
+        .unwrap();
+    eventually("its triggers are gone", || value::<i64>(&mut client, triggers) == 0);
+    client
+        .batch_execute(
+            r#"INSERT INTO old (request_id, call_type, spend, "startTime", "endTime")
+               SELECT 'late', 'x', 1, CURRENT_DATE - 1, now(); DELETE FROM old; RESET ROLE"#,
+        )
+        .unwrap();
+    assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9, "what was spent stays");
+    // Attached again it is captured again.
+    client
+        .batch_execute(
+            r#"SET ROLE litellm; DO $$ BEGIN
+                   EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old FOR VALUES FROM (%L) TO (%L)',
+                                  CURRENT_DATE - 1, CURRENT_DATE);
+               END $$; RESET ROLE"#,
+        )
+        .unwrap();
+    eventually("its triggers are back", || value::<i64>(&mut client, triggers) == 5);
 }
 
 #[test]

@@ -14,14 +14,16 @@ use crate::litellm::capture;
 use crate::litellm::detach;
 use crate::litellm::reports;
 use crate::litellm::views;
+use crate::partition::policy;
 use crate::server::limit::Limit;
 use crate::server::locks::Patience;
-use crate::server::relation;
+use crate::server::relation::{self, Table};
 use crate::server::session::{self, Elevated, Failure, attempt};
 use crate::server::spi;
 use crate::server::text::literal;
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence::Fence;
+use crate::state::indexes;
 use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources;
@@ -213,7 +215,7 @@ fn spend_detach(
         let drop_history = drop_history.unwrap_or(false);
         let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         restore::require_over()?;
-        if drop_history && source.is_none() && captured::capture()?.is_none() {
+        if drop_history && source.is_none() && captured::capture()?.is_none() && detach::history_is_kept()? {
             // Detached before: only the history is left.
             session::require_extension_owner(elevated.caller())?;
             return detach::forget_history();
@@ -226,9 +228,38 @@ fn spend_detach(
             return Ok(vec![(object, "is not captured".into())]);
         }
         require_attached(elevated.caller(), source)?;
-        detach::detach(drop_history)
+        let table = captured::capture()?.map(|state| Table::find(state.relation)).transpose()?.flatten();
+        let mut actions = detach::detach(drop_history)?;
+        if let Some(table) = table {
+            actions.extend(what_goes_on(&table)?);
+        }
+        Ok(actions)
     })
     .map(TableIterator::new)
+}
+
+/// What somebody has asked for who may not want it without the totals.
+fn what_goes_on(table: &Table) -> error::Result<Vec<(String, String)>> {
+    let mut actions = vec![];
+    if let Some(policy) = policy::find(table.oid)? {
+        let expires = match &policy.retention {
+            Some(retention) => format!(
+                "goes on: rows older than {retention} are removed; \
+                 SELECT spend_partition_set({}, retention => NULL) ends that",
+                literal(&table.qualified())
+            ),
+            None => "goes on: partitions are made ahead".into(),
+        };
+        actions.push((format!("policy of {}", table.qualified()), expires));
+    }
+    let asked = indexes::asked_for(table)?;
+    if !asked.is_empty() {
+        actions.push((
+            format!("indexes {}", asked.join(", ")),
+            "stay: SELECT spend_index_drop() drops them".into(),
+        ));
+    }
+    Ok(actions)
 }
 
 /// The steps of a round, each in a subtransaction of the caller's.

@@ -531,6 +531,17 @@ pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
     }
 }
 
+/// Our triggers: their tables and names.
+pub fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
+    let functions: Vec<String> = OPERATIONS.iter().map(|o| spend_log::function_name(o)).collect();
+    spi::query(
+        "SELECT tgrelid, tgname::text FROM pg_catalog.pg_trigger
+         WHERE tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)",
+        &[functions.into()],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
+    )
+}
+
 /// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock
 /// it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {

@@ -9,7 +9,7 @@ use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::builtin;
-use crate::litellm::capture::{attached, grantees, hold_rollups, lock_rows, revoke};
+use crate::litellm::capture::{attached, grantees, hold_rollups, lock_rows, revoke, triggers};
 use crate::litellm::reports;
 use crate::litellm::spend_log::{self, OPERATIONS};
 use crate::litellm::views::{self, Action};
@@ -90,6 +90,11 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
+/// Whether a detach has kept something.
+pub fn history_is_kept() -> Result<bool> {
+    Ok(!relations_of_rollups()?.is_empty() || !relations_of_log()?.is_empty())
+}
+
 /// Drops what a detach has kept.
 pub fn forget_history() -> Result<Vec<Action>> {
     hold()?;
@@ -154,17 +159,6 @@ fn view_by_day(rollup: &Definition) -> Option<String> {
 /// The writers of the table come to these last.
 fn relations_of_log() -> Result<Vec<pg_sys::Oid>> {
     existing([CHANGE_LOG, "retired", "change_log_seq"].map(|name| qualified(SCHEMA, name)))
-}
-
-/// Our triggers: their tables and names.
-fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
-    let functions: Vec<String> = OPERATIONS.iter().map(|o| spend_log::function_name(o)).collect();
-    spi::query(
-        "SELECT tgrelid, tgname::text FROM pg_catalog.pg_trigger
-         WHERE tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)",
-        &[functions.into()],
-        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
-    )
 }
 
 /// The captured tables and all else that has our triggers; a table before its partitions.

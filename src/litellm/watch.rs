@@ -5,11 +5,12 @@
 //! go on with rows of somebody else's. What is read of either table is read as the owner.
 
 use crate::error::{Error, Result};
+use crate::guc;
 use crate::litellm::backfill::uncover_all;
 use crate::litellm::builtin;
 use crate::litellm::capture::{
     attach_locked, attached, captured_columns, create_functions, create_triggers, failing_triggers,
-    foreign_partition, missing_triggers, require_all_rows_seen, silence,
+    foreign_partition, missing_triggers, require_all_rows_seen, silence, triggers,
 };
 use crate::litellm::reports;
 use crate::litellm::spend_log::{Capture, MOVE};
@@ -19,7 +20,7 @@ use crate::server::log;
 use crate::server::relation::{self, Table, open};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, next_midnight, qualified};
+use crate::server::text::{SCHEMA, next_midnight, qualified, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence;
 use crate::state::frozen;
@@ -48,6 +49,8 @@ enum Damage {
     Foreign,
     /// Partitions lack triggers.
     Partitions(Vec<(pg_sys::Oid, String)>),
+    /// Triggers are on what is a partition no more.
+    Detached(Vec<(pg_sys::Oid, String)>),
     /// Views of ours were replaced, or have another owner.
     Views(Vec<(&'static PublicView, Stray)>),
     /// Triggers, tables of ours or columns are not as they should be.
@@ -98,8 +101,22 @@ fn damage() -> Result<Option<Damage>> {
     if !missing.is_empty() {
         return Ok(Some(Damage::Partitions(missing)));
     }
+    let left = left_behind(&state)?;
+    if !left.is_empty() {
+        return Ok(Some(Damage::Detached(left)));
+    }
     let strays = views::strays(&table)?;
     Ok(if strays.is_empty() { None } else { Some(Damage::Views(strays)) })
+}
+
+/// Capture triggers on tables that the captured one does not have any more: what is written there is nobody's
+/// spend now.
+fn left_behind(state: &CaptureState) -> Result<Vec<(pg_sys::Oid, String)>> {
+    let mut captured = vec![];
+    for relation in state.relations() {
+        captured.extend(relation::relation_tree(relation)?);
+    }
+    Ok(triggers()?.into_iter().filter(|(relation, _)| !captured.contains(relation)).collect())
 }
 
 /// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it.
@@ -140,11 +157,28 @@ fn mend() -> Result<bool> {
         Damage::LogAboveSequence(source, top) => raise_sequence(&source, top)?,
         Damage::Foreign => suspend(&state)?,
         Damage::Partitions(missing) => {
+            // In a row for each table.
+            let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
+            partitions.dedup();
             adopt_partitions(&state, &missing)?;
             log::event(format_args!(
                 "{} partitions without triggers are captured from now on",
-                missing.len()
+                partitions.len()
             ));
+        }
+        Damage::Detached(left) => {
+            let mut tables: Vec<pg_sys::Oid> = left.iter().map(|(relation, _)| *relation).collect();
+            tables.dedup();
+            let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
+            locks::lock_all(guc::lock_timeout(), &locks)?;
+            let names = relation::relation_names(&tables)?;
+            for (relation, trigger) in &left {
+                let name = names.get(relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
+                spi::execute(&format!("DROP TRIGGER IF EXISTS {} ON {name}", quoted(trigger)), &[])?;
+            }
+            for name in names.values() {
+                log::event(format_args!("{name} is no partition any more, and not captured"));
+            }
         }
         Damage::Views(strays) => {
             let Some(table) = Table::find(state.relation)? else { return Ok(false) };

@@ -70,6 +70,8 @@ pub trait Runner {
     fn watch_is_due(&mut self) -> bool;
     /// That look found nothing wrong.
     fn settled(&mut self) {}
+    /// A subject that may have failed has nothing to do any more.
+    fn recovered(&mut self, _subject: &Subject) {}
 }
 
 /// As it is called in the server's log and in pg_stat_activity.
@@ -82,7 +84,7 @@ impl fmt::Display for Subject {
             Subject::Together(name) => write!(f, "merge of {name}"),
             Subject::Stray(name) => write!(f, "source of rollup {name}"),
             Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
-                write!(f, "conversion of {}", qualified(schema, table))
+                write!(f, "conversion or reversion of {}", qualified(schema, table))
             }
             Subject::Indexes(_, table) => write!(f, "indexes of {table}"),
             Subject::Index(_, index, partition) => write!(f, "index {index} of {partition}"),

@@ -180,6 +180,10 @@ impl Steps {
             }
             work |= trims || numbers < 0 || numbers > 0 && self.merge_is_due(&source, numbers);
         }
+        // What failed is tried again, also where nothing more comes: else its error would stay.
+        work |= self.resting.iter().any(|(subject, (until, _))| {
+            matches!(subject, Subject::Source(_) | Subject::Rollup(_)) && *until <= Instant::now()
+        });
         if told || work || news.policies || news.indexes || !self.waiting.is_empty() {
             self.last_news = Instant::now();
         }
@@ -243,9 +247,7 @@ impl Steps {
     fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
         match outcome {
             Ok(value) => {
-                if self.resting.remove(&subject).is_some() {
-                    self.take_back(&subject);
-                }
+                self.recovered(&subject);
                 Some(value)
             }
             Err(failure) => {
@@ -316,6 +318,12 @@ unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
 }
 
 impl Runner for Steps {
+    fn recovered(&mut self, subject: &Subject) {
+        if self.resting.remove(subject).is_some() {
+            self.take_back(subject);
+        }
+    }
+
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T> {
         if self.rests(&subject) {
             return None;

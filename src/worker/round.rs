@@ -129,6 +129,9 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     let mut together = together.into_iter();
     let (mut more, mut all) = (false, last_value == source.merged_to || news);
     for rollup in &source.rollups {
+        if last_value == source.merged_to {
+            run.recovered(&Subject::Rollup(rollup.clone()));
+        }
         let (merge, end) = match together.next() {
             _ if !news => (None, End::Done),
             Some(merge) if merge.window_end == safe_end => (Some(merge), End::Done),
