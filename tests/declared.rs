@@ -997,6 +997,46 @@ fn verify_that_waits_for_a_rewrite_compares_what_is_there_after_it() {
 }
 
 #[test]
+fn the_worker_keeps_brin_indexes_of_a_source_up_to_its_new_rows() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE narrow (id bigserial, at int, k int) PARTITION BY RANGE (at);
+             CREATE TABLE narrow_1 PARTITION OF narrow FOR VALUES FROM (0) TO (10) WITH (autovacuum_enabled = off);
+             CREATE TABLE narrow_2 PARTITION OF narrow FOR VALUES FROM (10) TO (20) WITH (autovacuum_enabled = off);
+             CREATE INDEX ON narrow USING brin (id) WITH (pages_per_range = 2);
+             SELECT spend_rollup_create('by_k', 'narrow', '{k}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    for round in 1..=2 {
+        client
+            .batch_execute(
+                "INSERT INTO narrow (at, k) SELECT i % 20, i % 3 FROM generate_series(1, 20000) AS i",
+            )
+            .unwrap();
+        eventually("it is merged", || {
+            holds(
+                &mut client,
+                &format!(
+                    "SELECT watermark = {} AND last_error IS NULL FROM spend_rollup_status",
+                    round * 20_000
+                ),
+            )
+        });
+        // The last pages are left alone: the next rows come there.
+        for index in ["narrow_1_id_idx", "narrow_2_id_idx"] {
+            assert_eq!(
+                value::<i32>(&mut client, &format!("SELECT brin_summarize_new_values('{index}')")),
+                1,
+                "{index}, round {round}"
+            );
+        }
+    }
+    assert!(value::<i32>(&mut client, "SELECT count(*)::int FROM litellm_spend.by_k") == 3);
+}
+
+#[test]
 fn the_backfill_of_a_table_steps_the_rollups_of_all_its_sequences() {
     let (_db, mut client) = without_worker();
     client

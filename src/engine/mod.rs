@@ -11,3 +11,4 @@ pub mod rebuild;
 pub mod rollup;
 pub mod source;
 pub mod statements;
+pub mod summarize;

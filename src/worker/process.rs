@@ -121,7 +121,7 @@ struct Steps {
     /// Other limits than [`SHORTEST_LIMIT`], for subjects that took longer.
     limits: HashMap<Subject, Duration>,
     /// How large the next window of a merge may be, by how long the last ones took.
-    windows: HashMap<Subject, i64>,
+    windows: HashMap<Subject, Window>,
     /// Processes that build or drop an index.
     builders: HashMap<Subject, DynamicBackgroundWorker>,
     /// At the captured table and what else others may change.
@@ -232,7 +232,10 @@ impl Steps {
 
     fn limit(&self, subject: &Subject) -> Duration {
         match subject {
-            Subject::Rollup(_) | Subject::Together(_) => MERGE_LIMIT,
+            Subject::Rollup(_) | Subject::Together(_) => {
+                let last = self.windows.get(subject).map_or(Duration::ZERO, |last| last.took);
+                MERGE_LIMIT.max((last * GROWTH).min(BEHIND_WINDOW_TIME) * 3)
+            }
             _ => self.limits.get(subject).copied().unwrap_or(SHORTEST_LIMIT),
         }
     }
@@ -267,7 +270,7 @@ impl Steps {
         match subject {
             Subject::Rollup(_) | Subject::Together(_) => {
                 let window = (self.most_merged(subject) / 8).max(SMALLEST_WINDOW);
-                self.windows.insert(subject.clone(), window);
+                self.windows.insert(subject.clone(), Window { most: window, took: Duration::ZERO });
             }
             _ => {
                 let limit = (self.limit(subject) * 2).min(LONGEST_LIMIT);
@@ -280,11 +283,24 @@ impl Steps {
 const SHORTEST_REST: Duration = Duration::from_millis(500);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
-/// Windows grow to what is merged in this time where rows come faster than that: the larger, the more rows
-/// meet in a group that is written once, and the longer others wait for their turn.
+/// The windows of a merge.
+struct Window {
+    /// How many values the next one may have.
+    most: i64,
+    /// How long the last one took.
+    took: Duration,
+}
+
+/// Windows grow to what is merged in this time: the larger, the more rows meet in a group that is written
+/// once, and the longer others wait for their turn.
 const WINDOW_TIME: Duration = Duration::from_secs(1);
-/// For a machine that becomes three times as slow between two windows, and for no longer: what a merge calls
-/// may be anybody's, and others wait for their turn.
+/// The same while rows come faster than they are merged. If each row of a small window has a group of its own,
+/// only larger ones catch up.
+const BEHIND_WINDOW_TIME: Duration = Duration::from_secs(5);
+/// How many times as large as the last one a window may be.
+const GROWTH: u32 = 4;
+/// For a machine that becomes three times as slow between two windows, and for no longer than that after a
+/// window as long as they may be: what a merge calls may be anybody's, and others wait for their turn.
 const MERGE_LIMIT: Duration = Duration::from_secs(3);
 /// Takes 0.1 to 1 s (PostgreSQL 15, two shared cores, 2026-11).
 const FIRST_WINDOW: i64 = 100_000;
@@ -295,8 +311,9 @@ fn next_window(most: i64, values: i64, took: Duration) -> i64 {
     if values < most && took <= WINDOW_TIME {
         return most;
     }
-    let fits = values as f64 * WINDOW_TIME.as_secs_f64() / took.as_secs_f64();
-    (fits as i64).clamp(most / 2, most.saturating_mul(2)).max(SMALLEST_WINDOW)
+    let time = if values < most { WINDOW_TIME } else { BEHIND_WINDOW_TIME };
+    let fits = values as f64 * time.as_secs_f64() / took.as_secs_f64();
+    (fits as i64).clamp(most / 2, most.saturating_mul(GROWTH.into())).max(SMALLEST_WINDOW)
 }
 
 const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
@@ -368,11 +385,12 @@ impl Runner for Steps {
     }
 
     fn most_merged(&self, subject: &Subject) -> i64 {
-        self.windows.get(subject).copied().unwrap_or(FIRST_WINDOW).min(guc::max_window())
+        self.windows.get(subject).map_or(FIRST_WINDOW, |window| window.most).min(guc::max_window())
     }
 
     fn has_merged(&mut self, subject: &Subject, values: i64, took: Duration) {
-        self.windows.insert(subject.clone(), next_window(self.most_merged(subject), values, took));
+        let most = next_window(self.most_merged(subject), values, took);
+        self.windows.insert(subject.clone(), Window { most, took });
     }
 
     fn merge_is_due(&mut self, source: &str, numbers: i64) -> bool {
@@ -569,13 +587,13 @@ mod tests {
     #[test]
     fn a_window_grows_while_there_is_time_and_shrinks_when_there_is_not() {
         let seconds = Duration::from_secs_f64;
-        assert_eq!(next_window(100_000, 100_000, seconds(0.04)), 200_000);
-        assert_eq!(next_window(100_000, 100_000, seconds(0.8)), 125_000);
-        assert_eq!(next_window(100_000, 100_000, seconds(1.6)), 62_500);
-        assert_eq!(next_window(100_000, 100_000, seconds(16.0)), 50_000, "not by one slow window alone");
+        assert_eq!(next_window(100_000, 100_000, seconds(0.04)), 400_000);
+        assert_eq!(next_window(100_000, 100_000, seconds(4.0)), 125_000);
+        assert_eq!(next_window(100_000, 100_000, seconds(8.0)), 62_500);
+        assert_eq!(next_window(100_000, 100_000, seconds(80.0)), 50_000, "not by one slow window alone");
         assert_eq!(next_window(100_000, 3, seconds(0.1)), 100_000, "few rows say nothing");
         assert_eq!(next_window(100_000, 60_000, seconds(1.2)), 50_000);
-        assert_eq!(next_window(100_000, 5_000_000, Duration::ZERO), 200_000, "a gap of the numbers");
+        assert_eq!(next_window(100_000, 5_000_000, Duration::ZERO), 400_000, "a gap of the numbers");
         assert_eq!(next_window(SMALLEST_WINDOW, 1000, seconds(60.0)), SMALLEST_WINDOW);
     }
 }

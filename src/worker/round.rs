@@ -4,6 +4,7 @@
 
 use crate::engine::declare;
 use crate::engine::rollup::{self, Look, Merge, Merged};
+use crate::engine::summarize;
 use crate::error::Result;
 use crate::index::build;
 use crate::litellm::backfill;
@@ -124,6 +125,9 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     // With nothing new the fences are not touched: an idle source writes no WAL.
     let waiting = safe_end != source.merged_to;
     let news = waiting && run.merge_is_due(&source.name, safe_end - source.merged_to);
+    if news && matches!(patience, Patience::None) && source.name != CHANGE_LOG {
+        run.step(subject.clone(), || summarize::newest_rows(&source));
+    }
     let together =
         if news && source.name == CHANGE_LOG { merge_together(run, &source, safe_end) } else { vec![] };
     let mut together = together.into_iter();
