@@ -443,7 +443,9 @@ CROSS JOIN LATERAL (
         WHEN f.origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
             THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
         WHEN f.owner <> f.owner_now
-            THEN format(E'it was asked for by %s, and the table is %s''s now\nHINT:  Call spend_index_set() again.', f.owner, f.owner_now::regrole)
+            THEN format(E'it was asked for by %s, and the table is %s''s now'
+                        '\nHINT:  SELECT * FROM spend_index_set(%L, indexes => %L, hot => %s);',
+                        f.owner, f.owner_now::regrole, f.relation, ARRAY[f.name], f.hot)
         WHEN f.kind <> 'r'
             THEN E'the partition is partitioned itself, or foreign\nHINT:  Index it by hand.'
         WHEN f.partition_owner <> f.owner
@@ -666,7 +668,7 @@ SELECT 'error', format('totals of %s do not count all: a statement there was not
                                              WHEN operation = 'ATTACH' THEN 'a partition that came with rows'
                                              ELSE 'a MERGE that moved rows' END, '; '),
        format('UPDATE litellm_spend.dirty_range SET unrepairable = false WHERE range_start >= %L AND range_end <= %L;'
-              '  -- keeps the totals as they are; or with all rows back in the table: '
+              '  -- as a superuser: keeps the totals as they are; or with all rows back in the table: '
               'SELECT spend_rollup_rebuild(NULL, %1$L, %2$L, force => true);', lower(part), coalesce(upper(part), 'infinity'))
 FROM (SELECT unnest(range_agg(tsrange(range_start, nullif(range_end, 'infinity')))) AS part
       FROM litellm_spend.dirty_range WHERE unrepairable) AS parts

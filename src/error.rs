@@ -146,7 +146,7 @@ errors! {
     NotOwner(relation: String):
         ERRCODE_INSUFFICIENT_PRIVILEGE;
         "must be owner of relation \"{relation}\"";
-        "Triggers and views of the table are changed on behalf of its owner.";
+        "A table is read and changed with the rights of its owner.";
         "Call it as the table's owner, as a member of that role, or as a superuser.";
 
     NotExtensionOwner:
@@ -382,7 +382,7 @@ errors! {
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "this database came out of a dump, and its restore may not be over";
         "State that another installation wrote is here, and not what a restore of it makes last.";
-        "When all is there, call spend_restored(); or spend_attach() for LiteLLM's table.";
+        "When all is there, a superuser calls spend_restored(); or call spend_attach() for LiteLLM's table.";
 
     AttachmentBusy { holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
@@ -454,6 +454,12 @@ errors! {
         "The sequence's last value is {last}.";
         "Pass the last value whose row is merged, or leave it out.";
 
+    BeforeFirst { merged_to: i64, lowest: i64 }:
+        ERRCODE_INVALID_PARAMETER_VALUE;
+        "rows up to {merged_to} cannot have been merged";
+        "The sequence's lowest value is {lowest}.";
+        "Pass the last value whose row is merged, or leave it out where none is.";
+
     SequenceShape { sequence: String, reason: String }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "sequence {sequence} cannot number the rows of a source";
@@ -466,23 +472,34 @@ errors! {
         "Not by a conversion, or its policy was forgotten.";
         ("SELECT spend_partition_set({}); has its partitions looked after.", literal(table));
 
-    CannotConvert { relation: String, reason: String }:
+    CannotConvert { relation: String, time_column: String, reason: String }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "{relation} cannot be partitioned as it is";
         { reason.clone() };
-        "SELECT * FROM spend_partition_plan() lists all that is in the way. Nothing was changed.";
+        (
+            "SELECT * FROM spend_partition_plan({}, time_column => {}); lists all that is in the way. Nothing was \
+             changed.",
+            literal(relation),
+            literal(time_column)
+        );
 
-    NotATime(r#type: String):
+    CannotRevert { relation: String, reason: String }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{relation} cannot be turned back into a plain table as it is";
+        { reason.clone() };
+        "Change that, then call it again. Nothing was changed.";
+
+    NotATime { r#type: String, example: String }:
         ERRCODE_DATATYPE_MISMATCH;
         "a value of type {type} is no time";
         "Times are of type timestamp (in UTC), timestamp with time zone or date, or text.";
-        "Pass one such as '2026-12-31', or now().";
+        "Pass one such as {example}.";
 
-    NotATimeText(given: String):
+    NotATimeText { given: String, example: String }:
         ERRCODE_INVALID_DATETIME_FORMAT;
         "\"{given}\" is no time";
         "A text is read as the server reads a timestamp; without a time zone it is in UTC.";
-        "Pass one such as '2026-12-31', or now().";
+        "Pass one such as {example}.";
 
     CutoverBeyond:
         ERRCODE_INVALID_PARAMETER_VALUE;
@@ -509,11 +526,23 @@ errors! {
         { reason.clone() };
         "Pass a table that is not partitioned yet, or one that is PARTITION BY RANGE of a time column.";
 
-    NoPartitionColumn { relation: String, column: String }:
+    IsAPart { relation: String, whole: String }:
+        ERRCODE_WRONG_OBJECT_TYPE;
+        "{relation} is a part of {whole}";
+        "What is asked for a table holds for all its partitions.";
+        ("Pass {}.", literal(whole));
+
+    NoPartitionColumn { relation: String, column: String, times: Vec<String> }:
         ERRCODE_UNDEFINED_COLUMN;
         "relation \"{relation}\" has no column \"{column}\" to partition by";
         "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.";
-        "Pass such a column of the table, as in time_column => 'created_at'.";
+        { pass_one_of(column, times) };
+
+    PartitionColumnType { relation: String, column: String, found: String, times: Vec<String> }:
+        ERRCODE_DATATYPE_MISMATCH;
+        "column \"{column}\" of relation \"{relation}\" has type {found}";
+        "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.";
+        { pass_one_of(column, times) };
 
     Interval(given: String):
         ERRCODE_INVALID_PARAMETER_VALUE;
@@ -643,6 +672,16 @@ errors! {
         { held_by(holders) };
         ("Try again when those transactions have ended, or raise litellm_spend.{}.", limit.setting);
 
+    LockedByConversion { relation: String, limit: LockLimit, holders: String, table: String }:
+        ERRCODE_LOCK_NOT_AVAILABLE;
+        ("could not get a lock on {relation} within {} ms", limit.time.as_millis());
+        { held_by(holders) };
+        (
+            "SELECT * FROM spend_partition_revert({}); ends its conversion, which is under way. Or try again when \
+             spend_progress shows it no more.",
+            literal(table)
+        );
+
     OtherOwner { relation: String, owner: String, expected: String }:
         ERRCODE_INSUFFICIENT_PRIVILEGE;
         "{relation} belongs to role \"{owner}\"";
@@ -684,6 +723,13 @@ errors! {
         "list of indexes must not be NULL";
         "Nothing is built that was not asked for by name.";
         "SELECT item, serves FROM spend_index_plan(); lists them. Pass some, as in indexes => '{{team, user}}'.";
+
+    EmptyIndexes:
+        ERRCODE_INVALID_PARAMETER_VALUE;
+        "list of indexes must not be empty";
+        "What was asked for before stays: an empty list would change nothing.";
+        "SELECT * FROM spend_index_drop(); drops those that were asked for. Pass some to have them, as in \
+         indexes => '{{team, user}}'.";
 
     NoIndex(name: String):
         ERRCODE_UNDEFINED_OBJECT;
@@ -738,6 +784,18 @@ errors! {
         "stored state of litellm_spend cannot be read: {error}";
         "";
         "Please report this as a bug.";
+}
+
+/// Which of the table's columns of a time type can be passed, instead of `column`.
+fn pass_one_of(column: &str, times: &[String]) -> String {
+    let pass = |name: &String| format!("time_column => {}", literal(name));
+    if let Some(name) = times.iter().find(|name| name.to_lowercase() == column.to_lowercase()) {
+        return format!("Pass {}: upper and lower case differ.", pass(name));
+    }
+    match times {
+        [] => "The table has no such column: add one, NOT NULL.".into(),
+        _ => format!("Pass {}.", times.iter().map(pass).collect::<Vec<_>>().join(" or ")),
+    }
 }
 
 /// Who has a lock that was not to be had.

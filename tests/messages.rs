@@ -339,9 +339,13 @@ fn who_passes_something_else_is_told_what_to_pass() {
                 "22007",
                 &format!("\"{time}\" is no time"),
                 "A text is read as the server reads a timestamp; without a time zone it is in UTC.",
-                "Pass one such as '2026-12-31', or now().",
+                "Pass one such as '…'.",
             ],
         );
+        let hint = error(&mut client, &format!("SELECT spend_partition_convert(cutover => {cutover})"));
+        let proposed = hint.hint().and_then(|hint| hint.strip_prefix("Pass one such as ")).unwrap();
+        let plan = format!("SELECT spend_partition_plan(cutover => {})", proposed.trim_end_matches('.'));
+        client.batch_execute(&plan).unwrap();
     }
     for call in ["rebuild", "verify"] {
         assert_says(
@@ -377,7 +381,7 @@ fn who_passes_something_else_is_told_what_to_pass() {
             "42703",
             "relation \"…t\" has no column \"at\" to partition by",
             "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.",
-            "Pass such a column of the table, as in time_column => 'created_at'.",
+            "Pass time_column => 'created_at'.",
         ],
     );
     // A declared rollup captures nothing.
@@ -393,4 +397,258 @@ fn who_passes_something_else_is_told_what_to_pass() {
             "Pass force => true to count only what is there, …",
         ],
     );
+}
+
+#[test]
+fn a_column_that_cannot_be_partitioned_by_is_answered_with_those_that_can() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute("CREATE TABLE t (id int, made date, seen timestamptz); CREATE TABLE timeless (id int)")
+        .unwrap();
+    let detail = "Partitions are ranges of a column of type timestamp, timestamp with time zone or date.";
+    for (call, sqlstate, message, hint) in [
+        (
+            "spend_partition_plan(time_column => 'starttime')",
+            "42703",
+            "relation \"LiteLLM_SpendLogs\" has no column \"starttime\" to partition by",
+            "Pass time_column => 'startTime': upper and lower case differ.",
+        ),
+        (
+            "spend_partition_plan(time_column => 'request_id')",
+            "42804",
+            "column \"request_id\" of relation \"LiteLLM_SpendLogs\" has type text",
+            "Pass time_column => 'startTime' or time_column => 'endTime'…",
+        ),
+        (
+            "spend_partition_convert('t')",
+            "42703",
+            "relation \"t\" has no column \"startTime\" to partition by",
+            "Pass time_column => 'made' or time_column => 'seen'.",
+        ),
+        (
+            "spend_partition_set('timeless', time_column => 'id')",
+            "42804",
+            "column \"id\" of relation \"timeless\" has type integer",
+            "The table has no such column: add one, NOT NULL.",
+        ),
+    ] {
+        assert_says(&mut client, &format!("SELECT {call}"), [sqlstate, message, detail, hint]);
+    }
+}
+
+#[test]
+fn what_is_in_the_way_of_a_conversion_is_listed_by_a_plan_of_that_table() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE TABLE page_views (id bigserial PRIMARY KEY, at timestamp)").unwrap();
+    let call = "SELECT * FROM spend_partition_convert('page_views', time_column => 'at')";
+    let plan = r#"SELECT * FROM spend_partition_plan('"public"."page_views"', time_column => 'at');"#;
+    assert_says(
+        &mut client,
+        call,
+        [
+            "55000",
+            r#""public"."page_views" cannot be partitioned as it is"#,
+            "Column \"at\" may be NULL.",
+            &format!("{plan} lists all that is in the way. Nothing was changed."),
+        ],
+    );
+    client.batch_execute(plan).unwrap();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT; SELECT spend_partition_set('t');
+             CREATE MATERIALIZED VIEW counted AS SELECT count(*) FROM t",
+        )
+        .unwrap();
+    assert_says(
+        &mut client,
+        "SELECT spend_partition_revert('t')",
+        [
+            "55000",
+            r#""public"."t" cannot be turned back into a plain table as it is"#,
+            "Materialized view …counted… reads it.",
+            "Change that, then call it again. Nothing was changed.",
+        ],
+    );
+    let abort = |table| format!("SELECT detail FROM spend_partition_revert('{table}', abort => true)");
+    let said = value::<String>(&mut client, &abort("page_views"));
+    assert_eq!(said, "nothing was under way: it is a plain table");
+    assert_eq!(value::<String>(&mut client, &abort("t")), "nothing was under way: it stays partitioned");
+}
+
+#[test]
+fn a_partition_is_answered_with_its_table_and_an_empty_list_with_what_drops() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_converted(&mut client);
+    for call in ["index_set({}, indexes => '{team}')", "partition_set({})"] {
+        let call = call.replace("{}", r#"'"LiteLLM_SpendLogs_legacy"'"#);
+        assert_says(
+            &mut client,
+            &format!("SELECT spend_{call}"),
+            [
+                "42809",
+                r#""public"."LiteLLM_SpendLogs_legacy" is a part of "public"."LiteLLM_SpendLogs""#,
+                "What is asked for a table holds for all its partitions.",
+                r#"Pass '"public"."LiteLLM_SpendLogs"'."#,
+            ],
+        );
+    }
+    assert_says(
+        &mut client,
+        "SELECT spend_index_set(indexes => '{}')",
+        [
+            "22023",
+            "list of indexes must not be empty",
+            "What was asked for before stays: an empty list would change nothing.",
+            "SELECT * FROM spend_index_drop(); drops those that were asked for. Pass some to have them, …",
+        ],
+    );
+}
+
+#[test]
+fn a_watermark_below_the_sequence_is_refused() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE TABLE ev (id bigserial, kind int)").unwrap();
+    assert_says(
+        &mut client,
+        "SELECT spend_rollup_register('r', 'ev', merged_to => -5)",
+        [
+            "22023",
+            "rows up to -5 cannot have been merged",
+            "The sequence's lowest value is 1.",
+            "Pass the last value whose row is merged, or leave it out where none is.",
+        ],
+    );
+    client.batch_execute("SELECT spend_rollup_register('r', 'ev', merged_to => 0)").unwrap();
+    // Nobody knows any more whose it was.
+    client.batch_execute("DROP TABLE ev").unwrap();
+    eventually("the status says who can drop it", || {
+        holds(
+            &mut client,
+            "SELECT last_error LIKE '%SELECT spend_rollup_drop(''r'');  -- as a superuser' FROM spend_rollup_status",
+        )
+    });
+}
+
+#[test]
+fn a_policy_that_rests_is_set_anew_by_what_the_status_says() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT;
+             SELECT spend_partition_set('t', interval => 'week', precreate => 3, retention => '90 days', on_expire => 'detach');
+             CREATE TABLE kept (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('kept');
+             ALTER TABLE t OWNER TO pg_monitor; ALTER TABLE kept OWNER TO pg_monitor"
+                .replace("interval =>", "\"interval\" =>")
+                .as_str(),
+        )
+        .unwrap();
+    let remedy = |client: &mut Client, table: &str| {
+        let said = format!(
+            "SELECT coalesce(split_part(last_error, E'\\nHINT:  ', 2), '') FROM litellm_spend.policy WHERE relation = '{table}'::regclass"
+        );
+        eventually("it rests", || value::<String>(client, &said).contains("spend_partition_set"));
+        value::<String>(client, &said)
+    };
+    let statement = remedy(&mut client, "t");
+    assert_eq!(
+        statement,
+        "SELECT spend_partition_set('\"public\".\"t\"', \"interval\" => 'week', precreate => 3, retention => '90 days', \
+         on_expire => 'detach', time_column => 'at');"
+    );
+    let kept = remedy(&mut client, "kept");
+    assert!(kept.contains("retention => '0'"), "{kept}");
+    client.batch_execute(&(statement + &kept)).unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(owner = 'pg_monitor'::regrole AND last_error IS NULL)
+            AND bool_or(\"interval\" = 'week' AND precreate = 3 AND retention = '90 days' AND on_expire = 'detach')
+            AND bool_or(retention IS NULL)
+         FROM litellm_spend.policy"
+    ));
+}
+
+#[test]
+fn who_only_reads_a_table_is_not_told_of_triggers() {
+    let db = shared().database().attached();
+    let mut admin = db.connect();
+    admin
+        .batch_execute(
+            "SELECT spend_grant_admin('pg_read_all_stats'); GRANT CREATE ON SCHEMA public TO pg_read_all_stats;
+             SET SESSION AUTHORIZATION pg_read_all_stats",
+        )
+        .unwrap();
+    for call in ["spend_rollup_verify('daily_spend')", "spend_index_plan('\"LiteLLM_SpendLogs\"')"] {
+        assert_says(
+            &mut admin,
+            &format!("SELECT * FROM {call}"),
+            [
+                "42501",
+                "must be owner of relation \"LiteLLM_SpendLogs\"",
+                "A table is read and changed with the rights of its owner.",
+                "Call it as the table's owner, as a member of that role, or as a superuser.",
+            ],
+        );
+    }
+}
+
+#[test]
+fn who_detaches_twice_with_the_history_is_told_that_it_is_done() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"SELECT spend_grant_admin('litellm'); ALTER TABLE "LiteLLM_SpendLogs" OWNER TO litellm;
+               GRANT CREATE ON SCHEMA public TO litellm; SELECT spend_attach()"#,
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute("SET SESSION AUTHORIZATION litellm; SELECT spend_detach()").unwrap();
+    // What is kept is not theirs to decide about.
+    assert_refused(&mut client, "SELECT spend_detach(drop_history => true)", "42501");
+    client.batch_execute("SELECT spend_attach(); SELECT spend_detach(drop_history => true)").unwrap();
+    for _ in 0..2 {
+        let said: String = value(&mut client, "SELECT action FROM spend_detach(drop_history => true)");
+        assert_eq!(said, "is not captured");
+    }
+}
+
+#[test]
+fn who_detaches_while_a_conversion_builds_its_index_is_told_what_ends_it() {
+    let db = shared().database().attached();
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 100, 3)).unwrap();
+    wait_until_merged(&mut client);
+    // An old snapshot, for which the build waits.
+    reader.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class").unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("the index is being built", || {
+        holds(
+            &mut client,
+            "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())",
+        )
+    });
+    let revert = r#"SELECT * FROM spend_partition_revert('"public"."LiteLLM_SpendLogs"');"#;
+    assert_says(
+        &mut client,
+        "SELECT spend_detach()",
+        [
+            "55P03",
+            "could not get a lock on …LiteLLM_SpendLogs… within …",
+            "It is held by process …",
+            &format!("{revert} ends its conversion, which is under way. Or try again when spend_progress …"),
+        ],
+    );
+    client.batch_execute(revert).unwrap();
+    reader.batch_execute("COMMIT").unwrap();
+    eventually("it detaches", || client.batch_execute("SELECT spend_detach()").is_ok());
 }

@@ -311,6 +311,13 @@ fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
             &mut client,
             "SELECT bool_and(tail_rows > 0) FROM spend_rollup_status WHERE kind <> 'by hand'"
         ));
+        let hint = error(&mut client, "SELECT spend_rollup_run()").hint().map(String::from);
+        assert_eq!(
+            hint.as_deref(),
+            Some(
+                "When all is there, a superuser calls spend_restored(); or call spend_attach() for LiteLLM's table."
+            )
+        );
         client.batch_execute(call).unwrap();
         assert!(!holds(&mut client, "SELECT spend_restored()"), "nothing waits any more");
         check(&database, &totals);

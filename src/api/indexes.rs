@@ -103,6 +103,9 @@ fn spend_index_set(
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
         let wanted = named(indexes)?.ok_or(Error::NoIndexes)?;
+        if wanted.is_empty() {
+            return Err(Error::EmptyIndexes);
+        }
         require_suitable(&table)?;
         wanted.iter().try_for_each(|index| index.require_possible(&table))?;
         let hot = hot.unwrap_or(false);

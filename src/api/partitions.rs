@@ -198,7 +198,8 @@ fn spend_partition_revert(
         if abort.unwrap_or(false) {
             let detail = match pending {
                 Some(mut reversion) => reversion.abort().map(|()| String::new())?,
-                None => "nothing was under way".into(),
+                None if table.kind == "p" => "nothing was under way: it stays partitioned".into(),
+                None => "nothing was under way: it is a plain table".into(),
             };
             return Ok(vec![row("reversion", "aborted", detail)]);
         }

@@ -14,6 +14,8 @@ use crate::litellm::capture;
 use crate::litellm::detach;
 use crate::litellm::reports;
 use crate::litellm::views;
+use crate::partition::calendar::Interval;
+use crate::partition::convert::{self, Conversion};
 use crate::partition::policy;
 use crate::server::limit::Limit;
 use crate::server::locks::Patience;
@@ -86,12 +88,18 @@ unsafe impl SqlTranslatable for TimeArgument {
 }
 
 impl TimeArgument {
+    /// A time that can be passed for each of them: a cutover lies in the future.
+    fn example() -> String {
+        convert::default_cutover(Interval::Day, AHEAD).to_string()
+    }
+
     /// In UTC. The session's time zone must be pinned.
     pub fn timestamp(self) -> error::Result<Timestamp> {
         use pg_sys::{DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID};
         let known = [DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID];
         if !known.contains(&self.0.oid()) {
-            return Err(Error::NotATime(relation::type_name(self.0.oid())?));
+            let r#type = relation::type_name(self.0.oid())?;
+            return Err(Error::NotATime { r#type, example: TimeArgument::example() });
         }
         // SAFETY: calls the output function of a type of the server's own, with a value of it.
         let text = unsafe {
@@ -104,7 +112,8 @@ impl TimeArgument {
             spi::query(sql, &[text.as_ref().into()], |r| spi::value::<Timestamp>(r, 1))
         };
         use PgSqlErrorCode::{ERRCODE_DATETIME_FIELD_OVERFLOW, ERRCODE_INVALID_DATETIME_FORMAT};
-        let refused = |_| Err(Error::NotATimeText(text.to_string()));
+        let refused =
+            |_| Err(Error::NotATimeText { given: text.to_string(), example: TimeArgument::example() });
         let times = PgTryBuilder::new(std::panic::AssertUnwindSafe(read))
             .catch_when(ERRCODE_INVALID_DATETIME_FORMAT, refused)
             .catch_when(ERRCODE_DATETIME_FIELD_OVERFLOW, refused)
@@ -112,6 +121,9 @@ impl TimeArgument {
         times.into_iter().next().ok_or(Error::Null("time"))
     }
 }
+
+/// More than a cutover leaves for its index.
+const AHEAD: Duration = Duration::from_secs(30 * 86_400);
 
 pub fn source_or_default(source: Option<Regclass>) -> error::Result<pg_sys::Oid> {
     source.map_or_else(capture::default_source, |Regclass(oid)| Ok(oid))
@@ -227,9 +239,15 @@ fn spend_detach(
             };
             return Ok(vec![(object, "is not captured".into())]);
         }
-        require_attached(elevated.caller(), source)?;
-        let table = captured::capture()?.map(|state| Table::find(state.relation)).transpose()?.flatten();
-        let mut actions = detach::detach(drop_history)?;
+        let state = require_attached(elevated.caller(), source)?;
+        let table = Table::find(state.relation)?;
+        let converting = table.as_ref().map(Conversion::of).transpose()?.flatten();
+        let mut actions = detach::detach(drop_history).map_err(|error| match (error, converting) {
+            (Error::LockNotAvailable { relation, limit, holders }, Some(conversion)) => {
+                Error::LockedByConversion { relation, limit, holders, table: conversion.name() }
+            }
+            (error, _) => error,
+        })?;
         if let Some(table) = table {
             actions.extend(what_goes_on(&table)?);
         }

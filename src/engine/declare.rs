@@ -162,6 +162,11 @@ pub fn register(
         if merged_to > last {
             return Err(Error::NotMergedYet { merged_to, last });
         }
+        let sql = "SELECT seqmin FROM pg_catalog.pg_sequence WHERE seqrelid = $1 AND $2 < seqmin - 1";
+        let args = [numbering.sequence.into(), merged_to.into()];
+        if let Some(lowest) = spi::query(sql, &args, |r| spi::value::<i64>(r, 1))?.pop() {
+            return Err(Error::BeforeFirst { merged_to, lowest });
+        }
         spi::execute(
             &format!("UPDATE {SCHEMA}.rollup SET watermark = $2, first_value = $2 WHERE name = $1"),
             &[name.into(), merged_to.into()],
@@ -442,6 +447,8 @@ fn release(fence: &Fence) -> Result<()> {
         require_own(&definition.table(), "r", owner)?;
         make_view(definition, owner, &definition.history_query())?;
     }
+    // A watermark belonged to the source's owner, whom nobody knows any more.
+    let by = if fence.definition.is_none() { "  -- as a superuser" } else { "" };
     spi::execute(
         &format!(
             "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
@@ -452,7 +459,7 @@ fn release(fence: &Fence) -> Result<()> {
             fence.name.as_str().into(),
             advised(
                 "its source was dropped; it keeps what had been merged",
-                &format!("SELECT spend_rollup_drop({});", literal(&fence.name)),
+                &format!("SELECT spend_rollup_drop({});{by}", literal(&fence.name)),
             )
             .into(),
         ],

@@ -488,8 +488,8 @@ fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Noti
             frozen::describe(&days)
         ),
         hint: format!(
-            "If they are the same rows, put back, they count twice: {rebuilds}{more} It makes all built-in \
-             rollups equal the table on those days."
+            "If the others only expired, do nothing. If they are the same rows, put back, they count twice: \
+             {rebuilds}{more} It makes all built-in rollups equal the table on those days."
         ),
     }))
 }

@@ -114,6 +114,12 @@ impl Conversion {
         Ok(blueprint)
     }
 
+    /// That it cannot be done, for that reason.
+    pub fn cannot(&self, obstacle: &str) -> Error {
+        let time_column = self.options.time_column.clone();
+        Error::CannotConvert { relation: self.name(), time_column, reason: obstacle.into() }
+    }
+
     fn own_obstacles(&self, blueprint: &Blueprint) -> Result<Vec<String>> {
         let mut obstacles = vec![];
         let time = &self.options.time_column;
@@ -163,7 +169,7 @@ pub fn request(table: &Table, options: Options) -> Result<Conversion> {
     let conversion = Conversion::new(table, options);
     let blueprint = conversion.blueprint()?;
     if let Some(obstacle) = blueprint.obstacles.first() {
-        return Err(Error::CannotConvert { relation: table.qualified(), reason: obstacle.clone() });
+        return Err(conversion.cannot(obstacle));
     }
     conversion.check_cutover()?;
     conversion.require_time_index()?;

@@ -211,14 +211,17 @@ pub fn require_here(oid: pg_sys::Oid) -> Result<()> {
 
 fn check_time_column(table: &Table, column: &str) -> Result<()> {
     let relation = table.name.clone();
+    let is_time = |r#type: &str| TIME_TYPES.contains(&r#type);
+    let times = || {
+        let times = table.columns.iter().filter(|(_, r#type)| is_time(r#type));
+        times.map(|(name, _)| name.clone()).collect()
+    };
     match table.columns.iter().find(|(name, _)| name == column) {
-        None => Err(Error::NoPartitionColumn { relation, column: column.into() }),
-        Some((_, r#type)) if !TIME_TYPES.contains(&r#type.as_str()) => Err(Error::ColumnType {
-            relation,
-            column: column.into(),
-            found: r#type.clone(),
-            expected: "timestamp, timestamp with time zone or date to partition by".into(),
-        }),
+        None => Err(Error::NoPartitionColumn { relation, column: column.into(), times: times() }),
+        Some((_, found)) if !is_time(found) => {
+            let (column, found) = (column.into(), found.clone());
+            Err(Error::PartitionColumnType { relation, column, found, times: times() })
+        }
         Some(_) => Ok(()),
     }
 }
@@ -248,9 +251,8 @@ pub fn partition_key(table: &Table) -> Result<String> {
 pub fn require_root(table: &Table) -> Result<()> {
     match relation::parent(table.oid)? {
         None => Ok(()),
-        Some(parent) => Err(Error::NotByTime {
-            relation: table.name.clone(),
-            reason: format!("It is a part of {}.", relation::relation_name(parent)?),
-        }),
+        Some(parent) => {
+            Err(Error::IsAPart { relation: table.qualified(), whole: relation::relation_name(parent)? })
+        }
     }
 }

@@ -13,7 +13,7 @@ use crate::server::locks::Patience;
 use crate::server::relation::Table;
 use crate::server::session::advised;
 use crate::server::spi;
-use crate::server::text::{SCHEMA, qualified, quoted};
+use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::fence::Work;
 use crate::state::restore::HERE;
 use pgrx::datum;
@@ -176,28 +176,27 @@ pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
 /// Forgets the policies of tables that were dropped, and says of those whose table has another owner, who has
 /// not asked for it, that they rest.
 pub fn look_after() -> Result<()> {
-    let known = format!(
-        "SELECT p.relation::oid, c.oid IS NOT NULL, p.owner::text, c.relowner::regrole::text, p.last_error
-         FROM {SCHEMA}.policy p LEFT JOIN pg_catalog.pg_class c ON c.oid = p.relation
-         WHERE p.owner IS DISTINCT FROM c.relowner AND p.origin = {HERE}"
+    let sql = format!(
+        "DELETE FROM {SCHEMA}.policy p WHERE p.origin = {HERE}
+             AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = p.relation)"
     );
-    let strays = spi::query(&known, &[], |r| {
-        let owners = (spi::value::<String>(r, 3)?, r.get::<String>(4)?);
-        Ok((spi::value::<pg_sys::Oid>(r, 1)?, spi::value::<bool>(r, 2)?, owners, r.get::<String>(5)?))
+    spi::execute(&sql, &[])?;
+    let rest = format!(
+        "SELECT n.nspname::text, c.relname::text, p.time_column::text, p.\"interval\", p.precreate,
+             p.retention::text, p.on_expire, c.oid, p.owner::text, c.relowner::regrole::text, p.last_error
+         FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE p.owner <> c.relowner AND p.origin = {HERE}"
+    );
+    let strays = spi::query(&rest, &[], |r| {
+        let owners = (spi::value::<String>(r, 9)?, spi::value::<String>(r, 10)?);
+        Ok((read(r)?, owners, r.get::<String>(11)?))
     })?;
-    for (relation, exists, (owner, heir), noted) in strays {
-        if !exists {
-            let sql = format!("DELETE FROM {SCHEMA}.policy WHERE relation = $1");
-            spi::execute(&sql, &[relation.into()])?;
-            continue;
-        }
-        let heir = heir.unwrap_or_default();
-        let message = advised(
-            &format!("it was {owner}'s policy, and the table is {heir}'s now"),
-            "Call spend_partition_set() again.",
-        );
+    for (policy, (owner, heir), noted) in strays {
+        let message =
+            advised(&format!("it was {owner}'s policy, and the table is {heir}'s now"), &policy.statement());
         if noted.as_ref() != Some(&message) {
-            record_error(relation, Some(&message))?;
+            record_error(policy.relation, Some(&message))?;
         }
     }
     Ok(())
@@ -293,6 +292,20 @@ impl fmt::Display for Policy {
 impl Policy {
     fn retention_in_words(&self) -> &str {
         self.retention.as_deref().unwrap_or("none")
+    }
+
+    /// What sets it anew, as it is.
+    fn statement(&self) -> String {
+        format!(
+            "SELECT spend_partition_set({}, \"interval\" => '{}', precreate => {}, retention => {}, on_expire => '{}', \
+             time_column => {});",
+            literal(&qualified(&self.schema, &self.table)),
+            self.interval.name(),
+            self.precreate,
+            literal(self.retention.as_deref().unwrap_or("0")),
+            self.on_expire.name(),
+            literal(&self.time_column),
+        )
     }
 
     fn differences(&self, before: &Policy) -> Vec<String> {

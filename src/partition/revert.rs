@@ -121,7 +121,7 @@ impl Reversion {
 
 /// Stores what to do, or refuses it.
 pub fn request(table: &Table) -> Result<()> {
-    let refuse = |reason: String| Error::CannotConvert { relation: table.qualified(), reason };
+    let refuse = |reason: String| Error::CannotRevert { relation: table.qualified(), reason };
     layout::require_here(table.oid)?;
     let time_column = layout::partition_key(table)?;
     let mut reversion =
@@ -307,7 +307,7 @@ impl Reversion {
         copy::lock(self)?;
         let blueprint = swap::lock(self.name(), &tree, || self.blueprint())?;
         if let Some(obstacle) = blueprint.obstacles.first() {
-            return Err(Error::CannotConvert { relation: self.name(), reason: obstacle.clone() });
+            return Err(Error::CannotRevert { relation: self.name(), reason: obstacle.clone() });
         }
         if copy::failures(self)? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)

@@ -43,7 +43,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     // 1. the locks. What there is, now that it cannot change.
     let blueprint = lock(conversion.name(), &[conversion.relation], || conversion.blueprint())?;
     if let Some(obstacle) = blueprint.obstacles.first() {
-        return Err(Error::CannotConvert { relation: conversion.name(), reason: obstacle.clone() });
+        return Err(conversion.cannot(obstacle));
     }
     conversion.require_time_index()?;
     if let Some(beyond) = conversion.rows_beyond()? {
