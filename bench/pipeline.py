@@ -24,7 +24,7 @@ import harness
 from harness import QUICK, Results, Session, say
 
 RUNS = 2 if QUICK else 5
-ROWS = int(os.environ.get("ROWS", 400_000 if QUICK else 20_000_000))
+ROWS = int(os.environ.get("ROWS", 400_000 if QUICK else 10_000_000))
 CONNECTIONS = 2
 BATCH = 100_000 if ROWS >= 1_000_000 else 10_000
 FILES = 20  # of a batch each, copied in turns

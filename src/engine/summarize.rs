@@ -7,8 +7,8 @@
 //!
 //! Lock: SHARE UPDATE EXCLUSIVE on the table, in a transaction of its own for the time that it takes to read
 //! the new pages; who reads or writes does not notice. It is not waited for: whoever has it, VACUUM or
-//! ANALYZE, say, is let alone. Whose rights: as the table's owner, restricted, whose expressions the index may
-//! have beside the number.
+//! ANALYZE, say, is let alone. Whose rights: as the table's owner, restricted, whose expressions the index
+//! may have beside the number.
 
 use crate::error::Result;
 use crate::server::locks;

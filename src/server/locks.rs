@@ -172,10 +172,13 @@ fn within(
     )?;
     let before = set_lock_timeout(&format!("{}ms", left.as_millis()))?;
     let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
+    let refused =
+        || Err(Error::LockNotAvailable { relation: relation.into(), limit, holders: holders.clone() });
+    // Who has it may wait for us, too, as an index build does for every older snapshot: whichever limit is
+    // found to be over first.
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
-        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| {
-            Err(Error::LockNotAvailable { relation: relation.into(), limit, holders: holders.clone() })
-        })
+        .catch_when(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, |_| refused())
+        .catch_when(PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED, |_| refused())
         .execute();
     if result.is_ok() {
         set_lock_timeout(&before)?;

@@ -294,8 +294,8 @@ struct Window {
 /// Windows grow to what is merged in this time: the larger, the more rows meet in a group that is written
 /// once, and the longer others wait for their turn.
 const WINDOW_TIME: Duration = Duration::from_secs(1);
-/// The same while rows come faster than they are merged. If each row of a small window has a group of its own,
-/// only larger ones catch up.
+/// The same while rows come faster than they are merged. If each row of a small window has a group of its
+/// own, only larger ones catch up.
 const BEHIND_WINDOW_TIME: Duration = Duration::from_secs(5);
 /// How many times as large as the last one a window may be.
 const GROWTH: u32 = 4;
