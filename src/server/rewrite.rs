@@ -53,7 +53,13 @@ unsafe fn cells(list: &pg_sys::List) -> &[pg_sys::ListCell] {
 unsafe fn analyze(statement: *mut pg_sys::RawStmt, text: &std::ffi::CStr) -> *mut pg_sys::Query {
     unsafe {
         #[cfg(feature = "pg14")]
-        return pg_sys::parse_analyze(statement, text.as_ptr(), std::ptr::null_mut(), 0, std::ptr::null_mut());
+        return pg_sys::parse_analyze(
+            statement,
+            text.as_ptr(),
+            std::ptr::null_mut(),
+            0,
+            std::ptr::null_mut(),
+        );
         #[cfg(not(feature = "pg14"))]
         pg_sys::parse_analyze_fixedparams(statement, text.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut())
     }
