@@ -227,8 +227,8 @@ pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
         .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", relation::relation_name(*r)?)))
         .collect::<Result<Vec<_>>>()?;
     let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    let first = capture.owner()?.current(&relations, &sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?;
-    Ok(first.into_iter().next().flatten())
+    let _owner = capture.owner()?.act();
+    Ok(spi::current(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
 }
 
 // ---- SQL calls -------------------------------------------------------------------------------------------

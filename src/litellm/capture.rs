@@ -7,6 +7,7 @@
 //!   PostgreSQL 15, 2026-11). Everything else is done before. The same when reports are added.
 //! - when a foreign table becomes a partition, by the statement that brings it, or by the watch: the same,
 //!   for making the triggers harmless.
+//! - the watch, when a partition was detached: ACCESS EXCLUSIVE on that, for DROP TRIGGER.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new
 //!   table got before we noticed.
 //!
@@ -540,6 +541,16 @@ pub fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
         &[functions.into()],
         |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
     )
+}
+
+/// Drops capture triggers; one that is on none of the tables that are locked has come between.
+pub fn drop_triggers(triggers: &[(pg_sys::Oid, String)], locked: &[pg_sys::Oid]) -> Result<()> {
+    let names = relation::relation_names(locked)?;
+    for (relation, trigger) in triggers {
+        let name = names.get(relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
+        spi::execute(&format!("DROP TRIGGER {} ON {name}", quoted(trigger)), &[])?;
+    }
+    Ok(())
 }
 
 /// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock

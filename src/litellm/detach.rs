@@ -9,7 +9,7 @@ use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::builtin;
-use crate::litellm::capture::{attached, grantees, hold_rollups, lock_rows, revoke, triggers};
+use crate::litellm::capture::{attached, drop_triggers, grantees, hold_rollups, lock_rows, revoke, triggers};
 use crate::litellm::reports;
 use crate::litellm::spend_log::{self, OPERATIONS};
 use crate::litellm::views::{self, Action};
@@ -18,7 +18,7 @@ use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::session::{self, Owner};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, literal, qualified, quoted};
+use crate::server::text::{SCHEMA, literal, qualified};
 use crate::state::captured::{self, CaptureState};
 use crate::state::definition::Definition;
 use crate::state::restore;
@@ -60,11 +60,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         Some(table) => views::restore(table)?,
         None => views::empty(&state.schema)?,
     };
-    let names = relation::relation_names(&locked)?;
-    for (relation, trigger) in triggers()? {
-        let name = names.get(&relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
-        spi::execute(&format!("DROP TRIGGER {} ON {name}", quoted(&trigger)), &[])?;
-    }
+    drop_triggers(&triggers()?, &locked)?;
     for operation in OPERATIONS {
         spi::execute(&format!("DROP FUNCTION IF EXISTS {}()", spend_log::function_name(operation)), &[])?;
     }

@@ -9,8 +9,8 @@ use crate::guc;
 use crate::litellm::backfill::uncover_all;
 use crate::litellm::builtin;
 use crate::litellm::capture::{
-    attach_locked, attached, captured_columns, create_functions, create_triggers, failing_triggers,
-    foreign_partition, missing_triggers, require_all_rows_seen, silence, triggers,
+    attach_locked, attached, captured_columns, create_functions, create_triggers, drop_triggers,
+    failing_triggers, foreign_partition, missing_triggers, require_all_rows_seen, silence, triggers,
 };
 use crate::litellm::reports;
 use crate::litellm::spend_log::{Capture, MOVE};
@@ -20,7 +20,7 @@ use crate::server::log;
 use crate::server::relation::{self, Table, open};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, next_midnight, qualified, quoted};
+use crate::server::text::{SCHEMA, next_midnight, qualified};
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence;
 use crate::state::frozen;
@@ -171,12 +171,8 @@ fn mend() -> Result<bool> {
             tables.dedup();
             let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
             locks::lock_all(guc::lock_timeout(), &locks)?;
-            let names = relation::relation_names(&tables)?;
-            for (relation, trigger) in &left {
-                let name = names.get(relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
-                spi::execute(&format!("DROP TRIGGER IF EXISTS {} ON {name}", quoted(trigger)), &[])?;
-            }
-            for name in names.values() {
+            drop_triggers(&left, &tables)?;
+            for name in relation::relation_names(&tables)?.values() {
                 log::event(format_args!("{name} is no partition any more, and not captured"));
             }
         }
