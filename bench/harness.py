@@ -141,7 +141,7 @@ def empty():
     return "litellm"
 
 
-def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
+def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2), days=30):
     """A database with that many spend logs; made once, then kept for the other scenarios to clone."""
     if exists(name):
         return name
@@ -153,7 +153,7 @@ def loaded(name, rows, narrow=False, many=False, without=(), seeds=(1, 2)):
     loads = [
         subprocess.Popen(
             ["psql", "-qX", "-o", os.devnull, "-d", name, "-v", f"rows={rows // 2}", "-v", f"seed={seed}",
-             "-v", f"narrow={narrow:d}", "-v", f"many={many:d}", "-f", ROOT / "bench/spend_rows.sql"])
+             "-v", f"narrow={narrow:d}", "-v", f"many={many:d}", "-v", f"days={days}", "-f", ROOT / "bench/spend_rows.sql"])
         for seed in seeds
     ]
     if any([load.wait() for load in loads]):

@@ -97,6 +97,18 @@ def pipeline_lag():
     draw("pipeline", title, "seconds since the beginning", "million rows merged", merged)
 
 
+def disk_by_month():
+    lines = defaultdict(list)
+    for record in records("months"):
+        month, what = record["variant"].removeprefix("month ").split(": ")
+        lines[what].append((int(month), float(record["value"])))
+    log = dict(lines.pop("spend log", []))
+    labelled = {"spend log, all of it": list(log.items()),
+                "spend log, the last 30 days": [(month, size - log.get(month - 1, 0)) for month, size in log.items()],
+                "rollups of the reports": lines["reports"], "rollups by default": lines["by default"]}
+    draw("months", "Disk, of 2,000 requests a day", "months", "MiB with indexes", labelled, "y")
+
+
 if __name__ == "__main__":
-    for plot in (insert_cost, view_latency, merge_by_groups, pipeline_lag):
+    for plot in (insert_cost, view_latency, merge_by_groups, pipeline_lag, disk_by_month):
         plot()

@@ -26,6 +26,7 @@ TITLES = {
     "views": "Each of LiteLLM's views, 470,000 rows, at the client",
     "capture": "Capture and merge, per row inserted",
     "whole": "All that a server pays: 100 rows a statement, until all is merged; with and without the reports",
+    "months": "Disk of a year of requests, month by month",
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
     "merge": f"Merge of {merge.ROWS:,} page views into {merge.ROWS // 10:,} groups, or 100",
@@ -62,6 +63,8 @@ RATIOS = {
         (metric, [f"{kind} {variant}"], f"{kind} plain")
         for variant in whole.ATTACHED for kind in whole.KINDS for metric in ("cpu", "wal", "disk")
     ],
+    "months": [("disk", [f"month {month}: {what}"], f"month {month}: spend log")
+               for what in ("by default", "reports") for month in ("01", "06", "12")],
     "stall": [(metric, [variant], "plain") for variant in ("ours", "lock") for metric in ("longest", "p99.9", "median")],
     "backfill": [("attach + backfill", ["ours"], "scan")],
     "merge": [
