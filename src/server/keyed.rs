@@ -27,6 +27,8 @@ pub struct Keyed {
     indexes: *mut pg_sys::ResultRelInfo,
     scan: pg_sys::IndexScanDesc,
     key: Vec<KeyColumn>,
+    /// What the scan looks for, of which the values are those of the row in question.
+    wanted: Vec<pg_sys::ScanKeyData>,
     /// Columns that may not be NULL.
     required: Vec<usize>,
     /// The row that was found, and one that took its place.
@@ -87,6 +89,7 @@ impl Keyed {
                 indexes,
                 scan: ptr::null_mut(),
                 key: vec![],
+                wanted: vec![],
                 required: required(relation),
                 found: lasting.switch_to(|_| pg_sys::table_slot_create(relation, ptr::null_mut())),
                 replaced: lasting.switch_to(|_| tuple_slot(relation)),
@@ -98,6 +101,7 @@ impl Keyed {
             };
             // Without an index it is closed when it is dropped.
             let (index, columns) = keyed.key_index(key)?;
+            keyed.wanted = columns.iter().map(|column| column.equal).collect();
             keyed.key = columns;
             let count = key.len() as c_int;
             keyed.scan = keyed.lasting.switch_to(|_| {
@@ -153,16 +157,18 @@ impl Keyed {
 
     /// Whether there is a row with the key of this one. It is the found one until the next is looked for.
     pub fn find(&mut self, row: &Row) -> bool {
-        let keys = self.key.iter().map(|column| match row.nulls[column.attribute] {
-            true => column.null,
-            false => pg_sys::ScanKeyData { sk_argument: row.values[column.attribute], ..column.equal },
-        });
-        let mut keys: Vec<pg_sys::ScanKeyData> = keys.collect();
+        for (wanted, column) in self.wanted.iter_mut().zip(&self.key) {
+            *wanted = match row.nulls[column.attribute] {
+                true => column.null,
+                false => pg_sys::ScanKeyData { sk_argument: row.values[column.attribute], ..column.equal },
+            };
+        }
+        let (keys, count) = (self.wanted.as_mut_ptr(), self.wanted.len() as c_int);
         let (scan, found, columns) = (self.scan, self.found, row.values.len() as c_int);
         // SAFETY: the scan takes as many keys. What it keeps must last.
         unsafe {
             self.lasting.switch_to(|_| {
-                pg_sys::index_rescan(scan, keys.as_mut_ptr(), keys.len() as c_int, ptr::null_mut(), 0);
+                pg_sys::index_rescan(scan, keys, count, ptr::null_mut(), 0);
                 let direction = pg_sys::ScanDirection::ForwardScanDirection;
                 let is_there = pg_sys::index_getnext_slot(scan, direction, found);
                 if is_there {
