@@ -217,8 +217,7 @@ fn history_is_frozen_and_never_computed_again() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("r", 500, 10)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
     client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < date_trunc('day', now() - interval '4 days')"#).unwrap();
@@ -358,14 +357,8 @@ fn a_partition_that_is_rewritten_meanwhile_freezes_nothing() {
     client.batch_execute("SELECT spend_rollup_run()").unwrap();
     let mut rewriter = db.connect();
     rewriter.batch_execute("BEGIN; ALTER TABLE old SET UNLOGGED; ALTER TABLE old SET LOGGED").unwrap();
-    let mut runner = db.connect();
-    let pid: i32 = runner.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-    let running = std::thread::spawn(move || runner.batch_execute("SELECT spend_rollup_run()").unwrap());
-    eventually("it waits", || {
-        holds(&mut client, &format!("SELECT cardinality(pg_blocking_pids({pid})) = 1"))
-    });
-    rewriter.batch_execute("COMMIT").unwrap();
-    running.join().unwrap();
+    let run = |runner: &mut Client| runner.batch_execute("SELECT spend_rollup_run()").unwrap();
+    while_it_waits(&db, run, |_, _| rewriter.batch_execute("COMMIT").unwrap());
     assert!(holds(
         &mut client,
         "SELECT frozen_before <= '2026-01-07' FROM litellm_spend.source WHERE name = 'change_log'"
@@ -389,8 +382,7 @@ fn truncate_of_a_partition_freezes_its_days_only() {
     {
         client.batch_execute(&row(id, time, 1.0)).unwrap();
     }
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     // Of an empty one: no day.
     client.batch_execute("TRUNCATE empty").unwrap();
     wait_until_settled(&mut client);
@@ -444,8 +436,7 @@ fn one_row_of_the_far_future_does_not_freeze_what_comes() {
         for (id, time) in [("a", TODAY), ("b", "'2024-10-05'"), ("c", "'-infinity'"), ("typo", far)] {
             client.batch_execute(&row(id, time, 1.0)).unwrap();
         }
-        client.batch_execute("SELECT spend_attach()").unwrap();
-        wait_until_live(&mut client);
+        attach(&mut client);
         client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
         let next_week = format!("({TODAY} + interval '7 days')");
         client.batch_execute(&row("captured", &next_week, 1.0)).unwrap();
@@ -504,8 +495,7 @@ fn a_forced_rebuild_is_proposed_for_days_that_have_raw_rows_and_no_others() {
     for day in 1..=7 {
         client.batch_execute(&row(&format!("r{day}"), &at(day), 1.0)).unwrap();
     }
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
     wait_until_settled(&mut client);
     // Late ones.
@@ -534,8 +524,7 @@ fn rows_that_are_taken_out_and_put_back_are_noticed_and_one_call_counts_them_onc
             let time = format!("{TODAY} - interval '{day} days'");
             client.batch_execute(&row(&format!("r{day}"), &time, 1.0)).unwrap();
         }
-        client.batch_execute("SELECT spend_attach()").unwrap();
-        wait_until_live(&mut client);
+        attach(&mut client);
         let verify = "SELECT * FROM spend_rollup_verify('daily_spend')";
         assert!(!db.notices(verify).contains("still count"));
         client
@@ -702,8 +691,7 @@ fn an_older_litellm_without_optional_columns_attaches() {
     let insert = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
                     SELECT 'o' || i, 'x', 1, now(), now() FROM generate_series(1, 10) i"#;
     client.batch_execute(insert).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute(&insert.replace("'o'", "'p'")).unwrap();
     assert_exact(&mut client);
     // LiteLLM is upgraded: the column is captured from then on.
@@ -776,8 +764,7 @@ fn a_table_with_a_foreign_partition_is_refused_and_its_statements_go_on() {
     }
     client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION frozen"#).unwrap();
     client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     assert_exact(&mut client);
 }
 
@@ -786,8 +773,7 @@ fn statements_go_on_when_a_foreign_partition_comes_and_capture_when_it_goes() {
     let db = shared().database();
     let mut client = partitioned_by_hand(&db);
     client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let suspended = r#"SELECT bool_and(last_error LIKE '%"LiteLLM_SpendLogs" cannot be captured while %frozen%')
                               AND bool_and(covered_from = 'infinity') AND bool_and(live_views IS NULL)
                        FROM spend_rollup_status"#;
@@ -900,8 +886,7 @@ fn truncate_of_a_default_partition_leaves_the_days_of_others_alone() {
     ] {
         client.batch_execute(&row(id, &format!("'{day}'"), 1.0)).unwrap();
     }
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     // Before the worker can look: the day that a row comes to still lacks it.
     client
         .batch_execute(

@@ -197,7 +197,7 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
 
 #[test]
 fn a_conversion_that_is_killed_at_any_step_goes_on() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let cluster = own_cluster(&[]);
     let db = cluster.database();
     db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
     let db = db.attached();
@@ -258,7 +258,7 @@ fn a_conversion_that_is_killed_at_any_step_goes_on() {
 
 #[test]
 fn an_index_that_was_left_half_built_is_built_again() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let cluster = own_cluster(&[]);
     let db = cluster.database();
     db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
     let db = db.attached();
@@ -286,7 +286,7 @@ fn an_index_that_was_left_half_built_is_built_again() {
 
 #[test]
 fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let cluster = own_cluster(&[NO_WORKER]);
     let db = cluster.database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
@@ -317,15 +317,14 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
     assert_refused(&mut client, "SELECT spend_partition_convert()", "55000");
     client.batch_execute("ROLLBACK").unwrap();
     // Killed while it waits for a reader.
-    let (mut reader, mut victim) = (db.connect(), db.connect());
+    let mut reader = db.connect();
     reader.batch_execute(r#"BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
-    let pid: i32 = value(&mut victim, "SELECT pg_backend_pid()");
-    std::thread::scope(|scope| {
-        let call = scope.spawn(|| victim.batch_execute("SELECT spend_partition_convert()"));
-        eventually("it waits", || waits_for_a_lock(&mut client, pid));
-        client.batch_execute(&format!("SELECT pg_terminate_backend({pid})")).unwrap();
-        assert!(call.join().unwrap().is_err());
-    });
+    let ended = while_it_waits(
+        &db,
+        |victim| victim.batch_execute("SELECT spend_partition_convert()"),
+        |client, pid| client.batch_execute(&format!("SELECT pg_terminate_backend({pid})")).unwrap(),
+    );
+    assert!(ended.is_err());
     reader.batch_execute("COMMIT").unwrap();
     assert!(!holds(&mut client, IS_PARTITIONED));
     client.batch_execute(&insert_rows("more", 10, 3)).unwrap();
@@ -858,7 +857,7 @@ fn a_merge_that_moves_a_row_is_captured_on_a_converted_table_and_leaves_no_trigg
 
 #[test]
 fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let cluster = own_cluster(&[]);
     let db = cluster.database();
     db.connect().batch_execute(&insert_rows("old", 60_000, 40)).unwrap();
     let db = db.attached();
@@ -972,7 +971,7 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
 
 #[test]
 fn what_changes_during_a_reversion_is_noted_by_the_statement_and_not_by_the_row() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let cluster = own_cluster(&[NO_WORKER]);
     let db = cluster.database();
     let mut client = db.connect();
     let before_yesterday = insert_rows("old", 1000, 35)

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 /// A cluster and a database of its own: it will be killed.
 fn own(settings: &[&str]) -> Database {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(settings)));
+    let cluster = own_cluster(settings);
     cluster.litellm_database()
 }
 

@@ -416,7 +416,7 @@ fn held<'a>(
     insert: &'static str,
 ) -> i32 {
     let mut writer = db.connect();
-    let pid = value::<i32>(&mut writer, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut writer);
     scope.spawn(move || writer.batch_execute(insert).unwrap());
     eventually("it has its number and waits", || {
         let sql = format!(
@@ -550,7 +550,7 @@ fn a_row_in_a_partition_that_is_attached_while_a_call_waits_is_counted() {
         .unwrap();
     first.batch_execute("BEGIN; INSERT INTO ev_a VALUES (DEFAULT, 1)").unwrap();
     std::thread::scope(|scope| {
-        let pid = value::<i32>(&mut caller, "SELECT pg_backend_pid()");
+        let pid = backend_pid(&mut caller);
         let call = scope.spawn(move || {
             caller.batch_execute("SET litellm_spend.window_wait = '60s'").unwrap();
             value::<i64>(&mut caller, "SELECT window_end FROM spend_rollup_run('r')")
@@ -865,19 +865,10 @@ fn who_changes_a_merged_row_by_hand_loses_no_row_that_is_merged_meanwhile() {
     let mut hand = db.connect();
     hand.batch_execute("BEGIN; UPDATE litellm_spend.by_hand_rollup SET ids = ids + 1000 WHERE i = 1")
         .unwrap();
-    let mut merger = db.connect();
-    let pid: i32 = merger.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-    let merging = std::thread::spawn(move || {
-        let outcome: String = merger.query_one(outcome, &[]).unwrap().get(0);
-        (merger, outcome)
-    });
-    eventually("the merge waits for the row", || {
-        holds(&mut client, &format!("SELECT cardinality(pg_blocking_pids({pid})) = 1"))
-    });
-    hand.batch_execute("COMMIT").unwrap();
-    let (mut merger, first) = merging.join().unwrap();
+    let merge = |merger: &mut Client| value::<String>(merger, outcome);
+    let first = while_it_waits(&db, merge, |_, _| hand.batch_execute("COMMIT").unwrap());
     if first != "merged" {
-        assert_eq!(merger.query_one(outcome, &[]).unwrap().get::<_, String>(0), "merged", "after {first}");
+        assert_eq!(merge(&mut client), "merged", "after {first}");
     }
     let expected = "SELECT i, count(*), sum(id) + CASE i WHEN 1 THEN 1000 ELSE 0 END FROM changed GROUP BY i";
     assert_same(&mut client, "SELECT i, n, ids FROM litellm_spend.by_hand_rollup", expected);
@@ -980,19 +971,11 @@ fn verify_that_waits_for_a_rewrite_compares_what_is_there_after_it() {
                 "BEGIN; ALTER TABLE {table} SET UNLOGGED; ALTER TABLE {table} SET LOGGED"
             ))
             .unwrap();
-        let mut verifier = db.connect();
-        let pid: i32 = verifier.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-        let verifying = std::thread::spawn(move || {
-            verifier
-                .query_one("SELECT count(*) FROM spend_rollup_verify('views')", &[])
-                .unwrap()
-                .get::<_, i64>(0)
-        });
-        eventually("it waits", || {
-            holds(&mut client, &format!("SELECT cardinality(pg_blocking_pids({pid})) = 1"))
-        });
-        rewriter.batch_execute("COMMIT").unwrap();
-        assert_eq!(verifying.join().unwrap(), 0, "{table}");
+        let verify = |verifier: &mut Client| {
+            value::<i64>(verifier, "SELECT count(*) FROM spend_rollup_verify('views')")
+        };
+        let different = while_it_waits(&db, verify, |_, _| rewriter.batch_execute("COMMIT").unwrap());
+        assert_eq!(different, 0, "{table}");
     }
 }
 
@@ -1515,12 +1498,14 @@ fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
 #[test]
 fn of_two_sessions_that_create_the_same_rollup_one_is_refused() {
     let (db, mut first) = page_views();
-    let mut second = db.connect();
-    let pid: i32 = value(&mut second, "SELECT pg_backend_pid()");
     first.batch_execute(&format!("BEGIN; {CREATE}")).unwrap();
+    let mut second = db.connect();
+    let pid = backend_pid(&mut second);
+    second.batch_execute("SET litellm_spend.window_wait = '60s'").unwrap();
     std::thread::scope(|scope| {
         let refused = scope.spawn(|| assert_refused(&mut second, CREATE, "42710"));
         let mut client = db.connect();
+        // It tries every ten milliseconds, which nobody sees: no lock is waited for.
         let runs = format!(
             "SELECT count(*) = 1 FROM pg_stat_activity
              WHERE pid = {pid} AND state = 'active' AND clock_timestamp() - query_start > interval '300 ms'"
@@ -1705,7 +1690,7 @@ fn verify_returns_more_differences_than_it_keeps_in_memory() {
     merged(&mut client, "by_g");
     client.batch_execute("UPDATE litellm_spend.by_g_rollup SET n = n + 1").unwrap();
     let memory = |client: &mut Client| -> u64 {
-        let pid: i32 = value(client, "SELECT pg_backend_pid()");
+        let pid = backend_pid(client);
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024

@@ -131,7 +131,7 @@ fn an_idle_writer_freezes_the_watermark_only() {
     let mut idle = db.connect();
     idle.batch_execute("BEGIN").unwrap();
     idle.batch_execute(&insert_rows("idle", 5, 3)).unwrap();
-    let pid: i32 = value(&mut idle, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut idle);
     let frozen: i64 =
         value(&mut client, "SELECT watermark FROM litellm_spend.rollup WHERE name = 'daily_spend'");
     for i in 0..20 {
@@ -252,7 +252,7 @@ fn two_mergers_never_count_a_row_twice() {
 }
 
 fn own(settings: &[&str]) -> Database {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(settings)));
+    let cluster = own_cluster(settings);
     cluster.database()
 }
 

@@ -113,7 +113,7 @@ fn a_writer_that_stays_open_is_named_once() {
         )
         .unwrap();
     let (severity, _, who, remedy) = only(&mut client, "are not merged: 10 rows");
-    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut writer);
     let who = who.unwrap();
     assert!(severity == "warning" && who.contains("forgotten") && who.contains(&pid.to_string()), "{who}");
     assert_eq!(remedy, format!("SELECT pg_terminate_backend({pid});"));
@@ -186,7 +186,7 @@ fn retention_behind_a_dashboard_names_it() {
     let (severity, _, who, remedy) = only(&mut client, "1 expired partitions of logs are still there");
     assert!(severity == "error" && who.unwrap().contains("grafana"));
     // The status says so too, and who maintains by hand is told.
-    let pid: i32 = value(&mut dashboard, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut dashboard);
     let blocked = format!(
         r#"could not get a lock on "public"."logs" within 1000 ms: it is held by process {pid} (postgres, grafana)"#
     );
@@ -223,7 +223,7 @@ fn retention_behind_a_dashboard_names_it() {
     assert_eq!(remedy, "SELECT * FROM spend_partition_maintain('logs');");
     dashboard = db.connect();
     dashboard.batch_execute("BEGIN; SELECT count(*) FROM logs").unwrap();
-    let pid: i32 = value(&mut dashboard, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut dashboard);
     eventually("it is in the way for more than a moment", || {
         only(&mut client, "maintenance of logs is held up").3
             == format!("SELECT pg_terminate_backend({pid});")
@@ -423,7 +423,7 @@ fn whoever_keeps_a_rollup_to_himself_is_named() {
         })
     });
     let (_, _, _, remedy) = only(&mut client, "are not merged");
-    let pid: i32 = value(&mut dba, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut dba);
     assert_eq!(remedy, format!("SELECT pg_terminate_backend({pid});"));
     dba.batch_execute("COMMIT").unwrap();
     none(&mut client);
@@ -452,7 +452,7 @@ fn defaults_of_a_database_neither_stop_us_nor_alarm() {
 
 #[test]
 fn too_few_slots_are_one_fault() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["max_worker_processes = 1"])));
+    let cluster = own_cluster(&["max_worker_processes = 1"]);
     let db = cluster.database();
     let mut client = db.connect();
     assert_eq!(faults(&mut client), [], "nothing is used");
@@ -520,7 +520,7 @@ fn a_retention_that_is_new_is_no_fault_and_a_swap_that_waits_is_one_after_a_whil
     let found = faults(&mut client);
     assert!(!holds(&mut client, since) || found.is_empty(), "{found:?}");
     let (severity, _, who, remedy) = only(&mut client, "could not get a lock on");
-    let pid: i32 = value(&mut reader, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut reader);
     assert!(severity == "warning" && who.unwrap().contains("a reader"));
     assert_eq!(remedy, format!("SELECT pg_terminate_backend({pid});"));
     client.batch_execute(&remedy).unwrap();

@@ -183,7 +183,7 @@ fn partitioned(cluster: &'static Cluster) -> (Database, Client) {
 
 fn without_worker() -> &'static Cluster {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"]))
+    CLUSTER.get_or_init(|| Cluster::start(&[NO_WORKER]))
 }
 
 /// Index, partition and state, as a monitor sees them.
@@ -240,8 +240,7 @@ fn try_again(client: &mut Client) {
 
 #[test]
 fn a_worker_that_looks_rarely_is_said_to() {
-    let cluster: &'static Cluster =
-        Box::leak(Box::new(Cluster::start(&["litellm_spend.merge_interval = '1h'"])));
+    let cluster = own_cluster(&["litellm_spend.merge_interval = '1h'"]);
     let (_db, mut client) = partitioned(cluster);
     eventually("there is a worker", || {
         holds(
@@ -386,7 +385,7 @@ fn what_is_killed_in_the_midst_of_a_build_goes_on_and_leaves_nothing() {
 
 #[test]
 fn what_a_crash_of_the_server_leaves_half_built_is_dropped_and_built_again() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let cluster = own_cluster(&[]);
     let (db, mut client) = partitioned(cluster);
     // A writer that no crash ends: the build waits for it, and so does who drops what is left.
     client

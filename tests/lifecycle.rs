@@ -58,8 +58,7 @@ fn the_view_keeps_oid_owner_grants_dependents_and_detach_gives_litellms_back() {
         .unwrap();
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
     let (identity, original) = (view_identity(&mut client), definition(&mut client));
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     assert_eq!(view_identity(&mut client), identity);
     assert_ne!(definition(&mut client), original);
     assert_exact(&mut client);
@@ -118,8 +117,7 @@ fn attach_and_detach_can_be_repeated() {
         // Nobody captures these; attaching again finds them.
         client.batch_execute(&insert_rows(&format!("gap{round}-"), 50, 5)).unwrap();
     }
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     assert_exact(&mut client);
 }
 
@@ -162,8 +160,7 @@ fn history_outlives_detach_and_attach() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 500, 20)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
     client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 10"#).unwrap();
@@ -187,8 +184,7 @@ fn attach_while_writers_run_misses_nothing() {
             client.batch_execute("SELECT spend_detach()").unwrap();
             assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
         }
-        client.batch_execute("SELECT spend_attach()").unwrap();
-        wait_until_live(&mut client);
+        attach(&mut client);
         assert_exact(&mut client);
     });
     assert_exact(&mut db.connect());
@@ -279,8 +275,7 @@ fn capture_follows_when_upstreams_script_replaces_the_table() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("old", 2000, 25)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     beside_writers(&db, 2, 5, 3, || {
         std::thread::sleep(std::time::Duration::from_millis(300));
         client.batch_execute(UPSTREAM_SCRIPT).unwrap();
@@ -344,8 +339,7 @@ fn the_drop_of_a_replaced_table_freezes_the_days_of_its_rows_only() {
         )
     };
     client.batch_execute(&(row("old", "'2024-01-10'") + &row("typo", "'9999-12-31'"))).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
     client.batch_execute(&row("new", "CURRENT_DATE")).unwrap();
     eventually("capture follows", || {
@@ -400,8 +394,7 @@ fn an_attached_partition_with_rows_is_counted() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
     client
         .batch_execute(
@@ -435,8 +428,7 @@ fn a_partition_that_somebody_detaches_is_captured_no_more() {
         )
         .unwrap();
     client.batch_execute(&insert_rows("a", 100, 2)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'old'::regclass";
     assert_eq!(value::<i64>(&mut client, triggers), 5);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
@@ -478,8 +470,7 @@ fn a_day_whose_partition_was_dropped_keeps_its_history() {
         )
         .unwrap();
     client.batch_execute(&insert_rows("a", 500, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
     // From the middle, as nobody should; and then something makes everything be computed again.
@@ -610,8 +601,7 @@ fn litellms_start_up_leaves_our_view_alone() {
     let mut client = db.connect();
     give_to_role(&mut client, "litellm_b");
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let ours = definition(&mut client);
     let mut litellm = db.cluster.connect_as(&db.name, "litellm_b");
     // check_view_exists(): all eight are in pg_views, so nothing is touched.
@@ -669,7 +659,7 @@ fn a_missing_view_is_made_and_a_materialized_one_is_left_alone() {
 #[test]
 fn everything_works_without_a_worker() {
     // No preload: the library is loaded by the call.
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
+    let cluster = own_cluster(&[NO_WORKER]);
     let db = cluster.database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("old", 1000, 20)).unwrap();
@@ -703,7 +693,7 @@ fn everything_works_without_a_worker() {
 
 #[test]
 fn databases_without_the_extension_take_no_worker_slot() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["max_worker_processes = 3"])));
+    let cluster = own_cluster(&["max_worker_processes = 3"]);
     let _empty: Vec<Database> = (0..6).map(|_| cluster.litellm_database()).collect();
     // One slot is the launcher's, one the logical replication launcher's.
     let db = cluster.database().attached();
@@ -714,7 +704,7 @@ fn databases_without_the_extension_take_no_worker_slot() {
 
 #[test]
 fn workers_come_and_go_with_their_databases() {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[])));
+    let cluster = own_cluster(&[]);
     let workers = |db: &Database| {
         let sql = format!(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND backend_type = 'litellm_spend worker'",
@@ -811,7 +801,7 @@ fn workers_come_and_go_with_their_databases() {
 #[test]
 fn a_worker_that_starts_leaves_a_database_that_is_being_dropped() {
     let settings = &["litellm_spend.discovery_interval = '1s'"];
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(settings)));
+    let cluster = own_cluster(settings);
     let mut admin = cluster.connect("postgres");
     let db = cluster.database();
     // Whoever connects from now on stands still for a second, just before it shows.
@@ -835,7 +825,7 @@ fn a_worker_that_starts_leaves_a_database_that_is_being_dropped() {
 #[test]
 fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
     let settings = ["litellm_spend.merge_interval = '100ms'", "autovacuum = off"];
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&settings)));
+    let cluster = own_cluster(&settings);
     let db = cluster.database().attached_with_reports();
     let (mut client, mut admin) = (db.connect(), cluster.connect("postgres"));
     let used = format!(
@@ -926,8 +916,7 @@ fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
 
 #[test]
 fn a_standby_answers_and_a_promoted_one_merges() {
-    let cluster: &'static Cluster =
-        Box::leak(Box::new(Cluster::start(&["wal_level = replica", "fsync = on"])));
+    let cluster = own_cluster(&["wal_level = replica", "fsync = on"]);
     let db = cluster.database().attached_with_reports();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
@@ -1002,8 +991,7 @@ fn all_seven_views_stay_the_same_objects_and_get_their_own_queries_back() {
     client.batch_execute(&insert_rows("a", 200, 40)).unwrap();
     let before = views(&mut client);
     assert_eq!(before.len(), 10, "{before:?}");
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let live = views(&mut client);
     for ((identity, query), (then, own)) in live.iter().zip(&before) {
         assert_eq!(identity, then);

@@ -585,8 +585,7 @@ fn detached_partitions_go_to_the_archive_and_are_captured_no_more() {
     let db = cluster().database();
     let mut client = db.connect();
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client
         .batch_execute(
             r#"CREATE ROLE keeper; GRANT ALL ON SCHEMA public TO keeper; ALTER TABLE "LiteLLM_SpendLogs" OWNER TO keeper;
@@ -734,8 +733,7 @@ fn beside_readers<T>(db: &Database, table: &str, body: impl FnOnce() -> T) -> (T
 fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
     let db = cluster().database();
     let mut client = db.connect();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
     eventually("capture follows", || {
         holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
@@ -1232,12 +1230,10 @@ fn litellms_own_job_may_run_at_the_same_time() {
 
 #[test]
 fn the_worker_maintains_and_goes_on_after_a_crash() {
-    let cluster: &'static Cluster =
-        Box::leak(Box::new(Cluster::start(&["litellm_spend.maintain_interval = '1s'"])));
+    let cluster = own_cluster(&["litellm_spend.maintain_interval = '1s'"]);
     let db = cluster.database();
     let mut client = db.connect();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
     eventually("capture follows", || {
         holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
@@ -1298,12 +1294,12 @@ fn pg_cron_maintains() {
         eprintln!("SKIPPED pg_cron_maintains: no pg_cron for {version}");
         return;
     }
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&[
+    let cluster = own_cluster(&[
         BY_HAND,
         "shared_preload_libraries = 'pg_cron,litellm_spend'",
         "cron.database_name = 'cron_test'",
         "cron.use_background_workers = on",
-    ])));
+    ]);
     let mut admin = cluster.connect("postgres");
     admin.batch_execute("CREATE DATABASE cron_test TEMPLATE litellm_template").unwrap();
     let mut client = cluster.connect("cron_test");

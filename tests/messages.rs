@@ -188,7 +188,7 @@ fn a_lock_that_is_not_to_be_had_names_who_has_it_and_the_right_setting() {
     writer
         .batch_execute(&format!("SET application_name = 'a writer'; BEGIN; {}", insert_rows("b", 1, 1)))
         .unwrap();
-    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut writer);
     assert_says(
         &mut client,
         "SET litellm_spend.lock_timeout = '150ms'; SELECT spend_attach()",
@@ -223,7 +223,7 @@ fn who_attaches_beside_a_rebuild_is_told_what_is_in_the_way() {
     wait_until_merged(&mut client);
     let rebuild = "BEGIN; SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 1, CURRENT_DATE)";
     dba.batch_execute(&format!("SET application_name = 'a repair'; {rebuild}")).unwrap();
-    let pid: i32 = value(&mut dba, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut dba);
     let busy = |client: &mut Client, call: &str, holder: &str| {
         let detail = format!("One merge or rebuild at a time works on a rollup. It is held by {holder}.");
         let message = "rollup \"daily_spend\" is locked by another transaction";
@@ -264,8 +264,7 @@ fn days_before_the_first_row_are_not_said_to_have_lost_any() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client.batch_execute("SELECT spend_rollup_run()").unwrap();
     let frozen = "SELECT frozen_before > '-infinity' FROM spend_rollup_status WHERE rollup = 'daily_spend'";
     assert!(holds(&mut client, frozen), "a round has looked");

@@ -27,7 +27,7 @@ fn wait_for(client: &mut Client, what: &str, wanted: impl Fn(&Work) -> bool) -> 
 
 fn without_worker() -> &'static Cluster {
     static CLUSTER: std::sync::OnceLock<Cluster> = std::sync::OnceLock::new();
-    CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"]))
+    CLUSTER.get_or_init(|| Cluster::start(&[NO_WORKER]))
 }
 
 #[test]

@@ -404,13 +404,12 @@ fn attach_gives_up_on_its_lock_and_changes_nothing() {
     let started = std::time::Instant::now();
     assert_refused(&mut client, "SET litellm_spend.lock_timeout = '200ms'; SELECT spend_attach()", "55P03");
     assert!(started.elapsed() < std::time::Duration::from_secs(5));
-    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    let pid = backend_pid(&mut writer);
     let detail = error(&mut client, "SELECT spend_attach()").detail().unwrap().to_string();
     assert!(detail.contains(&pid.to_string()), "{detail}");
     nothing_changed(&mut client);
     writer.batch_execute("COMMIT").unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     assert_exact(&mut client);
 }
 
@@ -542,8 +541,7 @@ fn code_of_an_owner_or_a_monitor_never_runs_with_our_rights() {
         )
         .unwrap();
     client.batch_execute(&insert_rows("a", 10, 3)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let mut mallory = db.cluster.connect_as(&db.name, "mallory");
     mallory
         .batch_execute(
@@ -633,8 +631,7 @@ fn a_table_that_is_a_partition_or_inherits_cannot_be_captured_also_later() {
         client.batch_execute(leave).unwrap();
     }
     client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     for (enter, leave) in ways {
         client.batch_execute(enter).unwrap();
         eventually("the status says so", || {

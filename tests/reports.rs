@@ -505,8 +505,7 @@ fn a_report_that_is_added_later_shows_each_day_whole_or_not_at_all() {
         .unwrap();
     (0..=12).for_each(|ago| client.batch_execute(&rows_of_day("a", ago)).unwrap());
     client.batch_execute(r#"CREATE TABLE ever AS TABLE "LiteLLM_SpendLogs""#).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client
         .batch_execute(
             r#"SELECT spend_partition_set(NULL, 'day', retention => '8 days'); SELECT spend_partition_maintain()"#,

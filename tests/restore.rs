@@ -385,8 +385,7 @@ fn state_that_is_lost_is_said_and_what_is_left_can_be_dropped_and_made_again() {
     );
     client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
     client.batch_execute("SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')").unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     wait_until_merged(&mut client);
     assert_exact(&mut client);
     assert_eq!(said(&mut client, "daily_spend"), None);
@@ -397,16 +396,14 @@ fn state_that_is_lost_is_said_and_what_is_left_can_be_dropped_and_made_again() {
     client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
     client.batch_execute("SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')").unwrap();
     client.batch_execute(&insert_rows("b", 100, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     wait_until_merged(&mut client);
     assert_exact(&mut client);
     // 3. what is captured.
     client.batch_execute("DELETE FROM litellm_spend.capture").unwrap();
     assert!(said(&mut client, "daily_spend").unwrap().starts_with("triggers capture a table"));
     client.batch_execute(&insert_rows("c", 100, 5)).unwrap();
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     wait_until_merged(&mut client);
     assert_exact(&mut client);
     assert!(holds(&mut client, "SELECT sum(requests) = 400 FROM litellm_spend.daily_spend"));

@@ -22,7 +22,7 @@ use State::*;
 
 fn without_preload() -> &'static Cluster {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"]))
+    CLUSTER.get_or_init(|| Cluster::start(&[NO_WORKER]))
 }
 
 fn attack(cluster: &'static Cluster, script: &str, state: State) {

@@ -10,36 +10,12 @@ use std::sync::OnceLock;
 /// No worker: what is merged, and when, is the test's.
 fn captured() -> Database {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    let db = CLUSTER.get_or_init(|| Cluster::start(&["shared_preload_libraries = ''"])).database();
+    let db = CLUSTER.get_or_init(|| Cluster::start(&[NO_WORKER])).database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("old", 100, 5)).unwrap();
     client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
     client.batch_execute("CALL spend_backfill()").unwrap();
     db
-}
-
-fn pid(client: &mut Client) -> i32 {
-    value(client, "SELECT pg_backend_pid()")
-}
-
-/// Runs `call` in a session, and `beside` once that waits for a lock. Returns the error that it ends with.
-fn while_it_waits(
-    db: &Database,
-    call: &str,
-    beside: impl FnOnce(&mut Client),
-) -> Option<postgres::error::DbError> {
-    let mut caller = db.connect();
-    // Longer than anything here takes; a call that waits without a limit ends nevertheless.
-    caller.batch_execute("SET statement_timeout = '60s'").unwrap();
-    let pid = pid(&mut caller);
-    std::thread::scope(|scope| {
-        let running = scope.spawn(|| caller.batch_execute(call));
-        let mut client = db.connect();
-        eventually("it waits", || waits_for_a_lock(&mut client, pid) || running.is_finished());
-        assert!(!running.is_finished(), "it does not wait: {:?}", running.join());
-        beside(&mut client);
-        running.join().unwrap().err().map(|error| error.as_db_error().unwrap().clone())
-    })
 }
 
 /// A reader and a writer of the table, who wait for nobody.
@@ -54,9 +30,9 @@ fn a_detach_that_waits_for_a_reader_of_a_rollup_has_not_locked_the_table() {
     let db = captured();
     let (mut client, mut dashboard) = (db.connect(), db.connect());
     dashboard.batch_execute("BEGIN; SELECT * FROM litellm_spend.daily_usage LIMIT 1").unwrap();
-    let holder = pid(&mut dashboard);
+    let holder = backend_pid(&mut dashboard);
     let call = "SET litellm_spend.lock_timeout = '3s'; SELECT spend_detach(drop_history => true)";
-    let error = while_it_waits(&db, call, |client| assert_table_is_free(client, "beside")).unwrap();
+    let error = error_after_waiting(&db, call, |client, _| assert_table_is_free(client, "beside")).unwrap();
     assert_eq!(error.code().code(), "55P03", "{error:?}");
     assert!(error.message().contains("daily_usage"), "{error:?}");
     assert!(error.detail().unwrap().contains(&holder.to_string()), "{error:?}");
@@ -89,7 +65,7 @@ fn a_detach_merges_what_is_in_the_log_before_it_locks_the_table() {
     // Keeps the merge waiting, in the middle of its work.
     other.batch_execute("BEGIN; SELECT FROM litellm_spend.daily_spend_rollup FOR UPDATE").unwrap();
     let call = "SET litellm_spend.lock_timeout = '60s'; SELECT spend_detach()";
-    let failed = while_it_waits(&db, call, |client| {
+    let failed = error_after_waiting(&db, call, |client, _| {
         assert_table_is_free(client, "beside");
         client.batch_execute(r#"SELECT * FROM "MonthlyGlobalSpend""#).unwrap();
         other.batch_execute("COMMIT").unwrap();
@@ -162,12 +138,12 @@ fn a_conversion_that_waits_for_our_own_state_has_not_locked_the_table() {
         )
         .unwrap();
     merger.batch_execute("SELECT FROM litellm_spend.capture FOR UPDATE").unwrap();
-    let error = while_it_waits(&db, "SELECT spend_partition_convert()", |client| {
+    let error = error_after_waiting(&db, "SELECT spend_partition_convert()", |client, _| {
         assert_table_is_free(client, "beside");
     })
     .unwrap();
     assert_eq!(error.code().code(), "55P03", "{error:?}");
-    assert!(error.detail().unwrap().contains(&pid(&mut merger).to_string()), "{error:?}");
+    assert!(error.detail().unwrap().contains(&backend_pid(&mut merger).to_string()), "{error:?}");
     merger.batch_execute("COMMIT").unwrap();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     assert!(holds(

@@ -4,8 +4,13 @@
 //! made by LiteLLM's migrations. Tests that crash the server start a cluster for themselves. All clusters are
 //! copies of one that was made once ([`original`]). A watchdog process stops each cluster and removes its
 //! folder when the test binary ends, however it ends.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
+mod beside;
+mod litellm;
+
+pub use beside::*;
+pub use litellm::*;
 use postgres::{Client, NoTls, Row};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -456,60 +461,17 @@ pub fn assert_refused(client: &mut Client, sql: &str, sqlstate: &str) {
     assert!(!message.ends_with('.') && !message.starts_with(char::is_uppercase), "style: {message}");
 }
 
-pub fn wait_until_converted(client: &mut Client) {
-    eventually("it is converted", || {
-        holds(client, r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#)
-    });
-}
+/// Not preloaded: no worker runs, and what is done, and when, is the test's.
+pub const NO_WORKER: &str = "shared_preload_libraries = ''";
 
-pub fn wait_until_live(client: &mut Client) {
-    eventually("the view is live", || {
-        holds(
-            client,
-            "SELECT bool_and(backfill_progress = 100)
-                    AND count(*) = (SELECT count(*) FROM litellm_spend.rollup r WHERE r.source = 'change_log')
-                    AND bool_or('MonthlyGlobalSpend' = ANY (live_views))
-                    AND NOT EXISTS (SELECT FROM litellm_spend.public_view WHERE installed IS NULL)
-             FROM spend_rollup_status WHERE kind = 'built-in'",
-        )
-    });
-}
-
-/// Runs `body` while `writers` connections insert `rows` rows at a time; they stop when it ends, also by a
-/// panic.
-pub fn beside_writers<T>(db: &Database, writers: u32, rows: u32, days: u32, body: impl FnOnce() -> T) -> T {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for writer in 0..writers {
-            let (db, stop) = (&db, &stop);
-            scope.spawn(move || {
-                let mut client = db.connect();
-                for i in 0.. {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    client.batch_execute(&insert_rows(&format!("w{writer}-{i}-"), rows, days)).unwrap();
-                }
-            });
-        }
-        let _stop = RaiseOnDrop(&stop);
-        body()
-    })
-}
-
-/// Raises a flag at the end of its scope, also when that is a panic.
-pub struct RaiseOnDrop<'a>(pub &'a AtomicBool);
-
-impl Drop for RaiseOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
+/// A cluster for one test: with other settings, or because it is killed. The watchdog ends it.
+pub fn own_cluster(settings: &[&str]) -> &'static Cluster {
+    Box::leak(Box::new(Cluster::start(settings)))
 }
 
 /// A database in which nothing is merged but by a call.
 pub fn without_worker() -> (Database, Client) {
-    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["shared_preload_libraries = ''"])));
-    let db = cluster.database();
+    let db = own_cluster(&[NO_WORKER]).database();
     let client = db.connect();
     (db, client)
 }
@@ -526,44 +488,10 @@ pub fn wait_for_a_round(client: &mut Client) {
     });
 }
 
-/// Whether the session with this pid waits for a lock.
-pub fn waits_for_a_lock(client: &mut Client, pid: i32) -> bool {
-    let sql = format!("SELECT bool_or(wait_event_type = 'Lock') FROM pg_stat_activity WHERE pid = {pid}");
-    holds(client, &sql)
-}
-
-/// Kills a process of a server with SIGKILL, and waits until its postmaster knows: it then ends all others.
-pub fn kill(pid: i32) {
-    assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
-    eventually("it is gone", || !Path::new(&format!("/proc/{pid}")).exists());
-}
-
-/// The worker has merged everything that was committed.
-pub fn wait_until_merged(client: &mut Client) {
-    eventually("the tail is empty", || {
-        holds(client, "SELECT bool_and(tail_rows = 0) FROM spend_rollup_status WHERE kind <> 'by hand'")
-    });
-}
-
 /// Whether the server has MERGE: from PostgreSQL 15 on.
 pub fn knows_merge(client: &mut Client) -> bool {
     holds(client, "SELECT current_setting('server_version_num')::int >= 150000")
 }
-
-/// How often capture has failed.
-pub fn capture_errors(client: &mut Client) -> i64 {
-    value(client, "SELECT capture_errors FROM spend_rollup_status WHERE rollup = 'daily_spend'")
-}
-
-/// Days on which the view and the raw rows differ, in one snapshot. The exact sum: spend is added up as
-/// numeric. Only LiteLLM's own view adds up as double precision: 6e-10 of a dollar were missing of 571 in
-/// tens of thousands of rows; no row has less than 1e-5.
-pub const VIEW_AGAINST_RAW: &str = r#"
-    SELECT coalesce(v.date, r.date)::text, v.spend, r.spend
-    FROM "MonthlyGlobalSpend" v
-    FULL JOIN (SELECT date("startTime") AS date, sum(spend::numeric)::float8 AS spend, sum(spend) AS float_spend
-               FROM "LiteLLM_SpendLogs" WHERE "startTime" >= CURRENT_DATE - interval '30 days' GROUP BY 1) r USING (date)
-    WHERE round(v.spend::numeric, 7) IS DISTINCT FROM round(r.spend::numeric, 7)"#;
 
 pub fn assert_no_rows(rows: Vec<Row>, what: &str) {
     let text: Vec<String> =
@@ -577,12 +505,6 @@ fn cell(row: &Row, i: usize) -> String {
         .or_else(|_| row.try_get::<_, Option<f64>>(i).map(|v| format!("{v:?}")))
         .or_else(|_| row.try_get::<_, Option<serde_json::Value>>(i).map(|v| format!("{v:?}")))
         .unwrap_or_else(|_| "?".into())
-}
-
-/// The view equals the raw rows, and every measure of every group equals the truth.
-pub fn assert_exact(client: &mut Client) {
-    assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
-    assert_verified(client);
 }
 
 /// The example of the article "Scalable incremental data aggregation on Postgres and Citus" (2018): a table
@@ -631,27 +553,4 @@ pub const ARTICLE: &str = "
 /// test that passes keeps to itself.
 pub fn skipped(why: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
-}
-
-/// The groups of every rollup that differ from the truth, all in one snapshot.
-pub const VERIFY_ALL: &str = "SELECT r.name, v.*
-    FROM (SELECT name FROM litellm_spend.rollup WHERE definition IS NOT NULL AND source IS NOT NULL) AS r,
-         spend_rollup_verify(r.name) AS v";
-
-pub fn assert_verified(client: &mut Client) {
-    assert_no_rows(client.query(VERIFY_ALL, &[]).unwrap(), "rollup and truth differ");
-}
-
-/// `n` rows as LiteLLM writes them, the first called `prefix` 1, with hours spread over the last `days` days.
-pub fn insert_rows(prefix: &str, n: u32, days: u32) -> String {
-    format!(
-        r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, total_tokens, prompt_tokens,
-               completion_tokens, "startTime", "endTime", model, "user", team_id, end_user, status, request_tags, metadata)
-           SELECT '{prefix}' || i, 'acompletion', 'key' || i % 5, (i % 1000 * 7919 % 1000) / 1e5, 30, 10, 20,
-                  t, t, 'gpt-' || i % 3, 'user' || i % 7, nullif('team' || i % 4, 'team0'), CASE i % 3 WHEN 0 THEN '' END,
-                  CASE i % 10 WHEN 0 THEN 'failure' ELSE 'success' END, '["prod", "prod"]', '{{}}'
-           FROM generate_series(1, {n}) AS i,
-                LATERAL (SELECT now() AT TIME ZONE 'UTC' - (i * 37 % ({days} * 1440)) * interval '1 minute' AS t) AS at
-           ON CONFLICT DO NOTHING"#
-    )
 }
