@@ -2,6 +2,7 @@
 //! Knows no table of ours, and may call nothing but settings and errors.
 
 pub mod expression;
+mod failure;
 pub mod guard;
 pub mod hint;
 pub mod keyed;
