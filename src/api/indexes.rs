@@ -1,7 +1,8 @@
 //! The SQL functions about indexes, as in `api`.
 
+use crate::api::arguments::Regclass;
+use crate::api::call::{report, require_changeable};
 use crate::api::partitions::enter;
-use crate::api::rollups::{Regclass, report, require_changeable};
 use crate::error::{self, Error};
 use crate::index::build::{self, Row};
 use crate::index::catalogue::{self, Index};

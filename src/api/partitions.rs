@@ -1,8 +1,8 @@
 //! The SQL functions about partitions, as in `api`.
 
-use crate::api::rollups::{
-    Regclass, Subtransactions, TimeArgument, report, require_changeable, source_or_default,
-};
+use crate::api::arguments::{Regclass, TimeArgument};
+use crate::api::call::{Subtransactions, report, require_changeable};
+use crate::api::litellm::source_or_default;
 use crate::error::{self, Error};
 use crate::guc;
 use crate::index::build;
