@@ -22,8 +22,8 @@ use crate::guc;
 use crate::partition::blueprint::Blueprint;
 use crate::partition::calendar::{Interval, Moment};
 use crate::partition::layout;
-use crate::partition::spread::{self, Spread};
 use crate::partition::swap;
+use crate::partition::times::{self, Times};
 use crate::server::locks;
 use crate::server::log;
 use crate::server::relation::{self, Table};
@@ -140,8 +140,8 @@ impl Conversion {
         let (time, cutover) = (quoted(&self.options.time_column), self.cutover().to_string());
         let beyond = format!("{time} >= {cutover}");
         // Most often there is none, and an index says so.
-        let spread = Spread::of_any(self.owner, self.relation, &self.options.time_column)?;
-        if spread.count(&beyond, 1)? == 0 {
+        let times = Times::of_any(self.owner, self.relation, &self.options.time_column)?;
+        if times.count(&beyond, 1)? == 0 {
             return Ok(None);
         }
         let sql = format!("SELECT max({time})::text, count(*) FROM {} WHERE {beyond}", self.name());
@@ -155,7 +155,7 @@ impl Conversion {
     /// The index that proves that there are none.
     pub fn require_time_index(&self) -> Result<()> {
         let column = &self.options.time_column;
-        match spread::is_indexed(self.relation, column)? {
+        match times::is_indexed(self.relation, column)? {
             true => Ok(()),
             false => Err(Error::NoTimeIndex { relation: self.name(), column: column.clone() }),
         }

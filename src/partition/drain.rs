@@ -19,7 +19,7 @@ use crate::partition::layout::Layout;
 use crate::partition::place::{
     attach, attach_default, create, create_triggers, detach, inside, move_rows, outside, rename,
 };
-use crate::partition::spread::Spread;
+use crate::partition::times::Times;
 use crate::server::locks;
 use crate::server::proof;
 use crate::server::spi;
@@ -34,24 +34,24 @@ pub fn look(layout: &Layout, interval: Interval, horizon: Moment, cutoff: Moment
     layout.require_usable(default)?;
     layout.lock()?;
     let batch = batch_size(default.oid)?;
-    let spread = Spread::of(layout.owner, default.oid, &layout.time_column)?;
-    let (groups, others) = groups(layout, &spread, horizon, batch)?;
+    let times = Times::of(layout.owner, default.oid, &layout.time_column)?;
+    let (groups, others) = groups(layout, &times, horizon, batch)?;
     Ok(calendar::drain(interval, &groups, others, batch, cutoff))
 }
 
 /// The rows of each gap, and how many belong to none, both counted until it is clear that they are many.
-fn groups(layout: &Layout, spread: &Spread, horizon: Moment, batch: i64) -> Result<(Vec<Group>, i64)> {
+fn groups(layout: &Layout, times: &Times, horizon: Moment, batch: i64) -> Result<(Vec<Group>, i64)> {
     let past = Range { from: Moment::MIN, to: horizon };
     let mut groups = vec![];
     for gap in calendar::gaps(&layout.ranges()).into_iter().filter_map(|gap| gap.within(past)) {
-        if let Some((first, last)) = spread.ends(gap)? {
-            let rows = spread.count(&spread.condition(gap), batch + 1)?;
+        if let Some((first, last)) = times.ends(gap)? {
+            let rows = times.count(&times.condition(gap), batch + 1)?;
             groups.push(Group { gap, first, last, rows });
         }
     }
     let time = layout.time();
     let others = format!("{time} >= {horizon} OR {time} = '-infinity' OR {time} IS NULL");
-    Ok((groups, spread.count(&others, batch + 1)?))
+    Ok((groups, times.count(&others, batch + 1)?))
 }
 
 /// Bytes that move in one transaction. 2,000 rows of 2 KB, half of it, took 0.1 s with LiteLLM's eight
@@ -86,8 +86,8 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Moment)
         return Ok(None);
     }
     layout.default.iter().try_for_each(|default| layout.require_usable(default))?;
-    let spread = Spread::of(layout.owner, default.oid, &layout.time_column)?;
-    let (groups, others) = groups(&layout, &spread, horizon, batch)?;
+    let times = Times::of(layout.owner, default.oid, &layout.time_column)?;
+    let (groups, others) = groups(&layout, &times, horizon, batch)?;
     let Drain::Adopt(range) = calendar::drain(interval, &groups, others, batch, range.from) else {
         return Ok(None);
     };

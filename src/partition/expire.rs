@@ -1,11 +1,11 @@
 //! Expires whole partitions: drops them, or detaches them into an archive. Never what a rollup still needs,
-//! and not without a proof of what was there.
+//! and not without a record of what was there.
 //!
 //! The partition is counted under SHARE, so that nothing is written to it any more: rows that come that late
 //! have expired as well. Then follow the short locks. Order, as everywhere: fences, the table, its
 //! partitions.
 //!
-//! What reads or drops a partition runs as the table's owner; the proof and the rollups' state are ours.
+//! What reads or drops a partition runs as the table's owner; that record and the rollups' state are ours.
 //!
 //! | lock | on | how long |
 //! |---|---|---|
@@ -33,7 +33,7 @@ use pgrx::datum::{AnyNumeric, Timestamp};
 use pgrx::prelude::*;
 
 /// What a partition holds, while we hold the lock that keeps it so.
-pub struct Proof {
+pub struct Held {
     rows: i64,
     spend: Option<AnyNumeric>,
 }
@@ -44,7 +44,7 @@ pub fn has_expired(partition: &Partition, cutoff: Moment) -> bool {
 }
 
 /// Locks the partition against writers, checks that nobody needs it, and counts it.
-pub fn count(layout: &Layout, partition: &Partition) -> Result<Proof> {
+pub fn count(layout: &Layout, partition: &Partition) -> Result<Held> {
     layout.require_usable(partition)?;
     refuse_dependents(partition)?;
     layout.lock()?;
@@ -61,9 +61,8 @@ pub fn count(layout: &Layout, partition: &Partition) -> Result<Proof> {
         "NULL::numeric"
     };
     let sql = format!("SELECT count(*), {spend} FROM ONLY {}", partition.qualified());
-    let proofs =
-        layout.owner.fresh(&sql, &[], |r| Ok(Proof { rows: spi::value(r, 1)?, spend: r.get(2)? }))?;
-    proofs.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))
+    let held = layout.owner.fresh(&sql, &[], |r| Ok(Held { rows: spi::value(r, 1)?, spend: r.get(2)? }))?;
+    held.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))
 }
 
 /// Drops or detaches a counted partition. Returns the rows, and where they are now.
@@ -71,7 +70,7 @@ pub fn finish(
     layout: &Layout,
     partition: &Partition,
     policy: &Policy,
-    proof: Proof,
+    held: Held,
     patience: Patience,
 ) -> Result<(i64, String)> {
     let captured = captured::capture()?.filter(|state| state.relation == layout.table.oid);
@@ -94,10 +93,10 @@ pub fn finish(
     let now = layout.again()?;
     let found = now.find(partition.oid).filter(|found| found.range == partition.range);
     layout.require_usable(found.ok_or_else(|| Error::CameBetween(partition.name.clone()))?)?;
-    // 3. the proof, with the deed.
-    let rows = proof.rows;
+    // 3. the record, with the deed.
+    let rows = held.rows;
     let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
-    write_proof(layout, partition, policy, proof, (from, to))?;
+    write_record(layout, partition, policy, held, (from, to))?;
     let place = match policy.on_expire {
         OnExpire::Drop => {
             layout.owner.run(format!("DROP TABLE {}", partition.qualified()))?;
@@ -119,11 +118,11 @@ pub fn finish(
     Ok((rows, place))
 }
 
-fn write_proof(
+fn write_record(
     layout: &Layout,
     partition: &Partition,
     policy: &Policy,
-    proof: Proof,
+    held: Held,
     (from, to): (Option<Timestamp>, Option<Timestamp>),
 ) -> Result<()> {
     spi::execute(
@@ -138,8 +137,8 @@ fn write_proof(
             partition.name.as_str().into(),
             from.into(),
             to.into(),
-            proof.rows.into(),
-            proof.spend.into(),
+            held.rows.into(),
+            held.spend.into(),
             policy.on_expire.name().into(),
             policy.to_string().into(),
         ],

@@ -19,12 +19,12 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::calendar::{Drain, Moment, Range, missing};
 use crate::partition::drain;
-use crate::partition::expire::{self, Proof};
+use crate::partition::expire::{self, Held};
 use crate::partition::layout::{Layout, Partition};
 use crate::partition::place;
 use crate::partition::policy::{self, Again, OnExpire, Policy};
 use crate::partition::purge;
-use crate::partition::spread::{self, Spread};
+use crate::partition::times::{self, Times};
 use crate::server::locks::Patience;
 use crate::server::log;
 use crate::server::session::{Failure, attempt};
@@ -110,8 +110,8 @@ impl<R: Runner> Round<'_, R> {
             self.purge(&layout, cutoff);
         }
         self.analyze(&layout);
-        for (partition, proof) in counted.unwrap_or_default() {
-            self.finish(&layout, &partition, proof);
+        for (partition, held) in counted.unwrap_or_default() {
+            self.finish(&layout, &partition, held);
         }
         if layout.partitioned {
             self.drain(now, cutoff);
@@ -198,18 +198,18 @@ impl<R: Runner> Round<'_, R> {
     // ---- expiry ------------------------------------------------------------------------------------------
 
     /// Expires the partitions that end before the cutoff, oldest first; in a SQL call it only counts them.
-    fn expire(&mut self, layout: &Layout, cutoff: Moment) -> Vec<(Partition, Proof)> {
+    fn expire(&mut self, layout: &Layout, cutoff: Moment) -> Vec<(Partition, Held)> {
         let mut counted = vec![];
         let expired = layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff));
         for partition in expired.cloned().collect::<Vec<_>>() {
             if self.is_one_transaction() {
-                let proof = self.step(&partition.name, || expire::count(layout, &partition));
-                counted.extend(proof.map(|proof| (partition, proof)));
+                let held = self.step(&partition.name, || expire::count(layout, &partition));
+                counted.extend(held.map(|held| (partition, held)));
             } else if self.blocked.is_none() {
                 let (policy, patience) = (self.policy.clone(), self.run.patience());
                 let rows = self.step(&partition.name, || {
-                    let proof = expire::count(layout, &partition)?;
-                    expire::finish(layout, &partition, &policy, proof, patience)
+                    let held = expire::count(layout, &partition)?;
+                    expire::finish(layout, &partition, &policy, held, patience)
                 });
                 self.expired(&partition, rows);
             }
@@ -217,12 +217,12 @@ impl<R: Runner> Round<'_, R> {
         counted
     }
 
-    fn finish(&mut self, layout: &Layout, partition: &Partition, proof: Proof) {
+    fn finish(&mut self, layout: &Layout, partition: &Partition, held: Held) {
         if self.blocked.is_some() {
             return;
         }
         let (policy, patience) = (self.policy.clone(), self.run.patience());
-        let rows = self.step(&partition.name, || expire::finish(layout, partition, &policy, proof, patience));
+        let rows = self.step(&partition.name, || expire::finish(layout, partition, &policy, held, patience));
         self.expired(partition, rows);
     }
 
@@ -413,16 +413,16 @@ pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
     let mut said = vec![];
     let before = Range { from: Moment::MIN, to: cutoff };
     let rows = |oid| {
-        let spread = Spread::of_any(layout.owner, oid, &policy.time_column)?;
-        let condition = spread.condition(before);
-        let counted = match spread::is_indexed(oid, &policy.time_column)? {
-            true => spread.count(&condition, MOST_COUNTED)?,
+        let times = Times::of_any(layout.owner, oid, &policy.time_column)?;
+        let condition = times.condition(before);
+        let counted = match times::is_indexed(oid, &policy.time_column)? {
+            true => times.count(&condition, MOST_COUNTED)?,
             false => MOST_COUNTED,
         };
         Ok::<_, Error>(if counted < MOST_COUNTED {
             (counted, "")
         } else {
-            (spread.estimate(&condition)?, "about ")
+            (times.estimate(&condition)?, "about ")
         })
     };
     // 1. whole partitions.

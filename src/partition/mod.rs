@@ -16,5 +16,5 @@ pub mod plan;
 pub mod policy;
 pub mod purge;
 pub mod revert;
-pub mod spread;
 pub mod swap;
+pub mod times;

@@ -25,7 +25,7 @@ use crate::litellm::capture::missing_triggers_within;
 use crate::litellm::spend_log::Capture;
 use crate::partition::calendar::{self, Interval, Moment, Range};
 use crate::partition::layout::{Layout, Partition};
-use crate::partition::spread::Spread;
+use crate::partition::times::Times;
 use crate::server::locks::{self, Mode};
 use crate::server::proof;
 use crate::server::relation::{self, Table, free_name};
@@ -65,8 +65,8 @@ pub fn place(
     // 2. the locks. What was seen before them may be out of date.
     let moves = match &layout.default {
         Some(default) => {
-            let spread = spread(layout, default)?;
-            spread.count(&spread.condition(range), 1)? > 0
+            let times = times(layout, default)?;
+            times.count(&times.condition(range), 1)? > 0
         }
         None => false,
     };
@@ -77,11 +77,11 @@ pub fn place(
     if gone || layout.ranges().iter().any(|r| r.within(range).is_some()) {
         return drop_unused(&layout, new.as_ref());
     }
-    let default = layout.default.as_ref().map(|default| Ok::<_, Error>((default, spread(&layout, default)?)));
+    let default = layout.default.as_ref().map(|default| Ok::<_, Error>((default, times(&layout, default)?)));
     let default = default.transpose()?;
     // 3. what fits a batch.
     let end = match &default {
-        Some((_, spread)) => spread.after(range, batch)?,
+        Some((_, times)) => times.after(range, batch)?,
         None => None,
     };
     let range = Range { to: end.unwrap_or(range.to), ..range };
@@ -95,13 +95,13 @@ pub fn place(
     };
     // 4. the rows.
     let mut rows = 0;
-    if let Some((default, spread)) = &default
-        && spread.count(&spread.condition(range), 1)? > 0
+    if let Some((default, times)) = &default
+        && times.count(&times.condition(range), 1)? > 0
     {
         if !strong {
             return Err(Error::CameBetween(default.name.clone()));
         }
-        rows = move_rows(&layout, default.oid, &target, &spread.condition(range))?;
+        rows = move_rows(&layout, default.oid, &target, &times.condition(range))?;
     }
     if new.is_some() {
         create_triggers(&layout, &target)?;
@@ -126,9 +126,9 @@ pub fn place(
     Ok(Some(Placed { partition, range: whole, rows, widened: before.is_some() }))
 }
 
-fn spread(layout: &Layout, partition: &Partition) -> Result<Spread> {
+fn times(layout: &Layout, partition: &Partition) -> Result<Times> {
     layout.require_usable(partition)?;
-    Spread::of(layout.owner, partition.oid, &layout.time_column)
+    Times::of(layout.owner, partition.oid, &layout.time_column)
 }
 
 /// The table first, as its users do.

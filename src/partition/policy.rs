@@ -281,7 +281,7 @@ impl OnExpire {
     }
 }
 
-/// In the words of the proof of what expired.
+/// In the words of the record of what expired.
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let (interval, ahead, on_expire) = (self.interval.name(), self.precreate, self.on_expire.name());

@@ -10,7 +10,7 @@ use crate::litellm::spend_log::EXPIRING;
 use crate::partition::calendar::{Interval, Moment, Range};
 use crate::partition::expire;
 use crate::partition::layout::{Layout, Partition};
-use crate::partition::spread;
+use crate::partition::times;
 use crate::server::relation;
 use crate::server::spi;
 use pgrx::prelude::*;
@@ -50,9 +50,9 @@ pub fn batch(layout: &Layout, target: &Target, cutoff: Moment) -> Result<i64> {
     target.partition.iter().try_for_each(|partition| layout.require_usable(partition))?;
     layout.lock()?;
     let (relation, time) = (relation::relation_name(target.oid)?, layout.time());
-    let expired = spread::condition(&time, Range { from: Moment::MIN, to: cutoff });
+    let expired = times::condition(&time, Range { from: Moment::MIN, to: cutoff });
     let merged = expire::merged(layout, target.oid)?;
-    let order = if spread::is_indexed(target.oid, &layout.time_column)? {
+    let order = if times::is_indexed(target.oid, &layout.time_column)? {
         format!("ORDER BY {time}")
     } else {
         String::new()

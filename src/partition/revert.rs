@@ -27,8 +27,8 @@ use crate::partition::blueprint::Blueprint;
 use crate::partition::copy;
 use crate::partition::layout;
 use crate::partition::place::{rename, rename_index};
-use crate::partition::spread;
 use crate::partition::swap;
+use crate::partition::times;
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table, free_name};
@@ -142,7 +142,7 @@ pub fn request(table: &Table) -> Result<()> {
     if relation::find_relation(&renamed)?.is_some() {
         return Err(refuse(format!("There is a {renamed} already, which is what it would be called.")));
     }
-    if !spread::is_indexed(table.oid, &time_column)? {
+    if !times::is_indexed(table.oid, &time_column)? {
         return Err(Error::NoTimeIndex { relation: table.qualified(), column: time_column });
     }
     if let Some(stranger) = copy::partition_of_another(table)? {

@@ -15,25 +15,25 @@ use pgrx::prelude::*;
 /// takes longer.
 const SMALL: i64 = 32 << 20;
 
-pub struct Spread {
+pub struct Times {
     owner: Owner,
     relation: String,
     time: String,
 }
 
-impl Spread {
+impl Times {
     /// The questions are asked as `owner`, whose code the planner may call.
-    pub fn of(owner: Owner, relation: pg_sys::Oid, time_column: &str) -> Result<Spread> {
-        let spread = Spread::of_any(owner, relation, time_column)?;
+    pub fn of(owner: Owner, relation: pg_sys::Oid, time_column: &str) -> Result<Times> {
+        let times = Times::of_any(owner, relation, time_column)?;
         if !is_indexed(relation, time_column)? && size(relation)? > SMALL {
-            return Err(Error::NoTimeIndex { relation: spread.relation, column: time_column.into() });
+            return Err(Error::NoTimeIndex { relation: times.relation, column: time_column.into() });
         }
-        Ok(spread)
+        Ok(times)
     }
 
     /// For who may have to read all of the table.
-    pub fn of_any(owner: Owner, relation: pg_sys::Oid, time_column: &str) -> Result<Spread> {
-        Ok(Spread { owner, relation: relation::relation_name(relation)?, time: quoted(time_column) })
+    pub fn of_any(owner: Owner, relation: pg_sys::Oid, time_column: &str) -> Result<Times> {
+        Ok(Times { owner, relation: relation::relation_name(relation)?, time: quoted(time_column) })
     }
 
     /// The rows of a range, as a condition. Neither infinity is in any.
