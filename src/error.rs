@@ -798,7 +798,7 @@ fn pass_one_of(column: &str, times: &[String]) -> String {
     }
 }
 
-/// Who has a lock that was not to be had.
+/// The DETAIL that names who holds a lock that we did not get.
 fn held_by(holders: &str) -> String {
     match holders {
         "" => "A transaction came in between.".into(),

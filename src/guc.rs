@@ -24,7 +24,7 @@ pub fn merge_rows() -> i64 {
     i64::from(MERGE_ROWS.get())
 }
 
-/// How long fewer wait: for ten looks.
+/// How long fewer rows than `merge_rows` wait to be merged: ten looks.
 pub fn merge_delay() -> Duration {
     merge_interval() * 10
 }

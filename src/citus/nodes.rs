@@ -23,7 +23,8 @@ impl Node {
         format!("{}:{}", self.name, self.port)
     }
 
-    /// What it is asked about writers, to shards of ours without a sequence: one row with one value.
+    /// The query about the writers of its shards, which returns one row with one value. Shards of ours have
+    /// no sequence.
     pub fn writers(&self, sequence: Option<&str>) -> String {
         let shards: Vec<String> = self.shards.iter().map(|shard| literal(shard)).collect();
         let privilege = |privilege| format!("pg_catalog.has_schema_privilege('{SCHEMA}', '{privilege}')");
@@ -47,7 +48,7 @@ impl Node {
         )
     }
 
-    /// What it is asked about its rows: a list of one number, or of null.
+    /// The query about its lowest number. It returns a list of one number, or of null.
     pub fn first_value(&self, column: &str) -> String {
         let column = quoted(column);
         let shards = self.shards.iter().map(|shard| format!("SELECT min({column}) AS first FROM {shard}"));
@@ -56,7 +57,7 @@ impl Node {
     }
 }
 
-/// What a node says.
+/// The answer of a node.
 #[derive(Deserialize)]
 pub struct Answer {
     pub writers: Vec<String>,
@@ -94,10 +95,10 @@ pub fn nodes(citus: Owner, relations: &[pg_sys::Oid], which: Which) -> Result<Ve
     )
 }
 
-/// What runs texts on nodes, all at once.
+/// Runs statements on nodes, all at once.
 const ON_NODES: &str = "SELECT success, result FROM pg_catalog.master_run_on_worker($1, $2, $3, true)";
 
-/// Whether a node did it, and its answer.
+/// Whether a node succeeded, and its answer.
 fn answer(row: &SpiHeapTupleData) -> Result<(bool, String)> {
     Ok((spi::value(row, 1)?, spi::value(row, 2)?))
 }

@@ -44,7 +44,7 @@ impl Work {
     }
 }
 
-/// What comes next.
+/// The next thing to do on a table.
 pub enum Next {
     Nothing,
     /// Somebody is at work on the table.
@@ -78,7 +78,8 @@ pub fn next(relation: pg_sys::Oid) -> Result<Next> {
     Ok(Next::Nothing)
 }
 
-/// What a build may have ended between the snapshot and the look at who builds is seen by a second one.
+/// A build may end between the snapshot and the look at who builds: so what seems left half built is looked
+/// at twice.
 fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
     let first = indexes::leftovers(relation)?;
     if first.is_empty() {
@@ -129,11 +130,11 @@ pub fn for_copy(table: &Table, copy: pg_sys::Oid) -> Result<Vec<Asked>> {
         .collect()
 }
 
-/// How it stands with an index on a table or partition, for whoever asked for it: index, partition, state,
+/// The state of an index on a table or partition, for whoever asked for it: index, partition, state,
 /// and what there is to say.
 pub type Row = (String, String, String, String);
 
-/// What became of all that was asked for; where no worker does it, with the statements that are to be run.
+/// A row for each index that was asked for; where no worker builds them, with the statement to run.
 pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<Row>> {
     let statement = |work: Work| format!("{};", work.sql);
     let mut rows = vec![];
@@ -163,7 +164,7 @@ pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<
     Ok(rows)
 }
 
-/// How long nobody wonders that a build does not begin.
+/// Whoever asked for an index is told of a worker that looks more rarely than that.
 const SOON: Duration = Duration::from_secs(30);
 
 /// One round over all tables. `true`: there is more to do soon.

@@ -23,7 +23,7 @@ pub struct Index {
     pub included: &'static [&'static str],
     /// Which rows it has.
     pub predicate: &'static str,
-    /// What the planner is asked for how many these are: of a value in JSON it knows nothing.
+    /// The condition by which the planner estimates how many these are: of a value in JSON it knows nothing.
     pub counted_by: &'static str,
     /// By endpoint.
     pub serves: &'static str,
@@ -193,7 +193,7 @@ impl Index {
         Ok(format!("USING {method} ({keys}){included} WHERE {}", self.predicate))
     }
 
-    /// Where the operator class is, if it needs one: whoever has installed pg_trgm has chosen the schema.
+    /// The schema of the operator class, if it needs one: whoever installed pg_trgm has chosen it.
     fn schema_of_trigrams(&self) -> Result<Option<String>> {
         if self.method != Method::Trigrams {
             return Ok(None);
@@ -214,12 +214,12 @@ impl Index {
         Wanted { name: self.name, hot, keys: texts(keys), included: texts(included) }
     }
 
-    /// Whether an index of that name is this one.
+    /// Whether that is the name of this index on some table or partition.
     pub fn is_name(&self, name: &str) -> bool {
         name.starts_with(&self.name_on(""))
     }
 
-    /// Whether one without a predicate does the same.
+    /// Whether an index without a predicate serves the same queries.
     pub fn leaves_out_nulls_only(&self) -> bool {
         self.predicate.ends_with(" IS NOT NULL)") && !self.predicate.contains(" AND ")
     }
@@ -230,7 +230,7 @@ impl Index {
         Ok(format!("CREATE INDEX CONCURRENTLY {name} ON {on} {definition}"))
     }
 
-    /// Whether it opens the JSON of each row.
+    /// Whether it has to read the JSON of each row.
     pub fn opens_json(&self) -> bool {
         self.columns.iter().any(|(_, r#type)| *r#type == JSON)
     }

@@ -107,7 +107,7 @@ pub fn of_others(table: pg_sys::Oid) -> Result<Vec<Existing>> {
     Ok(found)
 }
 
-/// Whether it is there, as ours or as somebody's that does the same, and on how many tables.
+/// Whether the index is there, as ours or as another that does the same, and on how many tables.
 fn state(index: &Index, tables: usize, existing: &[Existing]) -> String {
     let leaves = || existing.iter().filter(|found| !found.of_parent && found.valid);
     let ours = leaves().filter(|found| index.is_name(&found.name)).count();
@@ -154,7 +154,7 @@ impl Existing {
 
 pub struct Size {
     owner: Owner,
-    /// How many have rows: partitions, or the table itself.
+    /// How many partitions have rows, or whether the table itself has.
     tables: usize,
     heap: i64,
     rows: f64,

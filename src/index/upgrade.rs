@@ -48,7 +48,7 @@ const COLUMNS: [Column; 5] = [
 
 struct Index {
     since: Version,
-    /// What follows the table's name in its own.
+    /// The end of its name, after the table's.
     suffix: &'static str,
     columns: &'static [&'static str],
     /// By a migration, which keeps writers out; else LiteLLM builds it concurrently once it serves.

@@ -46,7 +46,7 @@ pub struct Piece {
     actor: Actor,
 }
 
-/// Who runs the statements of a piece.
+/// The role that runs the statements of a piece.
 #[derive(Clone, Copy)]
 enum Actor {
     Owner,
@@ -133,7 +133,7 @@ impl Blueprint {
                 run(format!("COMMENT ON INDEX {index} IS {}", literal(comment)))?;
             }
         }
-        // What default privileges gave it: it gets those of the old one instead.
+        // Default privileges gave it grants: it gets those of the old table instead.
         for grantee in grantees(&name)? {
             run(format!("REVOKE ALL ON {name} FROM {grantee} CASCADE"))?;
         }
@@ -412,7 +412,7 @@ const OBSTACLES: &str = "
         AND d.refobjid IN (t.oid, t.typarray) AND d.deptype = 'n'
     WHERE c.oid = $1";
 
-/// What has its text read again, and its owner.
+/// The objects whose text is read again, each with its owner.
 const READ_AGAIN: &str = "
     SELECT 'pg_rewrite'::regclass::oid AS classid, w.oid AS objid, v.relowner AS owner
     FROM pg_rewrite w JOIN pg_class v ON v.oid = w.ev_class

@@ -45,7 +45,7 @@ impl fmt::Display for Moment {
     }
 }
 
-/// What a partition holds: `[from, to)`.
+/// The times of a partition: `[from, to)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Range {
     pub from: Moment,
@@ -158,7 +158,7 @@ pub fn missing(wanted: &[Range], existing: &[Range]) -> Vec<Range> {
     missing
 }
 
-/// What no partition covers, in order: whose rows go to DEFAULT.
+/// The ranges that no partition covers, in order: their rows go to DEFAULT.
 pub fn gaps(existing: &[Range]) -> Vec<Range> {
     missing(&[Range::EVERYTHING], existing)
 }

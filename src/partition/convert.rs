@@ -35,7 +35,7 @@ use crate::state::step::{Runner, Subject};
 use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// What was asked for.
+/// The conversion that was asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Options {
     pub interval: String,
@@ -43,7 +43,7 @@ pub struct Options {
     /// Microseconds since 1970, UTC.
     pub cutover: i64,
     pub time_column: String,
-    /// What was done so far is to be taken back.
+    /// It is to be taken back.
     #[serde(default)]
     pub aborted: bool,
 }
@@ -55,7 +55,7 @@ impl conversion::Options for Options {
 /// A table on its way to being partitioned.
 pub type Conversion = Pending<Options>;
 
-/// What is to be done next.
+/// The next step of a conversion.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Outside of a transaction.
@@ -68,7 +68,7 @@ pub enum Step {
     Nothing,
 }
 
-/// What the old table's name ends in.
+/// The end of the old table's name.
 pub const LEGACY: &str = "_legacy";
 
 /// What older versions called it.
@@ -192,7 +192,7 @@ pub fn default_cutover(interval: Interval, lead: std::time::Duration) -> Moment 
 // ---- one step --------------------------------------------------------------------------------------------
 
 impl Conversion {
-    /// What is to be done next, by what there is.
+    /// The next step, seen from what there is.
     pub fn next_step(&self) -> Result<Step> {
         let Some(table) = Table::find(self.relation)? else { return Ok(Step::Nothing) };
         if self.is_swapped(&table)? {
@@ -272,7 +272,7 @@ impl Conversion {
         self.halt(&advised(&format!("the cutover {} came before the swap", self.cutover()), &hint))
     }
 
-    /// Whether an older version's is there.
+    /// Whether the CHECK of an older version is there.
     fn has_check(&self) -> Result<bool> {
         let sql = "SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND conname = $2::name";
         Ok(!spi::query(sql, &[self.relation.into(), CHECK.into()], |_| Ok(()))?.is_empty())
@@ -367,7 +367,7 @@ impl Conversion {
         locks::insist(|| self.run(&step))
     }
 
-    /// Who keeps its index from being built or dropped.
+    /// Whom the build or drop of its index waits for.
     fn waits_for(&self) -> Result<Option<String>> {
         let sql = format!("SELECT string_agg(waits_for, '; ') FROM {SCHEMA}.index_work WHERE relation = $1");
         Ok(spi::query(&sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?))?.pop().flatten())

@@ -167,7 +167,7 @@ fn restart(reversion: &mut Reversion) -> Result<()> {
     Ok(())
 }
 
-/// What the trigger missed may be anywhere.
+/// Begins the copy anew: what the triggers missed may be anywhere.
 pub fn begin_anew(reversion: &mut Reversion) -> Result<()> {
     restart(reversion)?;
     lock(reversion)?;

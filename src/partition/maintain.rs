@@ -34,7 +34,7 @@ use crate::state::conversion;
 use crate::state::step::{Runner, Subject};
 use std::time::Duration;
 
-/// What was done, or not.
+/// Something that a round did or skipped: a row of `spend_partition_maintain()`.
 pub struct Action {
     pub action: &'static str,
     pub partition: String,

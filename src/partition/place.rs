@@ -354,7 +354,7 @@ pub fn attach_default(layout: &Layout, table: &str) -> Result<()> {
     layout.owner.run(format!("ALTER TABLE {} ATTACH PARTITION {table} DEFAULT", layout.table.qualified()))
 }
 
-/// What a partition's rows are, as the server says it.
+/// The condition that all rows of a partition meet, written as the server writes it.
 pub fn inside(layout: &Layout, range: Range) -> String {
     let time = layout.time();
     let from = (range.from != Moment::MIN).then(|| format!(" AND {time} >= {}", range.from));
@@ -362,7 +362,7 @@ pub fn inside(layout: &Layout, range: Range) -> String {
     format!("{time} IS NOT NULL{}{}", from.unwrap_or_default(), to.unwrap_or_default())
 }
 
-/// What the rows of DEFAULT are beside a partition of `range`.
+/// The condition that the rows of DEFAULT meet when a partition has `range`.
 pub fn outside(layout: &Layout, range: Range) -> String {
     let time = layout.time();
     let before = (range.from != Moment::MIN).then(|| format!(" OR {time} < {}", range.from));

@@ -202,7 +202,7 @@ pub fn look_after() -> Result<()> {
     Ok(())
 }
 
-/// What `spend_partition_set()` was given: `None` leaves it as it is.
+/// The arguments of `spend_partition_set()`: `None` leaves a setting as it is.
 pub struct Wanted<'a> {
     pub interval: Option<&'a str>,
     pub precreate: Option<i32>,
@@ -211,11 +211,11 @@ pub struct Wanted<'a> {
     pub time_column: Option<&'a str>,
 }
 
-/// What came of it.
+/// The result of `spend_partition_set()`.
 pub struct Change {
     /// As it is from now on; `None`: the table has no policy.
     pub policy: Option<Policy>,
-    /// What is different, a sentence each.
+    /// A sentence for each setting that has changed.
     pub said: Vec<String>,
 }
 
@@ -241,7 +241,7 @@ pub fn set(table: &Table, wanted: Wanted, dry_run: bool) -> Result<Change> {
 }
 
 impl Wanted<'_> {
-    /// What was not passed is as it was, or as it is if nobody says.
+    /// The policy that results: what was not passed stays as it was, or gets its default.
     fn policy(&self, table: &Table, before: Option<&Policy>) -> Result<Policy> {
         let time_column = match (self.time_column, before) {
             (Some(column), _) => column.to_string(),
@@ -294,7 +294,7 @@ impl Policy {
         self.retention.as_deref().unwrap_or("none")
     }
 
-    /// What sets it anew, as it is.
+    /// The statement that sets the same policy again.
     fn statement(&self) -> String {
         format!(
             "SELECT spend_partition_set({}, \"interval\" => '{}', precreate => {}, retention => {}, on_expire => '{}', \
@@ -357,10 +357,10 @@ impl Policy {
     }
 }
 
-/// How many periods are kept ready beyond the current one, if nobody says.
+/// The default: how many periods are kept ready beyond the current one.
 pub const PRECREATE: i32 = 7;
 
-/// More periods than that are a slip.
+/// More periods than that are taken for a mistake.
 const MOST_AHEAD: i32 = 366;
 
 /// How a table is to be partitioned, as a user says it.
@@ -380,7 +380,7 @@ fn text_of(retention: datum::Interval) -> Result<Option<String>> {
 
 /// A partition goes as a whole, so rows must be allowed to stay for one period at least.
 fn check_retention(interval: &str, retention: &str) -> Result<()> {
-    // What a number alone would have become: '90' is 90 seconds.
+    // A number alone means seconds: '90' is a minute and a half, where days were meant.
     let sql = "SELECT isfinite(r) AND r >= ('1 ' || $2)::interval AND r <= interval '1000 years',
                    CASE WHEN s BETWEEN 1 AND 3650 AND s % 3600 <> 0 THEN s::bigint END
                FROM (SELECT $1::interval) AS given(r), extract(epoch FROM r) AS s";

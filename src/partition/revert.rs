@@ -44,7 +44,7 @@ use pgrx::pg_sys;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// What was asked for, and how far it is.
+/// The reversion that was asked for, and how far it is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Options {
     pub time_column: String,
@@ -194,7 +194,7 @@ impl Reversion {
         }
     }
 
-    /// Does what comes next. Returns what became of it after the last step.
+    /// Does the next step. After the last one it returns a sentence about the result.
     fn step(&mut self, asked_for: AskedFor) -> Result<Option<String>> {
         if !self.lock(Patience::None)? {
             return Ok(None);

@@ -133,10 +133,10 @@ const OF_SESSIONS: [&str; 4] =
 /// How the names of the report views begin.
 const REPORTS: [&str; 2] = ["daily_", "hourly_"];
 
-/// Those that need not be there.
+/// Those of them that are only there when somebody has asked for them.
 const REPORTS_ASKED_FOR: [&str; 2] = ["litellm_spend.daily_usage", "litellm_spend.hourly_usage"];
 
-/// Who may call what lets others read the reports.
+/// The roles that may call `spend_grant_reports()`, as the HINT says it.
 const BY_OWNER: &str = "A superuser, or the captured table's owner, lets it";
 
 fn grant_reports() -> String {

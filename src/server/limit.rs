@@ -80,7 +80,7 @@ impl Drop for Limit {
     }
 }
 
-/// Whether the last limit has been reached.
+/// Whether the time of the last step was over before it ended.
 pub fn expired() -> bool {
     EXPIRED.load(Ordering::Relaxed)
 }

@@ -179,7 +179,7 @@ impl Elevated {
         self
     }
 
-    /// Who acted before.
+    /// The role that acted before.
     pub fn caller(&self) -> pg_sys::Oid {
         self.user
     }

@@ -12,7 +12,7 @@ use pgrx::{PgMemoryContexts, PgTupleDesc};
 use std::ffi::{CString, c_char, c_int};
 use std::ptr;
 
-/// What the rows of a query go to.
+/// Takes the rows of a query.
 pub trait Sink {
     /// A row: its values, and which of them are NULL. They are gone when this returns.
     fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]);
