@@ -8,9 +8,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-const IS_PARTITIONED: &str =
-    r#"SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass('"LiteLLM_SpendLogs"')"#;
-
 fn wait_until_partitioned(client: &mut Client) {
     let partitions = r#"SELECT count(*) FROM pg_inherits WHERE inhparent = '"LiteLLM_SpendLogs"'::regclass"#;
     eventually("the table is partitioned", || {
@@ -50,6 +47,12 @@ impl Beside {
 
     fn new(name: &'static str) -> Beside {
         Beside { name, ..Beside::default() }
+    }
+
+    /// Waits until each writer has written more than once again.
+    fn wait_for_rows(&self) {
+        let before = self.inserted.load(Ordering::Relaxed);
+        eventually("the writers go on", || self.inserted.load(Ordering::Relaxed) >= before + 300);
     }
 
     fn report(&self) {
@@ -131,10 +134,10 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
     let file: String = value(&mut client, file);
     let beside = Beside::new("conversion");
     beside.run(&db, || {
-        std::thread::sleep(Duration::from_millis(300));
+        beside.wait_for_rows();
         client.batch_execute("SELECT spend_partition_convert()").unwrap();
         wait_until_partitioned(&mut client);
-        std::thread::sleep(Duration::from_millis(300));
+        beside.wait_for_rows();
     });
     let rows = u64::from(ROWS) + beside.inserted.load(Ordering::Relaxed);
     beside.report();
@@ -167,10 +170,10 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
     let total = r#"SELECT sum(spend) FROM litellm_spend.daily_spend"#;
     let beside = Beside::new("reversion");
     beside.run(&db, || {
-        std::thread::sleep(Duration::from_millis(300));
+        beside.wait_for_rows();
         client.batch_execute("SELECT spend_partition_revert()").unwrap();
-        wait_until_plain(&mut client);
-        std::thread::sleep(Duration::from_millis(300));
+        wait_until_reverted(&mut client);
+        beside.wait_for_rows();
     });
     beside.report();
     let rows = rows as i64 + 2 + beside.inserted.load(Ordering::Relaxed) as i64;
@@ -538,7 +541,7 @@ fn all_that_hangs_on_the_table_hangs_on_the_partitioned_one() {
     assert_exact(&mut client);
     client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'n2'"#).unwrap();
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    wait_until_plain(&mut client);
+    wait_until_reverted(&mut client);
     assert_eq!(inventory(&mut client), before);
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     wait_until_partitioned(&mut client);
@@ -548,11 +551,10 @@ fn all_that_hangs_on_the_table_hangs_on_the_partitioned_one() {
     client
         .batch_execute(
             r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN newer TEXT; CREATE INDEX newer_idx ON "LiteLLM_SpendLogs" (newer);
-               SET ROLE litellm;
-               DO $$ BEGIN EXECUTE format('CREATE TABLE IF NOT EXISTS "LiteLLM_SpendLogs_p%s" PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
-                   to_char(CURRENT_DATE + 5, 'YYYYMMDD'), CURRENT_DATE + 5, CURRENT_DATE + 6); END $$; RESET ROLE"#,
+               SET ROLE litellm"#,
         )
         .unwrap();
+    client.batch_execute(&partition_by_litellms_job(5)).unwrap();
     drop(client);
     db.connect().batch_execute("DROP OWNED BY reader_g, writer_g; DROP ROLE reader_g, writer_g").unwrap();
 }
@@ -589,9 +591,7 @@ fn a_declared_rollup_over_the_table_goes_on() {
         "the sequence goes with the column"
     );
     client.batch_execute("SELECT spend_partition_revert('page_views')").unwrap();
-    eventually("it is plain again", || {
-        holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE oid = 'page_views'::regclass")
-    });
+    wait_until_plain(&mut client, "page_views");
     client.batch_execute("INSERT INTO page_views (site) SELECT 1 FROM generate_series(1, 10)").unwrap();
     assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.sites"), 2010);
     assert!(holds(&mut client, "SELECT pg_get_serial_sequence('page_views', 'view_id') IS NOT NULL"));
@@ -778,7 +778,7 @@ fn a_materialized_view_is_in_the_way_until_its_owner_has_dropped_it() {
 
 // ---- and back --------------------------------------------------------------------------------------------
 
-fn wait_until_plain(client: &mut Client) {
+fn wait_until_reverted(client: &mut Client) {
     eventually("the table is plain again", || {
         holds(client, r#"SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('"LiteLLM_SpendLogs"')"#)
             && value::<i64>(client, "SELECT count(*) FROM litellm_spend.conversion") == 0
@@ -802,7 +802,7 @@ fn a_table_may_go_there_and_back_again_beside_what_is_left_in_the_archive() {
             )
             .unwrap();
         client.batch_execute("SELECT spend_partition_revert()").unwrap();
-        wait_until_plain(&mut client);
+        wait_until_reverted(&mut client);
         assert_verified(&mut client);
     }
     assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), 1150);
@@ -849,7 +849,7 @@ fn a_merge_that_moves_a_row_is_captured_on_a_converted_table_and_leaves_no_trigg
     ));
     assert_verified(&mut client);
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    wait_until_plain(&mut client);
+    wait_until_reverted(&mut client);
     let left = "SELECT count(*) FROM pg_trigger WHERE tgname = 'litellm_spend_capture_move'";
     assert_eq!(value::<i64>(&mut client, left), 0);
     assert_exact(&mut client);
@@ -962,7 +962,7 @@ fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
     wait_for_a_round(&mut client);
     client.batch_execute(r#"CREATE INDEX newest_idx ON "LiteLLM_SpendLogs" (newer, model)"#).unwrap();
     holder.batch_execute("COMMIT").unwrap();
-    wait_until_plain(&mut client);
+    wait_until_reverted(&mut client);
     assert_eq!(value::<i64>(&mut client, r#"SELECT count(newer) FROM "LiteLLM_SpendLogs""#), 1037);
     let indexes = r#"SELECT count(*) FROM pg_index WHERE indrelid = '"LiteLLM_SpendLogs"'::regclass
                      AND indexrelid::regclass::text IN ('newer_idx', 'newest_idx')"#;
@@ -1065,9 +1065,7 @@ const PARTITIONED_BY_HAND: &str = r#"
     ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
     CREATE INDEX ON "LiteLLM_SpendLogs" ("startTime", request_id);
     ALTER TABLE old_days DROP CONSTRAINT old_days_pkey;
-    DO $$ BEGIN
-        EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old_days FOR VALUES FROM (MINVALUE) TO (%L)', CURRENT_DATE - 1);
-    END $$;
+    ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old_days FOR VALUES FROM (MINVALUE) TO (CURRENT_DATE - 1);
     CREATE TABLE today PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
     COMMIT"#;
 

@@ -84,7 +84,7 @@ fn view_equals_raw_at_every_moment() {
             let (db, stop, inserted) = (&db, &stop, &inserted);
             scope.spawn(move || write(db, seed, stop, inserted));
         }
-        std::thread::sleep(Duration::from_millis(500));
+        eventually("they write", || inserted.load(Ordering::Relaxed) > 500);
         db.connect().batch_execute("SELECT spend_attach(reports => true)").unwrap();
         let mut reader = db.connect();
         let started = Instant::now();

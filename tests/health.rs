@@ -29,6 +29,11 @@ fn only(client: &mut Client, text: &str) -> Fault {
     panic!("not only {text:?}: {found:?}");
 }
 
+/// A partition of another table, whose rows a retention of 30 days lets go.
+const EXPIRED_LOGS: &str = "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+     CREATE INDEX ON logs (at);
+     CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02')";
+
 fn none(client: &mut Client) {
     eventually("all is well", || faults(client).is_empty());
 }
@@ -170,12 +175,7 @@ fn retention_behind_a_dashboard_names_it() {
     let db = shared().database();
     let (mut client, mut dashboard) = (db.connect(), db.connect());
     client
-        .batch_execute(
-            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
-             CREATE INDEX ON logs (at);
-             CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
-             INSERT INTO logs VALUES (1, '2026-01-01 12:00')",
-        )
+        .batch_execute(&format!("{EXPIRED_LOGS}; INSERT INTO logs VALUES (1, '2026-01-01 12:00')"))
         .unwrap();
     dashboard.batch_execute("SET application_name = 'grafana'; BEGIN; SELECT count(*) FROM logs").unwrap();
     client.batch_execute("SELECT spend_partition_set('logs', retention => '30 days')").unwrap();
@@ -314,13 +314,7 @@ fn an_index_that_waits_for_a_prepared_transaction_names_it() {
     wait_until_converted(&mut client);
     none(&mut client);
     // Maintenance, which its lock keeps from dropping what has expired.
-    client
-        .batch_execute(
-            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
-             CREATE INDEX ON logs (at);
-             CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02')",
-        )
-        .unwrap();
+    client.batch_execute(EXPIRED_LOGS).unwrap();
     writer
         .batch_execute("BEGIN; LOCK TABLE logs IN ACCESS SHARE MODE; PREPARE TRANSACTION 'reader'")
         .unwrap();
@@ -498,12 +492,9 @@ fn a_retention_that_is_new_is_no_fault_and_a_swap_that_waits_is_one_after_a_whil
     let db = shared().database();
     let (mut client, mut reader) = (db.connect(), db.connect());
     client
-        .batch_execute(
-            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
-             CREATE INDEX ON logs (at);
-             CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
-             BEGIN; SELECT spend_partition_set('logs', retention => '30 days')",
-        )
+        .batch_execute(&format!(
+            "{EXPIRED_LOGS}; BEGIN; SELECT spend_partition_set('logs', retention => '30 days')"
+        ))
         .unwrap();
     assert_eq!(faults(&mut client), [], "nobody has tried yet");
     client.batch_execute("COMMIT").unwrap();

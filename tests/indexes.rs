@@ -168,15 +168,11 @@ fn partitioned(cluster: &'static Cluster) -> (Database, Client) {
                    PARTITION BY RANGE ("startTime");
                CREATE INDEX ON "LiteLLM_SpendLogs" ("startTime");
                CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
-               DO $$ BEGIN
-                   FOR d IN -2 .. 0 LOOP
-                       EXECUTE format('CREATE TABLE p%s PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)', abs(d),
-                                      (now() AT TIME ZONE 'UTC')::date + d, (now() AT TIME ZONE 'UTC')::date + d + 1);
-                   END LOOP;
-               END $$;
                RESET ROLE"#,
         )
         .unwrap();
+    let days = (0..3).map(|ago| day_partition(&format!("p{ago}"), -ago)).collect::<String>();
+    client.batch_execute(&format!("SET TimeZone = 'UTC'; {days} RESET TimeZone")).unwrap();
     client.batch_execute(&format!(r#"{ROWS}; ANALYZE "LiteLLM_SpendLogs""#)).unwrap();
     (db, client)
 }
@@ -624,12 +620,6 @@ fn an_index_that_nothing_has_used_for_thirty_days_is_named() {
 
 // ---- converted and back -------------------------------------------------------------------------------
 
-fn wait_until_reverted(client: &mut Client) {
-    eventually("it is plain again", || {
-        holds(client, r#"SELECT relkind = 'r' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#)
-    });
-}
-
 #[test]
 fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_has_them_before_the_swap() {
     let (db, mut client) = with_rows();
@@ -658,7 +648,7 @@ fn a_conversion_keeps_the_indexes_on_the_old_table_and_a_reversion_has_them_befo
     // No index could be built on the table after the swap, not as long as this lasts.
     let mut dump = old_snapshot(&db);
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    wait_until_reverted(&mut client);
+    wait_until_plain(&mut client, "\"LiteLLM_SpendLogs\"");
     let state = |name: &str| (name.into(), r#""LiteLLM_SpendLogs""#.into(), "built".into());
     assert_eq!(status(&mut client), ["call_id", "failure", "team", "user"].map(state));
     let names = "SELECT string_agg(c.relname, ' ' ORDER BY 1) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
@@ -680,7 +670,7 @@ fn an_index_that_cannot_be_built_keeps_no_table_from_being_reverted() {
     let long = r#"UPDATE p0 SET "user" = (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300) AS i) WHERE request_id = 'r1'"#;
     assert_eq!(client.execute(long, &[]).unwrap(), 1);
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    wait_until_reverted(&mut client);
+    wait_until_plain(&mut client, "\"LiteLLM_SpendLogs\"");
     assert!(status(&mut client).contains(&("team".into(), r#""LiteLLM_SpendLogs""#.into(), "built".into())));
     wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "failed");
     let error: String =

@@ -177,9 +177,9 @@ fn attach_while_writers_run_misses_nothing() {
         // Three writers without a pause: a lock may take longer than its timeout to come.
         client.batch_execute("SET litellm_spend.lock_timeout = '20s'").unwrap();
         for _ in 0..8 {
-            std::thread::sleep(std::time::Duration::from_millis(60));
+            wait_for_rows(&mut client, 30);
             client.batch_execute("SELECT spend_attach()").unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(120));
+            wait_for_rows(&mut client, 60);
             assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
             client.batch_execute("SELECT spend_detach()").unwrap();
             assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
@@ -202,12 +202,7 @@ fn attach_does_not_wait_for_readers() {
     client
         .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER litellm_spend_capture_insert"#)
         .unwrap();
-    eventually("the trigger is enabled", || {
-        holds(
-            &mut client,
-            r#"SELECT bool_and(tgenabled = 'O') FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
+    wait_until_triggers_are_enabled(&mut client);
     wait_until_live(&mut client);
     reader.batch_execute("COMMIT").unwrap();
     assert_exact(&mut client);
@@ -249,17 +244,6 @@ fn a_changed_definition_takes_effect_when_attached_again() {
     );
 }
 
-/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the
-/// indexes.
-const UPSTREAM_SCRIPT: &str = r#"
-    BEGIN; SET LOCAL ROLE litellm;
-    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
-    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_legacy_pkey";
-    CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_legacy" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
-    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
-    CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
-    COMMIT"#;
-
 /// As VIEW_AGAINST_RAW, over both tables; a row that was copied counts once.
 const VIEW_AGAINST_BOTH: &str = r#"
     SELECT coalesce(v.date, r.date)::text, v.spend, r.spend FROM "MonthlyGlobalSpend" v
@@ -277,15 +261,10 @@ fn capture_follows_when_upstreams_script_replaces_the_table() {
     client.batch_execute(&insert_rows("old", 2000, 25)).unwrap();
     attach(&mut client);
     beside_writers(&db, 2, 5, 3, || {
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        wait_for_rows(&mut client, 100);
         client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-        eventually("capture follows", || {
-            holds(
-                &mut client,
-                r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#,
-            )
-        });
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        wait_until_capture_follows(&mut client);
+        wait_for_rows(&mut client, 100);
     });
     assert_no_rows(client.query(VIEW_AGAINST_BOTH, &[]).unwrap(), "view and raw rows differ");
     assert_verified(&mut client);
@@ -381,9 +360,7 @@ fn a_table_that_is_dropped_and_made_again_goes_on() {
         )
         .unwrap();
     client.batch_execute(&insert_rows("old", 100, 5)).unwrap();
-    eventually("capture follows", || {
-        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
-    });
+    wait_until_capture_follows(&mut client);
     client.batch_execute(&insert_rows("new", 100, 5)).unwrap();
     let after: f64 = value(&mut client, r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#);
     assert!((3.0 * before - after).abs() < 1e-9, "{before} {after}");
@@ -397,15 +374,13 @@ fn an_attached_partition_with_rows_is_counted() {
     attach(&mut client);
     client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
     client
-        .batch_execute(
+        .batch_execute(&format!(
             r#"SET ROLE litellm; CREATE TABLE extra (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS);
                INSERT INTO extra (request_id, call_type, spend, "startTime", "endTime")
                SELECT 'e' || i, 'x', 1, CURRENT_DATE - 9 + i * interval '1 minute', now() FROM generate_series(1, 10) i;
-               DO $$ BEGIN
-                   EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION extra FOR VALUES FROM (%L) TO (%L)',
-                                  CURRENT_DATE - 9, CURRENT_DATE - 8);
-               END $$; RESET ROLE"#,
-        )
+               ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION extra {}; RESET ROLE"#,
+            range_of_day(-9)
+        ))
         .unwrap();
     eventually("the partition's rows are counted", || {
         client.query(VIEW_AGAINST_RAW, &[]).unwrap().is_empty()
@@ -419,14 +394,7 @@ fn a_partition_that_somebody_detaches_is_captured_no_more() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-    client
-        .batch_execute(
-            r#"SET ROLE litellm; DO $$ BEGIN
-                   EXECUTE format('CREATE TABLE old PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
-                                  CURRENT_DATE - 1, CURRENT_DATE);
-               END $$; RESET ROLE"#,
-        )
-        .unwrap();
+    client.batch_execute(&day_partition("old", -1)).unwrap();
     client.batch_execute(&insert_rows("a", 100, 2)).unwrap();
     attach(&mut client);
     let triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'old'::regclass";
@@ -446,12 +414,10 @@ fn a_partition_that_somebody_detaches_is_captured_no_more() {
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9, "what was spent stays");
     // Attached again it is captured again.
     client
-        .batch_execute(
-            r#"SET ROLE litellm; DO $$ BEGIN
-                   EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old FOR VALUES FROM (%L) TO (%L)',
-                                  CURRENT_DATE - 1, CURRENT_DATE);
-               END $$; RESET ROLE"#,
-        )
+        .batch_execute(&format!(
+            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old {}; RESET ROLE"#,
+            range_of_day(-1)
+        ))
         .unwrap();
     eventually("its triggers are back", || value::<i64>(&mut client, triggers) == 5);
 }
@@ -461,14 +427,8 @@ fn a_day_whose_partition_was_dropped_keeps_its_history() {
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-    client
-        .batch_execute(
-            r#"SET ROLE litellm; DO $$ BEGIN FOR i IN 0..5 LOOP
-                   EXECUTE format('CREATE TABLE p%s PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
-                                  i, CURRENT_DATE - i, CURRENT_DATE - i + 1);
-               END LOOP; END $$; RESET ROLE"#,
-        )
-        .unwrap();
+    let days = (0..=5).map(|ago| day_partition(&format!("p{ago}"), -ago)).collect::<String>();
+    client.batch_execute(&days).unwrap();
     client.batch_execute(&insert_rows("a", 500, 5)).unwrap();
     attach(&mut client);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
@@ -476,12 +436,7 @@ fn a_day_whose_partition_was_dropped_keeps_its_history() {
     // From the middle, as nobody should; and then something makes everything be computed again.
     client.batch_execute("DROP TABLE p2").unwrap();
     client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER ALL"#).unwrap();
-    eventually("the triggers are enabled", || {
-        holds(
-            &mut client,
-            r#"SELECT bool_and(tgenabled = 'O') FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#,
-        )
-    });
+    wait_until_triggers_are_enabled(&mut client);
     wait_until_live(&mut client);
     assert!((before - value::<f64>(&mut client, total)).abs() < 1e-9);
     assert_refused(&mut client, "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 2)", "55000");
@@ -725,8 +680,15 @@ fn workers_come_and_go_with_their_databases() {
     let mut admin = cluster.connect("postgres");
     admin.batch_execute("ALTER SYSTEM SET litellm_spend.merge_interval = '1h'").unwrap();
     admin.batch_execute("SELECT pg_reload_conf()").unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    // It looks every 50 ms, until it has read that.
+    let looks_no_more = format!(
+        "SELECT bool_and(state = 'idle' AND state_change < clock_timestamp() - interval '2 s') FROM pg_stat_activity
+         WHERE datname = '{}' AND backend_type = 'litellm_spend worker'",
+        one.name
+    );
+    eventually("the worker has the setting", || holds(&mut admin, &looks_no_more));
     client.batch_execute(&insert_rows("a", 10, 2)).unwrap();
+    // There is no event to wait for: nothing is merged in the time of many looks.
     std::thread::sleep(std::time::Duration::from_millis(700));
     assert!(
         value::<i64>(&mut client, "SELECT tail_rows FROM spend_rollup_status WHERE rollup = 'daily_spend'")
@@ -902,8 +864,11 @@ fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
         }
         wait_until_live(&mut client);
         wait_until_merged(&mut client);
-        // It settles again.
-        std::thread::sleep(Duration::from_secs(2));
+        eventually("it settles again", || {
+            let before = used();
+            std::thread::sleep(Duration::from_secs(1));
+            used().1 == before.1
+        });
         client.batch_execute(change).unwrap();
         let changed = Instant::now();
         eventually(change, || holds(&mut client, mended));

@@ -7,19 +7,6 @@ use postgres::Client;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the
-/// indexes.
-const UPSTREAM_SCRIPT: &str = r#"
-    BEGIN; SET LOCAL ROLE litellm;
-    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
-    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_legacy_pkey";
-    ALTER INDEX "LiteLLM_SpendLogs_startTime_idx" RENAME TO "LiteLLM_SpendLogs_legacy_startTime_idx";
-    CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_legacy" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
-    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
-    CREATE INDEX "LiteLLM_SpendLogs_startTime_idx" ON "LiteLLM_SpendLogs" ("startTime");
-    CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
-    COMMIT"#;
-
 /// A partitioned table of a user's own, whose rows a sequence numbers.
 const EVENTS: &str = "
     CREATE TABLE events (id bigserial, at timestamp NOT NULL, note text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
@@ -367,10 +354,8 @@ fn partitions_ahead_are_periods_that_are_ready_without_a_gap() {
         .batch_execute(
             "CREATE TABLE parted (id int, at timestamp NOT NULL) PARTITION BY RANGE (at);
              CREATE TABLE plain (id int, at timestamp NOT NULL); CREATE INDEX ON plain (at);
-             DO $$ DECLARE today date := (now() AT TIME ZONE 'UTC')::date; BEGIN
-                 EXECUTE format('CREATE TABLE wide PARTITION OF parted FOR VALUES FROM (MINVALUE) TO (%L)', today + 4);
-                 EXECUTE format('CREATE TABLE later PARTITION OF parted FOR VALUES FROM (%L) TO (MAXVALUE)', today + 100);
-             END $$;
+             CREATE TABLE wide PARTITION OF parted FOR VALUES FROM (MINVALUE) TO ((now() AT TIME ZONE 'UTC')::date + 4);
+             CREATE TABLE later PARTITION OF parted FOR VALUES FROM ((now() AT TIME ZONE 'UTC')::date + 100) TO (MAXVALUE);
              SELECT spend_partition_set('parted'), spend_partition_set('plain', time_column => 'at')",
         )
         .unwrap();
@@ -380,9 +365,7 @@ fn partitions_ahead_are_periods_that_are_ready_without_a_gap() {
     assert_eq!(ahead("plain"), None);
     client
         .batch_execute(
-            "DO $$ DECLARE today date := (now() AT TIME ZONE 'UTC')::date; BEGIN
-                 EXECUTE format('CREATE TABLE gap PARTITION OF parted FOR VALUES FROM (%L) TO (%L)', today + 4, today + 100);
-             END $$",
+            "CREATE TABLE gap PARTITION OF parted FOR VALUES FROM ((now() AT TIME ZONE 'UTC')::date + 4) TO ((now() AT TIME ZONE 'UTC')::date + 100)",
         )
         .unwrap();
     let ahead =
@@ -735,9 +718,7 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
     let mut client = db.connect();
     attach(&mut client);
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-    eventually("capture follows", || {
-        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
-    });
+    wait_until_capture_follows(&mut client);
     client.batch_execute(&insert_rows("old", 5000, 10)).unwrap();
     client.batch_execute("SELECT spend_partition_set()").unwrap();
     let table = "\"LiteLLM_SpendLogs\"";
@@ -746,9 +727,8 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
             // LiteLLM's own job has made the partition of tomorrow, so that there are two gaps; both are
             // filled again.
             for day in 1..4 {
-                let sql = format!("SET ROLE litellm; DO $$ BEGIN EXECUTE format('CREATE TABLE IF NOT EXISTS \"LiteLLM_SpendLogs_p%s\" PARTITION OF {table}
-                    FOR VALUES FROM (%L) TO (%L)', to_char(CURRENT_DATE + {day}, 'YYYYMMDD'), CURRENT_DATE + {day}, CURRENT_DATE + {day} + 1); END $$; RESET ROLE");
-                client.batch_execute(&sql).unwrap();
+                let job = partition_by_litellms_job(day);
+                client.batch_execute(&format!("SET ROLE litellm; {job} RESET ROLE")).unwrap();
             }
             let mut seen = vec![];
             eventually("DEFAULT is drained", || {
@@ -1188,9 +1168,8 @@ fn litellms_own_job_may_run_at_the_same_time() {
         for day in 0..8 {
             // It logs what fails.
             let _ = client.batch_execute(&format!(
-                "BEGIN; SET LOCAL ROLE litellm; SET LOCAL lock_timeout = 3000; DO $$ BEGIN
-                     EXECUTE format('CREATE TABLE IF NOT EXISTS \"LiteLLM_SpendLogs_p%s\" PARTITION OF \"LiteLLM_SpendLogs\" FOR VALUES FROM (%L) TO (%L)',
-                         to_char(CURRENT_DATE + {day}, 'YYYYMMDD'), CURRENT_DATE + {day}, CURRENT_DATE + {day} + 1); END $$; COMMIT"
+                "BEGIN; SET LOCAL ROLE litellm; SET LOCAL lock_timeout = 3000; {} COMMIT",
+                partition_by_litellms_job(day)
             ));
             let _ = client.batch_execute("ROLLBACK");
         }
@@ -1235,21 +1214,20 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
     let mut client = db.connect();
     attach(&mut client);
     client.batch_execute(UPSTREAM_SCRIPT).unwrap();
-    eventually("capture follows", || {
-        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
-    });
+    wait_until_capture_follows(&mut client);
     // Two gaps with many rows each, so that rows have to move.
-    client
-        .batch_execute(
-            r#"SET ROLE litellm; DO $$ BEGIN EXECUTE format('CREATE TABLE middle PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (%L) TO (%L)',
-                                          CURRENT_DATE - 6, CURRENT_DATE - 5); END $$; RESET ROLE"#,
-        )
-        .unwrap();
+    client.batch_execute(&day_partition("middle", -6)).unwrap();
     (0..10).for_each(|i| client.batch_execute(&insert_rows(&format!("old{i}-"), 5000, 12)).unwrap());
     let total: i64 = value(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#);
     client.batch_execute("SELECT spend_partition_set()").unwrap();
+    let in_default = r#"SELECT count(*) FROM "LiteLLM_SpendLogs_pdefault""#;
     for _ in 0..3 {
-        std::thread::sleep(Duration::from_millis(400));
+        let mut client = db.connect();
+        let before: i64 = value(&mut client, in_default);
+        eventually("rows move, or have moved", || {
+            before == 0 || value::<i64>(&mut client, in_default) < before
+        });
+        drop(client);
         cluster.crash_and_restart();
     }
     let mut client = db.connect();

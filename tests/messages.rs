@@ -36,6 +36,10 @@ const PAGE_VIEWS: &str = "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int, b
      SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
      INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 100) AS i";
 
+const PARTITIONED: &str =
+    "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+     CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT;";
+
 #[test]
 fn a_failure_is_in_the_status_in_health_and_in_the_log_with_what_to_do() {
     let db = shared().database();
@@ -289,13 +293,7 @@ fn the_plan_of_a_table_that_is_converted_says_that_it_is_done() {
 fn a_table_that_is_being_reverted_is_not_said_to_be_converted_and_is_left_alone() {
     let db = shared().database();
     let (mut client, mut holder) = (db.connect(), db.connect());
-    client
-        .batch_execute(
-            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
-             CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT;
-             SELECT spend_partition_set('t')",
-        )
-        .unwrap();
+    client.batch_execute(&format!("{PARTITIONED} SELECT spend_partition_set('t')")).unwrap();
     // Without this lock there is no swap.
     holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
     client.batch_execute("SELECT spend_partition_revert('t')").unwrap();
@@ -317,9 +315,7 @@ fn a_table_that_is_being_reverted_is_not_said_to_be_converted_and_is_left_alone(
     eventually("no other maintainer is at it", || holds(&mut client, maintain));
     assert!(holds(&mut client, "SELECT last_error IS NULL FROM litellm_spend.policy"));
     holder.batch_execute("COMMIT").unwrap();
-    eventually("it is plain", || {
-        holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('t')")
-    });
+    wait_until_plain(&mut client, "t");
     assert!(holds(&mut client, "SELECT state = 'done' FROM spend_partition_revert('t')"));
 }
 
@@ -455,11 +451,10 @@ fn what_is_in_the_way_of_a_conversion_is_listed_by_a_plan_of_that_table() {
     );
     client.batch_execute(plan).unwrap();
     client
-        .batch_execute(
-            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
-             CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT; SELECT spend_partition_set('t');
-             CREATE MATERIALIZED VIEW counted AS SELECT count(*) FROM t",
-        )
+        .batch_execute(&format!(
+            "{PARTITIONED} SELECT spend_partition_set('t');
+             CREATE MATERIALIZED VIEW counted AS SELECT count(*) FROM t"
+        ))
         .unwrap();
     assert_says(
         &mut client,
@@ -541,14 +536,12 @@ fn a_policy_that_rests_is_set_anew_by_what_the_status_says() {
     let mut client = db.connect();
     client
         .batch_execute(
-            "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
-             CREATE INDEX ON t (at); CREATE TABLE t_1 PARTITION OF t DEFAULT;
-             SELECT spend_partition_set('t', interval => 'week', precreate => 3, retention => '90 days', on_expire => 'detach');
+            &format!(
+            "{PARTITIONED}
+             SELECT spend_partition_set('t', \"interval\" => 'week', precreate => 3, retention => '90 days', on_expire => 'detach');
              CREATE TABLE kept (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
              SELECT spend_partition_set('kept');
-             ALTER TABLE t OWNER TO pg_monitor; ALTER TABLE kept OWNER TO pg_monitor"
-                .replace("interval =>", "\"interval\" =>")
-                .as_str(),
+             ALTER TABLE t OWNER TO pg_monitor; ALTER TABLE kept OWNER TO pg_monitor"),
         )
         .unwrap();
     let remedy = |client: &mut Client, table: &str| {

@@ -453,8 +453,7 @@ fn a_reversion_goes_on_after_a_restore_and_says_how_to_take_it_back_where_it_can
     let database = target("reversion");
     run("pg_restore", &["-d", &database, &custom]);
     let mut restored = shared().connect(&database);
-    let plain = "SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('t')";
-    eventually("it is plain", || holds(&mut restored, plain));
+    wait_until_plain(&mut restored, "t");
     let rows = "SELECT count(*) = 2900 AND sum(id) = 2900 * 2901 / 2 - 49 * 50 FROM t";
     assert!(holds(&mut restored, rows));
     let left = "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class
@@ -479,5 +478,5 @@ fn a_reversion_goes_on_after_a_restore_and_says_how_to_take_it_back_where_it_can
         "SELECT count(*) = 0 FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%'"
     ));
     client.batch_execute("SELECT spend_partition_revert('t')").unwrap();
-    eventually("it is plain", || holds(&mut client, plain));
+    wait_until_plain(&mut client, "t");
 }

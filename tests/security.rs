@@ -148,10 +148,9 @@ fn what_has_more_rights_than_its_user_is_on_a_short_list() {
              SELECT spend_partition_convert()",
         )
         .unwrap();
-    let partitioned = r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#;
-    eventually("it is partitioned", || holds(&mut client, partitioned));
+    wait_until_converted(&mut client);
     client.batch_execute("SELECT spend_partition_revert()").unwrap();
-    eventually("it is plain again", || !holds(&mut client, partitioned));
+    wait_until_plain(&mut client, "\"LiteLLM_SpendLogs\"");
     let found = client.query(RIGHTS, &[]).unwrap();
     assert!(found.len() > 40, "{} objects", found.len());
     for row in found {
@@ -229,8 +228,7 @@ fn an_admin_does_everything_that_takes_no_superuser() {
     ] {
         litellm.batch_execute(call).unwrap_or_else(|e| panic!("{call}: {e:?}"));
     }
-    let partitioned = r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#;
-    eventually("it is partitioned", || holds(&mut client, partitioned));
+    wait_until_converted(&mut client);
     for call in [
         "SELECT spend_partition_maintain()",
         "SELECT spend_partition_revert()",

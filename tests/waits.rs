@@ -146,9 +146,6 @@ fn a_conversion_that_waits_for_our_own_state_has_not_locked_the_table() {
     assert!(error.detail().unwrap().contains(&backend_pid(&mut merger).to_string()), "{error:?}");
     merger.batch_execute("COMMIT").unwrap();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
-    assert!(holds(
-        &mut client,
-        r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#
-    ));
+    assert!(holds(&mut client, IS_PARTITIONED));
     assert_exact(&mut client);
 }

@@ -7,8 +7,8 @@ pub fn backend_pid(client: &mut Client) -> i32 {
     value(client, "SELECT pg_backend_pid()")
 }
 
-/// Runs `call` in a session of its own, and `meanwhile` once that waits for a lock, with its pid. Returns what
-/// the call came to.
+/// Runs `call` in a session of its own, and `meanwhile` once that waits for a lock, with its pid. Returns
+/// what the call came to.
 pub fn while_it_waits<T: Send>(
     db: &Database,
     call: impl FnOnce(&mut Client) -> T + Send,

@@ -23,10 +23,76 @@ pub fn attach(client: &mut Client) {
     wait_until_live(client);
 }
 
-pub fn wait_until_converted(client: &mut Client) {
-    eventually("it is converted", || {
-        holds(client, r#"SELECT relkind = 'p' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#)
+/// What upstream's partition_spend_logs.sql does: RENAME, CREATE … PARTITION BY, a DEFAULT partition, the
+/// indexes.
+pub const UPSTREAM_SCRIPT: &str = r#"
+    BEGIN; SET LOCAL ROLE litellm;
+    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_legacy";
+    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_legacy_pkey";
+    ALTER INDEX "LiteLLM_SpendLogs_startTime_idx" RENAME TO "LiteLLM_SpendLogs_legacy_startTime_idx";
+    CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_legacy" INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
+    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id, "startTime");
+    CREATE INDEX "LiteLLM_SpendLogs_startTime_idx" ON "LiteLLM_SpendLogs" ("startTime");
+    CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
+    COMMIT"#;
+
+/// The partition of LiteLLM's table that holds a day, counted from today, as the table's owner makes it.
+pub fn day_partition(name: &str, day: i32) -> String {
+    let range = range_of_day(day);
+    format!(r#"SET ROLE litellm; CREATE TABLE {name} PARTITION OF "LiteLLM_SpendLogs" {range}; RESET ROLE;"#)
+}
+
+/// The bounds of that day's partition.
+pub fn range_of_day(day: i32) -> String {
+    format!("FOR VALUES FROM (CURRENT_DATE + ({day})) TO (CURRENT_DATE + ({day}) + 1)")
+}
+
+/// Waits until writers beside have written so many rows more.
+pub fn wait_for_rows(client: &mut Client, more: i64) {
+    let count = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
+    let before: i64 = value(client, count);
+    eventually("the writers go on", || value::<i64>(client, count) >= before + more);
+}
+
+/// As LiteLLM's own job makes the partition of a day, unless it is there.
+pub fn partition_by_litellms_job(day: i32) -> String {
+    format!(
+        r#"DO $$ BEGIN
+               EXECUTE format('CREATE TABLE IF NOT EXISTS "LiteLLM_SpendLogs_p%s" PARTITION OF "LiteLLM_SpendLogs" {}',
+                              to_char(CURRENT_DATE + ({day}), 'YYYYMMDD'));
+           END $$;"#,
+        range_of_day(day)
+    )
+}
+
+/// Capture has gone over to the table that has the name now.
+pub fn wait_until_capture_follows(client: &mut Client) {
+    eventually("capture follows", || {
+        holds(client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
     });
+}
+
+/// Somebody has disabled triggers of ours on LiteLLM's table: they are enabled again.
+pub fn wait_until_triggers_are_enabled(client: &mut Client) {
+    eventually("the triggers are enabled", || {
+        holds(
+            client,
+            r#"SELECT bool_and(tgenabled = 'O') FROM pg_trigger WHERE tgrelid = '"LiteLLM_SpendLogs"'::regclass"#,
+        )
+    });
+}
+
+/// Whether LiteLLM's table is partitioned: NULL, which is no, while it has not its name.
+pub const IS_PARTITIONED: &str =
+    r#"SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass('"LiteLLM_SpendLogs"')"#;
+
+pub fn wait_until_converted(client: &mut Client) {
+    eventually("it is converted", || holds(client, IS_PARTITIONED));
+}
+
+pub fn wait_until_plain(client: &mut Client, table: &str) {
+    let plain = format!("SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('{table}')");
+    eventually("it is plain", || holds(client, &plain));
 }
 
 pub fn wait_until_live(client: &mut Client) {
