@@ -27,37 +27,39 @@ fn an_unwritable_change_log_does_not_fail_the_statement() {
     let db = shared().database().attached();
     let mut client = db.connect();
     // As a permission, a constraint or a full disk would.
-    client
-        .batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID")
-        .unwrap();
+    make_unwritable(&mut client, "change_log");
     assert_eq!(insert(&mut client, "a"), 20);
     let updated =
         client.execute(r#"UPDATE "LiteLLM_SpendLogs" SET spend = 7 WHERE request_id = 'a1'"#, &[]).unwrap();
     assert_eq!(updated, 1);
-    client.batch_execute("ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space").unwrap();
+    make_writable(&mut client, "change_log");
     assert_healed(&mut client, 2);
+}
+
+/// Tables of ours that fail to take a row as they do on a full disk, until the function is dropped.
+fn fill_disk(client: &mut Client, tables: &[&str]) {
+    let triggers = tables.iter().map(|table| {
+        format!("CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.{table} FOR EACH ROW EXECUTE FUNCTION no_space();")
+    });
+    client
+        .batch_execute(&format!(
+            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$;
+             {}",
+            triggers.collect::<String>()
+        ))
+        .unwrap();
 }
 
 #[test]
 fn a_full_disk_does_not_fail_the_statement() {
     let db = shared().database().attached();
     let mut client = db.connect();
-    client
-        .batch_execute(
-            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                 RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$;
-             CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.change_log FOR EACH ROW EXECUTE FUNCTION no_space();
-             CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.dirty_range FOR EACH ROW EXECUTE FUNCTION no_space()",
-        )
-        .unwrap();
+    fill_disk(&mut client, &["change_log", "dirty_range"]);
     // Not even the failure can be noted: only the sequence has counted it.
     assert_eq!(insert(&mut client, "a"), 20);
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
-    client
-        .batch_execute(
-            "DROP TRIGGER no_space ON litellm_spend.change_log; DROP TRIGGER no_space ON litellm_spend.dirty_range",
-        )
-        .unwrap();
+    client.batch_execute("DROP FUNCTION no_space CASCADE").unwrap();
     assert_healed(&mut client, 1);
 }
 
@@ -65,27 +67,17 @@ fn a_full_disk_does_not_fail_the_statement() {
 fn a_failure_that_commits_late_is_repaired_when_it_commits() {
     let db = shared().database().attached();
     let (mut client, mut writer) = (db.connect(), db.connect());
-    client
-        .batch_execute("ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID")
-        .unwrap();
-    client
-        .batch_execute(
-            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                 RAISE EXCEPTION 'full' USING ERRCODE = 'disk_full'; END $$;
-             CREATE TRIGGER no_space BEFORE INSERT ON litellm_spend.dirty_range FOR EACH ROW EXECUTE FUNCTION no_space()",
-        )
-        .unwrap();
+    make_unwritable(&mut client, "change_log");
+    fill_disk(&mut client, &["dirty_range"]);
     writer.batch_execute("BEGIN").unwrap();
     assert_eq!(insert(&mut writer, "late"), 20);
     wait_for_a_round(&mut client);
     // The number of the failure can be seen, its rows cannot: it must not be taken for repaired.
     assert_eq!(value::<i64>(&mut client, "SELECT failures_seen FROM litellm_spend.capture"), 0);
     writer.batch_execute("COMMIT").unwrap();
-    client
-        .batch_execute(
-            "ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space; DROP TRIGGER no_space ON litellm_spend.dirty_range",
-        )
-        .unwrap();
+    client.batch_execute("BEGIN").unwrap();
+    make_writable(&mut client, "change_log");
+    client.batch_execute("DROP FUNCTION no_space CASCADE; COMMIT").unwrap();
     assert_healed(&mut client, 1);
 }
 
@@ -252,9 +244,7 @@ fn a_deletion_that_was_not_captured_keeps_history_and_freezes_nothing() {
     client.batch_execute(&insert_rows("a", 200, 5)).unwrap();
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
-    client
-        .batch_execute("ALTER TABLE litellm_spend.retired ADD CONSTRAINT no_space CHECK (false) NOT VALID")
-        .unwrap();
+    make_unwritable(&mut client, "retired");
     let deleted = client
         .execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < now() - interval '2 days'"#, &[])
         .unwrap();

@@ -42,16 +42,12 @@ fn none(client: &mut Client) {
 fn what_stops_a_built_in_rollup_is_named_while_the_captured_table_is_sound() {
     let db = shared().database().attached();
     let mut client = db.connect();
-    client
-        .batch_execute(
-            "ALTER TABLE litellm_spend.daily_spend_by_model_rollup ADD CONSTRAINT no CHECK (false) NOT VALID",
-        )
-        .unwrap();
+    make_unwritable(&mut client, "daily_spend_by_model_rollup");
     client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
     let (severity, _, cause, _) = only(&mut client, "rollup daily_spend_by_model: ");
     assert_eq!(severity, "error");
     assert!(cause.is_none_or(|cause| cause.contains("Failing row")));
-    client.batch_execute("ALTER TABLE litellm_spend.daily_spend_by_model_rollup DROP CONSTRAINT no").unwrap();
+    make_writable(&mut client, "daily_spend_by_model_rollup");
     none(&mut client);
 }
 
@@ -532,15 +528,11 @@ fn a_day_that_cannot_be_put_right_is_named_until_somebody_says_what_it_shall_be(
     wait_until_merged(&mut client);
     // Two ways out: the totals stay as they are, or they become what is in the table.
     for (way_out, counted) in [(0, 1i64), (1, 0)] {
-        client
-            .batch_execute(
-                "ALTER TABLE litellm_spend.change_log ADD CONSTRAINT no_space CHECK (false) NOT VALID",
-            )
-            .unwrap();
+        make_unwritable(&mut client, "change_log");
         client
             .batch_execute(&format!(r#"BEGIN; {} TRUNCATE "LiteLLM_SpendLogs"; COMMIT"#, row("not captured")))
             .unwrap();
-        client.batch_execute("ALTER TABLE litellm_spend.change_log DROP CONSTRAINT no_space").unwrap();
+        make_writable(&mut client, "change_log");
         let (severity, problem, cause, remedy) = only(&mut client, "do not count all");
         assert_eq!(severity, "error");
         assert!(problem.contains("totals of 2026-11-02 "), "{problem}");

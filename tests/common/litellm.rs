@@ -47,6 +47,16 @@ pub fn range_of_day(day: i32) -> String {
     format!("FOR VALUES FROM (CURRENT_DATE + ({day})) TO (CURRENT_DATE + ({day}) + 1)")
 }
 
+/// No row can be written to a table of ours, until [`make_writable`] lets it again.
+pub fn make_unwritable(client: &mut Client, table: &str) {
+    let sql = format!("ALTER TABLE litellm_spend.{table} ADD CONSTRAINT unwritable CHECK (false) NOT VALID");
+    client.batch_execute(&sql).unwrap();
+}
+
+pub fn make_writable(client: &mut Client, table: &str) {
+    client.batch_execute(&format!("ALTER TABLE litellm_spend.{table} DROP CONSTRAINT unwritable")).unwrap();
+}
+
 /// Waits until writers beside have written so many rows more.
 pub fn wait_for_rows(client: &mut Client, more: i64) {
     let count = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
