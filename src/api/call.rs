@@ -115,5 +115,5 @@ impl Runner for Subtransactions {
     }
 }
 
-/// How long a step of a call may take, which works for one owner after the other.
+/// How long a step of a call may take: the call works for one owner after the other.
 const STEP_OF_CALL: Duration = Duration::from_secs(60);

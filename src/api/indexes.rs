@@ -138,7 +138,7 @@ fn spend_index_drop(
         build::cancel(table.oid)?;
         let mut rows = rows(&table)?;
         rows.retain(|(index, ..)| dropped.contains(index));
-        // Those of which nothing is there, or never was.
+        // Indexes that are on no table any more, or never were.
         for name in names.unwrap_or(dropped) {
             if !rows.iter().any(|(index, ..)| *index == name) {
                 rows.push((name, table.name.clone(), "gone".into(), String::new()));

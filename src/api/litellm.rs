@@ -58,7 +58,7 @@ fn spend_attach(
         let source = source_or_default(source)?;
         let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_owner(elevated.caller(), source)?;
-        // Who attaches says that whatever was restored is all there.
+        // By attaching, the caller says that a restore is over.
         restore::adopt()?;
         let actions = capture::attach(source, subtract, reports == Some(true))?;
         let kept = if reports == Some(false) { reports::here()? } else { vec![] };
@@ -124,7 +124,7 @@ fn spend_detach(
     .map(TableIterator::new)
 }
 
-/// What somebody has asked for who may not want it without the totals.
+/// What goes on after a detach because somebody has asked for it, a policy or indexes, and how to end it.
 fn what_goes_on(table: &Table) -> error::Result<Vec<(String, String)>> {
     let mut actions = vec![];
     if let Some(policy) = policy::find(table.oid)? {

@@ -38,8 +38,7 @@ pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
 
 // ---- to be partitioned, and back -------------------------------------------------------------------------
 
-/// What a cutover that nobody chose leaves for the index: a day, or a week where it takes a call for each
-/// step.
+/// How long before a cutover that nobody chose: time to build the index. A week where each step takes a call.
 const LEAD: Duration = Duration::from_secs(86_400);
 const LEAD_BY_HAND: Duration = Duration::from_secs(7 * 86_400);
 

@@ -17,13 +17,14 @@ use crate::server::spi;
 use crate::server::text::{EXTENSION, SCHEMA, quoted};
 use pgrx::prelude::*;
 
-/// What speaks for every owner, gives rights away, or lets rows expire before their time.
+/// Functions that stay with superusers: they speak for every owner, give rights away, or let rows expire
+/// before their time.
 const OF_SUPERUSERS: [&str; 5] =
     ["spend_restored", "restored", "spend_grant_admin", "spend_revoke_admin", "maintain_at"];
 
-/// What is granted, as GRANT and REVOKE write it: what the extension has in this version, whatever it was
-/// when it was granted. A view of other sessions' activity is for who may see that: to others it would say
-/// that no worker is there.
+/// The objects that are granted, as GRANT and REVOKE name them: those that the extension has in this version.
+/// A view of other sessions' activity is for roles that may see that: to others it would say that no worker
+/// is there.
 fn rights(sees_sessions: bool) -> Result<Vec<(String, String)>> {
     spi::query(
         "WITH member AS (
@@ -86,7 +87,7 @@ fn sees_sessions(role: pg_sys::Oid) -> Result<bool> {
     session::may_act_for(role, pg_sys::Oid::from(pg_sys::ROLE_PG_MONITOR))
 }
 
-/// What the role cannot do by that, and what would let it.
+/// A row for each thing that the role still cannot do, with what would let it.
 fn beyond(role: pg_sys::Oid, grantee: &str) -> Result<Vec<Action>> {
     let mut actions = vec![];
     for (name, owner) in capture::tables_of_others(role)? {

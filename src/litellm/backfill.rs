@@ -43,7 +43,8 @@ pub fn step(patience: Patience) -> Result<bool> {
             rollups::know(&names, part)?;
             continue;
         }
-        // What the rollups say of a day that has lost rows is the best record of it; not so of what follows.
+        // A day that has lost rows keeps what the rollups say of it, the best record there is; the days after
+        // it are computed.
         if !computed(&behind, &fences, part)? {
             let rest = Range { start: day_after(part.start)?, ..part };
             if part.end != Some(rest.start) {

@@ -113,7 +113,7 @@ pub const DAILY_REPORTS: [(&str, &str); 3] = [
     ("daily_usage_by_tag", "hourly_usage_by_tag"),
 ];
 
-/// Whether it is a rollup, or would be one, that LiteLLM's views do not need.
+/// Whether a rollup of that name is one of the reports, which LiteLLM's views do not need.
 pub fn is_report(rollup: &str) -> bool {
     DAILY_REPORTS.iter().any(|(_, hourly)| *hourly == rollup)
 }
@@ -144,11 +144,11 @@ pub struct PublicView {
     pub name: &'static str,
     /// Column names and types, which CREATE OR REPLACE VIEW must keep.
     pub columns: &'static [(&'static str, &'static str)],
-    /// What it reads.
+    /// The rollup that it reads.
     pub rollup: &'static str,
     /// The columns that it needs of that rollup.
     pub reads: &'static [&'static str],
-    /// How many days before CURRENT_DATE it reaches; all days if none.
+    /// How many days before CURRENT_DATE it shows; `None`: all days.
     pub days: Option<i32>,
     /// Our query: `%live` are the rollup's partial rows, `%spend` is their sum, `%schema` the schema of
     /// LiteLLM's tables.
@@ -293,7 +293,7 @@ impl PublicView {
     }
 }
 
-/// Whether it is a name that attach takes, which no other rollup may have.
+/// Whether `spend_attach()` uses the name itself, so that no other rollup may have it.
 pub fn is_reserved(name: &str) -> bool {
     let mut indexes = DAILY_REPORTS.iter().map(|(_, hourly)| report_index(hourly));
     relations(&rollups()).iter().any(|relation| relation == name) || indexes.any(|index| index == name)

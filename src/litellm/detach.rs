@@ -86,7 +86,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// Whether a detach has kept something.
+/// Whether history is there that a detach has kept.
 pub fn history_is_kept() -> Result<bool> {
     Ok(!relations_of_rollups()?.is_empty() || !relations_of_log()?.is_empty())
 }

@@ -223,7 +223,7 @@ fn may_have_lost_rows(fence: &Fence, definition: &Definition, day: Range) -> Res
         || spi::exists(&uncaptured, &[day.start.into(), day.end.into()])?)
 }
 
-/// What was not looked at yet: the ranges before `day`.
+/// Notes the ranges before `day`, which were not looked at yet.
 fn note_again(ranges: &str, day: Timestamp, operation: &str) -> Result<()> {
     spi::execute(
         &format!(

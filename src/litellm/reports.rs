@@ -123,7 +123,7 @@ fn grant_views(role: &str) -> Result<Vec<Action>> {
         spi::execute(&format!("GRANT SELECT ON {view} TO {}", quoted(role)), &[])?;
         actions.push((format!("view {view}"), format!("may be read by {role}")));
     }
-    // What it looks at with its caller's rights.
+    // `monthly_global_spend()` reads this with its caller's rights.
     spi::execute(&format!("GRANT SELECT ON {SCHEMA}.coverage TO {}", quoted(role)), &[])?;
     let ours = relation::extension_schema(EXTENSION)?.unwrap_or_default();
     let function = format!("{}(integer)", qualified(&ours, "monthly_global_spend"));

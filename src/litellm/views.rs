@@ -25,7 +25,7 @@ use crate::state::definition::Definition;
 use crate::state::fence;
 use pgrx::prelude::*;
 
-/// What was done to an object, for the caller to read.
+/// An object and what was done to it, as a call returns it.
 pub type Action = (String, String);
 
 /// Notes LiteLLM's definition of every view that we can answer, so that it can be given back. `source` is the
@@ -150,7 +150,7 @@ pub fn restore(source: &Table) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// Whether a view is ours, or about to be.
+/// Whether any view is ours, or about to be.
 pub fn any_adopted() -> Result<bool> {
     let sql = format!("SELECT FROM {SCHEMA}.public_view LIMIT 1");
     Ok(!spi::query(&sql, &[], |_| Ok(()))?.is_empty())
@@ -169,7 +169,7 @@ fn let_go(view: &PublicView, found: &Table) -> Result<()> {
     forget(view)
 }
 
-/// What has become of a view that is ours by our notes.
+/// Why a view that is ours by our notes is not, in fact.
 pub enum Stray {
     /// Somebody has replaced it.
     Replaced,
@@ -177,7 +177,7 @@ pub enum Stray {
     Changed,
 }
 
-/// Views that are ours by our notes and not, or not any more, in fact.
+/// Views that are ours by our notes, and not in fact.
 pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
     let mut strays = vec![];
     for view in &VIEWS {

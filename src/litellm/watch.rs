@@ -37,7 +37,7 @@ pub fn watch(patience: Patience) -> Result<Option<bool>> {
     })
 }
 
-/// What is wrong with the attachment.
+/// Why the table is not captured as it should be.
 enum Damage {
     /// The name belongs to another table now.
     Replaced(pg_sys::Oid),
