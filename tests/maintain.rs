@@ -1252,6 +1252,7 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
     let mut other = db.connect();
     let mut holder = other.transaction().unwrap();
     holder.batch_execute("SELECT spend_partition_maintain()").unwrap();
+    // The time of three rounds of the worker: one that finds the lock leaves no trace to wait for.
     std::thread::sleep(Duration::from_secs(3));
     holder.rollback().unwrap();
     assert!(holds(
