@@ -82,6 +82,7 @@ COMMENT ON TABLE litellm_spend.index_failure IS 'Indexes that could not be built
 COMMENT ON TABLE litellm_spend.expired_partition IS 'Proof of each partition that expired: its bounds, rows, spend, and by which policy';
 COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
 COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of the days';
+COMMENT ON VIEW litellm_spend.leftover IS 'Rollups whose table is there and whose state is not';
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
 COMMENT ON VIEW @extschema@.spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
 COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers of litellm_spend that are running';

@@ -173,6 +173,16 @@ SELECT r.name AS rollup,
        t.tail_rows,
        CASE WHEN t.tail_rows = 0 THEN 0
             WHEN t.oldest IS NOT NULL
+-- Rollups whose table is there and whose state is not: it was lost, or a restore has not come to it.
+CREATE VIEW litellm_spend.leftover AS
+SELECT left(t.relname::text COLLATE "default", -length('_rollup')) AS rollup
+FROM pg_depend d JOIN pg_class t ON t.oid = d.objid
+-- What is in our schema depends on it, of which there is an index.
+WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_namespace'::regclass AND d.refobjid = 'litellm_spend'::regnamespace
+  AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
+  AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
+
+COMMENT ON VIEW litellm_spend.leftover IS 'Rollups whose table is there and whose state is not';
                 THEN greatest(round(extract(epoch FROM clock_timestamp() - t.oldest)::numeric, 3), 0)
        END AS lag_seconds,
        blockers.pids AS blocked_by_pids,
@@ -247,19 +257,15 @@ CROSS JOIN LATERAL (
         END AS message
 ) AS lost
 UNION ALL
-SELECT left(t.relname::text COLLATE "default", -length('_rollup')), 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+SELECT rollup, 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
        NULL, NULL, NULL,
-       CASE WHEN t.relname IN ('daily_spend_rollup', 'daily_spend_by_key_rollup', 'daily_spend_by_model_rollup',
-                               'daily_spend_by_end_user_rollup', 'daily_spend_by_tag_rollup', 'hourly_usage_rollup',
-                               'hourly_usage_by_end_user_rollup', 'hourly_usage_by_tag_rollup')
+       CASE WHEN rollup IN ('daily_spend', 'daily_spend_by_key', 'daily_spend_by_model', 'daily_spend_by_end_user',
+                            'daily_spend_by_tag', 'hourly_usage', 'hourly_usage_by_end_user', 'hourly_usage_by_tag')
            THEN E'its state is lost\nHINT:  SELECT * FROM spend_attach();'
-           ELSE format(E'its state is lost\nHINT:  SELECT spend_rollup_drop(%L);  -- and create it again',
-                       left(t.relname::text COLLATE "default", -length('_rollup'))) END, NULL
-FROM pg_class t
-WHERE t.relnamespace = 'litellm_spend'::regnamespace AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
-  -- A restore makes it last of all: until then state is not lost, but still to come.
-  AND EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
-  AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
+           ELSE format(E'its state is lost\nHINT:  SELECT spend_rollup_drop(%L);  -- and create it again', rollup) END, NULL
+FROM litellm_spend.leftover
+-- A restore makes it last of all: until then state is not lost, but still to come.
+WHERE EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored');
 
 CREATE OR REPLACE VIEW @extschema@.spend_worker_status AS
 SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_at, state, wait_event, xact_start,
@@ -554,7 +560,9 @@ WITH status AS (
            EXISTS (SELECT origin FROM litellm_spend.source WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.policy WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id
-                   UNION ALL SELECT origin FROM litellm_spend.index_set WHERE origin IS DISTINCT FROM i.id) AS restored
+                   UNION ALL SELECT origin FROM litellm_spend.index_set WHERE origin IS DISTINCT FROM i.id)
+               OR NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
+                  AND EXISTS (SELECT FROM litellm_spend.leftover) AS restored
     FROM (SELECT id FROM litellm_spend.installation LIMIT 1) AS i
 ), errors AS (
     -- The eight built-in rollups share most of theirs.

@@ -218,6 +218,14 @@ fn a_restore_in_pieces_is_left_alone_until_the_last() {
     };
     section("pre-data", "1");
     let_the_worker_look(&database);
+    let mut client = shared().connect(&database);
+    let said = "SELECT string_agg(problem, '; ') LIKE 'this database came out of a dump, %' AND count(*) = 1
+                    AND min(remedy) = 'when the restore has ended, not before: SELECT spend_restored();'
+                FROM spend_health";
+    assert!(holds(&mut client, said));
+    let create = "SELECT spend_rollup_create('other', 'ev', '{kind}', '{count(*) AS n}')";
+    assert_refused(&mut client, create, "55000");
+    drop(client);
     section("data", "2");
     let_the_worker_look(&database);
     let mut client = shared().connect(&database);
@@ -325,6 +333,61 @@ fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
 }
 
 #[test]
+fn a_restore_that_never_came_to_our_state_is_said_and_made_whole() {
+    let (db, _open) = original();
+    let (custom, database) = (dump(&db, "c"), target("cut"));
+    // Tables of rollups, live views and triggers, and no rows of ours, nor what comes last.
+    let list = shared().dir.join("without-state.list");
+    let output = shared().program("pg_restore").args(["-l", &custom]).output().unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let ours = [" TABLE DATA litellm_spend ", " SEQUENCE SET litellm_spend ", "litellm_spend_restored"];
+    let without: Vec<&str> =
+        lines.lines().filter(|line| !ours.iter().any(|ours| line.contains(ours))).collect();
+    std::fs::write(&list, without.join("\n")).unwrap();
+    run("pg_restore", &["-L", list.to_str().unwrap(), "-d", &database, &custom]);
+    let_the_worker_look(&database);
+    let mut client = shared().connect(&database);
+    let faults = |client: &mut Client| -> Vec<(String, String)> {
+        let rows = client.query("SELECT problem, remedy FROM spend_health ORDER BY 1", &[]).unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    };
+    let found = faults(&mut client);
+    assert!(found.len() == 1 && found[0].0.starts_with("this database came out of a dump"), "{found:?}");
+    assert_eq!(found[0].1, "when the restore has ended, not before: SELECT spend_restored();");
+    for call in [
+        "SELECT spend_rollup_create('other', 'ev', '{kind}', '{count(*) AS n}')",
+        "SELECT spend_rollup_register('hand', 'byhand')",
+        "SELECT spend_partition_set('logs')",
+        "SELECT spend_rollup_run()",
+    ] {
+        assert_refused(&mut client, call, "55000");
+    }
+    assert!(holds(&mut client, "SELECT spend_restored()"));
+    assert!(!holds(&mut client, "SELECT spend_restored()"), "nothing waits any more");
+    let found = faults(&mut client);
+    assert!(found.iter().all(|(problem, _)| problem.contains("its state is lost")), "{found:?}");
+    client.batch_execute(&insert_rows("late", 100, 40)).unwrap();
+    for (_, remedy) in found {
+        client.batch_execute(&remedy).unwrap();
+    }
+    let create = "SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}')";
+    client.batch_execute(create).unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    assert!(holds(&mut client, "SELECT sum(n) = 330 FROM litellm_spend.by_kind"));
+    eventually("all is well", || faults(&mut client).is_empty());
+    // LiteLLM's own queries were not known any more, and are given back: ours would keep the rollups.
+    client
+        .batch_execute(
+            "SELECT spend_rollup_drop('by_kind'); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend",
+        )
+        .unwrap();
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+#[test]
 fn a_log_above_its_sequence_is_merged_and_counted_once() {
     let db = shared().database().attached();
     let mut client = db.connect();
@@ -407,6 +470,36 @@ fn state_that_is_lost_is_said_and_what_is_left_can_be_dropped_and_made_again() {
     wait_until_merged(&mut client);
     assert_exact(&mut client);
     assert!(holds(&mut client, "SELECT sum(requests) = 400 FROM litellm_spend.daily_spend"));
+}
+
+#[test]
+fn what_is_left_of_a_role_that_may_not_use_our_schema_is_dropped_by_a_superuser() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS keeper_k; CREATE ROLE keeper_k; CREATE TABLE ev (id bigserial, kind int);
+             ALTER TABLE ev OWNER TO keeper_k;
+             CREATE FUNCTION larger(int, int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT greatest($1, $2)';
+             SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n,max(kind) AS top MERGE WITH larger}');
+             INSERT INTO ev (kind) VALUES (1)",
+        )
+        .unwrap();
+    wait_until_merged(&mut client);
+    // As a restore leaves it that did not come to the grants, nor to our state.
+    client
+        .batch_execute(
+            "DELETE FROM litellm_spend.rollup; REVOKE USAGE ON SCHEMA litellm_spend FROM keeper_k;
+             SELECT spend_rollup_drop('by_kind')",
+        )
+        .unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT to_regclass('litellm_spend.by_kind') IS NULL AND to_regclass('litellm_spend.by_kind_rollup') IS NULL
+             AND NOT EXISTS (SELECT FROM pg_proc WHERE proowner = 'keeper_k'::regrole)
+             AND NOT has_schema_privilege('keeper_k', 'litellm_spend', 'USAGE')"
+    ));
+    client.batch_execute("DROP OWNED BY keeper_k; DROP ROLE keeper_k; DROP EXTENSION litellm_spend").unwrap();
 }
 
 #[test]

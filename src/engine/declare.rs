@@ -349,14 +349,29 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
     for (word, found) in found {
         session::require_role(caller, found.owner_oid, name)?;
         let relation = found.qualified();
-        let _owner = Owner::role(found.owner_oid).act();
-        locks::lock(&format!("DROP {word} {relation}"), &relation, found.oid)?;
+        with_usage(Owner::role(found.owner_oid), |owner| {
+            let _owner = owner.act();
+            locks::lock(&format!("DROP {word} {relation}"), &relation, found.oid)
+        })?;
     }
     for (word, signature, owner) in functions {
         session::require_role(caller, owner, name)?;
-        Owner::role(owner).run(format!("DROP {word} {signature}"))?;
+        with_usage(Owner::role(owner), |owner| owner.run(format!("DROP {word} {signature}")))?;
     }
-    Ok(())
+    restore::mark()
+}
+
+/// Lets an owner use our schema for as long as `work` takes: a restore may not have come to its grants, or
+/// was made without them. What fails takes that back with its transaction.
+fn with_usage(owner: Owner, work: impl FnOnce(Owner) -> Result<()>) -> Result<()> {
+    let sql = format!("SELECT pg_catalog.has_schema_privilege($1, '{SCHEMA}', 'USAGE')");
+    if spi::query(&sql, &[owner.oid().into()], |r| spi::value::<bool>(r, 1))? == [true] {
+        return work(owner);
+    }
+    let name = quoted(&owner.name()?);
+    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {name}"), &[])?;
+    work(owner)?;
+    spi::execute(&format!("REVOKE USAGE ON SCHEMA {SCHEMA} FROM {name}"), &[]).map(drop)
 }
 
 /// The rollups whose source was dropped or has another owner, or whose live view is gone, another's, or as an

@@ -75,6 +75,13 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
         }
         Some(found) => match unusable(view, &found, source)? {
             Some(reason) => return action(&reason),
+            // That it is ours was lost, and with it LiteLLM's own query: what it shows is not to be trusted
+            // until its days are covered.
+            None if is_ours(view, &found)? => {
+                let original = view.original(&source.qualified(), &source.schema);
+                rewrite::replace(guc::lock_timeout(), found.oid, &original)?;
+                original
+            }
             None => definition(&found)?,
         },
     };

@@ -41,7 +41,7 @@ const MARKER: &str = "litellm_spend_restored";
 const COMMENT: &str =
     "litellm_spend: never fires. A restore makes it last, and is over when it is there. Installation ";
 
-/// How it stands with state that another installation wrote. `None`: there is none.
+/// How it stands with what another installation wrote. `None`: there is nothing of it.
 enum Restore {
     /// The end of each was seen.
     Over,
@@ -59,7 +59,21 @@ fn restored() -> Result<Option<Restore>> {
     );
     let found = query(&sql, &[], |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)))?;
     let any = found.into_iter().find(|(any, _)| *any);
-    Ok(any.map(|(_, over)| if over { Restore::Over } else { Restore::UnderWay }))
+    Ok(match any {
+        Some((_, true)) => Some(Restore::Over),
+        Some((_, false)) => Some(Restore::UnderWay),
+        None => is_cut()?.then_some(Restore::UnderWay),
+    })
+}
+
+/// Tables of rollups are there, and neither their state nor the marker: a restore has not come to them, or
+/// never does.
+fn is_cut() -> Result<bool> {
+    let sql = format!(
+        "SELECT NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')
+             AND EXISTS (SELECT FROM {SCHEMA}.leftover)"
+    );
+    Ok(query(&sql, &[], |r| value::<bool>(r, 1))? == [true])
 }
 
 /// Goes on with what a dump brought, if its restore is over. Says whether what is missing may be made again:
@@ -72,9 +86,10 @@ pub fn look() -> Result<bool> {
     }
 }
 
-/// There is state that DROP EXTENSION is refused for anyhow, so that a marker may be.
+/// There is state, or a rollup's table, that DROP EXTENSION is refused for anyhow, so that a marker may be.
 const NEEDS_MARKER: &str = "(EXISTS (SELECT FROM litellm_spend.capture)
-     OR EXISTS (SELECT FROM litellm_spend.rollup WHERE definition IS NOT NULL))";
+     OR EXISTS (SELECT FROM litellm_spend.rollup WHERE definition IS NOT NULL)
+     OR EXISTS (SELECT FROM litellm_spend.leftover))";
 
 /// The marker is there, or not needed.
 fn is_whole() -> Result<bool> {
@@ -100,9 +115,8 @@ pub fn adopt() -> Result<bool> {
         mark()?;
         return Ok(false);
     }
-    let mut adopted = 0;
     for (table, reset) in WRITTEN {
-        adopted += execute(
+        execute(
             &format!(
                 "UPDATE {SCHEMA}.{table} SET origin = {HERE}{reset} WHERE origin IS DISTINCT FROM {HERE}"
             ),
@@ -110,7 +124,7 @@ pub fn adopt() -> Result<bool> {
         )?;
     }
     mark()?;
-    Ok(adopted > 0)
+    Ok(true)
 }
 
 /// Makes the marker where it is needed, and drops it with the last state that needs it. Not for the worker:
