@@ -184,6 +184,34 @@ fn a_live_view_that_failed_on_sums_beyond_their_type_is_made_anew() {
     client.batch_execute("DROP OWNED BY analyst; DROP ROLE analyst").unwrap();
 }
 
+#[test]
+fn so_is_that_of_a_rollup_whose_source_was_dropped_before() {
+    let (_db, mut client) = of_0_1_0(false);
+    client.batch_execute(DECLARED).unwrap();
+    // As 0.1.0 leaves one that has merged three charges.
+    client
+        .batch_execute(
+            "INSERT INTO litellm_spend.by_kind_rollup VALUES ('huge', 3, '3e308', 1, 2); DROP TABLE charges CASCADE;
+             UPDATE litellm_spend.rollup SET source = NULL; DELETE FROM litellm_spend.source;
+             CREATE VIEW litellm_spend.by_kind AS
+                 SELECT kind, n, price::double precision AS price, (weight_sum / nullif(weight_count, 0))::real AS weight
+                 FROM litellm_spend.by_kind_rollup;
+             ALTER VIEW litellm_spend.by_kind OWNER TO litellm",
+        )
+        .unwrap();
+    assert_eq!(error(&mut client, "TABLE litellm_spend.by_kind").code().code(), "22003", "as it was");
+    client.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    let shown =
+        "SELECT count(*) = 1 AND bool_and(price = 'Infinity' AND weight = 0.5) FROM litellm_spend.by_kind";
+    eventually("it is made anew", || client.query(shown, &[]).is_ok_and(|rows| rows[0].get(0)));
+    // Once.
+    let xmin = "SELECT xmin::text FROM pg_class WHERE oid = 'litellm_spend.by_kind'::regclass";
+    let before: String = value(&mut client, xmin);
+    wait_for_a_round(&mut client);
+    assert_eq!(value::<String>(&mut client, xmin), before);
+    client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
+}
+
 /// All that belongs to the extension, as the catalogs describe it.
 const MEMBERS: &str = "
     WITH member AS (

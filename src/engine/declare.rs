@@ -388,7 +388,12 @@ pub fn strays() -> Result<Vec<String>> {
              WHERE s.name <> {} AND s.origin = {HERE}
                AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
                     AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner OR {IS_OLD}))
-             ORDER BY r.name",
+             -- One whose source was dropped before an update.
+             UNION ALL
+             SELECT r.name FROM {SCHEMA}.rollup r
+             WHERE r.source IS NULL AND r.definition IS NOT NULL AND {IS_OLD}
+               AND pg_catalog.to_regclass(pg_catalog.format('{SCHEMA}.%I', r.name || '_rollup')) IS NOT NULL
+             ORDER BY 1",
             literal(CHANGE_LOG)
         ),
         &[],
@@ -400,7 +405,7 @@ pub fn strays() -> Result<Vec<String>> {
 /// becomes history.
 pub fn settle(name: &str, patience: Patience) -> Result<()> {
     let Some(fence) = Fence::take(name, patience)? else { return Ok(()) };
-    let Some(table) = Table::find(fence.relation)? else { return release(&fence) };
+    let Some(table) = Table::find(fence.relation)? else { return release(fence) };
     let (mut definition, known) = (fence.filled()?.clone(), Owner::role(fence.owner));
     let owner = Owner::of(table.oid)?;
     // 1. what has its names is its own. By name alone it could be another rollup's, or a user's.
@@ -420,11 +425,18 @@ pub fn settle(name: &str, patience: Patience) -> Result<()> {
     }
     give_to_owner(&definition, owner)?;
     // 3. the view.
-    if bring_over(&mut definition) {
-        let sql = format!("UPDATE {SCHEMA}.rollup SET definition = $2::jsonb WHERE name = $1");
-        spi::execute(&sql, &[name.into(), serde_json::to_string(&definition)?.into()])?;
-    }
+    bring_over_noted(&mut definition)?;
     make_view(&definition, owner, &definition.live_query())
+}
+
+/// Brings a definition over that an older version made.
+fn bring_over_noted(definition: &mut Definition) -> Result<()> {
+    if bring_over(definition) {
+        let sql = format!("UPDATE {SCHEMA}.rollup SET definition = $2::jsonb WHERE name = $1");
+        let text = serde_json::to_string(&definition)?;
+        spi::execute(&sql, &[definition.name.as_str().into(), text.into()])?;
+    }
+    Ok(())
 }
 
 fn require_own(name: &str, kind: &str, owner: Owner) -> Result<Table> {
@@ -454,12 +466,13 @@ fn is_bare(tables: &[Table]) -> Result<bool> {
 }
 
 /// The source was dropped: the rollup keeps what was merged, and its live view shows that.
-fn release(fence: &Fence) -> Result<()> {
-    if let Some(definition) = &fence.definition
+fn release(mut fence: Fence) -> Result<()> {
+    let owner = Owner::role(fence.owner);
+    if let Some(definition) = &mut fence.definition
         && relation::find_relation(&definition.table())?.is_some()
     {
-        let owner = Owner::role(fence.owner);
         require_own(&definition.table(), "r", owner)?;
+        bring_over_noted(definition)?;
         make_view(definition, owner, &definition.history_query())?;
     }
     // A watermark belonged to the source's owner, whom nobody knows any more.
