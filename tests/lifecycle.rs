@@ -486,6 +486,13 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
                       AND remedy = 'SELECT * FROM spend_attach();  -- puts ours back') AND count(*) = 1
                    FROM spend_health"#;
     eventually("health names them all", || holds(&mut client, fault));
+    // What was dropped was not replaced.
+    client.batch_execute(r#"DROP VIEW "Last30dKeysBySpend""#).unwrap();
+    let fault = r#"SELECT bool_or(problem = 'capture of "LiteLLM_SpendLogs": views "MonthlyGlobalSpend", '
+                          '"DailyTagSpend", "Last30dTopEndUsersSpend" were replaced; view "Last30dKeysBySpend" was dropped'
+                      AND remedy = 'SELECT * FROM spend_attach();  -- puts ours back') AND count(*) = 1
+                   FROM spend_health"#;
+    eventually("health tells them apart", || holds(&mut client, fault));
     client
         .batch_execute(
             r#"DROP VIEW "MonthlyGlobalSpend", "Last30dTopEndUsersSpend", "DailyTagSpend"; SELECT spend_attach()"#,

@@ -178,8 +178,8 @@ fn let_go(view: &PublicView, found: &Table) -> Result<()> {
 
 /// Why a view that is ours by our notes is not, in fact.
 pub enum Stray {
-    /// Somebody has replaced it.
-    Replaced,
+    /// Somebody has replaced or dropped it.
+    Gone,
     /// It has another owner, or may not be ours any more.
     Changed,
 }
@@ -192,11 +192,11 @@ pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
             continue;
         }
         let Some(found) = Table::named(&qualified(&source.schema, view.name))? else {
-            strays.push((view, Stray::Replaced));
+            strays.push((view, Stray::Gone));
             continue;
         };
         if !is_ours(view, &found)? {
-            strays.push((view, Stray::Replaced));
+            strays.push((view, Stray::Gone));
         } else if owner_noted(view)? != Some(found.owner_oid) || unusable(view, &found, source)?.is_some() {
             strays.push((view, Stray::Changed));
         }
@@ -208,32 +208,42 @@ pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
 pub enum Lost {
     /// Somebody has replaced it.
     Replaced(&'static str),
+    /// Somebody has dropped it.
+    Dropped(&'static str),
     /// It is LiteLLM's own again; why.
     LetGo(String),
 }
 
-/// Says which are lost: of those that were replaced all, by what was noted before.
+/// Says which are lost: of those that were replaced or dropped all, by what was noted before.
 pub fn tell_lost(lost: &[Lost], noted: Option<&str>) -> String {
-    let before = noted.and_then(|noted| Some(noted.split_once(" replaced")?.0)).unwrap_or_default();
-    let is_replaced = |name: &str| {
-        lost.iter().any(|lost| matches!(lost, Lost::Replaced(view) if *view == name))
-            || before.contains(&quoted(name))
-    };
-    let replaced: Vec<String> =
-        VIEWS.iter().map(|view| view.name).filter(|name| is_replaced(name)).map(quoted).collect();
-    let mut said = match &replaced[..] {
-        [] => vec![],
-        [one] => vec![format!("view {one} was replaced")],
-        all => vec![format!("views {} were replaced", all.join(", "))],
-    };
+    let noted: Vec<&str> =
+        noted.and_then(|noted| noted.lines().next()).unwrap_or_default().split("; ").collect();
+    let mut said = vec![];
+    for fate in ["replaced", "dropped"] {
+        let is_so = |name: &str| {
+            lost.iter().any(|lost| match lost {
+                Lost::Replaced(view) => *view == name && fate == "replaced",
+                Lost::Dropped(view) => *view == name && fate == "dropped",
+                Lost::LetGo(_) => false,
+            }) || noted.iter().any(|noted| noted.ends_with(fate) && noted.contains(&quoted(name)))
+        };
+        let names: Vec<String> =
+            VIEWS.iter().map(|view| view.name).filter(|name| is_so(name)).map(quoted).collect();
+        match &names[..] {
+            [] => {}
+            [one] => said.push(format!("view {one} was {fate}")),
+            all => said.push(format!("views {} were {fate}", all.join(", "))),
+        }
+    }
+    let comes_back = !said.is_empty();
     said.extend(lost.iter().filter_map(|lost| match lost {
-        Lost::Replaced(_) => None,
+        Lost::Replaced(_) | Lost::Dropped(_) => None,
         Lost::LetGo(message) => Some(message.clone()),
     }));
     let message = said.join("; ");
-    match replaced.is_empty() {
-        true => message,
-        false => advised(&message, "SELECT * FROM spend_attach();  -- puts ours back"),
+    match comes_back {
+        false => message,
+        true => advised(&message, "SELECT * FROM spend_attach();  -- puts ours back"),
     }
 }
 
@@ -251,9 +261,9 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
                 Ok(Some(Lost::LetGo(format!("view \"{}\" is LiteLLM's own again: {reason}", view.name))))
             }
         },
-        _ => {
+        (_, found) => {
             forget(view)?;
-            Ok(Some(Lost::Replaced(view.name)))
+            Ok(Some(if found.is_some() { Lost::Replaced(view.name) } else { Lost::Dropped(view.name) }))
         }
     }
 }
