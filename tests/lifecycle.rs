@@ -1057,6 +1057,15 @@ fn table_and_extension_may_be_in_any_schema() {
     let hint = error.as_db_error().unwrap().hint().unwrap().to_string();
     assert!(hint.contains("SELECT * FROM ext.spend_attach("), "{hint}");
     client.batch_execute("SET search_path = ext; SELECT spend_attach()").unwrap();
+    // So it can where the server refuses, and where we do.
+    for drop in ["DROP EXTENSION litellm_spend", "DROP EXTENSION litellm_spend CASCADE"] {
+        let error = client.batch_execute(drop).unwrap_err();
+        let error = error.as_db_error().unwrap();
+        assert_eq!(error.code().code(), "2BP01", "{drop}");
+        let hint = error.hint().unwrap();
+        assert!(hint.starts_with("SELECT * FROM ext.spend_detach(drop_history => true);"), "{drop}: {hint}");
+        assert!(!hint.contains(" spend_"), "{drop}: {hint}");
+    }
     // Another table of that name is in nobody's way now.
     client
         .batch_execute(

@@ -124,7 +124,7 @@ pub fn callable(hint: String) -> String {
 }
 
 /// Puts the schema before each name that begins with `spend_`, is called, and has none.
-fn with_schema(hint: &str, schema: &str) -> String {
+pub fn with_schema(hint: &str, schema: &str) -> String {
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
     let (mut text, mut copied) = (String::new(), 0);
     for (at, _) in hint.match_indices("spend_") {

@@ -5,9 +5,11 @@
 use crate::error::{Error, Result};
 use crate::litellm::capture;
 use crate::server::expression::{nodes, text};
-use crate::server::session::{Elevated, attempt, callable};
+use crate::server::hint;
+use crate::server::relation;
+use crate::server::session::{Elevated, Failure, attempt, callable};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, qualified};
+use crate::server::text::{EXTENSION, SCHEMA, qualified};
 use crate::worker::launcher::announce;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -88,10 +90,13 @@ unsafe fn look(node: *mut pg_sys::Node) {
             T_DropStmt => {
                 let statement = &*(node as *mut pg_sys::DropStmt);
                 let names = || nodes(statement.objects).into_iter().filter_map(|name| text(name)).collect();
+                let cascades = statement.behavior == pg_sys::DropBehavior::DROP_CASCADE;
                 match statement.removeType {
-                    _ if statement.behavior != pg_sys::DropBehavior::DROP_CASCADE => {}
-                    pg_sys::ObjectType::OBJECT_EXTENSION => keep_views(Dropped::Extensions(names())),
-                    pg_sys::ObjectType::OBJECT_SCHEMA => keep_views(Dropped::Schemas(names())),
+                    pg_sys::ObjectType::OBJECT_EXTENSION if cascades => {
+                        keep_views(Dropped::Extensions(names()))
+                    }
+                    pg_sys::ObjectType::OBJECT_SCHEMA if cascades => keep_views(Dropped::Schemas(names())),
+                    pg_sys::ObjectType::OBJECT_EXTENSION => learn_schema(names()),
                     _ => {}
                 }
             }
@@ -183,15 +188,35 @@ enum Dropped {
     OwnedBy(*mut pg_sys::List),
 }
 
+/// Looks the schema of our functions up for the HINT, should the server refuse to drop the extension.
+fn learn_schema(extensions: Vec<String>) {
+    if extensions.iter().all(|name| name != EXTENSION) {
+        return;
+    }
+    // SAFETY: the statement runs in a transaction, but without a snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let schema = attempt(|| {
+        let _ourselves = Elevated::superuser();
+        relation::extension_schema(EXTENSION)
+    });
+    unsafe { pg_sys::PopActiveSnapshot() };
+    hint::learn_schema(schema.map_err(Failure::unless_cancel).ok().flatten());
+}
+
 /// Refuses to drop the extension from under LiteLLM's views. What is to be asked may be broken, as the
 /// installation that somebody wants to get rid of: then nothing is refused.
 fn keep_views(dropped: Dropped) {
     // SAFETY: the statement runs in a transaction, but without a snapshot.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
-    let table = attempt(|| attached_to_what_stays(&dropped));
+    let refusal = attempt(|| {
+        let table = attached_to_what_stays(&dropped)?;
+        // Its HINT looks for the schema of our functions.
+        let _ourselves = Elevated::superuser();
+        Ok(table.map(|table| ErrorReport::from(Error::StillAttached(table))))
+    });
     unsafe { pg_sys::PopActiveSnapshot() };
-    match table {
-        Ok(Some(table)) => ErrorReport::from(Error::StillAttached(table)).report(PgLogLevel::ERROR),
+    match refusal {
+        Ok(Some(refusal)) => refusal.report(PgLogLevel::ERROR),
         Ok(None) => {}
         Err(failure) => drop(failure.unless_cancel()),
     }
@@ -201,7 +226,7 @@ fn keep_views(dropped: Dropped) {
 /// extension here.
 fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
     match dropped {
-        Dropped::Extensions(names) if names.iter().all(|name| name != "litellm_spend") => return Ok(None),
+        Dropped::Extensions(names) if names.iter().all(|name| name != EXTENSION) => return Ok(None),
         _ => {}
     }
     let _ourselves = Elevated::enter()?;
