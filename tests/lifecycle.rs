@@ -1038,6 +1038,20 @@ fn one_statement_lets_a_dashboard_read_the_reports() {
 }
 
 #[test]
+fn a_role_that_was_granted_something_is_dropped_as_the_documentation_says() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS leaver_l; CREATE ROLE leaver_l; SELECT spend_grant_admin('leaver_l');
+             SELECT spend_grant_reports('leaver_l')",
+        )
+        .unwrap();
+    assert_eq!(error(&mut client, "DROP ROLE leaver_l").code().code(), "2BP01");
+    client.batch_execute("DROP OWNED BY leaver_l; DROP ROLE leaver_l").unwrap();
+}
+
+#[test]
 fn table_and_extension_may_be_in_any_schema() {
     let db = shared().litellm_database();
     let mut client = db.connect();
