@@ -139,6 +139,18 @@ SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_
 FROM pg_stat_activity
 WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker', 'litellm_spend builder');
 
+-- How many periods are covered without a gap from the one after now on; at most 366.
+CREATE FUNCTION litellm_spend.periods_ahead("interval" text, covered tsmultirange, now timestamp) RETURNS bigint
+STABLE PARALLEL SAFE
+RETURN (
+    SELECT CASE "interval"
+           WHEN 'month' THEN 12 * (extract(year FROM last) - extract(year FROM first)) + extract(month FROM last) - extract(month FROM first)
+           ELSE floor(extract(epoch FROM last - first) / extract(epoch FROM step)) END::bigint
+    FROM (SELECT ('1 ' || "interval")::interval) AS s(step)
+    CROSS JOIN LATERAL (SELECT date_trunc("interval", now) + step) AS n(first)
+    CROSS JOIN LATERAL (SELECT coalesce((SELECT least(upper(part), first + 366 * step) FROM unnest(covered) AS part WHERE part @> first), first)) AS l(last)
+);
+
 -- One row a partition (a table without any: one for itself), with what concerns the whole table repeated.
 CREATE VIEW @extschema@.spend_partition_status AS
 WITH parts AS (
@@ -168,20 +180,10 @@ WITH parts AS (
                 WHEN time_type = 'timestamp with time zone' THEN b[2]::timestamptz AT TIME ZONE 'UTC'
                 ELSE b[2]::timestamp END AS range_end
     FROM bounds
-), next AS (
-    -- The period after the current one, and what partitions cover.
-    SELECT table_oid, "interval", ('1 ' || "interval")::interval AS step,
-           date_trunc("interval", clock_timestamp() AT TIME ZONE 'UTC') + ('1 ' || "interval")::interval AS first,
-           range_agg(tsrange(range_start, range_end)) FILTER (WHERE NOT is_default AND NOT is_pending) AS covered
-    FROM ranges WHERE is_partition GROUP BY table_oid, "interval"
 ), ahead AS (
-    -- How many periods from there on have a partition, without a gap; at most 366.
-    SELECT table_oid, coalesce((SELECT CASE "interval"
-               WHEN 'month' THEN 12 * (extract(year FROM last) - extract(year FROM first)) + extract(month FROM last) - extract(month FROM first)
-               ELSE floor(extract(epoch FROM last - first) / extract(epoch FROM step)) END
-           FROM (SELECT least(upper(part), first + 366 * step) AS last FROM unnest(covered) AS part WHERE part @> first) AS part),
-           0)::bigint AS periods
-    FROM next
+    SELECT table_oid, litellm_spend.periods_ahead("interval", range_agg(tsrange(range_start, range_end))
+               FILTER (WHERE NOT is_default AND NOT is_pending), clock_timestamp() AT TIME ZONE 'UTC') AS periods
+    FROM ranges WHERE is_partition GROUP BY table_oid, "interval"
 )
 SELECT table_oid::regclass AS "table",
        partition_oid::regclass AS partition,

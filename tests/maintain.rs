@@ -49,6 +49,35 @@ fn cluster() -> &'static Cluster {
 }
 
 #[test]
+fn a_round_says_as_many_periods_ahead_as_the_status_counts() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at); CREATE INDEX ON logs (at)").unwrap();
+    // Three days in one partition, and one that comes after a gap.
+    for (first, end) in [(1, 4), (10, 11)] {
+        client
+            .batch_execute(&format!(
+                "DO $$ DECLARE today date := clock_timestamp() AT TIME ZONE 'UTC'; BEGIN
+                     EXECUTE format('CREATE TABLE p{first} PARTITION OF logs FOR VALUES FROM (%L) TO (%L)',
+                                    today + {first}, today + {end});
+                 END $$"
+            ))
+            .unwrap();
+    }
+    client.batch_execute("SELECT spend_partition_set('logs', precreate => 2)").unwrap();
+    let counted = "SELECT count(*) = 3 AND bool_and(partitions_ahead = 3) FROM spend_partition_status";
+    eventually("today has a partition", || holds(&mut client, counted));
+    eventually("nobody else is at it", || {
+        maintain(&mut client, "logs").iter().any(|(action, _, _, detail)| {
+            action == "next" && {
+                assert!(detail.ends_with("; 3 periods ahead"), "{detail}");
+                true
+            }
+        })
+    });
+}
+
+#[test]
 fn periods_are_created_ahead_by_the_clock_whatever_rows_there_are() {
     let db = cluster().database();
     let mut client = db.connect();
@@ -1190,7 +1219,7 @@ fn litellms_own_job_may_run_at_the_same_time() {
         let mut last = vec![];
         eventually("all is as it should be", || {
             last = maintain(&mut client, "\"LiteLLM_SpendLogs\"");
-            last.len() == 1 && last[0].3.ends_with("7 partitions ahead")
+            last.len() == 1 && last[0].3.ends_with("7 periods ahead")
         });
     });
     wait_until_live(&mut client);

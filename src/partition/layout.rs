@@ -4,12 +4,12 @@
 use crate::citus;
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::partition::calendar::{Moment, Range};
+use crate::partition::calendar::{Interval, Moment, Range};
 use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
 use crate::server::spi;
-use crate::server::text::{qualified, quoted};
+use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::definition::TIME_TYPES;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
@@ -148,6 +148,21 @@ impl Layout {
 
     pub fn find(&self, oid: pg_sys::Oid) -> Option<&Partition> {
         self.partitions.iter().chain(&self.default).find(|p| p.oid == oid)
+    }
+
+    /// How many periods from the one after `now` on have a partition, without a gap: as the status counts
+    /// them.
+    pub fn periods_ahead(&self, interval: Interval, now: Moment) -> Result<i64> {
+        let ranges = self.partitions.iter().filter(|p| !p.pending).map(|p| p.range);
+        let (from, to): (Vec<_>, Vec<_>) = ranges.map(|r| (timestamp(r.from), timestamp(r.to))).unzip();
+        let sql = format!(
+            "SELECT coalesce({SCHEMA}.periods_ahead($1, (
+                 SELECT range_agg(tsrange(r.from, r.to)) FROM unnest($2::timestamp[], $3::timestamp[]) AS r(\"from\", \"to\")
+             ), $4), 0)"
+        );
+        let args = [interval.name().into(), from.into(), to.into(), timestamp(now).into()];
+        let counted = spi::query(&sql, &args, |r| spi::value::<i64>(r, 1))?;
+        Ok(counted.into_iter().next().unwrap_or_default())
     }
 
     /// A name in the table's schema that nothing has.

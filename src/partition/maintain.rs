@@ -384,13 +384,15 @@ impl<R: Runner> Round<'_, R> {
     fn next(&mut self, now: Moment) {
         let Some(layout) = self.layout() else { return };
         let policy = self.policy.clone();
-        let ahead = layout.partitions.iter().filter(|p| !p.pending && p.range.from > now).count();
+        let Some(ahead) = self.step(&layout.table.name, || layout.periods_ahead(policy.interval, now)) else {
+            return;
+        };
         let oldest = layout.partitions.first().filter(|p| p.range.to != Moment::MAX);
         let expires = self
             .step(&layout.table.name, || oldest.map_or(Ok(None), |oldest| policy.expiry(oldest.range.to)));
         let detail = match expires.flatten() {
-            Some(at) => format!("expires at {at} UTC; {ahead} partitions ahead"),
-            None => format!("nothing expires; {ahead} partitions ahead"),
+            Some(at) => format!("expires at {at} UTC; {ahead} periods ahead"),
+            None => format!("nothing expires; {ahead} periods ahead"),
         };
         let name = oldest.map_or(layout.table.name.clone(), |p| p.name.clone());
         self.note("next", &name, 0, detail);
