@@ -431,16 +431,21 @@ WITH status AS (
                    UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.index_set WHERE origin IS DISTINCT FROM i.id)
                OR NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored')
-                  AND EXISTS (SELECT FROM litellm_spend.leftover) AS restored
+                  AND EXISTS (SELECT FROM litellm_spend.leftover) AS restored,
+           coalesce(litellm_spend.served_until(), pg_postmaster_start_time()) AS served_until
     FROM (SELECT id FROM litellm_spend.installation LIMIT 1) AS i
 ), errors AS (
     -- The eight built-in rollups share most of theirs.
     SELECT last_error AS message, min(last_error_at) AS since, 'rollup ' || string_agg(rollup, ', ' ORDER BY rollup) AS subject
     FROM status
-    WHERE last_error IS NOT NULL AND NOT (kind = 'built-in' AND EXISTS (SELECT FROM litellm_spend.capture c WHERE c.last_error = status.last_error))
+    WHERE last_error IS NOT NULL AND last_error NOT LIKE 'nothing is captured:%'
+      AND NOT (kind = 'built-in' AND EXISTS (SELECT FROM litellm_spend.capture c WHERE c.last_error = status.last_error))
     GROUP BY last_error
     UNION ALL
-    SELECT last_error, last_error_at, 'capture of ' || relation FROM litellm_spend.capture WHERE last_error IS NOT NULL
+    -- Of a table that was dropped the name is known.
+    SELECT last_error, last_error_at,
+           'capture of ' || coalesce((SELECT oid::regclass::text FROM pg_class WHERE oid = relation), format('%I.%I', table_schema, table_name))
+    FROM litellm_spend.capture WHERE last_error IS NOT NULL
     UNION ALL
     SELECT last_error, last_error_at, 'maintenance of ' || relation FROM litellm_spend.policy WHERE last_error IS NOT NULL
     UNION ALL
@@ -476,11 +481,24 @@ WITH status AS (
     FROM (SELECT DISTINCT relation, who, remedy, since FROM litellm_spend.holder
           WHERE since < clock_timestamp() - interval '1 second' AND kind NOT LIKE 'litellm\_spend %') AS holder
     GROUP BY relation
+), readers AS (
+    -- Who may read the live views that a detach has kept, but for their owner: roles, and other views.
+    SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE x.grantee::regrole::text END AS reader
+    FROM status JOIN pg_class v ON v.relname = status.rollup AND v.relnamespace = 'litellm_spend'::regnamespace AND v.relkind = 'v'
+    CROSS JOIN LATERAL aclexplode(v.relacl) AS x
+    WHERE kind = 'built-in' AND x.privilege_type = 'SELECT' AND x.grantee <> v.relowner
+    UNION
+    SELECT 'view ' || w.ev_class::regclass
+    FROM status JOIN pg_class v ON v.relname = status.rollup AND v.relnamespace = 'litellm_spend'::regnamespace AND v.relkind = 'v'
+    JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = v.oid AND d.classid = 'pg_rewrite'::regclass
+    JOIN pg_rewrite w ON w.oid = d.objid JOIN pg_class r ON r.oid = w.ev_class AND r.relnamespace <> v.relnamespace
+    WHERE kind = 'built-in'
 ), fault AS (
-SELECT 'error' AS severity, 'no worker serves this database: nothing is merged or maintained' AS problem, NULL::timestamptz AS since,
+SELECT 'error' AS severity, 'no worker serves this database: nothing is merged or maintained' AS problem, served_until AS since,
        NULL AS caused_by, 'look for litellm_spend in the server''s log; raise max_worker_processes if it says that there is no slot' AS remedy
 FROM served
-WHERE preloaded AND NOT has_worker AND NOT pg_is_in_recovery() AND pg_postmaster_start_time() < clock_timestamp() - interval '10 seconds'
+-- The launcher starts one again that has ended 5 s ago, and looks each second.
+WHERE preloaded AND NOT has_worker AND NOT pg_is_in_recovery() AND served_until < clock_timestamp() - interval '10 seconds'
   AND (EXISTS (SELECT FROM litellm_spend.source) OR EXISTS (SELECT FROM litellm_spend.policy)
        OR EXISTS (SELECT FROM litellm_spend.conversion) OR EXISTS (SELECT FROM litellm_spend.index_set))
 UNION ALL
@@ -499,7 +517,7 @@ SELECT 'warning', 'the worker is at one thing for long: ' || worker.query, xact_
 FROM worker WHERE xact_start < clock_timestamp() - interval '5 minutes'
 UNION ALL
 -- A message of ours has its DETAIL and its HINT in lines of their own.
-SELECT CASE WHEN message LIKE 'nothing is captured%' OR is_lock THEN 'warning' ELSE 'error' END,
+SELECT CASE WHEN is_lock THEN 'warning' ELSE 'error' END,
        format('%s: %s', subject, split_part(message, E'\n', 1)), errors.since,
        substring(message FROM E'\nDETAIL:  ([^\n]*)'),
        coalesce(CASE WHEN is_lock THEN (
@@ -516,6 +534,14 @@ CROSS JOIN LATERAL (
 WHERE NOT (restored AND message LIKE 'it came out of a dump%')
   -- What is tried again and again has not failed at the first try.
   AND NOT (is_lock AND errors.since > clock_timestamp() - interval '20 seconds')
+UNION ALL
+-- Who detaches knows it; who reads what stands still does not.
+SELECT 'warning', 'detached: nothing is captured, and the report views stand still', max(last_merge_at),
+       (SELECT 'read by ' || string_agg(reader, ', ' ORDER BY reader) FROM readers),
+       'SELECT * FROM spend_attach();  -- or drop them: SELECT * FROM spend_detach(drop_history => true);'
+FROM status WHERE kind = 'built-in' AND last_error LIKE 'nothing is captured:%'
+-- Somebody has asked for the hourly ones.
+HAVING count(*) > 0 AND (EXISTS (SELECT FROM readers) OR bool_or(rollup LIKE 'hourly\_%'))
 UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),

@@ -158,10 +158,62 @@ fn what_stands_still_is_said() {
     client.batch_execute(&remedy).unwrap();
     wait_until_live(&mut client);
     none(&mut client);
-    // 3. detached.
+}
+
+#[test]
+fn a_detach_is_no_fault_unless_somebody_reads_what_stands_still() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 10, 1)).unwrap();
     client.batch_execute("SELECT spend_detach()").unwrap();
-    let (_, _, _, remedy) = only(&mut client, "nothing is captured");
-    assert!(remedy.contains("drop_history"), "{remedy}");
+    assert_eq!(faults(&mut client), [], "who did it knows it");
+    let stands_still = "SELECT bool_and(last_error LIKE 'nothing is captured: %') FROM spend_rollup_status WHERE kind = 'built-in'";
+    assert!(holds(&mut client, stands_still));
+    // A role, or a view of somebody's.
+    client.batch_execute("DROP ROLE IF EXISTS viewer_v; CREATE ROLE viewer_v").unwrap();
+    for (reader, begin, end) in [
+        (
+            "viewer_v",
+            "GRANT SELECT ON litellm_spend.daily_spend TO viewer_v",
+            "REVOKE SELECT ON litellm_spend.daily_spend FROM viewer_v",
+        ),
+        (
+            "view board",
+            "CREATE VIEW board AS SELECT date, spend FROM litellm_spend.daily_spend",
+            "DROP VIEW board",
+        ),
+    ] {
+        client.batch_execute(begin).unwrap();
+        let (severity, problem, who, remedy) = faults(&mut client).pop().unwrap();
+        assert_eq!(severity, "warning");
+        assert_eq!(problem, "detached: nothing is captured, and the report views stand still");
+        assert_eq!(who, Some(format!("read by {reader}")));
+        assert!(
+            remedy.starts_with("SELECT * FROM spend_attach();") && remedy.contains("drop_history"),
+            "{remedy}"
+        );
+        client.batch_execute(end).unwrap();
+        assert_eq!(faults(&mut client), []);
+    }
+    client.batch_execute("DROP ROLE viewer_v").unwrap();
+    // Whoever asked for the reports wants to read them.
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    let (severity, problem, who, _) = faults(&mut client).pop().unwrap();
+    assert!(severity == "warning" && problem.contains("the report views stand still") && who.is_none());
+    client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
+    none(&mut client);
+}
+
+#[test]
+fn a_captured_table_that_was_dropped_is_named() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(r#"DROP TABLE "LiteLLM_SpendLogs" CASCADE"#).unwrap();
+    let (severity, problem, _, _) = only(&mut client, "does not exist");
+    let said = r#"capture of public."LiteLLM_SpendLogs": watch: relation "public"."LiteLLM_SpendLogs" does not exist"#;
+    assert_eq!((severity.as_str(), problem.as_str()), ("error", said));
     client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
     none(&mut client);
 }
@@ -377,19 +429,52 @@ fn a_column_that_was_renamed_is_one_fault_which_says_so() {
     assert_exact(&mut client);
 }
 
+const WORKERS: &str = "SELECT count(*) FROM spend_worker_status WHERE database = current_database()";
+
 #[test]
-fn a_worker_that_was_killed_is_missed_until_it_is_back() {
+fn a_worker_that_was_ended_is_not_missed_while_it_comes_back() {
     let db = shared().database().attached();
     let mut client = db.connect();
     none(&mut client);
     eventually("the server is no longer starting", || {
         holds(&mut client, "SELECT pg_postmaster_start_time() < clock_timestamp() - interval '10 seconds'")
     });
-    let sql = "SELECT pg_terminate_backend(pid) FROM spend_worker_status WHERE database = current_database()";
-    assert!(holds(&mut client, sql));
-    let (severity, _, _, _) = only(&mut client, "no worker serves this database");
-    assert_eq!(severity, "error");
+    // The launcher's end is that of all workers.
+    for kind in ["litellm_spend worker", "litellm_spend launcher"] {
+        let sql = format!(
+            "SELECT bool_and(pg_terminate_backend(pid)) FROM spend_worker_status
+             WHERE kind = '{kind}' AND coalesce(database, current_database()) = current_database()"
+        );
+        assert!(holds(&mut client, &sql));
+        eventually("it has ended", || value::<i64>(&mut client, WORKERS) == 0);
+        eventually("it is back, and was not missed", || {
+            assert_eq!(faults(&mut client), []);
+            value::<i64>(&mut client, WORKERS) == 1
+        });
+    }
+}
+
+#[test]
+fn a_worker_that_does_not_come_back_is_missed() {
+    // One for the launcher, one for PostgreSQL's own, and one for a worker.
+    let cluster: &'static Cluster = Box::leak(Box::new(Cluster::start(&["max_worker_processes = 3"])));
+    let db = cluster.database().attached();
+    let mut client = db.connect();
     none(&mut client);
+    let began: std::time::SystemTime = value(&mut client, "SELECT clock_timestamp()");
+    // Another database gets its slot, at the latest when this one's worker is ended again.
+    let other = cluster.database();
+    let mut there = other.connect();
+    let end = "SELECT pg_terminate_backend(pid) FROM spend_worker_status WHERE database = current_database()";
+    eventually("the other is served", || {
+        client.batch_execute(end).unwrap();
+        value::<i64>(&mut there, WORKERS) == 1
+    });
+    let served: std::time::SystemTime = value(&mut client, "SELECT clock_timestamp()");
+    let (severity, _, _, remedy) = only(&mut client, "no worker serves this database");
+    assert!(severity == "error" && remedy.contains("max_worker_processes"), "{remedy}");
+    let since = "SELECT since BETWEEN $1 AND $2 AND since < now() - interval '10 s' FROM spend_health";
+    assert!(client.query_one(since, &[&began, &served]).unwrap().get::<_, bool>(0));
 }
 
 #[test]

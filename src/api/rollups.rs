@@ -19,6 +19,7 @@ use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources;
 use crate::worker::round;
+use crate::worker::service;
 use pgrx::JsonB;
 use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -138,6 +139,12 @@ mod litellm_spend {
             crate::engine::rollup::tail(rollup_name)
         })
         .map(TableIterator::once)
+    }
+
+    /// Until when a worker has looked at this database, or since when one is awaited.
+    #[pg_extern(volatile, parallel_safe)]
+    fn served_until() -> Option<TimestampWithTimeZone> {
+        service::served_until()
     }
 }
 

@@ -7,6 +7,7 @@
 use crate::guc;
 use crate::server::log;
 use crate::worker::process::{attach_signals, in_transaction, reload_settings};
+use crate::worker::service;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 use pgrx::{PgAtomic, PgXactCallbackEvent, pg_shmem_init, register_xact_callback};
@@ -35,6 +36,7 @@ pub fn register() {
     pg_shmem_init!(ANNOUNCEMENTS);
     pg_shmem_init!(FOUND);
     pg_shmem_init!(LAUNCHES);
+    service::register();
     BackgroundWorkerBuilder::new("litellm_spend launcher")
         .set_type("litellm_spend launcher")
         .set_library(LIBRARY)
@@ -59,10 +61,12 @@ pub fn found_extension() {
 pub fn announce() {
     register_xact_callback(PgXactCallbackEvent::Commit, || {
         ANNOUNCEMENTS.get().fetch_add(1, Ordering::Relaxed);
+        service::awaited();
     });
 }
 
-/// How long a worker that had work stays away after it ended. Long enough for DROP DATABASE.
+/// How long a worker that had work stays away after it ended. Long enough for DROP DATABASE. `spend_health`
+/// misses it after ten seconds.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
 
 /// How long it is not said again that there is no slot for a database.
@@ -100,6 +104,7 @@ impl Tenant {
 pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     attach_signals();
     LAUNCHES.get().fetch_add(1, Ordering::Relaxed);
+    service::launched();
     BackgroundWorker::connect_worker_to_spi(None, None);
     let mut tenants: HashMap<u32, Tenant> = HashMap::new();
     // Databases for whose worker there was no slot, and when that was said.

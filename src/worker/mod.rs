@@ -7,3 +7,4 @@ pub mod launcher;
 pub mod process;
 pub mod quiet;
 pub mod round;
+pub mod service;

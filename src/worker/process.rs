@@ -14,6 +14,7 @@ use crate::worker::builder;
 use crate::worker::launcher;
 use crate::worker::quiet::{self, Look};
 use crate::worker::round;
+use crate::worker::service;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
 use std::cell::RefCell;
@@ -60,6 +61,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
             round::tidy(&mut steps);
             tidied = Instant::now();
         }
+        service::served();
         report_idle();
         if !more && !BackgroundWorker::wait_latch(Some(steps.pause())) {
             return;
@@ -325,9 +327,11 @@ thread_local! {
     static AT: RefCell<Option<Subject>> = const { RefCell::new(None) };
 }
 
-/// A worker that ends in the middle of a step whose time was over notes whose it was, for the next one.
+/// Until now it was there. A worker that ends in the middle of a step whose time was over notes whose it was,
+/// for the next one.
 #[pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
+    service::ending();
     let Some(subject) = AT.take().filter(|_| limit::expired()) else { return };
     // SAFETY: as the server does to drop temporary tables at this point.
     unsafe { pg_sys::AbortOutOfAnyTransaction() };
