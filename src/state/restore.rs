@@ -11,7 +11,8 @@
 //! installation, so that the marker of what was here before is none of what is being restored. Once it is
 //! there we make the state ours, and the marker. Where a dump has none (`--no-comments`, or of an older
 //! version), somebody has to say that its restore is over: `spend_restored()`, or `spend_attach()` of the
-//! table.
+//! table. Tables of rollups without their state, and without a marker, are a restore that has not come to
+//! either, or was cut: it counts as one under way.
 //!
 //! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything
 //! goes on.
