@@ -9,7 +9,7 @@
 //! The hook is there as soon as the library is. It looks nothing up: the transaction has failed. In which
 //! schema our functions are, it knows of a DROP EXTENSION, of which the utility hook tells it.
 
-use crate::server::session::with_schema;
+use crate::server::failure::with_schema;
 use crate::server::text::literal;
 use pgrx::prelude::*;
 use std::cell::RefCell;
