@@ -919,6 +919,81 @@ fn a_column_of_a_rollups_table_does_not_change_while_it_is_merged() {
 }
 
 #[test]
+fn an_expression_whose_type_changes_while_it_is_prepared_is_read_as_what_it_returns() {
+    let (db, mut client) = without_worker();
+    let dimensions = |collation: &str, function: &str| {
+        format!(
+            r#"ARRAY[$$x::text COLLATE "{collation}" AS k0$$, 'public.{function}(x) AS k1',
+                     $$(('{{1}}'::public.dom[])[1])::int AS k2$$], '{{count(*) AS n}}'"#
+        )
+    };
+    // The server looks at the constant's elements, and calls the domain's check, when it has seen what f
+    // returns. What changes then it hears of when it looks the collation up, which it has not done before.
+    client
+        .batch_execute(&format!(
+            "CREATE TABLE source (id bigserial, x bigint); CREATE TABLE other (id bigserial, x bigint);
+             CREATE FUNCTION chk(int) RETURNS bool LANGUAGE plpgsql AS $$BEGIN
+                 PERFORM pg_advisory_xact_lock_shared(hashtext('analysis'));
+                 RETURN true;
+             END$$;
+             CREATE DOMAIN dom AS int CHECK (public.chk(value));
+             CREATE FUNCTION f(bigint) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$BEGIN RETURN 'k'; END$$;
+             CREATE FUNCTION g(bigint) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$BEGIN RETURN 'k'; END$$;
+             SELECT spend_rollup_create('rx', 'source', {}); SELECT spend_rollup_create('ry', 'other', {})",
+            dimensions("af-x-icu", "f"),
+            dimensions("agq-x-icu", "g")
+        ))
+        .unwrap();
+    let mut merging = db.connect();
+    for _ in 0..2 {
+        merging
+            .batch_execute("INSERT INTO other (x) VALUES (1); SELECT * FROM spend_rollup_run('ry')")
+            .unwrap();
+    }
+    client
+        .batch_execute("INSERT INTO source (x) VALUES (4242); SELECT pg_advisory_lock(hashtext('analysis'))")
+        .unwrap();
+    let run = std::thread::spawn(move || -> String {
+        merging.query_one("SELECT outcome FROM spend_rollup_run('rx')", &[]).unwrap().get(0)
+    });
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))";
+    eventually("the merge analyzes its query", || holds(&mut client, waits));
+    client
+        .batch_execute(
+            "BEGIN; DROP VIEW litellm_spend.rx; DROP FUNCTION f(bigint);
+             CREATE FUNCTION f(bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT $1';
+             ALTER TABLE source ALTER x SET STATISTICS 5; COMMIT;
+             SELECT pg_advisory_unlock(hashtext('analysis'))",
+        )
+        .unwrap();
+    assert_eq!(run.join().unwrap(), "merged");
+    assert_same(
+        &mut client,
+        "SELECT k0, k1, k2, n FROM litellm_spend.rx_rollup",
+        "VALUES ('4242', '4242', 1, 1)",
+    );
+}
+
+#[test]
+fn keys_of_any_length_take_no_more_memory_than_groups_may() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE long (id bigserial, x int); INSERT INTO long (x) SELECT generate_series(1, 9000);
+             SELECT spend_rollup_create('long', 'long', ARRAY['repeat(repeat(''x'', 1000), 48) || x AS k'], '{count(*) AS n}')",
+        )
+        .unwrap();
+    let before = most_memory(&mut client);
+    assert_eq!(value::<String>(&mut client, "SELECT outcome FROM spend_rollup_run('long')"), "merged");
+    // All at once would be 430 MB. Half as much again while what is kept grows, and what a statement takes.
+    let used = most_memory(&mut client) - before;
+    assert!(used < 300, "{used} MB");
+    let expected = "SELECT repeat(repeat('x', 1000), 48) || x, 1 FROM long";
+    assert_same(&mut client, "SELECT k, n FROM litellm_spend.long_rollup", expected);
+}
+
+#[test]
 fn a_value_that_a_rollups_column_does_not_hold_is_an_error() {
     let (_db, mut client) = without_worker();
     client
@@ -1677,6 +1752,14 @@ fn a_sum_that_no_floating_point_number_can_be_breaks_no_view() {
     assert_eq!(value::<String>(&mut client, rows), shown);
 }
 
+/// In MB, of a session, since it began.
+fn most_memory(client: &mut Client) -> u64 {
+    let pid = backend_pid(client);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
 #[test]
 fn verify_returns_more_differences_than_it_keeps_in_memory() {
     let db = shared().database();
@@ -1689,13 +1772,7 @@ fn verify_returns_more_differences_than_it_keeps_in_memory() {
         .unwrap();
     merged(&mut client, "by_g");
     client.batch_execute("UPDATE litellm_spend.by_g_rollup SET n = n + 1").unwrap();
-    let memory = |client: &mut Client| -> u64 {
-        let pid = backend_pid(client);
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
-    };
-    let before = memory(&mut client);
+    let before = most_memory(&mut client);
     let sums: String = value(
         &mut client,
         "SELECT concat_ws(' ', count(*), sum((key ->> 'g')::int), sum((rollup ->> 'n')::int - (truth ->> 'n')::int))
@@ -1703,7 +1780,7 @@ fn verify_returns_more_differences_than_it_keeps_in_memory() {
     );
     assert_eq!(sums, "200000 20000100000 200000");
     // Two million of them, all at once, took 6.2 GB.
-    let used = memory(&mut client) - before;
+    let used = most_memory(&mut client) - before;
     assert!(used < 200, "{used} MB");
 }
 

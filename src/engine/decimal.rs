@@ -38,6 +38,14 @@ impl Decimal {
         Decimal::small(numeric).unwrap_or_else(|| Decimal::Large(numeric.into()))
     }
 
+    /// What it takes beside itself.
+    pub fn memory(&self) -> usize {
+        match self {
+            Decimal::Small { .. } => 0,
+            Decimal::Large(numeric) => numeric.capacity(),
+        }
+    }
+
     fn small(numeric: &[u8]) -> Option<Decimal> {
         let word = |i: usize| numeric.get(i..i + 2).map(|w| u16::from_ne_bytes([w[0], w[1]]));
         let head = word(0)?;

@@ -101,8 +101,8 @@ fn scans<'a>(rollups: impl Iterator<Item = (&'a Definition, i64)>) -> Result<Opt
     Ok(Some(scans))
 }
 
-/// Reads the rows of all, and writes their groups. `false`: a type is not covered, or there are too many
-/// groups, and nothing was done.
+/// Reads the rows of all, and writes their groups. `false`: a type is not covered or has changed meanwhile,
+/// or there are too many groups, and nothing was done.
 fn run(scans: &mut [Scan], sql: impl Fn(&Scan) -> String, arguments: Args) -> Result<bool> {
     let queries = scans.iter().map(|scan| Query::new(&sql(scan), arguments));
     let queries = queries.collect::<Result<Vec<_>>>()?;
@@ -112,8 +112,7 @@ fn run(scans: &mut [Scan], sql: impl Fn(&Scan) -> String, arguments: Args) -> Re
     let mut most = most_memory();
     for (scan, query) in scans.iter_mut().zip(&queries) {
         scan.most = most;
-        query.read(arguments, scan)?;
-        if !scan.wants_more() {
+        if !query.read(arguments, scan)? || scan.is_full {
             return Ok(false);
         }
         most -= scan.memory();
@@ -137,8 +136,9 @@ struct Scan<'a> {
     watermark: i64,
     rollups: Vec<Rollup<'a>>,
     rows: i64,
-    /// What its groups may take.
+    /// What its groups may take, and that they would have taken more.
     most: usize,
+    is_full: bool,
 }
 
 struct Rollup<'a> {
@@ -233,20 +233,16 @@ impl<'a> Scan<'a> {
     }
 
     fn memory(&self) -> usize {
-        self.rollups.iter().map(Rollup::memory).sum()
+        self.rollups.iter().map(|rollup| rollup.groups.memory()).sum()
     }
 }
 
 impl Sink for Scan<'_> {
-    fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
+    fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) -> bool {
         self.rows += 1;
-        for rollup in &mut self.rollups {
-            rollup.add(values, nulls);
-        }
-    }
-
-    fn wants_more(&self) -> bool {
-        self.memory() <= self.most
+        let added = self.rollups.iter_mut().all(|rollup| rollup.add(values, nulls).is_some());
+        self.is_full = !added || self.memory() > self.most;
+        !self.is_full
     }
 }
 
@@ -285,30 +281,27 @@ impl Rollup<'_> {
         Some(())
     }
 
-    fn add(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
+    /// `None`: there is no memory for its group.
+    fn add(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) -> Option<()> {
         let mut key = mem::take(&mut self.groups.scratch);
         key.clear();
         for dimension in &self.dimensions {
             // NULLs last, and equal.
             key.push(u8::from(nulls[dimension.column]));
             if !nulls[dimension.column] {
-                dimension.bytes.write(values[dimension.column], &mut key);
+                dimension.bytes.write(values[dimension.column], &mut key)?;
             }
         }
-        let states = self.groups.states(&key, self.measures.len());
+        let (states, decimals) = self.groups.states(&key, self.measures.len())?;
         for (measure, state) in self.measures.iter().zip(states) {
             if !nulls[measure.column] {
+                *decimals -= state.memory();
                 state.add(&measure.combine, measure.number, values[measure.column]);
+                *decimals += state.memory();
             }
         }
         self.groups.scratch = key;
-    }
-
-    /// What its groups take.
-    fn memory(&self) -> usize {
-        let boxed = mem::size_of::<Decimal>() + 2 * mem::size_of::<usize>();
-        let numerics = self.measures.iter().filter(|measure| matches!(measure.number, Number::Numeric));
-        self.groups.memory() + self.groups.len() * numerics.count() * boxed
+        Some(())
     }
 
     /// Writes the groups, in the order of their keys.
@@ -400,6 +393,8 @@ struct Groups {
     /// Where each key ends.
     ends: Vec<usize>,
     states: Vec<State>,
+    /// What decimals among the states take beside them.
+    decimals: usize,
     scratch: Vec<u8>,
 }
 
@@ -412,14 +407,19 @@ impl Groups {
         key(&self.keys, &self.ends, group)
     }
 
-    /// The states of a key, which is new or not.
-    fn states(&mut self, wanted: &[u8], measures: usize) -> &mut [State] {
-        let Groups { table, hasher, keys, ends, states, .. } = self;
+    /// The states of a key, which is new or not, and what the decimals of all take. `None`: there is no memory
+    /// for a new one. To find that out later would end the process, and all others of the server with it.
+    fn states(&mut self, wanted: &[u8], measures: usize) -> Option<(&mut [State], &mut usize)> {
+        let Groups { table, hasher, keys, ends, states, decimals, .. } = self;
         let hash = hasher.hash_one(wanted);
         let group = match table.find(hash, |group| key(keys, ends, *group) == wanted) {
             Some(group) => *group,
             None => {
                 let group = ends.len();
+                keys.try_reserve(wanted.len()).ok()?;
+                ends.try_reserve(1).ok()?;
+                states.try_reserve(measures).ok()?;
+                table.try_reserve(1, |group| hasher.hash_one(key(keys, ends, *group))).ok()?;
                 keys.extend(wanted);
                 ends.push(keys.len());
                 states.resize_with(states.len() + measures, State::default);
@@ -427,7 +427,7 @@ impl Groups {
                 group
             }
         };
-        &mut states[group * measures..][..measures]
+        Some((&mut states[group * measures..][..measures], decimals))
     }
 
     fn memory(&self) -> usize {
@@ -435,6 +435,8 @@ impl Groups {
             + self.ends.capacity() * mem::size_of::<usize>()
             + self.table.allocation_size()
             + self.states.capacity() * mem::size_of::<State>()
+            + self.decimals
+            + self.scratch.capacity()
     }
 }
 
@@ -477,6 +479,14 @@ impl State {
                 }
             },
             (State::Decimal(_), _) => self.add_decimal(value.into()),
+        }
+    }
+
+    /// What it takes beside itself.
+    fn memory(&self) -> usize {
+        match self {
+            State::Decimal(sum) => mem::size_of::<Decimal>() + 2 * mem::size_of::<usize>() + sum.memory(),
+            State::None | State::Whole(_) => 0,
         }
     }
 

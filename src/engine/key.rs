@@ -55,17 +55,21 @@ impl Bytes {
         }
     }
 
-    pub fn write(self, value: pg_sys::Datum, key: &mut Vec<u8>) {
+    /// `None`: there is no memory for a long one.
+    pub fn write(self, value: pg_sys::Datum, key: &mut Vec<u8>) -> Option<()> {
         match self {
             Bytes::Whole(whole) => key.extend((whole.read(value) ^ i64::MIN).to_be_bytes()),
             // A text has no byte 0.
             Bytes::Text => with_content(value, |text| {
+                key.try_reserve(text.len() + 1).ok()?;
                 key.extend(text);
                 key.push(0);
-            }),
+                Some(())
+            })?,
             // SAFETY: sixteen bytes, wherever they are.
             Bytes::Uuid => key.extend(unsafe { std::slice::from_raw_parts(value.cast_mut_ptr::<u8>(), 16) }),
         }
+        Some(())
     }
 
     /// The value at the beginning of `key`, which goes on behind it.

@@ -9,26 +9,29 @@ use crate::server::spi::{Args, require_one_statement};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use pgrx::{PgMemoryContexts, PgTupleDesc};
-use std::ffi::{CString, c_char, c_int};
+use std::ffi::{CString, c_char, c_int, c_long};
 use std::ptr;
 
 /// Takes the rows of a query.
 pub trait Sink {
-    /// A row: its values, and which of them are NULL. They are gone when this returns.
-    fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]);
-
-    /// Asked some thousand rows apart.
-    fn wants_more(&self) -> bool;
+    /// A row: its values, and which of them are NULL. They are gone when this returns. Whether it wants more.
+    fn row(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) -> bool;
 }
 
-/// Rows after which the sink is asked.
-const BATCH: u32 = 10_000;
+/// A column of a query: its type, the type's modifier, and its collation.
+pub type Returned = (pg_sys::Oid, i32, pg_sys::Oid);
+
+/// # Safety
+/// It describes rows.
+unsafe fn columns_of(rows: pg_sys::TupleDesc) -> Vec<Returned> {
+    let rows = unsafe { PgTupleDesc::from_pg_unchecked(rows) };
+    rows.iter().map(|a| (a.atttypid, a.atttypmod, a.attcollation)).collect()
+}
 
 /// A query that is known before it is run.
 pub struct Query {
     plan: pg_sys::SPIPlanPtr,
-    /// The type, its modifier and the collation of each column.
-    pub columns: Vec<(pg_sys::Oid, i32, pg_sys::Oid)>,
+    pub columns: Vec<Returned>,
 }
 
 impl Query {
@@ -44,17 +47,14 @@ impl Query {
                 pg_sys::SPI_keepplan(plan);
                 let sources = pg_sys::SPI_plan_get_plan_sources(plan);
                 let source = (*(*sources).elements).ptr_value.cast::<pg_sys::CachedPlanSource>();
-                let rows = PgTupleDesc::from_pg_unchecked((*source).resultDesc);
-                Ok(Query {
-                    plan,
-                    columns: rows.iter().map(|a| (a.atttypid, a.atttypmod, a.attcollation)).collect(),
-                })
+                Ok(Query { plan, columns: columns_of((*source).resultDesc) })
             }
         })
     }
 
-    /// Gives its rows, on a fresh snapshot, to `sink`, for as long as it wants more.
-    pub fn read(&self, arguments: Args, sink: &mut dyn Sink) -> Result<()> {
+    /// Gives its rows, on a fresh snapshot, to `sink`, for as long as it wants more. `false`: what it mentions
+    /// has changed, its columns are not those that were known before, and no row was given.
+    pub fn read(&self, arguments: Args, sink: &mut dyn Sink) -> Result<bool> {
         let given = |argument: &DatumWithOid| argument.datum().map(|value| value.sans_lifetime());
         let (mut values, mut nulls) = (vec![], vec![]);
         for argument in arguments.iter().map(given) {
@@ -75,19 +75,19 @@ impl Query {
             let portal = unsafe {
                 pg_sys::SPI_cursor_open(ptr::null(), self.plan, values.as_mut_ptr(), nulls.as_ptr(), false)
             };
-            loop {
-                // SAFETY: the portal is open, and the receiver outlives the call.
-                let rows = unsafe {
+            // SAFETY: the portal is open, what it returns is fixed from here on, and the receiver outlives the
+            // call.
+            unsafe {
+                // The server has analyzed the statement anew if anything that it mentions has changed.
+                let same = columns_of((*portal).tupDesc) == self.columns;
+                if same {
                     let dest = (&raw mut receiver).cast();
-                    pg_sys::PortalRunFetch(portal, pg_sys::FetchDirection::FETCH_FORWARD, BATCH.into(), dest)
-                };
-                if rows == 0 || !receiver.sink.wants_more() {
-                    break;
+                    let all = c_long::MAX;
+                    pg_sys::PortalRunFetch(portal, pg_sys::FetchDirection::FETCH_FORWARD, all, dest);
                 }
+                pg_sys::SPI_cursor_close(portal);
+                Ok(same)
             }
-            // SAFETY: it is still open.
-            unsafe { pg_sys::SPI_cursor_close(portal) };
-            Ok(())
         })
     }
 }
@@ -120,9 +120,8 @@ unsafe extern "C-unwind" fn receive(
             pg_sys::slot_getsomeattrs_int(slot, columns as c_int);
         }
         let values = std::slice::from_raw_parts((*slot).tts_values, columns);
-        receiver.sink.row(values, std::slice::from_raw_parts((*slot).tts_isnull, columns));
+        receiver.sink.row(values, std::slice::from_raw_parts((*slot).tts_isnull, columns))
     }
-    true
 }
 
 #[pg_guard]

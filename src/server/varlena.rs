@@ -3,17 +3,18 @@
 use pgrx::prelude::*;
 
 /// The bytes of a value of varying length, however it is stored.
-pub fn with_content(value: pg_sys::Datum, mut use_it: impl FnMut(&[u8])) {
+pub fn with_content<T>(value: pg_sys::Datum, use_it: impl FnOnce(&[u8]) -> T) -> T {
     // SAFETY: it is such a value, and stays for as long as its row does; a copy is given back.
     unsafe {
         let stored: *mut pg_sys::varlena = value.cast_mut_ptr();
         let plain =
             pgrx::varatt_is_4b_u(stored) || pgrx::varatt_is_1b(stored) && !pgrx::varatt_is_1b_e(stored);
         let found = if plain { stored } else { pg_sys::pg_detoast_datum_packed(stored) };
-        use_it(content(found));
+        let result = use_it(content(found));
         if found != stored {
             pg_sys::pfree(found.cast());
         }
+        result
     }
 }
 
