@@ -206,10 +206,8 @@ fn retention_keeps_history_and_subtract_subtracts() {
 
 #[test]
 fn history_is_frozen_and_never_computed_again() {
-    let db = shared().database();
+    let db = shared().database().with_rows("r", 500, 10).attached();
     let mut client = db.connect();
-    client.batch_execute(&insert_rows("r", 500, 10)).unwrap();
-    attach(&mut client);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
     client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < date_trunc('day', now() - interval '4 days')"#).unwrap();

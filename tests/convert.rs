@@ -126,9 +126,7 @@ fn assert_counted(client: &mut Client, rows: u64) {
 
 #[test]
 fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lost() {
-    let db = shared().database();
-    db.connect().batch_execute(&insert_rows("old", ROWS, 40)).unwrap();
-    let db = db.attached();
+    let db = shared().database().with_rows("old", ROWS, 40).attached();
     let mut client = db.connect();
     let file = r#"SELECT pg_relation_filepath('"LiteLLM_SpendLogs"')"#;
     let file: String = value(&mut client, file);
@@ -201,9 +199,7 @@ fn there_and_back_beside_writers_and_readers_no_statement_fails_and_no_row_is_lo
 #[test]
 fn a_conversion_that_is_killed_at_any_step_goes_on() {
     let cluster = own_cluster(&[]);
-    let db = cluster.database();
-    db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
-    let db = db.attached();
+    let db = cluster.database().with_rows("old", 20_000, 40).attached();
     // Each step is held up by the lock of a prepared transaction, which outlives every crash.
     let hold = |name: &str, sql: &str| {
         eventually(name, || {
@@ -262,9 +258,7 @@ fn a_conversion_that_is_killed_at_any_step_goes_on() {
 #[test]
 fn an_index_that_was_left_half_built_is_built_again() {
     let cluster = own_cluster(&[]);
-    let db = cluster.database();
-    db.connect().batch_execute(&insert_rows("old", 20_000, 40)).unwrap();
-    let db = db.attached();
+    let db = cluster.database().with_rows("old", 20_000, 40).attached();
     let writer = format!("BEGIN; {}; PREPARE TRANSACTION 'writer'", insert_rows("prepared", 1, 3));
     db.connect().batch_execute(&writer).unwrap();
     let invalid = "SELECT EXISTS (SELECT FROM pg_index WHERE NOT indisvalid)";
@@ -787,9 +781,7 @@ fn wait_until_reverted(client: &mut Client) {
 
 #[test]
 fn a_table_may_go_there_and_back_again_beside_what_is_left_in_the_archive() {
-    let db = shared().database();
-    db.connect().batch_execute(&insert_rows("old", 1000, 40)).unwrap();
-    let db = db.attached();
+    let db = shared().database().with_rows("old", 1000, 40).attached();
     let mut client = db.connect();
     for round in 1..=3 {
         client.batch_execute("SELECT spend_partition_convert()").unwrap();
@@ -858,9 +850,7 @@ fn a_merge_that_moves_a_row_is_captured_on_a_converted_table_and_leaves_no_trigg
 #[test]
 fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
     let cluster = own_cluster(&[]);
-    let db = cluster.database();
-    db.connect().batch_execute(&insert_rows("old", 60_000, 40)).unwrap();
-    let db = db.attached();
+    let db = cluster.database().with_rows("old", 60_000, 40).attached();
     let mut client = db.connect();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     wait_until_partitioned(&mut client);
@@ -926,9 +916,7 @@ fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
 
 #[test]
 fn a_reversion_follows_columns_and_partitions_that_come_meanwhile() {
-    let db = shared().database();
-    db.connect().batch_execute(&insert_rows("old", 1000, 40)).unwrap();
-    let db = db.attached();
+    let db = shared().database().with_rows("old", 1000, 40).attached();
     let mut client = db.connect();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     wait_until_partitioned(&mut client);

@@ -157,10 +157,8 @@ fn detach_says_what_goes_on_and_may_be_called_again() {
 
 #[test]
 fn history_outlives_detach_and_attach() {
-    let db = shared().database();
+    let db = shared().database().with_rows("a", 500, 20).attached();
     let mut client = db.connect();
-    client.batch_execute(&insert_rows("a", 500, 20)).unwrap();
-    attach(&mut client);
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let before: f64 = value(&mut client, total);
     client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 10"#).unwrap();
@@ -256,10 +254,8 @@ const VIEW_AGAINST_BOTH: &str = r#"
 
 #[test]
 fn capture_follows_when_upstreams_script_replaces_the_table() {
-    let db = shared().database();
+    let db = shared().database().with_rows("old", 2000, 25).attached();
     let mut client = db.connect();
-    client.batch_execute(&insert_rows("old", 2000, 25)).unwrap();
-    attach(&mut client);
     beside_writers(&db, 2, 5, 3, || {
         wait_for_rows(&mut client, 100);
         client.batch_execute(UPSTREAM_SCRIPT).unwrap();

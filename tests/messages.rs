@@ -265,10 +265,8 @@ fn who_attaches_beside_a_rebuild_is_told_what_is_in_the_way() {
 
 #[test]
 fn days_before_the_first_row_are_not_said_to_have_lost_any() {
-    let db = shared().database();
+    let db = shared().database().with_rows("a", 100, 5).attached();
     let mut client = db.connect();
-    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
-    attach(&mut client);
     client.batch_execute("SELECT spend_rollup_run()").unwrap();
     let frozen = "SELECT frozen_before > '-infinity' FROM spend_rollup_status WHERE rollup = 'daily_spend'";
     assert!(holds(&mut client, frozen), "a round has looked");

@@ -265,6 +265,12 @@ impl Database {
         self.cluster.notices(&self.name, sql)
     }
 
+    /// With rows that are there before the table is captured.
+    pub fn with_rows(self, prefix: &str, n: u32, days: u32) -> Database {
+        self.connect().batch_execute(&insert_rows(prefix, n, days)).unwrap();
+        self
+    }
+
     /// With the table captured, backfilled, and the view live.
     pub fn attached(self) -> Database {
         self.attached_by("SELECT spend_attach()")
