@@ -1029,6 +1029,57 @@ fn a_merge_that_moves_a_row_is_captured_whatever_the_table_is_partitioned_by() {
 }
 
 #[test]
+fn a_detach_puts_right_what_was_not_captured_before_nobody_can() {
+    let db = shared().database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    client
+        .batch_execute(&format!(
+            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {BY_TIME}; RESET ROLE;
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+                   SELECT 'm' || i, 'c', '2026-11-05', now(), 1 FROM generate_series(1, 10) AS i;
+               SELECT spend_attach()"#
+        ))
+        .unwrap();
+    wait_until_live(&mut client);
+    let days =
+        "SELECT string_agg(date || ' ' || requests, ', ' ORDER BY date) FROM litellm_spend.daily_spend";
+    // It is noted, and would be repaired by the worker a moment later.
+    client
+        .batch_execute(
+            r#"BEGIN; MERGE INTO "LiteLLM_SpendLogs" AS t USING (VALUES ('m1')) AS s(id) ON t.request_id = s.id
+                   WHEN MATCHED THEN UPDATE SET "startTime" = '2026-11-20';
+               SELECT spend_detach(); COMMIT"#,
+        )
+        .unwrap();
+    assert_eq!(value::<String>(&mut client, days), "2026-11-05 9, 2026-11-20 1");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
+
+    // What cannot be put right is said then, and by whoever attaches again.
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client
+        .batch_execute(
+            "BEGIN; INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message)
+                 VALUES ('2026-11-05', '2026-11-06', 'rebuild', 'INSERT', 'planted');
+             SET LOCAL session_replication_role = replica",
+        )
+        .unwrap();
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'm2'"#).unwrap();
+    let said =
+        "SELECT count(*) FROM spend_detach() WHERE object = 'ranges of days' AND action ~ '^1 not captured'";
+    assert_eq!(value::<i64>(&mut client, said), 1);
+    client.batch_execute("COMMIT; SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_eq!(value::<String>(&mut client, days), "2026-11-05 9, 2026-11-20 1", "history is kept");
+    let named = "SELECT count(*) FROM spend_health WHERE problem ~ 'totals of 2026-11-05 do not count all'";
+    assert_eq!(value::<i64>(&mut client, named), 1);
+}
+
+#[test]
 fn a_row_that_a_merge_moves_out_of_a_partition_that_came_later_is_captured_whoever_made_that() {
     let db = shared().database();
     let mut client = db.connect();

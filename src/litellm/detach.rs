@@ -3,20 +3,22 @@
 //! Lock on the user's table: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition;
 //! last of all, after our own rows and the views (and, where the history goes too, the rollups' relations):
 //! all these waits together have one lock_timeout. It is held for the DROPs, a fraction of a millisecond
-//! each, and for merging at most [`MOST`] rows. What was in the log before is merged before.
+//! each, for merging at most [`MOST`] rows, and for at most one more lock_timeout, and a day, where days have to
+//! be repaired that were noted at the last moment. What was in the log and noted before is done before.
 
 use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::builtin;
 use crate::litellm::capture::{attached, drop_triggers, grantees, hold_rollups, lock_rows, revoke, triggers};
+use crate::litellm::repair;
 use crate::litellm::reports;
 use crate::litellm::spend_log::{self, OPERATIONS};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table};
-use crate::server::session::{self, Owner};
+use crate::server::session::{self, Owner, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified};
 use crate::state::captured::{self, CaptureState};
@@ -36,9 +38,10 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     hold()?;
     let state = attached()?;
     let table = Table::find(state.relation)?;
-    // 1. what is in the log, as far as that goes while it is written to.
+    // 1. what is in the log, as far as that goes while it is written to, and what was not captured.
     if !drop_history {
         merge_most()?;
+        repair_noted(None)?;
     }
     // 2. the locks, in the order in which readers and writers take them: what is ours, then the table.
     let mut locked =
@@ -54,6 +57,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     // 3. the rest, so that the rollups say what the live views said.
     if !drop_history {
         merge_rest()?;
+        repair_noted(Some(Instant::now() + guc::lock_timeout().time))?;
     }
     // 4. LiteLLM's views read the table only; nothing captures it.
     let mut actions = match &table {
@@ -74,16 +78,59 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
         revoke(role, if Some(role) == owner { "INSERT" } else { "ALL" })?;
     }
     spi::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
-    // Frozen days stay so.
-    spi::execute(&format!("DELETE FROM {SCHEMA}.dirty_range WHERE repair <> 'freeze'"), &[])?;
     if drop_history {
         actions.extend(drop_rollups()?);
     } else {
+        actions.extend(settle_notes()?);
         let kept =
             reports::rollups()?.into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));
         actions.extend(kept);
     }
     Ok(actions)
+}
+
+/// Repairs what is noted as not captured, until a time if there is one. Afterwards nobody could: what is
+/// changed while nothing is captured may be retention's work, or not.
+fn repair_noted(until: Option<Instant>) -> Result<()> {
+    let noted = format!("SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL");
+    while until.is_none_or(|until| Instant::now() < until) && spi::exists(&noted, &[])? {
+        match attempt(|| repair::step(Patience::of_call())) {
+            Ok(true) => {}
+            Ok(false) => break,
+            // What stops repairs does not stop a detach.
+            Err(failure) => {
+                failure.unless_cancel();
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Keeps the notes of days that could not be put right, for the status and for who attaches again. Frozen
+/// days stay so.
+fn settle_notes() -> Result<Option<Action>> {
+    spi::execute(
+        &format!(
+            "UPDATE {SCHEMA}.dirty_range SET unrepairable = true, repaired_at = clock_timestamp()
+             WHERE repair = 'rebuild' AND repaired_at IS NULL"
+        ),
+        &[],
+    )?;
+    spi::execute(
+        &format!("DELETE FROM {SCHEMA}.dirty_range WHERE repair <> 'freeze' AND NOT unrepairable"),
+        &[],
+    )?;
+    let wrong = spi::query(
+        &format!(
+            "SELECT count(DISTINCT (range_start, range_end)) FROM {SCHEMA}.dirty_range WHERE unrepairable"
+        ),
+        &[],
+        |r| spi::value::<i64>(r, 1),
+    )?;
+    let wrong = wrong.into_iter().find(|wrong| *wrong > 0);
+    let text = |wrong| format!("{wrong} not captured that could not be put right; spend_health names them");
+    Ok(wrong.map(|wrong| ("ranges of days".into(), text(wrong))))
 }
 
 /// Whether history is there that a detach has kept.
