@@ -407,8 +407,8 @@ impl Groups {
         key(&self.keys, &self.ends, group)
     }
 
-    /// The states of a key, which is new or not, and what the decimals of all take. `None`: there is no memory
-    /// for a new one. To find that out later would end the process, and all others of the server with it.
+    /// The states of a key, which is new or not, and what the decimals of all take. `None`: there is no
+    /// memory for a new one. To find that out later would end the process, and all others of the server with it.
     fn states(&mut self, wanted: &[u8], measures: usize) -> Option<(&mut [State], &mut usize)> {
         let Groups { table, hasher, keys, ends, states, decimals, .. } = self;
         let hash = hasher.hash_one(wanted);

@@ -3,8 +3,8 @@
 //! Lock on the user's table: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition;
 //! last of all, after our own rows and the views (and, where the history goes too, the rollups' relations):
 //! all these waits together have one lock_timeout. It is held for the DROPs, a fraction of a millisecond
-//! each, for merging at most [`MOST`] rows, and for at most one more lock_timeout, and a day, where days have to
-//! be repaired that were noted at the last moment. What was in the log and noted before is done before.
+//! each, for merging at most [`MOST`] rows, and where days were noted for repair at the last moment for
+//! lock_timeout more and what a day takes. What was in the log and noted before is done before.
 
 use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};

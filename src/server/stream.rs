@@ -52,8 +52,8 @@ impl Query {
         })
     }
 
-    /// Gives its rows, on a fresh snapshot, to `sink`, for as long as it wants more. `false`: what it mentions
-    /// has changed, its columns are not those that were known before, and no row was given.
+    /// Gives its rows, on a fresh snapshot, to `sink`, for as long as it wants more. `false`: what it
+    /// mentions has changed, its columns are not those that were known before, and no row was given.
     pub fn read(&self, arguments: Args, sink: &mut dyn Sink) -> Result<bool> {
         let given = |argument: &DatumWithOid| argument.datum().map(|value| value.sans_lifetime());
         let (mut values, mut nulls) = (vec![], vec![]);
@@ -75,8 +75,8 @@ impl Query {
             let portal = unsafe {
                 pg_sys::SPI_cursor_open(ptr::null(), self.plan, values.as_mut_ptr(), nulls.as_ptr(), false)
             };
-            // SAFETY: the portal is open, what it returns is fixed from here on, and the receiver outlives the
-            // call.
+            // SAFETY: the portal is open, what it returns is fixed from here on, and the receiver outlives
+            // the call.
             unsafe {
                 // The server has analyzed the statement anew if anything that it mentions has changed.
                 let same = columns_of((*portal).tupDesc) == self.columns;
