@@ -408,7 +408,8 @@ impl Groups {
     }
 
     /// The states of a key, which is new or not, and what the decimals of all take. `None`: there is no
-    /// memory for a new one. To find that out later would end the process, and all others of the server with it.
+    /// memory for a new one. To find that out later would end the process, and all others of the server with
+    /// it.
     fn states(&mut self, wanted: &[u8], measures: usize) -> Option<(&mut [State], &mut usize)> {
         let Groups { table, hasher, keys, ends, states, decimals, .. } = self;
         let hash = hasher.hash_one(wanted);
