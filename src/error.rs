@@ -372,6 +372,16 @@ errors! {
         "They come into the source too, but their \"{column}\" is {found} there.";
         ("ALTER TABLE {relation} ALTER COLUMN {column} SET DEFAULT nextval({}).", literal(sequence));
 
+    NumberNotKept { relation: String, column: String, r#type: String }:
+        ERRCODE_DATATYPE_MISMATCH;
+        "column \"{column}\" of {relation} cannot number its rows: its type is {type}";
+        "A number that it rounds can be one that is merged already. The row would never be counted.";
+        (
+            "ALTER TABLE {relation} ALTER COLUMN {} TYPE bigint; a rollup that is over it must be dropped before, \
+             and made anew after.",
+            quoted(column)
+        );
+
     RollupBusy { rollup: String, holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "rollup \"{rollup}\" is locked by another transaction";

@@ -1728,6 +1728,72 @@ fn a_sequence_is_known_whatever_it_is_called_and_converted_to() {
 }
 
 #[test]
+fn a_column_that_does_not_keep_its_number_is_refused_also_later() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE SEQUENCE s; CREATE DOMAIN tens AS numeric(10, -1); CREATE DOMAIN short AS real; CREATE DOMAIN whole AS bigint;
+             CREATE DOMAIN digits AS numeric(20, 3)",
+        )
+        .unwrap();
+    let create = |table: &str| {
+        format!("SELECT spend_rollup_create('by_{table}', '{table}', '{{x}}', '{{count(*) AS n}}')")
+    };
+    let refused = [
+        "numeric(10,-1)",
+        "numeric(3,-1000)",
+        "real",
+        "double precision",
+        "oid",
+        "public.tens",
+        "public.short",
+    ];
+    for (i, r#type) in refused.into_iter().enumerate() {
+        let table = format!("refused_{i}");
+        client
+            .batch_execute(&format!("CREATE TABLE {table} (id {type} DEFAULT nextval('s'), x int)"))
+            .unwrap();
+        for call in [create(&table), format!("SELECT spend_rollup_register('by_hand', '{table}')")] {
+            assert_refused(&mut client, &call, "42804");
+            let message = error(&mut client, &call).message().to_string();
+            assert!(message.ends_with(&format!("its type is {type}")), "{message}");
+        }
+    }
+    let kept = ["smallint", "int", "numeric", "numeric(10)", "numeric(1000, 900)", "whole", "digits"];
+    for (i, r#type) in kept.into_iter().enumerate() {
+        let table = format!("kept_{i}");
+        client
+            .batch_execute(&format!(
+                "CREATE TABLE {table} (id {type} DEFAULT nextval('s'), x int); {}; INSERT INTO {table} (x) VALUES (1), (1)",
+                create(&table)
+            ))
+            .unwrap();
+        merged(&mut client, &format!("by_{table}"));
+    }
+    // One that is filled by hand is in nobody's way.
+    client
+        .batch_execute(
+            "CREATE TABLE later (id numeric DEFAULT nextval('s'), x int); SELECT spend_rollup_register('by_hand', 'later');
+             ALTER TABLE later ALTER id TYPE real; INSERT INTO later (x) VALUES (1)",
+        )
+        .unwrap();
+    assert_refused(&mut client, "SELECT spend_rollup_window('by_hand')", "42804");
+    // A rollup of before that was refused: its live view keeps the column from being altered.
+    client
+        .batch_execute(
+            "UPDATE pg_attribute SET atttypmod = ((10 << 16) | (-1 & 2047)) + 4 WHERE attrelid = 'kept_2'::regclass AND attname = 'id';
+             INSERT INTO kept_2 (x) VALUES (1)",
+        )
+        .unwrap();
+    eventually("the status says so", || {
+        let sql = r#"SELECT last_error LIKE 'column "id" of public.kept_2 cannot number its rows: its type is numeric(10,-1)%'
+                     FROM spend_rollup_status WHERE rollup = 'by_kept_2'"#;
+        holds(&mut client, sql)
+    });
+}
+
+#[test]
 fn a_sum_that_no_floating_point_number_can_be_breaks_no_view() {
     let db = shared().database();
     let mut client = db.connect();

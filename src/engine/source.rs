@@ -109,30 +109,47 @@ pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> R
     Err(Error::NumberedElsewhere { relation, column, found, sequence: number })
 }
 
-/// Refuses a default that only computes with the sequence's number.
+/// Refuses a default that only computes with the sequence's number, and a column that does not keep it.
 fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     let defaults = spi::current(
         &format!(
             "{FAMILY}
-             SELECT d.adrelid::regclass::text, $2::regclass::text, attname::text, d.adbin::text
+             SELECT d.adbin::text, a.atttypid, a.atttypmod, d.adrelid::regclass::text, $2::regclass::text,
+                 attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod)
              FROM family JOIN pg_catalog.pg_attrdef d ON d.adrelid = family.oid
              JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
              JOIN number USING (attname)"
         ),
         &[relation.into(), sequence.into()],
         |r| {
-            let (relation, sequence) = (spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?);
-            Ok((relation, sequence, spi::value::<String>(r, 3)?, spi::value::<String>(r, 4)?))
+            let is_drawn = expression::drawn_from(&spi::value::<String>(r, 1)?) == Some(sequence);
+            if is_drawn && keeps_numbers(spi::value(r, 2)?, spi::value(r, 3)?) {
+                return Ok(None);
+            }
+            let (relation, sequence) = (spi::value::<String>(r, 4)?, spi::value::<String>(r, 5)?);
+            let (column, r#type) = (spi::value::<String>(r, 6)?, spi::value::<String>(r, 7)?);
+            Ok(Some(match is_drawn {
+                true => Error::NumberNotKept { relation, column, r#type },
+                false => {
+                    let found = "given another default".into();
+                    Error::NumberedElsewhere { relation, column, found, sequence }
+                }
+            }))
         },
     )?;
-    match defaults.into_iter().find(|(.., stored)| expression::drawn_from(stored) != Some(sequence)) {
-        None => Ok(()),
-        Some((relation, sequence, column, _)) => Err(Error::NumberedElsewhere {
-            relation,
-            column,
-            found: "given another default".into(),
-            sequence,
-        }),
+    defaults.into_iter().flatten().next().map_or(Ok(()), Err)
+}
+
+/// Whether a column of such a type has every number as the sequence gave it. What it rounds can become a
+/// number that is merged already. Of a numeric that is one whose scale is negative: it rounds to tens or more.
+fn keeps_numbers(r#type: pg_sys::Oid, mut modifier: i32) -> bool {
+    // SAFETY: a column's type, which is there as long as the column is.
+    let base = unsafe { pg_sys::getBaseTypeAndTypmod(r#type, &mut modifier) };
+    match base {
+        pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID => true,
+        // The scale's sign is bit 10 of a modifier, which is stored with the size of a header added.
+        pg_sys::NUMERICOID => modifier < 0 || (modifier - pg_sys::VARHDRSZ as i32) & (1 << 10) == 0,
+        _ => false,
     }
 }
 
