@@ -1851,6 +1851,39 @@ fn verify_returns_more_differences_than_it_keeps_in_memory() {
 }
 
 #[test]
+fn verify_shows_every_digit_of_numbers_that_differ() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE TABLE exact (id bigserial PRIMARY KEY, k numeric, x numeric, t text);
+               SELECT spend_rollup_create('exact', 'exact', '{k,t}', '{sum(x) AS s,max(x) AS most}');
+               INSERT INTO exact (k, x, t) VALUES (1, 0.10000000000000000001, 'a"\b'), (1e400, 1e400, E'\n'), ('NaN', 0, NULL)"#,
+        )
+        .unwrap();
+    merged(&mut client, "exact");
+    client
+        .batch_execute(
+            "UPDATE exact SET x = 0.10000000000000000002 WHERE id = 1; UPDATE exact SET x = 1e400 + 1 WHERE id = 2;
+             UPDATE exact SET x = 'Infinity' WHERE id = 3",
+        )
+        .unwrap();
+    let sides = |client: &mut Client, k: &str| -> String {
+        value(
+            client,
+            &format!(
+                "SELECT format('%s %s %s %s', rollup ->> 's', truth ->> 's', key ->> 't', rollup -> 's' = rollup -> 'most')
+                 FROM spend_rollup_verify('exact') WHERE key ->> 'k' = ({k})::text"
+            ),
+        )
+    };
+    assert_eq!(sides(&mut client, "1"), r#"0.10000000000000000001 0.10000000000000000002 a"\b t"#);
+    assert_eq!(sides(&mut client, "'NaN'"), "0 Infinity  t");
+    let large = format!("1{} 1{}1 \n t", "0".repeat(400), "0".repeat(399));
+    assert_eq!(sides(&mut client, "1e400::numeric"), large);
+}
+
+#[test]
 fn a_source_without_an_index_gets_a_notice_that_names_one() {
     let db = shared().database();
     let cluster = shared();

@@ -12,6 +12,7 @@ use crate::litellm::backfill;
 use crate::litellm::builtin;
 use crate::litellm::detach;
 use crate::litellm::views;
+use crate::server::jsonb::Jsonb;
 use crate::server::locks::Patience;
 use crate::server::session::{self, Elevated};
 use crate::state::fence::Fence;
@@ -20,7 +21,6 @@ use crate::state::rollups;
 use crate::state::sources;
 use crate::worker::round;
 use crate::worker::service;
-use pgrx::JsonB;
 use pgrx::datum::{Timestamp, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -173,7 +173,7 @@ fn spend_rollup_verify(
     range_start: default!(Option<Timestamp>, "NULL"),
     range_end: default!(Option<Timestamp>, "NULL"),
 ) -> Result<
-    TableIterator<'static, (name!(key, JsonB), name!(rollup, Option<JsonB>), name!(truth, Option<JsonB>))>,
+    TableIterator<'static, (name!(key, Jsonb), name!(rollup, Option<Jsonb>), name!(truth, Option<Jsonb>))>,
     ErrorReport,
 > {
     report(|| {

@@ -18,6 +18,7 @@ use crate::engine::source::Notice;
 use crate::error::{Error, Result};
 use crate::litellm::capture::attached;
 use crate::litellm::spend_log::Capture;
+use crate::server::jsonb::Jsonb;
 use crate::server::locks::{self, Patience};
 use crate::server::relation;
 use crate::server::session::{self, Owner};
@@ -28,7 +29,6 @@ use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
 use crate::state::rollups;
-use pgrx::JsonB;
 use pgrx::datum::Timestamp;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -342,7 +342,7 @@ fn is_border(fence: &Fence, definition: &Definition, border: Timestamp) -> Resul
 }
 
 /// A group in which rollup + tail and truth differ: its key and both sides.
-pub type Difference = (JsonB, Option<JsonB>, Option<JsonB>);
+pub type Difference = (Jsonb, Option<Jsonb>, Option<Jsonb>);
 
 /// All of them. There may be as many as the rollup has groups: they are read while they are returned.
 pub struct Differences {
@@ -373,10 +373,8 @@ impl Differences {
                 },
             };
             // As text: a jsonb would be read in the transaction's memory, and leave 200 bytes there.
-            let side = |text: String| Ok::<_, Error>(JsonB(serde_json::from_str(&text)?));
             let batch = spi::fetch(&cursor, DIFFERENCES, |r| {
-                let (rollup, truth) = (r.get(2)?.map(side).transpose()?, r.get(3)?.map(side).transpose()?);
-                Ok((side(spi::value(r, 1)?)?, rollup, truth))
+                Ok((Jsonb(spi::value(r, 1)?), r.get(2)?.map(Jsonb), r.get(3)?.map(Jsonb)))
             })?;
             self.cursor = Some(cursor).filter(|_| !batch.is_empty());
             self.batch = batch.into_iter();

@@ -5,6 +5,7 @@ pub mod expression;
 mod failure;
 pub mod guard;
 pub mod hint;
+pub mod jsonb;
 pub mod keyed;
 pub mod limit;
 pub mod locks;
