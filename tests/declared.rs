@@ -1339,6 +1339,47 @@ fn a_range_is_rebuilt_and_what_differs_is_found() {
 }
 
 #[test]
+fn a_lost_bucket_is_named_whatever_time_it_is() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE dated (id bigserial PRIMARY KEY, d date, t timestamptz);
+             SELECT spend_rollup_create('by_date', 'dated', '{d}', '{count(*) AS n}');
+             SELECT spend_rollup_create('by_time', 'dated', '{t}', '{count(*) AS n}');
+             INSERT INTO dated (d, t) VALUES (NULL, NULL), ('-infinity', '-infinity'), ('4714-11-24 BC', '4714-11-24 BC Z'),
+                 ('2026-11-18', '2026-11-18 Z'), ('294277-01-01', '2026-11-19 Z'), ('5874897-12-31', '294276-12-31 23:59:59.999999Z'),
+                 ('infinity', 'infinity')",
+        )
+        .unwrap();
+    merged(&mut client, "by_date");
+    merged(&mut client, "by_time");
+    // Whoever reads the message is told in UTC.
+    client.batch_execute("SET TimeZone = 'Asia/Seoul'; SET DateStyle = 'German'").unwrap();
+    // From the last one on.
+    for (id, date, time) in [
+        (7, "infinity", "infinity"),
+        (6, "5874897-12-31", "294276-12-31 23:59:59.999999+00"),
+        (5, "294277-01-01", "2026-11-19 00:00:00+00"),
+        (4, "2026-11-18", "2026-11-18 00:00:00+00"),
+        (3, "4714-11-24 BC", "4714-11-24 00:00:00+00 BC"),
+        (2, "some time", "some time"),
+        (1, "some time", "some time"),
+    ] {
+        client.batch_execute(&format!("DELETE FROM dated WHERE id = {id}")).unwrap();
+        for (rollup, bucket) in [("by_date", date), ("by_time", time)] {
+            let call = format!("SELECT spend_rollup_rebuild('{rollup}')");
+            assert_refused(&mut client, &call, "55000");
+            let message = error(&mut client, &call).message().to_string();
+            assert_eq!(message, format!("rollup \"{rollup}\" knows of more rows at {bucket} than there are"));
+            client.batch_execute(&format!("SELECT spend_rollup_rebuild('{rollup}', force => true)")).unwrap();
+        }
+        assert_verified(&mut client);
+        client.batch_execute("SELECT * FROM spend_rollup_status").unwrap();
+    }
+}
+
+#[test]
 fn a_rollup_without_time_is_rebuilt_as_a_whole() {
     let (_db, mut client) = page_views();
     client

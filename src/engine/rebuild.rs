@@ -174,7 +174,7 @@ fn check_nothing_lost(fences: &[&Fence], known: &[&Fence], truth: &Truth, range:
     match last_lost_bucket(fence, definition, truth, range)? {
         None => Ok(()),
         Some(bucket) => {
-            let bucket = if bucket.is_neg_infinity() { "some time".into() } else { bucket.to_string() };
+            let bucket = bucket.unwrap_or_else(|| "some time".into());
             Err(Error::RawRowsLost { rollup: fence.name.clone(), bucket })
         }
     }
@@ -187,16 +187,17 @@ pub fn smallest<'a>(fences: impl Iterator<Item = &'a Fence>) -> Option<(&'a Fenc
     definitions.min_by_key(|(_, d)| (!d.expansion.is_empty(), d.dimensions.len()))
 }
 
+/// The bucket's time is `None` where it has none.
 fn last_lost_bucket(
     fence: &Fence,
     definition: &Definition,
     truth: &Truth,
     range: Range,
-) -> Result<Option<Timestamp>> {
+) -> Result<Option<Option<String>>> {
     let lost = truth.owner.fresh(
         &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
         &[range.start.into(), range.end.into()],
-        |r| spi::value::<Timestamp>(r, 1),
+        |r| Ok(r.get::<String>(1)?),
     )?;
     Ok(lost.into_iter().next())
 }

@@ -478,14 +478,14 @@ impl Definition {
     }
 
     /// The last bucket of `[$1, $2)` of which the rollup knows more source rows than [`Definition::refill`]
-    /// would find.
+    /// would find, as text: a date can be beyond every timestamp. NULL: it has no time.
     pub fn last_lost_bucket(&self, truth: Option<&str>, watermark: i64) -> String {
         let (bucket, presence) = (self.bucket_name(), quoted(&self.presence));
         format!(
-            "SELECT coalesce(bucket, '-infinity')::timestamp
+            "SELECT nullif(bucket::text, '-infinity')
              FROM (SELECT {bucket} AS bucket, {presence} AS n FROM {table} WHERE {range}
                    UNION ALL SELECT {bucket}, - {presence} FROM ({rows}) AS rows) AS known_and_found
-             GROUP BY bucket HAVING sum(n) > 0 ORDER BY 1 DESC LIMIT 1",
+             GROUP BY bucket HAVING sum(n) > 0 ORDER BY bucket DESC NULLS LAST LIMIT 1",
             table = self.table(),
             range = self.bucket_in_range(),
             rows = self.merged_truth(truth, watermark),
