@@ -450,6 +450,42 @@ fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
 }
 
 #[test]
+fn dates_beyond_every_timestamp_are_in_nobodys_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE dated (id bigserial, d date NOT NULL, PRIMARY KEY (id, d)) PARTITION BY RANGE (d);
+             CREATE TABLE far PARTITION OF dated FOR VALUES FROM ('200000-01-01') TO ('300000-01-01');
+             CREATE TABLE farther PARTITION OF dated FOR VALUES FROM ('300000-01-01') TO ('400000-01-01');
+             CREATE TABLE first PARTITION OF dated FOR VALUES FROM ('4714-11-24 BC') TO ('4712-01-01 BC');
+             CREATE TABLE rest PARTITION OF dated DEFAULT; CREATE INDEX ON dated (d);
+             INSERT INTO dated (d) VALUES ('4714-11-24 BC'), ('2026-11-27'), ('2026-11-28'), ('300000-01-01'), ('5874897-12-31'), ('infinity');
+             SELECT spend_partition_set('dated', time_column => 'd', precreate => 1)",
+        )
+        .unwrap();
+    for retention in ["0", "20 days"] {
+        let set = format!("SELECT spend_partition_set('dated', precreate => 1, retention => '{retention}')");
+        client.batch_execute(&set).unwrap();
+        for _ in 0..3 {
+            let actions = maintain_at(&mut client, "dated", "2026-11-28");
+            assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+        }
+    }
+    let left = "SELECT array_agg(d::text ORDER BY d) FROM rest";
+    assert_eq!(value::<Vec<String>>(&mut client, left), ["5874897-12-31", "infinity"]);
+    let rows = "SELECT array_agg(d::text ORDER BY d) FROM dated WHERE d < '300000-01-01'";
+    assert_eq!(value::<Vec<String>>(&mut client, rows), ["2026-11-27", "2026-11-28"]);
+    let ends = "SELECT string_agg(concat_ws(' ', partition, range_start, range_end), '; ' ORDER BY range_start, range_end)
+                FROM spend_partition_status WHERE range_start > '2100-01-01'";
+    assert_eq!(
+        value::<String>(&mut client, ends),
+        "far 200000-01-01 00:00:00 infinity; farther infinity infinity"
+    );
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
+}
+
+#[test]
 fn what_is_not_rolled_up_stays() {
     let db = cluster().database();
     let mut client = db.connect();

@@ -176,14 +176,17 @@ impl Layout {
     }
 }
 
-/// A bound as microseconds since 1970. A bound of `infinity` is as good as none.
+/// A bound as microseconds since 1970. A bound of `infinity` is as good as none; a date that is beyond every
+/// timestamp is the last moment, as `micros` has it.
 fn bound_micros(bound: &str) -> String {
     let literal = format!("pg_catalog.btrim({bound}, '''')");
     format!(
         "CASE WHEN {bound} IN ('MINVALUE', '''-infinity''') THEN '{}'::bigint
-              WHEN {bound} IN ('MAXVALUE', '''infinity''') THEN '{}'::bigint ELSE {} END",
+              WHEN {bound} IN ('MAXVALUE', '''infinity''') THEN '{}'::bigint
+              WHEN {literal}::date > '294276-12-31' THEN '{}'::bigint ELSE {} END",
         i64::MIN,
         i64::MAX,
+        i64::MAX - 1,
         micros(&format!("{literal}::timestamp"))
     )
 }
@@ -211,7 +214,8 @@ pub fn now() -> Moment {
     Moment(unsafe { pg_sys::GetCurrentTimestamp() }.saturating_add(TO_2000))
 }
 
-/// A finite timestamp in UTC as microseconds since 1970.
+/// A finite time as microseconds since 1970, one without a time zone in UTC; far beyond what is ours, the last
+/// of them. (A date need not be within a timestamp's range: it is not cast.)
 pub fn micros(expression: &str) -> String {
     format!("least(extract(epoch FROM {expression}) * 1000000, 9223372036854775806)::bigint")
 }

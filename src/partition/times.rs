@@ -44,7 +44,7 @@ impl Times {
     /// The first and last row of a range.
     pub fn ends(&self, range: Range) -> Result<Option<(Moment, Moment)>> {
         let time = &self.time;
-        let [first, last] = ["min", "max"].map(|end| micros(&format!("{end}({time})::timestamp")));
+        let [first, last] = ["min", "max"].map(|end| micros(&format!("{end}({time})")));
         let sql =
             format!("SELECT {first}, {last} FROM ONLY {} WHERE {}", self.relation, self.condition(range));
         let ends = self.ask(&sql, |r| Ok(r.get::<i64>(1)?.zip(r.get::<i64>(2)?)))?;
@@ -74,8 +74,7 @@ impl Times {
         let (relation, time, condition) = (&self.relation, &self.time, self.condition(range));
         let ordered = format!("FROM ONLY {relation} WHERE {condition} ORDER BY {time}");
         let at = |offset: i64| {
-            let sql =
-                format!("SELECT {} {ordered} OFFSET {offset} LIMIT 1", micros(&format!("{time}::timestamp")));
+            let sql = format!("SELECT {} {ordered} OFFSET {offset} LIMIT 1", micros(time));
             Ok::<_, Error>(self.ask(&sql, |r| spi::value::<i64>(r, 1))?.into_iter().next().map(Moment))
         };
         let (Some(first), Some(next)) = (at(0)?, at(rows)?) else { return Ok(None) };
