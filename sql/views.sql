@@ -172,8 +172,8 @@ WITH parts AS (
     SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
 ), ranges AS (
     SELECT bounds.*, is_partition AND bound = 'DEFAULT' AS is_default,
-           -- Bounds of a timestamp with time zone are shown in the reader's zone: back to UTC. A date can be beyond
-           -- every timestamp.
+           -- Bounds of a timestamp with time zone are shown in the reader's zone: back to UTC.
+           -- A date can be beyond every timestamp.
            CASE WHEN b[1] = 'MINVALUE' THEN '-infinity'
                 WHEN time_type = 'timestamp with time zone' THEN b[1]::timestamptz AT TIME ZONE 'UTC'
                 WHEN b[1]::date > '294276-12-31' THEN 'infinity'

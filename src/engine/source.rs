@@ -141,7 +141,7 @@ fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
 }
 
 /// Whether a column of such a type has every number as the sequence gave it. What it rounds can become a
-/// number that is merged already. Of a numeric that is one whose scale is negative: it rounds to tens or more.
+/// number that is merged already. A numeric rounds whole numbers if its scale is negative: to tens or more.
 fn keeps_numbers(r#type: pg_sys::Oid, mut modifier: i32) -> bool {
     // SAFETY: a column's type, which is there as long as the column is.
     let base = unsafe { pg_sys::getBaseTypeAndTypmod(r#type, &mut modifier) };

@@ -214,8 +214,8 @@ pub fn now() -> Moment {
     Moment(unsafe { pg_sys::GetCurrentTimestamp() }.saturating_add(TO_2000))
 }
 
-/// A finite time as microseconds since 1970, one without a time zone in UTC; far beyond what is ours, the last
-/// of them. (A date need not be within a timestamp's range: it is not cast.)
+/// A finite time as microseconds since 1970, one without a time zone in UTC; beyond those the last that there
+/// is. (A date is not cast: it can be beyond every timestamp.)
 pub fn micros(expression: &str) -> String {
     format!("least(extract(epoch FROM {expression}) * 1000000, 9223372036854775806)::bigint")
 }
