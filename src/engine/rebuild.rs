@@ -273,12 +273,12 @@ pub fn rebuild_range(
 }
 
 /// Lets spend_progress show it: until the transaction ends other sessions see nothing of it but its locks.
-/// Nobody waits for this one.
+/// Nobody waits for this one, nor we for whoever has it: anybody may take it.
 fn show(rollup: Option<&Fence>) -> Result<()> {
     let view =
         rollup.map(|fence| relation::find_relation(&qualified(SCHEMA, &fence.name))).transpose()?.flatten();
     let key = view.map_or(0, |oid| oid.to_u32() as i32);
-    spi::execute(&format!("SELECT pg_catalog.pg_advisory_xact_lock_shared({REBUILD}, $1)"), &[key.into()])
+    spi::execute(&format!("SELECT pg_catalog.pg_try_advisory_xact_lock_shared({REBUILD}, $1)"), &[key.into()])
         .map(drop)
 }
 
