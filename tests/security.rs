@@ -443,6 +443,7 @@ mod preloaded {
         numbers_that_break_the_status "47-numbers-that-break-the-status.sql" WithExtension;
         a_transaction_that_keeps_every_name "48-a-transaction-that-keeps-every-name.sql" WithExtension;
         a_maintenance_within_a_maintenance "49-a-maintenance-within-a-maintenance.sql" WithExtension;
+        an_index_that_is_slow_to_summarize "50-an-index-that-is-slow-to-summarize.sql" WithExtension;
     }
 }
 

@@ -6,8 +6,8 @@
 //! summarizes the ranges that are full. Not the last one: each row that came would then change its summary.
 //!
 //! Lock: SHARE UPDATE EXCLUSIVE on the table, in a transaction of its own for the time that it takes to read
-//! the new pages; who reads or writes does not notice. It is not waited for: whoever has it, VACUUM or
-//! ANALYZE, say, is let alone. Whose rights: as the table's owner, restricted, whose expressions the index
+//! the new pages, so many at a time; who reads or writes does not notice. It is not waited for: whoever has
+//! it, VACUUM or ANALYZE, say, is let alone. Whose rights: as the table's owner, restricted, whose expressions the index
 //! may have beside the number.
 
 use crate::error::Result;
@@ -17,21 +17,48 @@ use crate::server::session::{Failure, Owner, attempt};
 use crate::server::spi;
 use crate::state::sources::{self, Source};
 use pgrx::prelude::*;
+use std::cell::RefCell;
+use std::collections::HashMap;
 
-/// Ranges of an index that are summarized at a time: a gigabyte, if they are as large as by default.
-const MOST: usize = 1000;
+/// Pages that are summarized at a time, of all of a source's indexes together: 256 MB, which a slow disk reads
+/// within the limit of the step.
+const MOST: i64 = 32_768;
 
-/// Summarizes what is full and new, from the end of each table back to where that has been done.
-pub fn newest_rows(source: &Source) -> Result<()> {
-    let Some(relation) = sources::relation_of(source)? else { return Ok(()) };
+thread_local! {
+    /// Of each index, which ranges a worker has yet to look at.
+    static LEFT: RefCell<HashMap<pg_sys::Oid, Left>> = RefCell::default();
+}
+
+/// Summarizes what is full and new, from the end of each table back to where that has been done, and at most
+/// so many pages. Returns how many there were.
+pub fn newest_rows(source: &Source, most: i64) -> Result<i64> {
+    let Some(relation) = sources::relation_of(source)? else { return Ok(0) };
     let column = relation::numbered_column(relation, source.sequence)?;
+    let (most, mut pages) = (most.min(MOST), 0);
     for index in indexes(&relation::relation_tree(relation)?, &column)? {
-        if locks::try_lock(index.table, pg_sys::ShareUpdateExclusiveLock) {
+        if pages < most && locks::try_lock(index.table, pg_sys::ShareUpdateExclusiveLock) {
             // An owner's broken expression stops no merge. VACUUM says of it what there is to say.
-            let _: Option<()> = attempt(|| index.summarize()).map_err(Failure::unless_cancel).ok();
+            let done = attempt(|| index.summarize(most - pages)).map_err(Failure::unless_cancel);
+            pages += done.unwrap_or_default();
         }
     }
-    Ok(())
+    Ok(pages)
+}
+
+/// Ranges of an index that are to be looked at: from the end of the table back, and those that have become
+/// full since.
+///
+/// ```text
+///  done before | back          | done | ahead               | not full
+/// -------------+---------------+------+---------------------+---------> range
+///              0 or unknown  back   ahead               full_ranges
+/// ```
+#[derive(Clone, Copy)]
+struct Left {
+    /// Below this one; 0: none.
+    back: i64,
+    /// From this one on.
+    ahead: i64,
 }
 
 struct Index {
@@ -69,16 +96,34 @@ fn indexes(tables: &[pg_sys::Oid], column: &str) -> Result<Vec<Index>> {
 }
 
 impl Index {
-    fn summarize(&self) -> Result<()> {
-        for range in (0..self.full_ranges).rev().take(MOST) {
-            // How many ranges it has summarized: none if that was done before.
-            let sql = "SELECT pg_catalog.brin_summarize_range($1::regclass, $2)";
-            let page = range * self.pages_per_range;
-            let done = self.owner.fresh(sql, &[self.oid.into(), page.into()], |r| spi::value::<i32>(r, 1))?;
-            if done == [0] {
-                break;
+    /// Summarizes ranges of at most so many pages, but one at least, and returns how many pages it has read.
+    fn summarize(&self, most: i64) -> Result<i64> {
+        let known = LEFT.with_borrow(|left| left.get(&self.oid).copied());
+        // Of a table that was emptied meanwhile nothing is known.
+        let known = known.filter(|left| left.ahead <= self.full_ranges);
+        let mut left = known.unwrap_or(Left { back: self.full_ranges, ahead: self.full_ranges });
+        let mut pages = 0;
+        while pages < most && left.ahead < self.full_ranges {
+            // That it was done before is found in a page of the index.
+            pages += self.summarize_range(left.ahead)?.unwrap_or(1);
+            left.ahead += 1;
+        }
+        while pages < most && left.back > 0 {
+            left.back -= 1;
+            match self.summarize_range(left.back)? {
+                Some(read) => pages += read,
+                None => left.back = 0,
             }
         }
-        Ok(())
+        LEFT.with_borrow_mut(|all| all.insert(self.oid, left));
+        Ok(pages)
+    }
+
+    /// The pages that it has read; `None`: that was done before.
+    fn summarize_range(&self, range: i64) -> Result<Option<i64>> {
+        let sql = "SELECT pg_catalog.brin_summarize_range($1::regclass, $2)";
+        let page = range * self.pages_per_range;
+        let done = self.owner.fresh(sql, &[self.oid.into(), page.into()], |r| spi::value::<i32>(r, 1))?;
+        Ok((done != [0]).then_some(self.pages_per_range))
     }
 }

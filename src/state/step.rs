@@ -15,6 +15,8 @@ pub enum Subject {
     /// One of the steps that concern the captured table.
     Task(&'static str),
     Source(String),
+    /// The BRIN indexes of a source.
+    Summary(String),
     Rollup(String),
     /// All rollups of a source, merged at once.
     Together(String),
@@ -42,11 +44,11 @@ pub trait Runner {
     /// Has a process of its own run the statement that comes next for the conversion or the indexes of a
     /// table, and that no transaction may surround. Only a worker can.
     fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}
-    /// Most sequence values that it merges in a step.
+    /// Most sequence values that it merges in a step, or pages that it summarizes.
     fn most_merged(&self, _subject: &Subject) -> i64 {
         guc::max_window()
     }
-    /// It has merged a window of so many sequence values, in a step that took so long.
+    /// It has merged so many sequence values, or summarized so many pages, in a step that took so long.
     fn has_merged(&mut self, _subject: &Subject, _values: i64, _took: Duration) {}
     /// Whether it is time to merge that many new numbers of a source.
     fn merge_is_due(&mut self, _source: &str, _numbers: i64) -> bool {
@@ -80,6 +82,7 @@ impl fmt::Display for Subject {
         match self {
             Subject::Task(task) => write!(f, "{task}"),
             Subject::Source(name) => write!(f, "look at {name}"),
+            Subject::Summary(name) => write!(f, "BRIN indexes of {name}"),
             Subject::Rollup(name) => write!(f, "merge of rollup {name}"),
             Subject::Together(name) => write!(f, "merge of {name}"),
             Subject::Stray(name) => write!(f, "source of rollup {name}"),

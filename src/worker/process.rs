@@ -238,6 +238,7 @@ impl Steps {
                 let last = self.windows.get(subject).map_or(Duration::ZERO, |last| last.took);
                 MERGE_LIMIT.max((last * GROWTH).min(BEHIND_WINDOW_TIME) * 3)
             }
+            Subject::Summary(_) => MERGE_LIMIT,
             _ => self.limits.get(subject).copied().unwrap_or(SHORTEST_LIMIT),
         }
     }
@@ -270,7 +271,7 @@ impl Steps {
     /// A smaller window for a merge, a longer limit for what cannot be divided.
     fn make_easier(&mut self, subject: &Subject) {
         match subject {
-            Subject::Rollup(_) | Subject::Together(_) => {
+            Subject::Rollup(_) | Subject::Together(_) | Subject::Summary(_) => {
                 let window = (self.most_merged(subject) / 8).max(SMALLEST_WINDOW);
                 self.windows.insert(subject.clone(), Window { most: window, took: Duration::ZERO });
             }

@@ -126,7 +126,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     let waiting = safe_end != source.merged_to;
     let news = waiting && run.merge_is_due(&source.name, safe_end - source.merged_to);
     if news && matches!(patience, Patience::None) && source.name != CHANGE_LOG {
-        run.step(subject.clone(), || summarize::newest_rows(&source));
+        summarize(run, &source);
     }
     let together =
         if news && source.name == CHANGE_LOG { merge_together(run, &source, safe_end) } else { vec![] };
@@ -170,6 +170,15 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         run.step(subject, || rollup::trim(&source));
     }
     more
+}
+
+/// A step of its own: what an index calls is its owner's, and whatever comes of it the source is merged.
+fn summarize(run: &mut impl Runner, source: &Source) {
+    let (subject, started) = (Subject::Summary(source.name.clone()), Instant::now());
+    let most = run.most_merged(&subject);
+    if let Some(pages) = run.step(subject.clone(), || summarize::newest_rows(source, most)) {
+        run.has_merged(&subject, pages, started.elapsed());
+    }
 }
 
 enum End {
@@ -268,6 +277,11 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
         // It only reads catalogs: the server's log has what failed.
         Subject::Indexes(..) => Ok(()),
         Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
+        // It stops no merge: the server's log has it. A worker that it has ended tells the next one so.
+        Subject::Summary(name) if message == Some(Failure::ENDLESS) => rollups::rollup_names(Some(name))?
+            .iter()
+            .try_for_each(|rollup| rollups::record_error(rollup, message)),
+        Subject::Summary(_) => Ok(()),
         Subject::Source(name) => rollups::rollup_names(Some(name))?
             .iter()
             .try_for_each(|rollup| rollups::record_error(rollup, message)),
@@ -281,10 +295,11 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         "strpos(last_error, {}) > 0 AND last_error_at > clock_timestamp() - make_interval(secs => $1)",
         literal(Failure::ENDLESS)
     );
-    let rollups =
-        spi::query(&format!("SELECT name FROM {SCHEMA}.rollup WHERE {recent}"), &[since.into()], |r| {
-            spi::value::<String>(r, 1)
-        })?;
+    let rollups = spi::query(
+        &format!("SELECT name, source FROM {SCHEMA}.rollup WHERE {recent}"),
+        &[since.into()],
+        |r| Ok((spi::value::<String>(r, 1)?, r.get::<String>(2)?)),
+    )?;
     let policies = spi::query(
         &format!(
             "SELECT c.oid, c.relname::text FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c
@@ -306,8 +321,11 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
     )?;
     let task = |error: String| TASKS.into_iter().find(|task| error.starts_with(&format!("{task}: ")));
     let tasks = captured.into_iter().filter_map(task).map(Subject::Task);
-    // What was recorded does not say which of a subject's two steps it was.
-    let rollups = rollups.into_iter().flat_map(|name| [Subject::Stray(name.clone()), Subject::Rollup(name)]);
+    // What was recorded does not say which of a subject's steps it was.
+    let rollups = rollups.into_iter().flat_map(|(name, source)| {
+        let of_rollup = [Subject::Stray(name.clone()), Subject::Rollup(name)];
+        of_rollup.into_iter().chain(source.map(Subject::Summary))
+    });
     let conversions = conversions.into_iter().flat_map(|(schema, table)| {
         [Subject::Look(schema.clone(), table.clone()), Subject::Conversion(schema, table)]
     });
