@@ -100,6 +100,7 @@ COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, int
 COMMENT ON FUNCTION @extschema@.spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) IS 'How many periods are covered without a gap from the one after a time on, at most 366';
 COMMENT ON FUNCTION litellm_spend.served_until() IS 'Until when a worker has looked at this database, or since when one is awaited; NULL: not known';
+COMMENT ON FUNCTION litellm_spend.is_free(oid) IS 'Whether nobody keeps a reader from a relation, its indexes or its TOAST table at the moment';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
 COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
@@ -126,7 +127,7 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp,
 COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
 
 REVOKE ALL ON FUNCTION
-    litellm_spend.tail(text), litellm_spend.backfill_step(regclass), litellm_spend.served_until(),
+    litellm_spend.tail(text), litellm_spend.backfill_step(regclass), litellm_spend.served_until(), litellm_spend.is_free(oid),
     litellm_spend.periods_ahead(text, tsmultirange, timestamp),
     @extschema@.spend_attach(regclass, text, boolean), @extschema@.spend_detach(regclass, boolean), @extschema@.monthly_global_spend(integer),
     @extschema@.spend_rollup_run(text), @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean),
@@ -151,8 +152,8 @@ DO $$ BEGIN
         GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
     END IF;
 END $$;
-GRANT EXECUTE ON FUNCTION litellm_spend.tail(text), litellm_spend.served_until(), litellm_spend.periods_ahead(text, tsmultirange, timestamp)
-    TO pg_monitor;
+GRANT EXECUTE ON FUNCTION litellm_spend.tail(text), litellm_spend.served_until(), litellm_spend.periods_ahead(text, tsmultirange, timestamp),
+    litellm_spend.is_free(oid) TO pg_monitor;
 GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_progress, @extschema@.spend_index_status, @extschema@.spend_health TO pg_monitor;
 
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -156,7 +156,8 @@ CREATE VIEW @extschema@.spend_partition_status AS
 WITH parts AS (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
            coalesce(i.inhdetachpending, false) AS is_pending,
-           pg_get_expr(c.relpartbound, c.oid) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
+           -- No column is in it. With the number of the relation that would be locked.
+           pg_get_expr(c.relpartbound, 0) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
     FROM litellm_spend.policy p
     JOIN pg_class t ON t.oid = p.relation AND t.relkind IN ('r', 'p')
     JOIN pg_attribute a ON a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped
@@ -194,7 +195,7 @@ SELECT table_oid::regclass AS "table",
        range_start,
        range_end,
        CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
-       pg_total_relation_size(partition_oid) AS bytes,
+       CASE WHEN litellm_spend.is_free(partition_oid) THEN pg_total_relation_size(partition_oid) END AS bytes,
        CASE WHEN isfinite(range_end) AND range_end < '200000-01-01' THEN range_end + retention END AS expires_at,
        (SELECT periods FROM ahead WHERE ahead.table_oid = ranges.table_oid) AS partitions_ahead,
        sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
@@ -272,7 +273,7 @@ WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datn
 CREATE VIEW litellm_spend.index_survey AS
 WITH parts AS (
     SELECT s.*, t.relkind = 'p' AS partitioned, t.relowner AS owner_now, c.oid AS partition_oid, c.relkind AS kind,
-           c.relowner AS partition_owner, substring(pg_get_expr(c.relpartbound, c.oid) FROM ' TO \((.*)\)$') AS bound
+           c.relowner AS partition_owner, substring(pg_get_expr(c.relpartbound, 0) FROM ' TO \((.*)\)$') AS bound
     FROM litellm_spend.index_set s
     JOIN pg_class t ON t.oid = s.relation
     LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
@@ -299,8 +300,10 @@ WITH parts AS (
     LEFT JOIN LATERAL (
         SELECT x.indexrelid FROM pg_index x JOIN pg_class o ON o.oid = x.indexrelid JOIN pg_am m ON m.oid = o.relam
         WHERE x.indrelid = r.partition_oid AND x.indisvalid AND x.indpred IS NULL AND m.amname = 'btree' AND r.keys <> '{}'
-          AND r.keys = ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, cardinality(r.keys)) AS n)
-          AND r.included <@ ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, x.indnatts) AS n)
+          -- The definition of an index locks its table.
+          AND CASE WHEN litellm_spend.is_free(r.partition_oid)
+                  THEN r.keys = ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, cardinality(r.keys)) AS n)
+                       AND r.included <@ ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, x.indnatts) AS n) END
         ORDER BY 1 LIMIT 1
     ) AS theirs ON ours.indexrelid IS NULL AND NOT r.dropped
 )
@@ -338,7 +341,7 @@ WHERE NOT f.dropped OR f.index_oid IS NOT NULL;
 -- One row for each index that was asked for, on its table or on each partition.
 CREATE VIEW @extschema@.spend_index_status AS
 SELECT relation AS "table", name AS "index", partition, index AS name, state, percent,
-       pg_relation_size(index) AS bytes, pg_stat_get_numscans(index) AS scans,
+       CASE WHEN litellm_spend.is_free(index) THEN pg_relation_size(index) END AS bytes, pg_stat_get_numscans(index) AS scans,
        CASE WHEN state IN ('building', 'to drop') THEN waits_for
             WHEN state = 'waiting' AND EXISTS (SELECT FROM litellm_spend.conversion v WHERE v.relation = s.relation AND NOT v.stopped)
                 THEN 'its table is being converted or reverted: see spend_progress' END AS blocked_by,
@@ -397,8 +400,9 @@ CROSS JOIN LATERAL (
 ) AS s
 -- The copy's bytes, of those that there are to copy.
 LEFT JOIN LATERAL (
-    SELECT least(100, round(100 * pg_relation_size((v.options -> 'made' ->> 0)::oid) / nullif(sum(pg_relation_size(t.oid::oid)), 0), 1))
-               AS percent
+    SELECT CASE WHEN bool_and(litellm_spend.is_free(t.oid::oid)) AND litellm_spend.is_free((v.options -> 'made' ->> 0)::oid)
+        THEN least(100, round(100 * pg_relation_size((v.options -> 'made' ->> 0)::oid)
+            / nullif(sum(CASE WHEN litellm_spend.is_free(t.oid::oid) THEN pg_relation_size(t.oid::oid) END), 0), 1)) END AS percent
     FROM jsonb_array_elements_text(v.options -> 'tree') AS t(oid)
 ) AS copied ON s.step = 'copy'
 LEFT JOIN LATERAL (

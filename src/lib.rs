@@ -37,7 +37,12 @@ extension_sql_file!("../sql/schema.sql", name = "schema", bootstrap);
 extension_sql_file!(
     "../sql/views.sql",
     name = "views",
-    requires = ["schema", api::rollups::litellm_spend::tail, api::rollups::litellm_spend::served_until]
+    requires = [
+        "schema",
+        api::rollups::litellm_spend::tail,
+        api::rollups::litellm_spend::is_free,
+        api::rollups::litellm_spend::served_until
+    ]
 );
 extension_sql_file!("../sql/api.sql", name = "api", finalize);
 

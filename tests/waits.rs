@@ -1,5 +1,5 @@
 //! Whoever is in our way delays us, not LiteLLM: no call of ours keeps its table locked while it waits or
-//! works.
+//! works. And no status waits for anybody.
 
 mod common;
 
@@ -148,4 +148,194 @@ fn a_conversion_that_waits_for_our_own_state_has_not_locked_the_table() {
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     assert!(holds(&mut client, IS_PARTITIONED));
     assert_exact(&mut client);
+}
+
+/// Every column of each status view, in a time in which nobody can have been waited for.
+#[track_caller]
+fn assert_all_statuses(client: &mut Client, beside: &str) {
+    client.batch_execute("SET statement_timeout = '6s'").unwrap();
+    for view in [
+        "spend_rollup_status",
+        "spend_partition_status",
+        "spend_index_status",
+        "spend_progress",
+        "spend_health",
+    ] {
+        let read =
+            client.batch_execute(&format!("SELECT count(s) FROM (SELECT * FROM {view} OFFSET 0) AS s"));
+        assert!(read.is_ok(), "{view} beside {beside}: {read:?}");
+    }
+    client.batch_execute("RESET statement_timeout").unwrap();
+}
+
+#[test]
+fn no_status_waits_for_what_an_owner_has_locked() {
+    let db = captured();
+    let (mut client, mut owner) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            r#"CREATE TABLE parts (id bigserial, t int) PARTITION BY RANGE (t);
+               CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (10);
+               CREATE INDEX parts_1_id ON parts_1 (id);
+               CREATE TABLE hand (id bigserial, t int);
+               CREATE TABLE timed (at timestamp NOT NULL) PARTITION BY RANGE (at);
+               CREATE TABLE timed_1 PARTITION OF timed FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
+               CREATE INDEX timed_1_at ON timed_1 (at);
+               CREATE INDEX users ON "LiteLLM_SpendLogs" ("user", "startTime");
+               SELECT spend_rollup_create('of_parts', 'parts', '{t}', '{count(*) AS n}');
+               SELECT spend_rollup_register('of_hand', 'hand');
+               SELECT spend_partition_set('timed', time_column => 'at', retention => '10 years');
+               SELECT spend_index_set(indexes => '{user,team}', hot => true);
+               INSERT INTO parts (t) VALUES (1); INSERT INTO hand (t) VALUES (1)"#,
+        )
+        .unwrap();
+    assert_all_statuses(&mut client, "nobody");
+    for lock in [
+        "LOCK TABLE parts IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE ONLY parts_1 IN ACCESS EXCLUSIVE MODE",
+        "REINDEX INDEX parts_1_id",
+        "ALTER SEQUENCE hand_id_seq MAXVALUE 1000000",
+        "ALTER SEQUENCE parts_id_seq MAXVALUE 1000000",
+        "LOCK TABLE timed IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE ONLY timed_1 IN ACCESS EXCLUSIVE MODE",
+        "REINDEX INDEX timed_1_at",
+        r#"LOCK TABLE "LiteLLM_SpendLogs" IN ACCESS EXCLUSIVE MODE"#,
+        "REINDEX INDEX users",
+    ] {
+        owner.batch_execute(&format!("BEGIN; {lock}")).unwrap();
+        assert_all_statuses(&mut client, lock);
+        owner.batch_execute("ROLLBACK").unwrap();
+    }
+    // What is there is seen again.
+    assert!(holds(&mut client, "SELECT tail_rows = 1 FROM spend_rollup_status WHERE rollup = 'of_parts'"));
+    assert!(holds(&mut client, "SELECT bool_and(bytes > 0) FROM spend_partition_status"));
+    assert!(holds(
+        &mut client,
+        r#"SELECT bytes > 0 FROM spend_index_status WHERE "index" = 'user' AND name = 'users'::regclass"#
+    ));
+}
+
+/// What the server computes while it plans, and no cancel ends: seconds altogether.
+#[test]
+fn no_status_computes_what_an_owner_has_put_into_an_index() {
+    let db = captured();
+    let mut client = db.connect();
+    let slow = ["md5(repeat('x', 30000000)) <> '1'"; 25].join(" AND ");
+    client
+        .batch_execute(
+            "CREATE TABLE sl (id bigserial, t int, s int);
+             SELECT spend_rollup_create('of_sl', 'sl', '{t}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    for change in [
+        format!("CREATE INDEX slow ON sl (id) WHERE {slow}"),
+        format!("DROP INDEX slow; CREATE INDEX slow ON sl (id, (t = 1 AND {slow}))"),
+        format!("DROP INDEX slow; ALTER TABLE sl ADD CHECK (t > 0 OR {slow})"),
+    ] {
+        client.batch_execute(&change).unwrap();
+        client.batch_execute("SET statement_timeout = '1s'").unwrap();
+        let read = client.query("SELECT * FROM spend_rollup_status WHERE rollup = 'of_sl'", &[]);
+        assert!(read.is_ok(), "{}: {read:?}", &change[..50]);
+        client.batch_execute("RESET statement_timeout").unwrap();
+    }
+    // What costs nothing is no reason to look away.
+    client
+        .batch_execute(
+            "SELECT spend_rollup_drop('of_sl'); DROP TABLE sl;
+             CREATE TABLE sl (id bigserial, at timestamp NOT NULL, s text CHECK (s <> ALL (ARRAY['a', 'b'])));
+             CREATE INDEX ON sl (id) WHERE s IS NOT NULL AND s <> ''; CREATE INDEX ON sl (id, lower(s), (length(s) + 1));
+             SELECT spend_rollup_create('of_sl', 'sl', '{at}', '{count(*) AS n}');
+             INSERT INTO sl (at) VALUES ('2026-01-01')",
+        )
+        .unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT tail_rows = 1 AND lag_seconds > 0 FROM spend_rollup_status WHERE rollup = 'of_sl'"
+    ));
+}
+
+#[test]
+fn no_status_asks_another_server() {
+    let db = captured();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            "CREATE EXTENSION postgres_fdw;
+             CREATE SERVER here FOREIGN DATA WRAPPER postgres_fdw OPTIONS (host '{}', port '{PORT}', dbname '{}');
+             CREATE USER MAPPING FOR postgres SERVER here OPTIONS (user 'postgres');
+             CREATE TABLE ft (id bigserial, t int) PARTITION BY RANGE (t);
+             CREATE TABLE ft_1 PARTITION OF ft FOR VALUES FROM (0) TO (10);
+             CREATE TABLE pause (s float8); INSERT INTO pause VALUES (0);
+             CREATE VIEW slow AS SELECT 1000000::bigint AS id, 15 AS t FROM pause, pg_sleep(s);
+             CREATE FOREIGN TABLE ft_2 PARTITION OF ft FOR VALUES FROM (10) TO (20) SERVER here OPTIONS (table_name 'slow')",
+            db.cluster.dir.display(),
+            db.name
+        ))
+        .unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_rollup_create('of_ft', 'ft', '{t}', '{count(*) AS n}');
+             INSERT INTO ft (t) VALUES (1); UPDATE pause SET s = 20",
+        )
+        .unwrap();
+    assert_all_statuses(&mut client, "a foreign partition");
+    let tail = "SELECT tail_rows FROM spend_rollup_status WHERE rollup = 'of_ft'";
+    assert_eq!(value::<i64>(&mut client, tail), 1);
+}
+
+/// Many rollups of one owner's, whose rows come slowly.
+#[test]
+fn the_tails_of_one_owner_have_a_limit_of_time_together() {
+    let db = captured();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE wide (id bigserial, t int); INSERT INTO wide (t) SELECT 1 FROM generate_series(1, 10);
+             DO $$ BEGIN FOR i IN 1..12 LOOP
+                 PERFORM spend_rollup_create('wide_' || i, 'wide', '{t}', '{count(*) AS n}');
+             END LOOP; END $$;
+             INSERT INTO wide (t) SELECT 1 FROM generate_series(1, 1500000)",
+        )
+        .unwrap();
+    client.batch_execute("SET statement_timeout = '60s'").unwrap();
+    let read = "SELECT count(*) = 12 AND bool_and(tail_rows = 1000000) FROM spend_rollup_status WHERE rollup LIKE 'wide_%'";
+    let started = std::time::Instant::now();
+    assert!(holds(&mut client, read));
+    assert!(started.elapsed().as_secs_f64() < 5.0, "{:?}", started.elapsed());
+    // The limit is a statement's.
+    assert!(holds(&mut client, read));
+}
+
+#[test]
+fn a_rebuild_waits_for_nobody_s_advisory_lock() {
+    let db = captured();
+    let (mut client, mut stranger) = (db.connect(), db.connect());
+    stranger.batch_execute("SELECT pg_advisory_lock(x'7370656e'::int, 0)").unwrap();
+    client.batch_execute("SET statement_timeout = '20s'; SELECT spend_rollup_rebuild(NULL)").unwrap();
+}
+
+#[test]
+fn what_a_plan_of_indexes_waits_for_is_named() {
+    let db = captured();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    client.batch_execute("SET litellm_spend.lock_timeout = '200ms'").unwrap();
+    for lock in [
+        r#"LOCK TABLE "LiteLLM_SpendLogs" IN ACCESS EXCLUSIVE MODE"#,
+        r#"REINDEX INDEX "LiteLLM_SpendLogs_pkey""#,
+    ] {
+        holder.batch_execute(&format!("BEGIN; {lock}")).unwrap();
+        let pid = backend_pid(&mut holder);
+        for call in ["spend_index_plan()", "spend_upgrade_check('1.110.2')", "spend_partition_plan()"] {
+            let error = error(&mut client, &format!("SELECT * FROM {call}"));
+            let said = format!("{call} beside {lock}: {error:?}");
+            assert_eq!(error.code().code(), "55P03", "{said}");
+            assert!(error.message().starts_with("could not get a lock on "), "{said}");
+            assert!(
+                error.detail().is_some_and(|detail| detail.contains(&format!("process {pid} "))),
+                "{said}"
+            );
+            assert!(error.hint().is_some_and(|hint| hint.contains("litellm_spend.lock_timeout")), "{said}");
+        }
+        holder.batch_execute("ROLLBACK").unwrap();
+    }
 }

@@ -10,6 +10,7 @@ use crate::index::plan;
 use crate::index::upgrade;
 use crate::litellm::spend_log;
 use crate::partition::layout::{self, Layout};
+use crate::server::locks;
 use crate::server::relation::Table;
 use crate::server::session::{self, Owner};
 use crate::state::conversion::has_worker;
@@ -41,6 +42,7 @@ fn spend_index_plan(
 > {
     report(|| {
         let (_elevated, table) = enter(source)?;
+        locks::lock_against_changes(table.oid)?;
         plan::plan(&table)
     })
     .map(|rows| {
@@ -76,6 +78,7 @@ fn spend_upgrade_check(
 > {
     report(|| {
         let (_elevated, table) = enter(source)?;
+        locks::lock_against_changes(table.oid)?;
         upgrade::check(&table, version.ok_or(Error::Null("version"))?)
     })
     .map(|rows| {

@@ -15,6 +15,7 @@ use crate::partition::maintain;
 use crate::partition::plan;
 use crate::partition::policy::{self, Change, Policy, Wanted};
 use crate::partition::revert::{self, Reversion};
+use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::session::{self, Elevated};
 use crate::server::text::{self, qualified, quoted};
@@ -115,6 +116,7 @@ fn spend_partition_plan(
             return Ok(vec![(step, action, object, lock, estimate)]);
         }
         let wish = Wish { interval, cutover, time_column, precreate };
+        locks::lock_against_changes(table.oid)?;
         let options = wish.options(&table)?;
         plan::plan(table, options)
     })

@@ -13,7 +13,7 @@ use crate::litellm::builtin;
 use crate::litellm::detach;
 use crate::litellm::views;
 use crate::server::jsonb::Jsonb;
-use crate::server::locks::Patience;
+use crate::server::locks::{self, Patience};
 use crate::server::session::{self, Elevated};
 use crate::state::fence::Fence;
 use crate::state::restore;
@@ -136,9 +136,18 @@ mod litellm_spend {
     > {
         report(|| {
             let _elevated = Elevated::enter()?;
-            crate::engine::rollup::tail(rollup_name)
+            crate::engine::tail::tail(rollup_name)
         })
         .map(TableIterator::once)
+    }
+
+    /// Whether nobody keeps a reader from a relation, or from what belongs to it.
+    #[pg_extern(volatile, strict, parallel_unsafe)]
+    fn is_free(relation: pg_sys::Oid) -> Result<bool, ErrorReport> {
+        report(|| {
+            let _pinned = Elevated::pinned();
+            locks::is_free(relation)
+        })
     }
 
     /// Until when a worker has looked at this database, or since when one is awaited.

@@ -12,3 +12,4 @@ pub mod rollup;
 pub mod source;
 pub mod statements;
 pub mod summarize;
+pub mod tail;

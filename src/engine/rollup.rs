@@ -23,7 +23,6 @@ use crate::server::text::{SCHEMA, quoted};
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::sources::{self, CHANGE_LOG, Source};
-use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys;
 use std::time::Instant;
 
@@ -276,7 +275,7 @@ pub fn trim(source: &Source) -> Result<i64> {
     Ok(removed)
 }
 
-// ---- for SQL calls and status ----------------------------------------------------------------------------
+// ---- for SQL calls ---------------------------------------------------------------------------------------
 
 /// One step of `spend_backfill()` on a table with declared rollups: a window of each. Says how far they are,
 /// `None` when everything that was safe is merged.
@@ -296,85 +295,3 @@ pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<
     }
     Ok(if progress.is_empty() { None } else { Some(progress.join("; ")) })
 }
-
-/// Rows above the watermark of a rollup, at most a million, and since when the oldest has been there: when it
-/// was captured, or, for a declared rollup, the time that it carries.
-///
-/// A status runs in its reader's session, where nobody ends what an owner's function does. So a source whose
-/// indexes, constraints or statistics could call one is not read: then it is how many numbers the sequence is
-/// ahead, and no time.
-pub fn tail(name: &str) -> Result<(Option<i64>, Option<TimestampWithTimeZone>)> {
-    let fence = Fence::look(name)?;
-    if fence.source.is_none() {
-        return Ok((None, None));
-    }
-    // Of one that is filled by hand, how many numbers there are for its owner to merge.
-    let Some(definition) = fence.definition.as_ref() else { return Ok((numbers_ahead(name, &fence)?, None)) };
-    // Somebody is changing it, or it was dropped: nobody waits for a status.
-    if !matches!(locks::try_lock_against_dropping(fence.relation), Ok(true)) {
-        return Ok((None, None));
-    }
-    if !fence.is_built_in() && calls_functions(fence.relation)? {
-        return Ok((numbers_ahead(name, &fence)?, None));
-    }
-    let time = match &definition.bucket {
-        _ if fence.is_built_in() => "captured_at".into(),
-        Some(bucket) => quoted(&bucket.column),
-        None => "NULL::timestamptz".into(),
-    };
-    let sequence = quoted(&definition.source_sequence);
-    let sql = format!(
-        "SELECT count(*), (min(at) FILTER (WHERE isfinite(at)))::timestamptz
-         FROM (SELECT {time} AS at FROM {} WHERE {sequence} > $1 ORDER BY {sequence}
-             LIMIT {MOST_COUNTED}) AS tail",
-        definition.source
-    );
-    // What is wrong with the rollup is told by its last error, and must not hide the others.
-    let tail = attempt(|| {
-        let _rights = fence.act()?;
-        spi::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))
-    });
-    Ok(tail.map_err(Failure::unless_cancel).ok().and_then(|rows| rows.into_iter().next()).unwrap_or_default())
-}
-
-/// How far the sequence is ahead of the watermark.
-fn numbers_ahead(name: &str, fence: &Fence) -> Result<Option<i64>> {
-    let Some(source) = sources::source_of(name)? else { return Ok(None) };
-    // The sequence may be gone with its table: what is wrong is told by the rollup's last error.
-    let last = relation::last_value(source.sequence).ok().flatten();
-    Ok(last.map(|last| last.saturating_sub(fence.watermark).clamp(0, MOST_COUNTED)))
-}
-
-/// Whether planning or running a query on the relation could call a function that is not the server's: of an
-/// index, a CHECK, a default or generated column, a partition key, extended statistics, a policy, a rule.
-fn calls_functions(relation: pg_sys::Oid) -> Result<bool> {
-    let sql = format!(
-        "SELECT FROM pg_catalog.pg_depend d
-         WHERE d.refclassid IN ('pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_operator'::regclass,
-             'pg_catalog.pg_type'::regclass)
-           AND d.refobjid >= {first}::oid
-           AND (d.classid, d.objid) IN (
-               SELECT 'pg_catalog.pg_class'::regclass::oid, indexrelid FROM pg_catalog.pg_index
-                   WHERE indrelid = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_constraint'::regclass, oid FROM pg_catalog.pg_constraint
-                   WHERE conrelid = ANY ($1) AND contype = 'c'
-               UNION ALL SELECT 'pg_catalog.pg_attrdef'::regclass, oid FROM pg_catalog.pg_attrdef
-                   WHERE adrelid = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_statistic_ext'::regclass, oid FROM pg_catalog.pg_statistic_ext
-                   WHERE stxrelid = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_policy'::regclass, oid FROM pg_catalog.pg_policy
-                   WHERE polrelid = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_rewrite'::regclass, oid FROM pg_catalog.pg_rewrite
-                   WHERE ev_class = ANY ($1)
-               UNION ALL SELECT 'pg_catalog.pg_class'::regclass, partrelid
-                   FROM pg_catalog.pg_partitioned_table
-                   WHERE partrelid = ANY ($1) AND partexprs IS NOT NULL)
-         LIMIT 1",
-        first = pg_sys::FirstNormalObjectId
-    );
-    let tree = relation::relation_tree(relation)?;
-    Ok(!spi::query(&sql, &[tree.into()], |_| Ok(()))?.is_empty())
-}
-
-/// A status must not read for minutes.
-const MOST_COUNTED: i64 = 1_000_000;

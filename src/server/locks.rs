@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
 //! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates, renames or drops it |
+//! | [`lock_against_changes`] | the same, its partitions and indexes, ACCESS SHARE | who changes one of them |
 //! | [`lock_all`] | a partitioned table, its partitions | as the mode says |
 //! | [`database_is_wanted`] | this database, ROW EXCLUSIVE, for a moment | who drops, renames, moves or copies it |
 //! | [`lock`] | whatever the statement needs | as the statement says |
@@ -12,7 +13,7 @@
 
 use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
-use crate::server::relation::{find_relation, relation_name};
+use crate::server::relation::{find_relation, relation_name, relation_tree};
 use crate::server::session;
 use crate::server::spi::{self, execute, fresh, query, value};
 use pgrx::datum::DatumWithOid;
@@ -92,6 +93,43 @@ pub fn try_lock_against_dropping(relation: pg_sys::Oid) -> Result<bool> {
 pub fn try_lock(relation: pg_sys::Oid, mode: Mode) -> bool {
     // SAFETY: takes a lock, or says that it cannot.
     unsafe { pg_sys::ConditionalLockRelationOid(relation, mode as i32) }
+}
+
+/// Whether nobody keeps a reader from the relation, its indexes or its TOAST table: for a moment, so that who
+/// drops them waits no longer than that.
+pub fn is_free(relation: pg_sys::Oid) -> Result<bool> {
+    let tables = query(
+        "SELECT $1 UNION ALL
+         SELECT reltoastrelid FROM pg_catalog.pg_class WHERE oid = $1 AND reltoastrelid <> 0",
+        &[relation.into()],
+        |r| value(r, 1),
+    )?;
+    let mode = pg_sys::AccessShareLock;
+    Ok(with_indexes(&tables)?.into_iter().all(|oid| {
+        let got = try_lock(oid, mode);
+        if got {
+            // SAFETY: gives back what was just taken.
+            unsafe { pg_sys::UnlockRelationOid(oid, mode as i32) };
+        }
+        got
+    }))
+}
+
+fn with_indexes(tables: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid>> {
+    let sql = "SELECT indexrelid FROM pg_catalog.pg_index WHERE indrelid = ANY ($1)";
+    let indexes = query(sql, &[tables.to_vec().into()], |r| value(r, 1))?;
+    Ok(tables.iter().copied().chain(indexes).collect())
+}
+
+/// As [`lock_against_dropping`], but on a table, its partitions and all of their indexes: for a call that
+/// reads them or has a query planned. Takes no XID unless somebody is in the way.
+pub fn lock_against_changes(table: pg_sys::Oid) -> Result<()> {
+    let mode = pg_sys::AccessShareLock;
+    let held = with_indexes(&relation_tree(table)?)?;
+    if held.iter().all(|oid| try_lock(*oid, mode)) {
+        return require_names(&[table]);
+    }
+    lock_all(guc::lock_timeout(), &held.into_iter().map(|oid| (oid, mode)).collect::<Vec<_>>())
 }
 
 /// The relations, which we have locked, are what their names mean.
