@@ -7,8 +7,8 @@
 //!
 //! Lock: SHARE UPDATE EXCLUSIVE on the table, in a transaction of its own for the time that it takes to read
 //! the new pages, so many at a time; who reads or writes does not notice. It is not waited for: whoever has
-//! it, VACUUM or ANALYZE, say, is let alone. Whose rights: as the table's owner, restricted, whose expressions the index
-//! may have beside the number.
+//! it, VACUUM or ANALYZE, say, is let alone. Whose rights: as the table's owner, restricted, whose
+//! expressions the index may have beside the number.
 
 use crate::error::Result;
 use crate::server::locks;
@@ -20,8 +20,8 @@ use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-/// Pages that are summarized at a time, of all of a source's indexes together: 256 MB, which a slow disk reads
-/// within the limit of the step.
+/// Pages that are summarized at a time, of all of a source's indexes together: 256 MB, which a slow disk
+/// reads within the limit of the step.
 const MOST: i64 = 32_768;
 
 thread_local! {

@@ -2,9 +2,9 @@
 //!
 //! One would think that this is counting rows. But a status is read in anybody's session, of all owners at
 //! once, and what is counted is an owner's. So it waits for nobody, and the tails of an owner have a limit of
-//! time together. Some of what they do no limit ends: what an owner's function does, what another server does, and
-//! what the planner computes in one go, in a function of the server's own. Where that could be, how far the
-//! sequence is ahead has to do.
+//! time together. Some of what they do no limit ends: what an owner's function does, what another server
+//! does, and what the planner computes in one go, in a function of the server's own. Where that could be, how
+//! far the sequence is ahead has to do.
 
 use crate::error::Result;
 use crate::server::limit::Limit;
