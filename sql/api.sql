@@ -156,4 +156,10 @@ GRANT EXECUTE ON FUNCTION litellm_spend.tail(text), litellm_spend.served_until()
     litellm_spend.is_free(oid) TO pg_monitor;
 GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_progress, @extschema@.spend_index_status, @extschema@.spend_health TO pg_monitor;
 
+-- Of a table that was never analyzed the planner expects ten pages, and a status over many of them looks so
+-- expensive that it is compiled, which takes seconds.
+ANALYZE litellm_spend.installation, litellm_spend.source, litellm_spend.rollup, litellm_spend.capture, litellm_spend.dirty_range,
+    litellm_spend.public_view, litellm_spend.policy, litellm_spend.conversion, litellm_spend.index_set, litellm_spend.index_failure,
+    litellm_spend.expired_partition;
+
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -1059,3 +1059,9 @@ DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
         EXECUTE format('DROP FUNCTION %s', old);
     END LOOP;
 END $$;
+
+-- Of a table that was never analyzed the planner expects ten pages, and a status over many of them looks so
+-- expensive that it is compiled, which takes seconds.
+ANALYZE litellm_spend.installation, litellm_spend.source, litellm_spend.rollup, litellm_spend.capture, litellm_spend.dirty_range,
+    litellm_spend.public_view, litellm_spend.policy, litellm_spend.conversion, litellm_spend.index_set, litellm_spend.index_failure,
+    litellm_spend.expired_partition;
