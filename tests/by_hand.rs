@@ -86,7 +86,8 @@ fn the_article_runs_as_written_beside_copy_insert_and_late_rows() {
             });
         }
         let started = Instant::now();
-        while started.elapsed() < Duration::from_secs(8) {
+        while started.elapsed() < Duration::from_secs(8) || windows <= 10 {
+            assert!(started.elapsed() < Duration::from_secs(600), "{windows} windows");
             let row = client.query_one("SELECT * FROM do_page_view_aggregation()", &[]).unwrap();
             windows += i64::from(row.get::<_, i64>(0) <= row.get::<_, i64>(1));
         }
@@ -100,7 +101,6 @@ fn the_article_runs_as_written_beside_copy_insert_and_late_rows() {
     assert_aggregated(&mut client);
     let counted: i64 = value(&mut client, "SELECT sum(view_count)::bigint FROM page_views_1min");
     assert_eq!(counted, i64::from(rows.load(Ordering::Relaxed)));
-    assert!(windows > 10, "{windows} windows");
 }
 
 #[test]

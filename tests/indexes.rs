@@ -763,7 +763,7 @@ fn what_a_release_does_is_said_before_and_nothing_is_left_to_do_when_that_was_fo
         // Each statement alone, as psql sends them, by who owns the table.
         let mut owner = shared().connect_as(&db.name, LITELLM);
         for sql in remedies.iter().flat_map(|remedy| remedy.split_inclusive(';')) {
-            owner.batch_execute(sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+            owner.batch_execute(sql).unwrap_or_else(|e| panic!("{sql}: {e:?}"));
         }
         let (changes, remedies) = check(&mut client, "1.110.2");
         assert_eq!(names(&changes, "a migration"), [""; 0]);

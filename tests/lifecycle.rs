@@ -879,8 +879,8 @@ fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
         client.batch_execute(change).unwrap();
         let changed = Instant::now();
         eventually(change, || holds(&mut client, mended));
-        // Not because nothing is left alone for longer than 30 s.
-        assert!(changed.elapsed() < Duration::from_secs(20), "{change}: after {:?}", changed.elapsed());
+        // Not because nothing is left alone for longer than 60 s.
+        assert!(changed.elapsed() < Duration::from_secs(45), "{change}: after {:?}", changed.elapsed());
     }
     wait_until_live(&mut client);
     assert_exact(&mut client);

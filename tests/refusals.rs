@@ -401,9 +401,8 @@ fn attach_gives_up_on_its_lock_and_changes_nothing() {
     let (mut client, mut writer) = (db.connect(), db.connect());
     writer.batch_execute("BEGIN").unwrap();
     writer.batch_execute(&insert_rows("open", 1, 1)).unwrap();
-    let started = std::time::Instant::now();
+    client.batch_execute("SET statement_timeout = '60s'").unwrap();
     assert_refused(&mut client, "SET litellm_spend.lock_timeout = '200ms'; SELECT spend_attach()", "55P03");
-    assert!(started.elapsed() < std::time::Duration::from_secs(5));
     let pid = backend_pid(&mut writer);
     let detail = error(&mut client, "SELECT spend_attach()").detail().unwrap().to_string();
     assert!(detail.contains(&pid.to_string()), "{detail}");
