@@ -206,26 +206,23 @@ pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
 
 /// A view that is not ours any more.
 pub enum Lost {
-    /// Somebody has replaced it.
-    Replaced(&'static str),
-    /// Somebody has dropped it.
-    Dropped(&'static str),
+    /// What somebody has done to it, one of [`FATES`].
+    Gone(&'static str, &'static str),
     /// It is LiteLLM's own again; why.
     LetGo(String),
 }
+
+const FATES: [&str; 2] = ["replaced", "dropped"];
 
 /// Says which are lost: of those that were replaced or dropped all, by what was noted before.
 pub fn tell_lost(lost: &[Lost], noted: Option<&str>) -> String {
     let noted: Vec<&str> =
         noted.and_then(|noted| noted.lines().next()).unwrap_or_default().split("; ").collect();
     let mut said = vec![];
-    for fate in ["replaced", "dropped"] {
+    for fate in FATES {
         let is_so = |name: &str| {
-            lost.iter().any(|lost| match lost {
-                Lost::Replaced(view) => *view == name && fate == "replaced",
-                Lost::Dropped(view) => *view == name && fate == "dropped",
-                Lost::LetGo(_) => false,
-            }) || noted.iter().any(|noted| noted.ends_with(fate) && noted.contains(&quoted(name)))
+            lost.iter().any(|lost| matches!(lost, Lost::Gone(view, by) if (*view, *by) == (name, fate)))
+                || noted.iter().any(|noted| noted.ends_with(fate) && noted.contains(&quoted(name)))
         };
         let names: Vec<String> =
             VIEWS.iter().map(|view| view.name).filter(|name| is_so(name)).map(quoted).collect();
@@ -237,7 +234,7 @@ pub fn tell_lost(lost: &[Lost], noted: Option<&str>) -> String {
     }
     let comes_back = !said.is_empty();
     said.extend(lost.iter().filter_map(|lost| match lost {
-        Lost::Replaced(_) | Lost::Dropped(_) => None,
+        Lost::Gone(..) => None,
         Lost::LetGo(message) => Some(message.clone()),
     }));
     let message = said.join("; ");
@@ -263,7 +260,8 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
         },
         (_, found) => {
             forget(view)?;
-            Ok(Some(if found.is_some() { Lost::Replaced(view.name) } else { Lost::Dropped(view.name) }))
+            let [replaced, dropped] = FATES;
+            Ok(Some(Lost::Gone(view.name, if found.is_some() { replaced } else { dropped })))
         }
     }
 }
