@@ -115,16 +115,16 @@ pub fn advised(message: &str, hint: &str) -> String {
 pub fn callable(hint: String) -> String {
     // SAFETY: reads a variable of this process. A transaction that has failed looks nothing up.
     let may_look = hint.contains("spend_") && unsafe { pg_sys::IsTransactionState() };
-    match may_look.then(|| relation::extension_schema(EXTENSION)) {
-        Some(Ok(Some(schema))) if schema != "public" => {
-            with_schema(&hint, &pgrx::spi::quote_identifier(schema))
-        }
-        _ => hint,
-    }
+    let schema = may_look.then(|| relation::extension_schema(EXTENSION).ok().flatten()).flatten();
+    in_schema(hint, schema.as_deref())
 }
 
-/// Puts the schema before each name that begins with `spend_`, is called, and has none.
-pub fn with_schema(hint: &str, schema: &str) -> String {
+/// Puts the schema, where it is known and not `public`, before each name that begins with `spend_`, is
+/// called, and has none.
+pub fn in_schema(hint: String, schema: Option<&str>) -> String {
+    let Some(schema) = schema.filter(|schema| *schema != "public").map(pgrx::spi::quote_identifier) else {
+        return hint;
+    };
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
     let (mut text, mut copied) = (String::new(), 0);
     for (at, _) in hint.match_indices("spend_") {

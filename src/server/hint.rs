@@ -9,7 +9,7 @@
 //! The hook is there as soon as the library is. It looks nothing up: the transaction has failed. In which
 //! schema our functions are, it knows of a DROP EXTENSION, of which the utility hook tells it.
 
-use crate::server::failure::with_schema;
+use crate::server::failure;
 use crate::server::text::literal;
 use pgrx::prelude::*;
 use std::cell::RefCell;
@@ -30,7 +30,7 @@ unsafe extern "C-unwind" fn on_report(error: *mut pg_sys::ErrorData) {
     // SAFETY: the error that is being reported; its context is the current one, in which its texts are.
     unsafe {
         if (*error).elevel >= PgLogLevel::ERROR as c_int
-            && let Some(hint) = advise(&*error).and_then(|hint| CString::new(in_schema(hint)).ok())
+            && let Some(hint) = advise(&*error).and_then(|hint| CString::new(callable(hint)).ok())
         {
             (*error).hint = pg_sys::pstrdup(hint.as_ptr());
         }
@@ -41,22 +41,18 @@ unsafe extern "C-unwind" fn on_report(error: *mut pg_sys::ErrorData) {
 }
 
 thread_local! {
-    /// That of our functions, as an identifier, where that is known and not `public`.
+    /// That of our functions, where it is known.
     static FUNCTIONS_IN: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
 /// Notes the schema of our functions.
 pub fn learn_schema(schema: Option<String>) {
-    let schema = schema.filter(|schema| schema != "public").map(pgrx::spi::quote_identifier);
     FUNCTIONS_IN.set(schema);
 }
 
 /// As [`crate::server::session::callable`], which looks the schema up.
-fn in_schema(hint: String) -> String {
-    FUNCTIONS_IN.with_borrow(|schema| match schema {
-        Some(schema) => with_schema(&hint, schema),
-        None => hint,
-    })
+fn callable(hint: String) -> String {
+    FUNCTIONS_IN.with_borrow(|schema| failure::in_schema(hint, schema.as_deref()))
 }
 
 /// What a call of spend_attach() fails with that is declared as in 0.1.0, without the argument.

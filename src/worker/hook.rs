@@ -188,33 +188,36 @@ enum Dropped {
     OwnedBy(*mut pg_sys::List),
 }
 
+/// Looks something up for a statement that has not begun.
+fn look_up<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    // SAFETY: the statement runs in a transaction, but without a snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let found = attempt(work);
+    unsafe { pg_sys::PopActiveSnapshot() };
+    found
+}
+
 /// Looks the schema of our functions up for the HINT, should the server refuse to drop the extension.
 fn learn_schema(extensions: Vec<String>) {
     if extensions.iter().all(|name| name != EXTENSION) {
         return;
     }
-    // SAFETY: the statement runs in a transaction, but without a snapshot.
-    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
-    let schema = attempt(|| {
+    let schema = look_up(|| {
         let _ourselves = Elevated::superuser();
         relation::extension_schema(EXTENSION)
     });
-    unsafe { pg_sys::PopActiveSnapshot() };
     hint::learn_schema(schema.map_err(Failure::unless_cancel).ok().flatten());
 }
 
 /// Refuses to drop the extension from under LiteLLM's views. What is to be asked may be broken, as the
 /// installation that somebody wants to get rid of: then nothing is refused.
 fn keep_views(dropped: Dropped) {
-    // SAFETY: the statement runs in a transaction, but without a snapshot.
-    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
-    let refusal = attempt(|| {
+    let refusal = look_up(|| {
         let table = attached_to_what_stays(&dropped)?;
         // Its HINT looks for the schema of our functions.
         let _ourselves = Elevated::superuser();
         Ok(table.map(|table| ErrorReport::from(Error::StillAttached(table))))
     });
-    unsafe { pg_sys::PopActiveSnapshot() };
     match refusal {
         Ok(Some(refusal)) => refusal.report(PgLogLevel::ERROR),
         Ok(None) => {}
