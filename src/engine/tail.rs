@@ -60,7 +60,7 @@ pub fn tail(name: &str) -> Result<Tail> {
         return Ok((None, None));
     }
     let time = Time::left_to(fence.owner);
-    if time.left.is_zero() || relation::foreign_partition(fence.relation)?.is_some() || has_code(&tree)? {
+    if time.left.is_zero() || relation::foreign_of(&tree)?.is_some() || has_code(&tree)? {
         return Ok((numbers_ahead(name, &fence)?, None));
     }
     let counted = attempt(|| {

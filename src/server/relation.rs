@@ -87,9 +87,14 @@ pub fn partition_keys(tree: &[pg_sys::Oid]) -> Result<Vec<String>> {
 
 /// A foreign table among those that inherit from a relation.
 pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
+    foreign_of(&relation_tree(relation)?)
+}
+
+/// The first of the relations that is a foreign table.
+pub fn foreign_of(relations: &[pg_sys::Oid]) -> Result<Option<pg_sys::Oid>> {
     let sql =
         "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'f' ORDER BY oid LIMIT 1";
-    Ok(query(sql, &[relation_tree(relation)?.into()], |r| value(r, 1))?.pop())
+    Ok(query(sql, &[relations.to_vec().into()], |r| value(r, 1))?.pop())
 }
 
 /// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2
