@@ -924,11 +924,7 @@ fn merge_beside(on_delete: &str, partition: &str) {
         return;
     }
     client
-        .batch_execute(&format!(
-            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
-               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {partition};
-               RESET ROLE; SELECT spend_attach(on_delete => '{on_delete}')"#
-        ))
+        .batch_execute(&format!("{} SELECT spend_attach(on_delete => '{on_delete}')", partitioned(partition)))
         .unwrap();
     wait_until_live(&mut client);
     let insert = |ids: &str, day: &str| {
@@ -1001,10 +997,6 @@ fn merge_beside(on_delete: &str, partition: &str) {
     assert_eq!(value::<i64>(&mut client, left), 0);
 }
 
-const BY_TIME: &str = r#"PARTITION BY RANGE ("startTime");
-    CREATE TABLE p1 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-01') TO ('2026-11-15');
-    CREATE TABLE p2 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-15') TO ('2026-12-01')"#;
-
 #[test]
 fn a_merge_that_moves_a_row_is_captured_as_a_move() {
     merge_beside("keep", BY_TIME);
@@ -1036,14 +1028,12 @@ fn a_detach_puts_right_what_was_not_captured_before_nobody_can() {
     }
     client
         .batch_execute(&format!(
-            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
-               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {BY_TIME}; RESET ROLE;
-               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
-                   SELECT 'm' || i, 'c', '2026-11-05', now(), 1 FROM generate_series(1, 10) AS i;
-               SELECT spend_attach()"#
+            r#"{} INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+                   SELECT 'm' || i, 'c', '2026-11-05', now(), 1 FROM generate_series(1, 10) AS i"#,
+            partitioned(BY_TIME)
         ))
         .unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let days =
         "SELECT string_agg(date || ' ' || requests, ', ' ORDER BY date) FROM litellm_spend.daily_spend";
     // It is noted, and would be repaired by the worker a moment later.
@@ -1058,8 +1048,7 @@ fn a_detach_puts_right_what_was_not_captured_before_nobody_can() {
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
 
     // What cannot be put right is said then, and by whoever attaches again.
-    client.batch_execute("SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     client
         .batch_execute(
             "BEGIN; INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message)
@@ -1071,8 +1060,8 @@ fn a_detach_puts_right_what_was_not_captured_before_nobody_can() {
     let said =
         "SELECT count(*) FROM spend_detach() WHERE object = 'ranges of days' AND action ~ '^1 not captured'";
     assert_eq!(value::<i64>(&mut client, said), 1);
-    client.batch_execute("COMMIT; SELECT spend_attach()").unwrap();
-    wait_until_live(&mut client);
+    client.batch_execute("COMMIT").unwrap();
+    attach(&mut client);
     assert_eq!(value::<String>(&mut client, days), "2026-11-05 9, 2026-11-20 1", "history is kept");
     let named = "SELECT count(*) FROM spend_health WHERE problem ~ 'totals of 2026-11-05 do not count all'";
     assert_eq!(value::<i64>(&mut client, named), 1);
@@ -1085,13 +1074,8 @@ fn a_row_that_a_merge_moves_out_of_a_partition_that_came_later_is_captured_whoev
     if !knows_merge(&mut client) {
         return;
     }
-    client
-        .batch_execute(&format!(
-            r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
-               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {BY_TIME}; RESET ROLE; SELECT spend_attach()"#
-        ))
-        .unwrap();
-    wait_until_live(&mut client);
+    client.batch_execute(&partitioned(BY_TIME)).unwrap();
+    attach(&mut client);
     // Nobody needs a right to do with our functions to make a partition, the next owner of the table no more
     // than this one.
     client

@@ -269,17 +269,14 @@ fn a_restored_partitioned_table_is_captured_when_a_merge_moves_a_row() {
         return;
     }
     client
-        .batch_execute(
-            r#"CREATE EXTENSION litellm_spend; SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
-               CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) PARTITION BY RANGE ("startTime");
-               CREATE TABLE p1 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-01') TO ('2026-11-15');
-               CREATE TABLE p2 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-15') TO ('2026-12-01');
+        .batch_execute(&format!(
+            r#"CREATE EXTENSION litellm_spend; {}
                INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
-               VALUES ('m1', 'c', '2026-11-20', now(), 1), ('m2', 'c', '2026-11-20', now(), 10);
-               RESET ROLE; SELECT spend_attach()"#,
-        )
+               VALUES ('m1', 'c', '2026-11-20', now(), 1), ('m2', 'c', '2026-11-20', now(), 10)"#,
+            partitioned(BY_TIME)
+        ))
         .unwrap();
-    wait_until_live(&mut client);
+    attach(&mut client);
     let (database, custom) = (target("moves"), dump(&db, "c"));
     run("pg_restore", &["-d", &database, &custom]);
     let mut client = shared().connect(&database);

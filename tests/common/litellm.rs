@@ -36,6 +36,19 @@ pub const UPSTREAM_SCRIPT: &str = r#"
     CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
     COMMIT"#;
 
+/// Partitioned otherwise, as `by` says, without a row; what was there is `plain`.
+pub fn partitioned(by: &str) -> String {
+    format!(
+        r#"SET ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO plain;
+           CREATE TABLE "LiteLLM_SpendLogs" (LIKE plain INCLUDING DEFAULTS) {by}; RESET ROLE;"#
+    )
+}
+
+/// Two partitions, of half a month each.
+pub const BY_TIME: &str = r#"PARTITION BY RANGE ("startTime");
+    CREATE TABLE p1 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-01') TO ('2026-11-15');
+    CREATE TABLE p2 PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ('2026-11-15') TO ('2026-12-01')"#;
+
 /// The partition of LiteLLM's table that holds a day, counted from today, as the table's owner makes it.
 pub fn day_partition(name: &str, day: i32) -> String {
     let range = range_of_day(day);
