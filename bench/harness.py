@@ -266,6 +266,13 @@ def merge(session):
     return int(merged or 0)
 
 
+def size(session, which):
+    """Bytes of the tables of which a condition on pg_class is true, with their indexes, after VACUUM."""
+    tables = session.value(f"SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relkind = 'r' AND {which}")
+    session.run(f"VACUUM {tables}")
+    return int(session.value(f"SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND {which}"))
+
+
 def wait_until(session, condition, seconds=30, pause=0.05):
     deadline = time.monotonic() + seconds
     while session.value(condition) != "t":

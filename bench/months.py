@@ -10,6 +10,7 @@ The rows are those of bench/spend_rows.sql: 200 keys, 12 models, 2,000 customers
 """
 
 import harness
+import whole
 from harness import QUICK, Results, say
 
 ROWS = 24_000 if QUICK else 720_000
@@ -35,16 +36,10 @@ def main():
                             WHERE "startTime" >= {ages[0]} AND "startTime" < {ages[1]}""")
             harness.merge(session)
             for variant, which in SIZES.items():
-                tables, = session.rows(f"""SELECT string_agg(oid::regclass::text, ', '), array_agg(oid) FROM pg_class
-                                           WHERE relkind = 'r' AND relnamespace <> 'year'::regnamespace AND {which}""")
-                session.run(f"VACUUM {tables[0].decode()}")
-                size = int(session.value(f"SELECT sum(pg_total_relation_size(oid)) FROM unnest('{tables[1].decode()}'::oid[]) AS oid"))
+                size = harness.size(session, which)
                 results.add(1, f"month {month:02}: {variant}", "disk", size / 2**20, "MiB")
                 say(f"month {month}: {variant} {size / 2**20:.1f} MiB")
-        for name in ("daily_spend", "daily_spend_by_tag", "hourly_usage"):
-            wrong = session.rows(f"SELECT * FROM spend_rollup_verify('{name}', NULL, NULL)")
-            if wrong:
-                raise RuntimeError(f"{name} differs from the raw rows: {wrong}")
+        whole.verify(session, reports=True)
     harness.drop("year")
     results.write()
 

@@ -213,9 +213,7 @@ def measure_disk(results, kind):
             elif variant in ATTACHED:
                 session.run("SELECT * FROM spend_attach(reports => true)")
                 harness.backfill(session)
-            tables = session.value(f"SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relkind = 'r' AND {which}")
-            session.run(f"VACUUM {tables}")
-            size = int(session.value(f"SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND {which}"))
+            size = harness.size(session, which)
             results.add(1, f"{kind} {variant}", "disk", size / (DAYS * ROWS_A_DAY), "B/row")
             say(f"{kind} {variant}: disk {size / (DAYS * ROWS_A_DAY):.0f} B/row")
     results.write()
