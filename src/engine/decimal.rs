@@ -146,8 +146,14 @@ fn added(a: &[u8], b: &[u8]) -> Vec<u8> {
     let (a, b) = (varlena::datum_of(a), varlena::datum_of(b));
     // SAFETY: both are numerics, and so is their sum, which is never NULL.
     unsafe {
-        let sum = direct_function_call_as_datum(pg_sys::numeric_add, &[Some(a), Some(b)]).unwrap_or(a);
-        varlena::content(sum.cast_mut_ptr()).to_vec()
+        let sum = direct_function_call_as_datum(pg_sys::numeric_add, &[Some(a), Some(b)])
+            .expect("a sum of numerics is no NULL");
+        let content = varlena::content(sum.cast_mut_ptr()).to_vec();
+        // Whose memory lives as long as the query: there is one for each row.
+        for numeric in [a, b, sum] {
+            pg_sys::pfree(numeric.cast_mut_ptr());
+        }
+        content
     }
 }
 

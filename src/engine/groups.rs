@@ -104,12 +104,13 @@ fn scans<'a>(rollups: impl Iterator<Item = (&'a Definition, i64)>) -> Result<Opt
 /// Reads the rows of all, and writes their groups. `false`: a type is not covered or has changed meanwhile,
 /// or there are too many groups, and nothing was done.
 fn run(scans: &mut [Scan], sql: impl Fn(&Scan) -> String, arguments: Args) -> Result<bool> {
+    // Before the queries are parsed, which can call whoever would like to have more.
+    let mut most = most_memory();
     let queries = scans.iter().map(|scan| Query::new(&sql(scan), arguments));
     let queries = queries.collect::<Result<Vec<_>>>()?;
     if !scans.iter_mut().zip(&queries).all(|(scan, query)| scan.covers(&query.columns)) {
         return Ok(false);
     }
-    let mut most = most_memory();
     for (scan, query) in scans.iter_mut().zip(&queries) {
         scan.most = most;
         if !query.read(arguments, scan)? || scan.is_full {
