@@ -283,6 +283,38 @@ fn no_status_asks_another_server() {
     assert_eq!(value::<i64>(&mut client, tail), 1);
 }
 
+/// A worker that is ended in the midst of an owner's code notes whose it was, if nobody keeps it from that.
+#[test]
+fn a_worker_that_is_ended_waits_for_nobody() {
+    let db = shared().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "SET ROLE litellm; CREATE TABLE pv (id bigserial PRIMARY KEY, x int, pad text);
+             CREATE FUNCTION endless(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+                 WHILE current_setting('application_name') <> 'owner' LOOP
+                     BEGIN PERFORM pg_sleep(3600); EXCEPTION WHEN query_canceled THEN NULL; END;
+                 END LOOP;
+                 RETURN 1;
+             END $$;
+             CREATE INDEX ON pv USING brin (id, endless(x)) WITH (pages_per_range = 1);
+             RESET ROLE; SELECT spend_rollup_create('of_pv', 'pv', '{x}', '{count(*) AS n}');
+             SET application_name = 'owner';
+             INSERT INTO pv (x, pad) SELECT 1, repeat('x', 1000) FROM generate_series(1, 100)",
+        )
+        .unwrap();
+    let asleep = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+                  AND backend_type = 'litellm_spend worker' AND wait_event = 'PgSleep'";
+    let mut pid: Option<i32> = None;
+    eventually("the worker is in the owner's code", || {
+        pid = client.query_opt(asleep, &[]).unwrap().map(|row| row.get(0));
+        pid.is_some()
+    });
+    holder.batch_execute("BEGIN; SELECT FROM litellm_spend.rollup FOR UPDATE").unwrap();
+    let gone = format!("SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {})", pid.unwrap());
+    eventually("it is ended", || holds(&mut client, &gone));
+}
+
 /// Many rollups of one owner's, whose rows come slowly.
 #[test]
 fn the_tails_of_one_owner_have_a_limit_of_time_together() {

@@ -337,7 +337,13 @@ unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
     // SAFETY: as the server does to drop temporary tables at this point.
     unsafe { pg_sys::AbortOutOfAnyTransaction() };
     let failure = Failure::endless();
-    in_transaction(|| drop(attempt_as_owner(|| round::record(&subject, Some(&failure), None))));
+    in_transaction(|| {
+        // Nothing ends a wait here, not even SIGTERM.
+        drop(attempt_as_owner(|| match round::record_waits_for_nobody(&subject)? {
+            true => round::record(&subject, Some(&failure), None),
+            false => Ok(()),
+        }))
+    });
 }
 
 impl Runner for Steps {

@@ -15,10 +15,11 @@ use crate::partition::convert;
 use crate::partition::maintain;
 use crate::partition::policy;
 use crate::partition::revert;
-use crate::server::locks::Patience;
+use crate::server::locks::{self, Patience};
+use crate::server::relation;
 use crate::server::session::Failure;
 use crate::server::spi;
-use crate::server::text::{SCHEMA, literal};
+use crate::server::text::{SCHEMA, literal, qualified};
 use crate::state::captured;
 use crate::state::conversion;
 use crate::state::indexes;
@@ -286,6 +287,21 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
             .iter()
             .try_for_each(|rollup| rollups::record_error(rollup, message)),
     }
+}
+
+/// Takes the table that [`record`] writes to from everybody else, unless somebody has a row of it. `false`:
+/// to record something could wait for whoever has.
+pub fn record_waits_for_nobody(subject: &Subject) -> Result<bool> {
+    let table = match subject {
+        Subject::Task(_) => "capture",
+        Subject::Rollup(_) | Subject::Stray(_) | Subject::Summary(_) | Subject::Source(_) => "rollup",
+        Subject::Conversion(..) | Subject::Look(..) => "conversion",
+        Subject::Index(..) => "index_failure",
+        Subject::Policy(..) => "policy",
+        Subject::Together(_) | Subject::Indexes(..) => return Ok(true),
+    };
+    let table = relation::find_relation(&qualified(SCHEMA, table))?;
+    Ok(table.is_some_and(|table| locks::try_lock(table, pg_sys::ExclusiveLock)))
 }
 
 /// The subjects that a moment ago had to be ended with their process, by what was recorded.
