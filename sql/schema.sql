@@ -106,7 +106,9 @@ CREATE TABLE litellm_spend.dirty_range (
     noticed_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     repaired_at  timestamptz,
     -- The raw rows of the range are gone: the rollups keep what they say.
-    unrepairable boolean NOT NULL DEFAULT false
+    unrepairable boolean NOT NULL DEFAULT false,
+    -- The owner of the captured table may add rows.
+    CONSTRAINT dirty_range_order CHECK (range_start <= range_end)
 );
 -- It has no key: without this a publication FOR ALL TABLES would refuse to update it.
 ALTER TABLE litellm_spend.dirty_range REPLICA IDENTITY FULL;

@@ -194,11 +194,11 @@ SELECT table_oid::regclass AS "table",
        is_default,
        range_start,
        range_end,
-       CASE WHEN reltuples >= 0 THEN reltuples::bigint END AS rows_estimate,
+       CASE WHEN reltuples >= 0 THEN least(reltuples, 1e18)::bigint END AS rows_estimate,
        CASE WHEN litellm_spend.is_free(partition_oid) THEN pg_total_relation_size(partition_oid) END AS bytes,
        CASE WHEN isfinite(range_end) AND range_end < '200000-01-01' THEN range_end + retention END AS expires_at,
        (SELECT periods FROM ahead WHERE ahead.table_oid = ranges.table_oid) AS partitions_ahead,
-       sum(greatest(reltuples, 0)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
+       sum(least(greatest(reltuples, 0), 1e18)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
        "interval",
        precreate,
        retention,
@@ -282,6 +282,8 @@ WITH parts AS (
 ), ranges AS (
     -- A plain table is closed as a whole, DEFAULT never is.
     SELECT parts.*, CASE WHEN NOT partitioned THEN '-infinity' WHEN bound IS NULL OR bound = 'MAXVALUE' THEN 'infinity'
+                         -- A date can be beyond every timestamp.
+                         WHEN btrim(bound, '''')::date > '294276-12-31' THEN 'infinity'
                          ELSE btrim(bound, '''')::timestamp END AS range_end
     FROM parts
 ), work AS MATERIALIZED (
@@ -530,7 +532,7 @@ SELECT CASE WHEN is_lock THEN 'warning' ELSE 'error' END,
        coalesce(CASE WHEN is_lock THEN (
                     -- If it is the same process still.
                     SELECT remedy FROM litellm_spend.party p
-                    WHERE pid = substring(message FROM E'\nDETAIL:  [^\n]*It is held by process (\\d+) ')::integer AND p.since < errors.since
+                    WHERE pid = substring(message FROM E'\nDETAIL:  [^\n]*?It is held by process (\\d{1,9}) \\(')::integer AND p.since < errors.since
                        OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  [^\n]*It is held by prepared transaction (''.*'')\\.\n')
                 ) END,
                 substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again by itself; a cause that stays is for you to remove')
@@ -572,6 +574,7 @@ UNION ALL
 -- rows that are gone.
 SELECT 'error', format('totals of %s do not count all: a statement there was not captured, and some of its raw rows are gone',
                        CASE WHEN upper_inf(part) THEN 'all days from ' || lower(part)
+                            WHEN upper(part) < '4000-01-01 BC' OR upper(part) > '294000-01-01' THEN part::text
                             WHEN upper(part) > lower(part) + interval '1 day' THEN format('%s to %s', lower(part)::date, upper(part)::date - 1)
                             ELSE lower(part)::date::text END),
        min(noticed_at), string_agg(DISTINCT CASE WHEN message IS NOT NULL THEN operation || ': ' || message

@@ -637,3 +637,41 @@ fn a_day_that_cannot_be_put_right_is_named_until_somebody_says_what_it_shall_be(
         assert!(holds(&mut client, left));
     }
 }
+
+/// What owners, readers and old tables can put where the status looks.
+#[test]
+fn no_value_of_anybodys_breaks_it() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    let reversed =
+        "SET ROLE litellm; INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+                    VALUES ('2026-01-02', '2026-01-01', 'rebuild', 'X')";
+    assert_eq!(error(&mut client, reversed).code().code(), "23514");
+    client
+        .batch_execute("RESET ROLE; CREATE TABLE by_date (d date NOT NULL) PARTITION BY RANGE (d)")
+        .unwrap();
+    for planted in [
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
+         VALUES ('294276-12-31', '294276-12-31 12:00', 'rebuild', 'X', 'm', true)",
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
+         VALUES ('4714-11-24 00:00 BC', '4714-11-24 12:00 BC', 'rebuild', 'X', 'm', true)",
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
+         VALUES ('-infinity', '294276-12-31 12:00', 'rebuild', 'X', 'm', true)",
+        // An application's name is in it.
+        r"UPDATE litellm_spend.rollup SET last_error_at = now() - interval '1 hour', last_error =
+              E'could not get a lock on t within 1 ms\nDETAIL:  It is held by process 1 (u, It is held by process 99999999999 x).\nHINT:  h'",
+        r"UPDATE litellm_spend.rollup SET last_error_at = now() - interval '1 hour', last_error =
+              E'could not get a lock on t within 1 ms\nDETAIL:  It is held by process 99999999999 (u).\nHINT:  h'",
+        // As pg_restore_relation_stats() lets the owner of a table.
+        r#"SELECT spend_partition_set('by_date', time_column => 'd'); CREATE TABLE far PARTITION OF by_date FOR VALUES FROM ('5000000-01-01') TO ('5800000-01-01');
+           UPDATE pg_class SET reltuples = 3e38 WHERE relname IN ('by_date', 'far', 'LiteLLM_SpendLogs')"#,
+        "CREATE TABLE far PARTITION OF by_date FOR VALUES FROM ('5000000-01-01') TO ('5800000-01-01');
+         SELECT spend_index_set(indexes => '{team}'); UPDATE litellm_spend.index_set SET relation = 'by_date'::regclass",
+    ] {
+        client.batch_execute(&format!("BEGIN; {planted}")).unwrap();
+        for view in ["spend_health", "spend_rollup_status", "spend_partition_status", "spend_index_status"] {
+            client.query(&format!("SELECT * FROM {view}"), &[]).unwrap_or_else(|e| panic!("{planted}: {e:?}"));
+        }
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+}

@@ -137,9 +137,16 @@ pub fn in_schema(hint: String, schema: Option<&str>) -> String {
     text + &hint[copied..]
 }
 
+/// As many characters of a message are kept: whoever raises it says how long it is.
+const MOST_KEPT: usize = 2000;
+
 /// Each in one line, whatever names are in it.
 fn in_lines(message: &str, detail: Option<String>, hint: Option<String>) -> String {
-    let line = |text: &str| text.replace(['\n', '\r'], " ");
+    let line = |text: &str| {
+        let end = text.char_indices().nth(MOST_KEPT).map_or(text.len(), |(at, _)| at);
+        let more = if end < text.len() { "…" } else { "" };
+        text[..end].replace(['\n', '\r'], " ") + more
+    };
     let mut text = line(message);
     for (label, more) in [("DETAIL", detail), ("HINT", hint)] {
         if let Some(more) = more {
@@ -185,5 +192,18 @@ impl From<pg_sys::panic::CaughtError> for Failure {
             cancel: interrupted && !timed_out,
             timed_out,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_lines_of_a_bounded_length() {
+        let long = "ü".repeat(MOST_KEPT + 1);
+        let text = in_lines(&long, Some("a\nb".into()), Some(long.clone()));
+        let cut = "ü".repeat(MOST_KEPT) + "…";
+        assert_eq!(text, format!("{cut}\nDETAIL:  a b\nHINT:  {cut}"));
     }
 }
