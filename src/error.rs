@@ -698,6 +698,18 @@ errors! {
         "What was asked for was asked for a table of role \"{expected}\"; nothing is done to another's.";
         ("ALTER TABLE {relation} OWNER TO {}, or call it anew for the new owner.", quoted(expected));
 
+    Renamed { was: String, now: String }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{now} was called {was} when its conversion or reversion began";
+        "What is made on the way is named after it, so it goes on when the table has that name again.";
+        ("SELECT * FROM spend_partition_revert({}, abort => true); takes back what was begun.", literal(now));
+
+    ArchiveOfAnother(owner: String):
+        ERRCODE_INSUFFICIENT_PRIVILEGE;
+        "schema litellm_spend_archive belongs to role \"{owner}\"";
+        "Whoever owns it could drop or replace the tables that are put there.";
+        "As a superuser, after a look at what is in it: ALTER SCHEMA litellm_spend_archive OWNER TO CURRENT_USER;";
+
     SequenceOfAnother { sequence: String, owner: String }:
         ERRCODE_INSUFFICIENT_PRIVILEGE;
         "role \"{owner}\" may not read sequence {sequence}";

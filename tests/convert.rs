@@ -424,11 +424,13 @@ const BELONGINGS: &str = r#"
     ALTER TABLE "LiteLLM_SpendLogs" ADD CONSTRAINT sane CHECK (spend > -1e9);
     ALTER TABLE "LiteLLM_SpendLogs" SET (autovacuum_vacuum_scale_factor = 0.01, fillfactor = 90);
     COMMENT ON TABLE "LiteLLM_SpendLogs" IS 'it''s 100 % ours'; COMMENT ON COLUMN "LiteLLM_SpendLogs"."user" IS 'who';
-    COMMENT ON INDEX "LiteLLM_SpendLogs_startTime_idx" IS 'by time';
+    COMMENT ON INDEX "LiteLLM_SpendLogs_startTime_idx" IS 'by time'; COMMENT ON TRIGGER each_row ON "LiteLLM_SpendLogs" IS 'of a row';
+    COMMENT ON CONSTRAINT sane ON "LiteLLM_SpendLogs" IS 'no debts'; COMMENT ON CONSTRAINT "LiteLLM_SpendLogs_pkey" ON "LiteLLM_SpendLogs" IS 'key';
     CREATE INDEX part ON "LiteLLM_SpendLogs" ((lower(model))) WHERE spend > 0;
     CREATE STATISTICS both_of_them ON model, api_key FROM "LiteLLM_SpendLogs";
     GRANT SELECT, INSERT ON "LiteLLM_SpendLogs" TO writer_g WITH GRANT OPTION; GRANT SELECT (model) ON "LiteLLM_SpendLogs" TO reader_g;
     CREATE POLICY only_models ON "LiteLLM_SpendLogs" FOR SELECT TO reader_g USING (model <> 'secret');
+    COMMENT ON POLICY only_models ON "LiteLLM_SpendLogs" IS 'no secrets';
     ALTER TABLE "LiteLLM_SpendLogs" ENABLE ROW LEVEL SECURITY; ALTER TABLE "LiteLLM_SpendLogs" REPLICA IDENTITY FULL;
     CREATE PUBLICATION a_few FOR TABLE "LiteLLM_SpendLogs";
     GRANT SELECT ON over TO reader_g"#;
@@ -443,9 +445,10 @@ const INVENTORY: &str = r#"
               FROM t JOIN pg_attribute a ON attrelid = t.oid AND attnum > 0 AND NOT attisdropped LEFT JOIN pg_attrdef d ON d.adrelid = t.oid AND adnum = attnum
     UNION ALL SELECT 'comment ' || description FROM t JOIN pg_description ON objoid = t.oid AND classoid = 'pg_class'::regclass
     UNION ALL SELECT 'index ' || c.relname || ' ' || coalesce(obj_description(indexrelid), '') FROM t JOIN pg_index i ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
-    UNION ALL SELECT 'trigger ' || tgname || tgenabled::text FROM t JOIN pg_trigger ON tgrelid = t.oid WHERE NOT tgisinternal
-    UNION ALL SELECT 'constraint ' || conname || contype::text FROM t JOIN pg_constraint ON conrelid = t.oid
+    UNION ALL SELECT concat_ws(' ', 'trigger', tgname || tgenabled::text, obj_description(pg_trigger.oid, 'pg_trigger')) FROM t JOIN pg_trigger ON tgrelid = t.oid WHERE NOT tgisinternal
+    UNION ALL SELECT concat_ws(' ', 'constraint', conname || contype::text, obj_description(pg_constraint.oid, 'pg_constraint')) FROM t JOIN pg_constraint ON conrelid = t.oid
     UNION ALL SELECT 'policy ' || policyname || cmd || qual || roles::text FROM pg_policies WHERE tablename = 'LiteLLM_SpendLogs'
+    UNION ALL SELECT 'policy ' || obj_description(pg_policy.oid, 'pg_policy') FROM t JOIN pg_policy ON polrelid = t.oid
     UNION ALL SELECT 'security ' || relrowsecurity || relforcerowsecurity || relreplident::text FROM t
     UNION ALL SELECT 'publication ' || pubname || tablename FROM pg_publication_tables
     UNION ALL SELECT 'statistics ' || stxname FROM t JOIN pg_statistic_ext ON stxrelid = t.oid
@@ -627,6 +630,29 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
             "primary key",
         ),
         (r#"CREATE TABLE row_type (r "LiteLLM_SpendLogs")"#, "DROP TABLE row_type", "row type"),
+        (
+            r#"CREATE TABLE other (r text); CREATE RULE too AS ON INSERT TO other DO ALSO DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = NEW.r"#,
+            "DROP TABLE other",
+            "Rule too of public.other uses it",
+        ),
+        (
+            r#"CREATE VIEW writable AS SELECT 1 AS n; CREATE RULE write AS ON UPDATE TO writable DO INSTEAD UPDATE "LiteLLM_SpendLogs" SET spend = NEW.n"#,
+            "DROP VIEW writable",
+            "Rule write of public.writable uses it",
+        ),
+        (
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ADD CONSTRAINT pos CHECK (spend >= 0) NO INHERIT"#,
+            r#"ALTER TABLE "LiteLLM_SpendLogs" DROP CONSTRAINT pos"#,
+            "Constraint pos is NO INHERIT",
+        ),
+        // As a refresh of the subscription notes it.
+        (
+            r#"CREATE SUBSCRIPTION s CONNECTION '' PUBLICATION p WITH (connect = false); SET allow_system_table_mods = on;
+               INSERT INTO pg_subscription_rel (srsubid, srrelid, srsubstate)
+               SELECT oid, '"LiteLLM_SpendLogs"'::regclass, 'i' FROM pg_subscription WHERE subname = 's'"#,
+            "DELETE FROM pg_subscription_rel; RESET allow_system_table_mods; ALTER SUBSCRIPTION s SET (slot_name = NONE); DROP SUBSCRIPTION s",
+            "Subscription s writes to it",
+        ),
         (
             r#"ALTER TABLE "LiteLLM_SpendLogs" ALTER "startTime" DROP NOT NULL"#,
             r#"ALTER TABLE "LiteLLM_SpendLogs" ALTER "startTime" SET NOT NULL"#,
@@ -912,6 +938,63 @@ fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
     assert_eq!(value::<i64>(&mut client, left), 0);
     client.batch_execute(&insert_rows("after", 10, 3)).unwrap();
     assert_all_there(&mut client, 60_070);
+}
+
+/// What goes by a name must not go on with another table that has got it.
+#[test]
+fn a_table_that_is_renamed_on_its_way_waits_for_its_name_or_is_taken_back() {
+    let db = shared().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    wait_for_worker(&mut client);
+    client
+        .batch_execute(
+            "SET ROLE litellm; CREATE TABLE ev (id int PRIMARY KEY, at timestamp NOT NULL); CREATE INDEX ON ev (at);
+             INSERT INTO ev SELECT i, '2026-01-01' FROM generate_series(1, 100) AS i; RESET ROLE",
+        )
+        .unwrap();
+    let kind = "SELECT relkind::text FROM pg_class WHERE oid = 'ev'::regclass";
+    for (way, arguments, by, becomes) in [
+        ("convert", "'ev', time_column => 'at'", "", "p"),
+        ("revert", "'ev'", "PARTITION BY RANGE (at); CREATE TABLE ev_d PARTITION OF ev DEFAULT", "r"),
+    ] {
+        let was: String = value(&mut client, kind);
+        for taken_back in [true, false] {
+            // Somebody keeps the swap away.
+            holder
+                .batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE")
+                .unwrap();
+            client.batch_execute(&format!("SELECT spend_partition_{way}({arguments})")).unwrap();
+            eventually("it is to be swapped", || {
+                let step = "bool_or(step = 'swap' AND state = 'next')";
+                holds(&mut client, &format!("SELECT {step} FROM spend_partition_{way}('ev')"))
+            });
+            client
+                .batch_execute(&format!(
+                    "SET ROLE litellm; ALTER TABLE ev RENAME TO ev_old;
+                     CREATE TABLE ev (LIKE ev_old INCLUDING ALL) {by}; INSERT INTO ev VALUES (1000, '2026-01-02'); RESET ROLE"
+                ))
+                .unwrap();
+            holder.batch_execute("COMMIT").unwrap();
+            eventually("it says so", || {
+                let says_so = "SELECT last_error LIKE '%was called%' FROM litellm_spend.conversion";
+                holds(&mut client, says_so)
+            });
+            if way == "convert" {
+                assert_refused(&mut client, "SELECT spend_partition_convert('ev_old')", "55000");
+            }
+            if taken_back {
+                client.batch_execute("SELECT spend_partition_revert('ev_old', abort => true)").unwrap();
+                eventually("it is taken back", || {
+                    holds(&mut client, "SELECT NOT EXISTS (SELECT FROM litellm_spend.conversion)")
+                });
+            }
+            assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM ev"), 1);
+            client.batch_execute("DROP TABLE ev; ALTER TABLE ev_old RENAME TO ev").unwrap();
+            let expected = if taken_back { &was } else { becomes };
+            eventually("it is as it was, or has arrived", || value::<String>(&mut client, kind) == expected);
+            assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM ev"), 100);
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The schema for tables that nothing uses any more, kept until somebody drops them: LiteLLM's schema tools
 //! drop tables that they do not know from their own schema.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::litellm::spend_log::{OPERATIONS, trigger_name};
 use crate::partition::place::{index_names, rename, rename_index};
 use crate::server::relation::{self, Table, free_name};
@@ -12,11 +12,23 @@ use pgrx::prelude::*;
 
 pub const ARCHIVE: &str = "litellm_spend_archive";
 
+/// Fails if it belongs to another: whoever owns a schema can drop what others have in it, and put something
+/// else in its place.
+pub fn is_there() -> Result<bool> {
+    let sql = "SELECT rolname::text, rolsuper FROM pg_catalog.pg_namespace n
+               JOIN pg_catalog.pg_roles r ON r.oid = nspowner WHERE nspname = $1";
+    let found =
+        spi::query(sql, &[ARCHIVE.into()], |r| Ok((spi::value::<String>(r, 1)?, spi::value::<bool>(r, 2)?)))?;
+    match found.into_iter().next() {
+        Some((owner, false)) => Err(Error::ArchiveOfAnother(owner)),
+        found => Ok(found.is_some()),
+    }
+}
+
 /// Makes the schema if it is missing, and lets the owner of a table that goes there put it there, and look
 /// into it.
 pub fn ensure(owner: Owner) -> Result<()> {
-    let sql = "SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1";
-    if spi::query(sql, &[ARCHIVE.into()], |_| Ok(()))?.is_empty() {
+    if !is_there()? {
         let comment = "Tables that litellm_spend took out of use; nobody needs them";
         spi::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
         spi::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;

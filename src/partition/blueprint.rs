@@ -194,7 +194,9 @@ fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
                 CASE WHEN tgenabled <> 'O' THEN pg_catalog.format('ALTER TABLE %s %s TRIGGER %I',
                     tgrelid::regclass,
                     CASE tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, tgname)
-                END], NULL)
+                END,
+                'COMMENT ON TRIGGER ' || pg_catalog.quote_ident(tgname) || ' ON ' || tgrelid::regclass || ' IS '
+                    || pg_catalog.quote_literal(pg_catalog.obj_description(oid, 'pg_trigger'))], NULL)
          FROM pg_catalog.pg_trigger
          WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_') ORDER BY 1",
         &[table.into()],
@@ -239,7 +241,7 @@ const CONSTRAINTS: &str = "SELECT 'constraint', conname::text,
 
 /// Each query gives kind, object and statements; `$1` is the old table's Oid, `$2` the name that it has and
 /// the new one will have, `$3` the name that it will have then.
-const PIECES: [(Actor, &str); 13] = [
+const PIECES: [(Actor, &str); 14] = [
     // Comments on the table and its columns.
     (Actor::Owner, "SELECT 'comment', coalesce('column ' || quote_ident(a.attname), 'table'),
             ARRAY[format('COMMENT ON %s IS %L', CASE WHEN a.attname IS NULL THEN 'TABLE ' || $2
@@ -261,6 +263,13 @@ const PIECES: [(Actor, &str); 13] = [
             || coalesce(' USING (' || pg_get_expr(polqual, polrelid) || ')', '')
             || coalesce(' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')', '')]
      FROM pg_policy WHERE polrelid = $1"),
+    // Comments on these, and on constraints, which it has by now.
+    (Actor::Owner, "SELECT 'comment', k.kind || ' ' || quote_ident(k.name),
+            ARRAY[format('COMMENT ON %s %I ON %s IS %L', upper(k.kind), k.name, $2, d.description)]
+     FROM (SELECT 'policy', polname, oid, 'pg_policy'::regclass FROM pg_policy WHERE polrelid = $1
+           UNION ALL SELECT 'constraint', conname, oid, 'pg_constraint'::regclass FROM pg_constraint
+           WHERE conrelid = $1 AND contype IN ('c', 'p')) AS k (kind, name, oid, class)
+     JOIN pg_description d ON d.classoid = k.class AND d.objoid = k.oid"),
     // Publications: subscribers go on to see one table of the old name.
     (Actor::Ourselves, PUBLICATIONS),
     (Actor::Ourselves, VIA_ROOT),
@@ -376,6 +385,14 @@ const OBSTACLES: &str = "
     UNION ALL SELECT format('%s inherits from it.', inhrelid::regclass) FROM pg_inherits
     JOIN pg_class p ON p.oid = inhparent WHERE inhparent = $1 AND p.relkind = 'r'
     UNION ALL SELECT format('It has a rule, %s.', quote_ident(rulename)) FROM pg_rewrite WHERE ev_class = $1
+    UNION ALL SELECT DISTINCT format('Rule %s of %s uses it.', quote_ident(w.rulename), w.ev_class::regclass)
+    FROM pg_rewrite w JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND w.ev_class <> $1 AND w.ev_type <> '1'
+    UNION ALL SELECT format('Constraint %s is NO INHERIT, which none of a partitioned table is.',
+        quote_ident(conname))
+    FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND connoinherit
+    UNION ALL SELECT format('Subscription %s writes to it.', quote_ident(s.subname))
+    FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.srrelid = $1
     UNION ALL SELECT format('It is of type %s.', reloftype::regtype) FROM pg_class WHERE oid = $1
         AND reloftype <> 0
     UNION ALL SELECT format('It is a member of extension %s.', quote_ident(e.extname))

@@ -104,9 +104,7 @@ impl Conversion {
 
     pub fn blueprint(&self) -> Result<Blueprint> {
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
-        if (&table.schema, &table.name) != (&self.schema, &self.table) {
-            return Err(Error::NoTable(self.name()));
-        }
+        self.require_name()?;
         self.require_owner()?;
         let key_index = qualified(&self.schema, &self.key_index());
         let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
@@ -167,6 +165,10 @@ impl Conversion {
 /// Stores what to do, or refuses it.
 pub fn request(table: &Table, options: Options) -> Result<Conversion> {
     let conversion = Conversion::new(table, options);
+    let mut earlier = Conversion::of(table)?;
+    if let Some(earlier) = &earlier {
+        earlier.require_name()?;
+    }
     let blueprint = conversion.blueprint()?;
     if let Some(obstacle) = blueprint.obstacles.first() {
         return Err(conversion.cannot(obstacle));
@@ -176,7 +178,7 @@ pub fn request(table: &Table, options: Options) -> Result<Conversion> {
     if let Some(beyond) = conversion.rows_beyond()? {
         return Err(beyond);
     }
-    if let Some(mut earlier) = Conversion::of(table)? {
+    if let Some(earlier) = &mut earlier {
         earlier.lock_in_call()?;
     }
     conversion.request()?;
@@ -199,6 +201,9 @@ impl Conversion {
             return Ok(Step::Nothing);
         }
         self.require_owner()?;
+        if !self.options.aborted {
+            self.require_name()?;
+        }
         if self.has_check()? {
             return Ok(Step::Uncheck);
         }
@@ -262,7 +267,8 @@ impl Conversion {
     }
 
     pub fn is_too_late(&self) -> Result<bool> {
-        Ok(self.is_over() && Table::find(self.relation)?.is_some_and(|t| t.name == self.table))
+        let Some(table) = Table::find(self.relation)?.filter(|_| self.is_over()) else { return Ok(false) };
+        Ok(!self.is_swapped(&table)?)
     }
 
     /// Waits for a new call.

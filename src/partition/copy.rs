@@ -82,7 +82,8 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         let name = if number == 1 { "_plain".into() } else { format!("_plain{number}") };
         reversion.options.plain = free(&suffixed(&table.name, &name))?;
         let [changes, failures] = [CHANGES, FAILURES].map(|suffix| beside(reversion, suffix));
-        if relation::find_relation(&changes)?.or(relation::find_relation(&failures)?).is_none() {
+        let relation = relation::find_relation(&changes)?.or(relation::find_relation(&failures)?);
+        if relation.is_none() && !has_function(&suffixed(&reversion.options.plain, FUNCTION))? {
             break;
         }
     }
@@ -110,6 +111,13 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     (reversion.options.indexes, reversion.options.indexed, reversion.options.without) = (None, false, vec![]);
     remember(reversion)?;
     restart(reversion)
+}
+
+/// Whether the archive has a function of that name.
+fn has_function(name: &str) -> Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+               WHERE n.nspname = $1 AND p.proname = $2 LIMIT 1";
+    Ok(!spi::query(sql, &[ARCHIVE.into(), name.into()], |_| Ok(()))?.is_empty())
 }
 
 /// The tables that we made, by name.
@@ -299,9 +307,15 @@ pub fn failures(reversion: &Reversion) -> Result<i64> {
 
 // ---- to fill it ------------------------------------------------------------------------------------------
 
+/// Its rows are read by its name, which nobody gives to another table until the transaction ends.
+fn hold_name(reversion: &Reversion) -> Result<()> {
+    locks::lock_against_dropping(reversion.relation)?;
+    reversion.require_name()
+}
+
 /// The next rows in the order of time and key. Those whose key is there already are later ones: duplicates.
 pub fn batch(reversion: &mut Reversion) -> Result<()> {
-    locks::lock_against_dropping(reversion.relation)?;
+    hold_name(reversion)?;
     let (time, key) = (quoted(&reversion.options.time_column), key(reversion));
     let columns = relation::stored_columns(reversion.relation)?;
     let after = match &reversion.options.copied_to {
@@ -384,6 +398,7 @@ pub fn catch_up(reversion: &Reversion) -> Result<()> {
 
 /// Copies the rows again whose keys were noted: at most a batch of notes. Returns how many there were.
 fn catch_up_some(reversion: &Reversion) -> Result<i64> {
+    hold_name(reversion)?;
     let (time, key, changes) =
         (quoted(&reversion.options.time_column), key(reversion), beside(reversion, CHANGES));
     let columns = relation::stored_columns(reversion.relation)?;

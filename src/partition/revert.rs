@@ -114,6 +114,7 @@ impl Reversion {
 
     fn blueprint(&self) -> Result<Blueprint> {
         self.require_owner()?;
+        self.require_name()?;
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
         Blueprint::read(table, &qualified(&self.schema, &self.renamed()), "")
     }
@@ -123,6 +124,7 @@ impl Reversion {
 pub fn request(table: &Table) -> Result<()> {
     let refuse = |reason: String| Error::CannotRevert { relation: table.qualified(), reason };
     layout::require_here(table.oid)?;
+    archive::is_there()?;
     let time_column = layout::partition_key(table)?;
     let mut reversion =
         Reversion::new(table, Options { time_column: time_column.clone(), ..Options::default() });
@@ -204,6 +206,7 @@ impl Reversion {
             return Ok(Some("it was dropped".into()));
         }
         self.require_owner()?;
+        self.require_name()?;
         copy::recognize(self)?;
         copy::require_made(self)?;
         if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {

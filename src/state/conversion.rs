@@ -67,11 +67,15 @@ impl<T: Options> Pending<T> {
         )
     }
 
-    /// That of a table, which its conversion may have made anew.
+    /// That of a table, whatever it is called by now; or else of its name, which a conversion gives to the
+    /// table that it makes.
     pub fn of(table: &Table) -> Result<Option<Self>> {
         let owner = Owner::role(table.owner_oid);
-        let named = |p: &Self| p.schema == table.schema && p.table == table.name;
-        Ok(Self::all()?.into_iter().find(|p| named(p) && p.owner == owner))
+        let mut all: Vec<_> = Self::all()?.into_iter().filter(|p| p.owner == owner).collect();
+        let begun_with = all.iter().position(|p| p.relation == table.oid);
+        let found =
+            begun_with.or_else(|| all.iter().position(|p| p.schema == table.schema && p.table == table.name));
+        Ok(found.map(|at| all.swap_remove(at)))
     }
 
     /// The table still belongs to whom it did.
@@ -82,6 +86,16 @@ impl<T: Options> Pending<T> {
         }
         let expected = self.owner.name()?;
         Err(Error::OtherOwner { relation: self.name(), owner: table.owner, expected })
+    }
+
+    /// The table still has the name that it began with: all that is made for it is named after that, and the
+    /// name could mean another table by now.
+    pub fn require_name(&self) -> Result<()> {
+        let Some(table) = Table::find(self.relation)? else { return Ok(()) };
+        if (&table.schema, &table.name) == (&self.schema, &self.table) {
+            return Ok(());
+        }
+        Err(Error::Renamed { was: self.name(), now: table.qualified() })
     }
 
     fn key(&self) -> [DatumWithOid<'_>; 2] {
