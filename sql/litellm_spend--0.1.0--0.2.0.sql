@@ -63,6 +63,10 @@ DELETE FROM litellm_spend.dirty_range WHERE repair = 'freeze' AND repaired_at IS
 -- The owner of the captured table may add rows.
 ALTER TABLE litellm_spend.dirty_range ADD CONSTRAINT dirty_range_order CHECK (range_start <= range_end);
 
+-- A partition that ended within a day has frozen a part of it. Days are frozen as a whole.
+UPDATE litellm_spend.source SET frozen_before = date_trunc('day', frozen_before) + interval '1 day'
+WHERE frozen_before <> date_trunc('day', frozen_before);
+
 -- A conversion goes on as the owner of its table; one whose table is gone is forgotten.
 ALTER TABLE litellm_spend.conversion ADD COLUMN owner regrole;
 UPDATE litellm_spend.conversion v SET owner = c.relowner FROM pg_class c WHERE c.oid = v.relation;

@@ -628,6 +628,71 @@ fn dropped_days_of_litellms_table_stay_in_the_rollups() {
     assert_verified(&mut client);
 }
 
+/// LiteLLM's table with two partitions of old days, whose bounds are counted from today, a row at each hour
+/// of `at` counted from the day before 40 days, and all of it added up.
+fn two_old_partitions(client: &mut Client, border: &str, at: &[i32]) {
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    let hours = at.iter().map(i32::to_string).collect::<Vec<_>>().join(", ");
+    client
+        .batch_execute(&format!(
+            r#"SET ROLE litellm;
+               CREATE TABLE older PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM (MINVALUE) TO ({border});
+               CREATE TABLE newer PARTITION OF "LiteLLM_SpendLogs" FOR VALUES FROM ({border}) TO (CURRENT_DATE - 38);
+               RESET ROLE;
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", api_key, model)
+               SELECT 'r' || hour, 'x', 0.5, at, at, 'k', 'm'
+               FROM unnest(ARRAY[{hours}]) AS hour, LATERAL (SELECT CURRENT_DATE - 40 + hour * interval '1 hour' AS at) AS t"#
+        ))
+        .unwrap();
+    attach(client);
+    wait_until_merged(client);
+    client.batch_execute("SELECT spend_partition_set(NULL, 'day', 1, '30 days')").unwrap();
+}
+
+/// What `maintain_at` does when rows of before that time expire.
+fn expire(client: &mut Client, cutoff: &str) -> Vec<(String, String, i64, String)> {
+    let now: String = value(client, &format!("SELECT ({cutoff} + interval '30 days')::text"));
+    maintain_at(client, "\"LiteLLM_SpendLogs\"", &now)
+}
+
+fn expired(actions: &[(String, String, i64, String)]) -> Vec<&str> {
+    actions.iter().filter(|a| a.0 == "dropped").map(|a| a.1.as_str()).collect()
+}
+
+/// All that the built-in rollups know.
+const TOTALS: &str = "SELECT sum(spend)::text || ' ' || sum(requests) FROM litellm_spend.daily_spend";
+
+#[test]
+fn a_day_of_which_a_partition_held_a_part_is_frozen_with_it() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    // Of the day a row in the partition that goes, two in the one that stays; and one of the next day.
+    two_old_partitions(&mut client, "CURRENT_DATE - 40 + time '12:00'", &[10, 12, 14, 30]);
+    let before: String = value(&mut client, TOTALS);
+    // A row goes by itself.
+    let actions = expire(&mut client, "CURRENT_DATE - 40 + time '13:00'");
+    assert_eq!(expired(&actions), ["older"], "{actions:?}");
+    assert!(actions.iter().any(|a| a.0 == "deleted" && a.1 == "newer" && a.2 == 1), "{actions:?}");
+    let frozen =
+        "SELECT frozen_before = CURRENT_DATE - 39 FROM litellm_spend.source WHERE name = 'change_log'";
+    assert!(holds(&mut client, frozen));
+    assert_eq!(value::<String>(&mut client, TOTALS), before);
+    assert_verified(&mut client);
+    let day = "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 40, CURRENT_DATE - 39)";
+    assert_refused(&mut client, day, "55000");
+    // The rest of it may have been written past us: what can be recomputed is, and nothing counts twice.
+    client.batch_execute("ALTER TABLE newer DISABLE TRIGGER litellm_spend_capture_insert").unwrap();
+    eventually("the days of the rest are repaired", || {
+        holds(
+            &mut client,
+            "SELECT count(*) = 1 AND bool_and(repaired_at IS NOT NULL AND unrepairable)
+             FROM litellm_spend.dirty_range WHERE operation = 'ATTACH'",
+        )
+    });
+    assert_eq!(value::<String>(&mut client, TOTALS), before);
+    assert_verified(&mut client);
+}
+
 #[test]
 fn detached_partitions_go_to_the_archive_and_are_captured_no_more() {
     let db = cluster().database();

@@ -40,7 +40,15 @@ fn an_attached_database_goes_on_and_its_objects_go_to_the_tables_owner() {
                         AND proowner = 'postgres'::regrole";
     assert_eq!(value::<i64>(&mut client, definers), 4, "as it was");
 
-    client.batch_execute("ALTER EXTENSION litellm_spend UPDATE; SELECT spend_attach()").unwrap();
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.source SET frozen_before = '2020-11-11 12:00' WHERE name = 'change_log';
+             ALTER EXTENSION litellm_spend UPDATE; SELECT spend_attach()",
+        )
+        .unwrap();
+    let whole_days =
+        "SELECT bool_and(frozen_before = date_trunc('day', frozen_before)) FROM litellm_spend.source";
+    assert!(holds(&mut client, whole_days), "a partition of 0.1.0's may have ended at noon");
     assert_eq!(value::<i64>(&mut client, definers), 0);
     assert!(holds(
         &mut client,

@@ -6,6 +6,9 @@
 //! ---------------------+-------+-------------+------------------------+--> time
 //!            source.frozen_before     settled rows of dirty_range with repair 'freeze'
 //! ```
+//! Days are frozen as a whole: what is left of a day that has lost some of its rows, as when a partition ends
+//! at noon and is dropped, cannot be told from the rest in a rollup by day.
+//!
 //! One border would do if only the oldest rows ever went. But TRUNCATE takes what one partition held, and one
 //! row may carry any time. So such a row of dirty_range that is not settled yet only says where rows may be
 //! gone; [`crate::litellm::repair`] compares its days and freezes those that lost some. Until then nothing of
@@ -13,7 +16,7 @@
 
 use crate::error::{Error, Result};
 use crate::server::spi;
-use crate::server::text::SCHEMA;
+use crate::server::text::{SCHEMA, next_midnight};
 use crate::state::sources::CHANGE_LOG;
 use pgrx::datum::Timestamp;
 
@@ -152,8 +155,10 @@ pub fn thaw(range: Range) -> Result<()> {
     .map(drop)
 }
 
-/// Freezes everything before `border`: no raw row is older. What only helped to recompute it goes.
+/// Freezes the days of which a part is before `border`: no raw row is older. What only helped to recompute
+/// them goes.
 pub fn freeze_before(border: Timestamp) -> Result<()> {
+    let border = midnight_from(border)?;
     spi::execute(
         &format!("UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, $2) WHERE name = $1"),
         &[CHANGE_LOG.into(), border.into()],
@@ -168,4 +173,12 @@ pub fn freeze_before(border: Timestamp) -> Result<()> {
         &[border.into()],
     )
     .map(drop)
+}
+
+/// The first midnight that is not before a time.
+fn midnight_from(time: Timestamp) -> Result<Timestamp> {
+    let next = next_midnight("$1");
+    let sql = format!("SELECT CASE WHEN $1 = date_trunc('day', $1) THEN $1 ELSE {next} END");
+    let midnights = spi::query(&sql, &[time.into()], |r| spi::value::<Timestamp>(r, 1))?;
+    midnights.into_iter().next().ok_or(Error::Null("time"))
 }
