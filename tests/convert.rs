@@ -596,6 +596,48 @@ fn a_declared_rollup_over_the_table_goes_on() {
 }
 
 #[test]
+fn a_retention_goes_along_with_its_owner_and_with_nobody_else() {
+    let db = shared().database();
+    let mut client = db.connect();
+    for table in ["kept", "given_away", "set_anew"] {
+        client
+            .batch_execute(&format!(
+                "CREATE TABLE {table} (id bigserial PRIMARY KEY, at timestamp NOT NULL);
+                 CREATE INDEX ON {table} (at);
+                 SELECT spend_partition_set('{table}', 'week', 3, '2 years', 'detach', 'at');
+                 INSERT INTO {table} (at) SELECT now() - interval '1 year' FROM generate_series(1, 100)"
+            ))
+            .unwrap();
+    }
+    client
+        .batch_execute(
+            "ALTER TABLE given_away OWNER TO litellm; ALTER TABLE set_anew OWNER TO litellm;
+             SELECT spend_partition_set('set_anew', precreate => 4, time_column => 'at');
+             UPDATE litellm_spend.policy SET retention = '1 month' WHERE relation = 'given_away'::regclass;
+             SELECT spend_partition_convert('kept'); SELECT spend_partition_convert('given_away', time_column => 'at')",
+        )
+        .unwrap();
+    let policies = "SELECT string_agg(format('%s: %s, %s, %s ahead, %s, %s', relation, owner, \"interval\", precreate,
+                                             coalesce(retention::text, 'none'), on_expire), '; ' ORDER BY relation::text)
+                    FROM litellm_spend.policy";
+    eventually("both are partitioned", || {
+        holds(
+            &mut client,
+            "SELECT count(*) = 2 AND NOT EXISTS (SELECT FROM litellm_spend.conversion) FROM pg_class
+             WHERE oid IN ('kept'::regclass, 'given_away'::regclass) AND relkind = 'p'",
+        )
+    });
+    wait_for_a_round(&mut client);
+    assert_eq!(
+        value::<String>(&mut client, policies),
+        "given_away: litellm, day, 7 ahead, none, drop; kept: postgres, week, 3 ahead, 2 years, detach; \
+         set_anew: litellm, day, 4 ahead, none, drop"
+    );
+    let rows = "SELECT (SELECT count(*) FROM kept) + (SELECT count(*) FROM given_away)";
+    assert_eq!(value::<i64>(&mut client, rows), 200);
+}
+
+#[test]
 fn what_cannot_be_converted_is_refused_with_the_reason() {
     let db = shared().database();
     let mut client = db.connect();

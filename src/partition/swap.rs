@@ -111,7 +111,7 @@ pub fn lock(
     Ok(blueprint)
 }
 
-/// A policy that is there keeps its retention.
+/// A policy of the owner's that is there keeps its retention. A former owner's rests, and is replaced.
 fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
     spi::execute(
         &format!(
@@ -119,7 +119,10 @@ fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
                  origin)
              VALUES ($1, $2, $3::name, $4, $5, 'drop', {HERE})
              ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
-                 \"interval\" = excluded.\"interval\", precreate = excluded.precreate, maintained_at = NULL"
+                 \"interval\" = excluded.\"interval\", precreate = excluded.precreate, maintained_at = NULL,
+                 retention = CASE WHEN policy.owner = excluded.owner THEN policy.retention END,
+                 on_expire = CASE WHEN policy.owner = excluded.owner THEN policy.on_expire
+                                  ELSE excluded.on_expire END"
         ),
         &[
             relation.into(),
