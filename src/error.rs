@@ -74,6 +74,13 @@ errors! {
         "Only ordinary and partitioned, permanent tables can be captured or rolled up.";
         "Pass the table that the rows are written to, for LiteLLM \"LiteLLM_SpendLogs\".";
 
+    OurOwn(relation: String):
+        ERRCODE_WRONG_OBJECT_TYPE;
+        "{relation} belongs to litellm_spend itself";
+        "What is in its own tables comes and goes as it is added up: a rollup over them would not be exact.";
+        "Pass the table that the rows are written to. The built-in rollups have what the change log says: \
+         SELECT * FROM spend_rollup_status;";
+
     NoColumn { relation: String, column: String }:
         ERRCODE_UNDEFINED_COLUMN;
         "relation \"{relation}\" has no column \"{column}\"";

@@ -254,6 +254,20 @@ fn a_rollup_that_is_not_as_the_caller_thought() {
 }
 
 #[test]
+fn a_rollup_over_the_change_log_is_refused() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    for call in [
+        "SELECT spend_rollup_create('mine', 'litellm_spend.change_log', '{api_key}', '{count(*) AS n}')",
+        "SELECT spend_rollup_register('mine', 'litellm_spend.change_log')",
+    ] {
+        assert_refused(&mut client, call, "42809");
+    }
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM spend_rollup_status WHERE rollup = 'mine'"));
+}
+
+#[test]
 fn nonsense_is_refused() {
     let db = shared().database().attached();
     let mut client = db.connect();

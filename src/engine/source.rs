@@ -258,6 +258,10 @@ pub fn open_source(
 ) -> Result<(Table, Numbering)> {
     let table = relation::open(oid)?;
     session::require_owner(caller, oid)?;
+    // A source by the name of the change log is taken for it: its rollups would be built-in ones.
+    if table.schema == SCHEMA {
+        return Err(Error::OurOwn(table.qualified()));
+    }
     locks::lock_against_dropping(oid)?;
     citus::require_by_hash(oid)?;
     let numbering = numbering(&table, sequence)?;
