@@ -694,6 +694,45 @@ fn a_day_of_which_a_partition_held_a_part_is_frozen_with_it() {
 }
 
 #[test]
+fn days_of_a_partition_that_had_to_stay_are_not_frozen_with_those_of_a_newer_one() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    two_old_partitions(&mut client, "CURRENT_DATE - 39", &[10, 30]);
+    let before: String = value(&mut client, TOTALS);
+    client
+        .batch_execute(
+            "BEGIN; INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES (CURRENT_DATE - 40, CURRENT_DATE - 39, 'rebuild', 'INSERT')",
+        )
+        .unwrap();
+    let actions = expire(&mut client, "CURRENT_DATE - 38");
+    assert_eq!(expired(&actions), ["newer"], "{actions:?}");
+    assert!(actions.iter().any(|a| a.0 == "skipped" && a.1 == "older"), "{actions:?}");
+    client.batch_execute("COMMIT").unwrap();
+    // Its rows are there, so it is repaired.
+    let repairs = "SELECT count(*) FROM litellm_spend.dirty_range WHERE repair = 'rebuild' AND";
+    let left = format!("{repairs} repaired_at IS NULL");
+    eventually("nothing is left to repair", || value::<i64>(&mut client, &left) == 0);
+    assert_eq!(value::<i64>(&mut client, &format!("{repairs} unrepairable")), 0);
+    let rebuild = |first: i32| {
+        format!(
+            "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - {first}, CURRENT_DATE - {})",
+            first - 1
+        )
+    };
+    client.batch_execute(&rebuild(40)).unwrap();
+    assert_refused(&mut client, &rebuild(39), "55000");
+    assert_verified(&mut client);
+    // Then it goes, too.
+    let actions = expire(&mut client, "CURRENT_DATE - 38");
+    assert_eq!(expired(&actions), ["older"], "{actions:?}");
+    assert_refused(&mut client, &rebuild(40), "55000");
+    assert_refused(&mut client, &rebuild(39), "55000");
+    assert_eq!(value::<String>(&mut client, TOTALS), before);
+    assert_verified(&mut client);
+}
+
+#[test]
 fn detached_partitions_go_to_the_archive_and_are_captured_no_more() {
     let db = cluster().database();
     let mut client = db.connect();

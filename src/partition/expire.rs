@@ -111,9 +111,13 @@ pub fn finish(
             format!("now {}", archive::take(layout.owner, partition.oid)?)
         }
     };
-    // 4. its days are history.
+    // 4. its days are history, and those before them unless an older partition had to stay.
     if let (Some(_), Some(end)) = (&captured, to) {
-        frozen::freeze_before(end)?;
+        let older_stays = now.partitions.iter().any(|other| other.range.to <= partition.range.from);
+        match from.filter(|_| older_stays) {
+            Some(start) => frozen::freeze(start, end, "EXPIRY")?,
+            None => frozen::freeze_before(end)?,
+        }
     }
     Ok((rows, place))
 }

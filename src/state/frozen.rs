@@ -97,14 +97,15 @@ pub fn note(end: Option<Timestamp>, operation: &str) -> Result<()> {
     .map(drop)
 }
 
-/// Freezes `[day, next)`, which may continue a range.
-pub fn freeze(day: Timestamp, next: Timestamp, operation: &str) -> Result<()> {
+/// Freezes the days of which a part is in `[start, end)`. They may continue a range.
+pub fn freeze(start: Timestamp, end: Timestamp, operation: &str) -> Result<()> {
+    let (start, end) = (midnight_before(start)?, midnight_from(end)?);
     let continued = spi::execute(
         &format!(
             "UPDATE {SCHEMA}.dirty_range SET range_start = $1
              WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_start = $2"
         ),
-        &[day.into(), next.into()],
+        &[start.into(), end.into()],
     )?;
     if continued == 0 {
         spi::execute(
@@ -112,7 +113,7 @@ pub fn freeze(day: Timestamp, next: Timestamp, operation: &str) -> Result<()> {
                 "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, repaired_at)
                  VALUES ($1, $2, 'freeze', $3, clock_timestamp())"
             ),
-            &[day.into(), next.into(), operation.into()],
+            &[start.into(), end.into(), operation.into()],
         )?;
     }
     Ok(())
@@ -175,10 +176,19 @@ pub fn freeze_before(border: Timestamp) -> Result<()> {
     .map(drop)
 }
 
+/// The midnight with which the day of a time begins.
+fn midnight_before(time: Timestamp) -> Result<Timestamp> {
+    midnight("date_trunc('day', $1)", time)
+}
+
 /// The first midnight that is not before a time.
 fn midnight_from(time: Timestamp) -> Result<Timestamp> {
     let next = next_midnight("$1");
-    let sql = format!("SELECT CASE WHEN $1 = date_trunc('day', $1) THEN $1 ELSE {next} END");
-    let midnights = spi::query(&sql, &[time.into()], |r| spi::value::<Timestamp>(r, 1))?;
+    midnight(&format!("CASE WHEN $1 = date_trunc('day', $1) THEN $1 ELSE {next} END"), time)
+}
+
+fn midnight(expression: &str, time: Timestamp) -> Result<Timestamp> {
+    let midnights =
+        spi::query(&format!("SELECT {expression}"), &[time.into()], |r| spi::value::<Timestamp>(r, 1))?;
     midnights.into_iter().next().ok_or(Error::Null("time"))
 }
