@@ -366,6 +366,99 @@ fn a_table_that_is_dropped_and_made_again_goes_on() {
     assert!((3.0 * before - after).abs() < 1e-9, "{before} {after}");
 }
 
+/// What the rollups have counted.
+const REQUESTS: &str = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
+
+/// What they must have counted: a request that both tables hold counts once.
+const REQUESTS_OF_BOTH: &str = r#"SELECT count(DISTINCT request_id) FROM (
+    SELECT request_id FROM "LiteLLM_SpendLogs" UNION ALL SELECT request_id FROM "LiteLLM_SpendLogs_legacy") AS a"#;
+
+#[test]
+fn what_is_written_straight_to_a_replaced_table_is_counted() {
+    let db = shared().database().with_rows("a", 100, 5).attached();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    wait_until_capture_follows(&mut client);
+    let into_old = insert_rows("b", 10, 1).replace("\"LiteLLM_SpendLogs\"", "\"LiteLLM_SpendLogs_legacy\"");
+    client.batch_execute(&into_old).unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 110);
+    // Copies in either direction count once, as the new table has them.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" SELECT * FROM "LiteLLM_SpendLogs_legacy" WHERE request_id LIKE 'b%'"#,
+        )
+        .unwrap();
+    client.batch_execute(&insert_rows("c", 10, 1)).unwrap();
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs_legacy" SELECT * FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'c%';
+               UPDATE "LiteLLM_SpendLogs_legacy" SET spend = 7"#,
+        )
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 120);
+    assert_eq!(value::<i64>(&mut client, REQUESTS_OF_BOTH), 120);
+    assert_verified(&mut client);
+    assert_eq!(capture_errors(&mut client), 0);
+}
+
+#[test]
+fn a_replaced_table_goes_on_beside_one_that_is_converted() {
+    let db = shared().database().with_rows("a", 100, 5).attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"BEGIN; SET LOCAL ROLE litellm; ALTER TABLE "LiteLLM_SpendLogs" RENAME TO before;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE before INCLUDING ALL); COMMIT"#,
+        )
+        .unwrap();
+    wait_until_capture_follows(&mut client);
+    client.batch_execute(&insert_rows("b", 10, 5)).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_converted(&mut client);
+    client
+        .batch_execute(
+            r#"INSERT INTO before SELECT * FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'b%';
+               INSERT INTO "LiteLLM_SpendLogs" SELECT * FROM before WHERE request_id LIKE 'a%'"#,
+        )
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 110);
+    assert_verified(&mut client);
+    assert_eq!(capture_errors(&mut client), 0);
+}
+
+#[test]
+fn a_row_that_is_deleted_from_one_of_two_tables_is_still_there() {
+    for on_delete in ["keep", "subtract"] {
+        let db = shared().database().with_rows("a", 500, 10);
+        let mut client = db.connect();
+        client.batch_execute(&format!("SELECT spend_attach(on_delete => '{on_delete}')")).unwrap();
+        wait_until_live(&mut client);
+        client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+        wait_until_capture_follows(&mut client);
+        client
+            .batch_execute(
+                r#"INSERT INTO "LiteLLM_SpendLogs" SELECT * FROM "LiteLLM_SpendLogs_legacy";
+                   DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 4;
+                   DELETE FROM "LiteLLM_SpendLogs_legacy" WHERE "startTime" >= CURRENT_DATE - 2"#,
+            )
+            .unwrap();
+        assert_eq!(value::<i64>(&mut client, REQUESTS_OF_BOTH), 500);
+        assert_eq!(value::<i64>(&mut client, REQUESTS), 500, "{on_delete}");
+        assert_verified(&mut client);
+        // The last copies go.
+        client
+            .batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs_legacy" WHERE "startTime" < CURRENT_DATE - 4"#)
+            .unwrap();
+        client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" >= CURRENT_DATE"#).unwrap();
+        let left: i64 = value(&mut client, REQUESTS_OF_BOTH);
+        assert!(left < 500);
+        let counted = if on_delete == "keep" { 500 } else { left };
+        assert_eq!(value::<i64>(&mut client, REQUESTS), counted, "{on_delete}");
+        assert_verified(&mut client);
+        assert_eq!(capture_errors(&mut client), 0);
+    }
+}
+
 #[test]
 fn an_attached_partition_with_rows_is_counted() {
     let db = shared().database();

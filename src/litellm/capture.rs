@@ -24,7 +24,7 @@ use crate::guc::LockLimit;
 use crate::litellm::backfill;
 use crate::litellm::builtin;
 use crate::litellm::reports;
-use crate::litellm::spend_log::{self, Capture, LOG_RELATIONS, MOVE, OPERATIONS, SPEND_LOGS};
+use crate::litellm::spend_log::{self, Capture, LOG_RELATIONS, MOVE, OPERATIONS, Replaced, SPEND_LOGS};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
@@ -349,14 +349,18 @@ fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> 
 }
 
 pub fn create_functions(state: &CaptureState) -> Result<Action> {
-    let name = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), relation::relation_name(oid)?));
-    let predecessor = state.predecessor.map(name).transpose()?;
-    let predecessor = predecessor.as_ref().map(|(oid, name)| (*oid, name.as_str()));
+    let named = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), relation::relation_name(oid)?));
+    let replaced = match state.predecessor {
+        Some(predecessor) => {
+            Some(Replaced { table: named(state.relation)?, predecessor: named(predecessor)? })
+        }
+        None => None,
+    };
     let owner = quoted(&state.owner()?.name()?);
     let before = functions()?;
     let rollups = reports::rollups()?;
     let capture = Capture { columns: &state.columns };
-    for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, predecessor) {
+    for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, replaced.as_ref()) {
         spi::execute(&spend_log::create_function(&name, &body), &[])?;
         spi::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;
         spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
@@ -526,10 +530,12 @@ pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
         let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
         spi::execute(&sql, &[old.into(), new.into()])?;
     }
-    match captured::capture()?.filter(|state| state.relation == new) {
-        Some(state) => create_triggers(&state).map(drop),
-        None => Ok(()),
+    let Some(state) = captured::capture()?.filter(|state| state.relation == new) else { return Ok(()) };
+    if state.predecessor.is_some() {
+        // The trigger functions name the table, too.
+        create_functions(&state)?;
     }
+    create_triggers(&state).map(drop)
 }
 
 /// Our triggers: their tables and names.

@@ -135,8 +135,8 @@ impl Capture<'_> {
     }
 
     /// Writes rows that leave the raw table without leaving the totals to the ledger.
-    pub fn retire(&self, relation: &str) -> String {
-        write_sums("retired", &self.rows(relation, 1, ""))
+    pub fn retire(&self, relation: &str, conditions: &[String]) -> String {
+        write_sums("retired", &self.rows(relation, 1, &only(conditions)))
     }
 
     /// The trigger functions, as (name, body). Of the dimensions they write to the change log those that a
@@ -152,51 +152,41 @@ impl Capture<'_> {
         &self,
         read: &[&str],
         subtract_deleted: bool,
-        predecessor: Option<(u32, &str)>,
+        replaced: Option<&Replaced>,
     ) -> Vec<(String, String)> {
-        let rows = |relation, sign, condition: &str| {
-            self.rows_with(|name| read.contains(&name), relation, sign, condition)
+        let rows = |relation, sign, conditions: &[String]| {
+            self.rows_with(|name| read.contains(&name), relation, sign, &only(conditions))
         };
-        let inserted = rows("new_rows", 1, "");
-        let insert = match predecessor {
-            None => write_rows("change_log", &inserted) + ";",
-            // The old table may be dropped, and its owner may give its name to something else, which must not
-            // run with our rights: it is read only when it has been locked under its name.
-            Some((oid, name)) => format!(
-                "IF to_regclass({text})::oid = {oid} THEN
-        LOCK TABLE {name} IN ACCESS SHARE MODE;
-        IF to_regclass({text})::oid = {oid} THEN
-            {};
-            RETURN NULL;
-        END IF;
-    END IF;
-    {};",
-                write_rows("change_log", &rows("new_rows", 1, &format!("WHERE {}", not_in(name)))),
-                write_rows("change_log", &inserted),
-                text = literal(name),
-            ),
+        let unless_held = |statements: &dyn Fn(&[String]) -> String| {
+            let beside =
+                replaced.map(|tables| tables.on_predecessor(statements) + &tables.on_table(statements));
+            beside.unwrap_or_default() + &statements(&[])
         };
-        let updated = format!("{} UNION ALL {}", rows("old_rows", -1, ""), rows("new_rows", 1, ""));
+        let insert =
+            unless_held(&|conditions| write_rows("change_log", &rows("new_rows", 1, conditions)) + ";");
+        let update = |conditions: &[String]| {
+            let (old, new) = (rows("old_rows", -1, conditions), rows("new_rows", 1, conditions));
+            write_sums("change_log", &format!("{old} UNION ALL {new}")) + ";"
+        };
+        // Of a request that both tables hold, the new table's row counts.
+        let beside = replaced.map(|tables| tables.on_predecessor(&update)).unwrap_or_default();
+        let update = format!("{}\n    {beside}{}", note_moves(), update(&[]));
         let expiring = format!("coalesce(current_setting('{EXPIRING}', true) = 'on', false)");
         // A kept row that could not be written to the ledger is still in the rollups, which is where it
         // belongs.
         let (delete, delete_repair) = if subtract_deleted {
-            let subtract = write_rows("change_log", &rows("old_rows", -1, ""));
-            (
-                format!("IF {expiring} THEN {}; ELSE {subtract}; END IF;", self.retire("old_rows")),
-                format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"),
-            )
+            let delete = |conditions: &[String]| {
+                let subtract = write_rows("change_log", &rows("old_rows", -1, conditions));
+                let retire = self.retire("old_rows", conditions);
+                format!("IF {expiring} THEN {retire}; ELSE {subtract}; END IF;")
+            };
+            (unless_held(&delete), format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"))
         } else {
-            (self.retire_deleted(), "'keep'".into())
+            (unless_held(&|conditions| self.retire_deleted(conditions)), "'keep'".into())
         };
         vec![
             self.function("insert", &insert, "new_rows", "'rebuild'"),
-            self.function(
-                "update",
-                &format!("{}\n    {};", note_moves(), write_sums("change_log", &updated)),
-                "both",
-                "'rebuild'",
-            ),
+            self.function("update", &update, "both", "'rebuild'"),
             self.function("delete", &delete, "old_rows", &delete_repair),
             (function_name("move"), move_function()),
             (function_name("truncate"), truncate_function()),
@@ -205,10 +195,10 @@ impl Capture<'_> {
 
     /// A row that a MERGE has moved to another partition is among those that a DELETE takes, but it is still
     /// there. Only the owner's own table is read as the owner.
-    fn retire_deleted(&self) -> String {
-        let all = self.retire("old_rows");
-        let condition = format!("WHERE {}", not_in("litellm_spend_table"));
-        let gone = write_sums("retired", &self.rows("old_rows", 1, &condition)).replace('%', "%%");
+    fn retire_deleted(&self, conditions: &[String]) -> String {
+        let all = self.retire("old_rows", conditions);
+        let conditions = [conditions, &[not_in("litellm_spend_table")]].concat();
+        let gone = self.retire("old_rows", &conditions).replace('%', "%%");
         format!(
             "IF coalesce(current_setting('{MOVED}', true), '') = ''
        OR NOT EXISTS (SELECT FROM pg_class WHERE oid = TG_RELID
@@ -283,6 +273,53 @@ END
             function_name(operation)
         )
     }
+}
+
+/// The captured table and the one that had its name before, each by OID and name. A request that both hold
+/// counts once, as the captured table has it: what a statement does to one of them changes the totals only as
+/// far as the other table does not hold the request.
+pub struct Replaced {
+    pub table: (u32, String),
+    pub predecessor: (u32, String),
+}
+
+/// The table whose trigger fires, or the one of which that is a partition.
+const WRITTEN: &str = "coalesce(pg_partition_root(TG_RELID), TG_RELID)";
+
+impl Replaced {
+    /// Statements of a trigger function for rows of the predecessor that the table does not hold, where it
+    /// can be read. They end the function.
+    fn on_predecessor(&self, statements: &dyn Fn(&[String]) -> String) -> String {
+        format!(
+            "IF {WRITTEN} = {} THEN {} END IF;\n    ",
+            self.predecessor.0,
+            beside(&self.table, statements)
+        )
+    }
+
+    /// The same, for rows of the table that the predecessor does not hold.
+    fn on_table(&self, statements: &dyn Fn(&[String]) -> String) -> String {
+        let (predecessor, _) = self.predecessor;
+        format!("IF {WRITTEN} <> {predecessor} THEN {} END IF;\n    ", beside(&self.predecessor, statements))
+    }
+}
+
+/// The other table may be dropped, and its owner may give its name to something else, which must not run with
+/// our rights: it is read only when it has been locked under its name.
+fn beside((oid, name): &(u32, String), statements: &dyn Fn(&[String]) -> String) -> String {
+    format!(
+        "
+        IF to_regclass({text})::oid = {oid} THEN
+            LOCK TABLE {name} IN ACCESS SHARE MODE;
+            IF to_regclass({text})::oid = {oid} THEN
+                {}
+                RETURN NULL;
+            END IF;
+        END IF;
+   ",
+        statements(&[not_in(name)]),
+        text = literal(name)
+    )
 }
 
 /// On while a policy deletes rows that have expired: they stay in the totals, as those of a partition that is
@@ -469,6 +506,11 @@ pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
 fn not_in(relation: &str) -> String {
     let id = quoted(REQUEST_ID);
     format!("NOT EXISTS (SELECT FROM {relation} AS other WHERE other.{id} = r.{id})")
+}
+
+/// Rows that meet all conditions.
+fn only(conditions: &[String]) -> String {
+    if conditions.is_empty() { String::new() } else { format!("WHERE {}", conditions.join(" AND ")) }
 }
 
 /// The columns that change log and ledger share.

@@ -344,7 +344,7 @@ impl Reversion {
         capture::follow(self.relation, plain)?;
         indexes::follow(self.relation, plain)?;
         if let Some(state) = captured::capture()?.filter(|state| state.relation == plain) {
-            run(Capture { columns: &state.columns }.retire(&self.duplicates()))?;
+            run(Capture { columns: &state.columns }.retire(&self.duplicates(), &[]))?;
         }
         // 5. what nothing uses any more goes to the archive.
         let partitioned = archive::take(owner, self.relation)?;
