@@ -374,6 +374,61 @@ const REQUESTS_OF_BOTH: &str = r#"SELECT count(DISTINCT request_id) FROM (
     SELECT request_id FROM "LiteLLM_SpendLogs" UNION ALL SELECT request_id FROM "LiteLLM_SpendLogs_legacy") AS a"#;
 
 #[test]
+fn a_replaced_table_that_becomes_a_partition_is_counted_as_one() {
+    let attach = r#"ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old
+                        FOR VALUES FROM (MINVALUE) TO (CURRENT_DATE + 1)"#;
+    let replace = partitioned(r#"PARTITION BY RANGE ("startTime")"#).replace("plain", "old");
+    let count = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
+    for before_capture_follows in [true, false] {
+        let db = shared().database().with_rows("a", 100, 5).attached();
+        let mut client = db.connect();
+        let together = |statements: [&str; 2]| format!("BEGIN; {}; {}; COMMIT", statements[0], statements[1]);
+        if before_capture_follows {
+            client.batch_execute(&together([&replace, attach])).unwrap();
+            client.batch_execute(&insert_rows("gap", 10, 1)).unwrap();
+        } else {
+            client.batch_execute(&replace).unwrap();
+            wait_until_capture_follows(&mut client);
+            assert!(holds(&mut client, "SELECT predecessor IS NOT NULL FROM litellm_spend.capture"));
+            client.batch_execute(&together([attach, &insert_rows("gap", 10, 1)])).unwrap();
+        }
+        wait_until_capture_follows(&mut client);
+        eventually("both are one", || {
+            holds(&mut client, "SELECT predecessor IS NULL FROM litellm_spend.capture")
+        });
+        client.batch_execute(&insert_rows("b", 10, 1)).unwrap();
+        client.batch_execute(&insert_rows("leaf", 10, 1).replace("\"LiteLLM_SpendLogs\"", "old")).unwrap();
+        client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'b1'"#).unwrap();
+        wait_until_live(&mut client);
+        assert_verified(&mut client);
+        assert_eq!(value::<i64>(&mut client, count), 129);
+        assert_eq!(value::<i64>(&mut client, REQUESTS), 130, "a deleted row stays in the totals");
+        assert_eq!(capture_errors(&mut client), 0);
+    }
+}
+
+#[test]
+fn a_replaced_table_that_gets_its_name_back_is_not_counted_twice() {
+    let db = shared().database().with_rows("a", 100, 5).attached();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    wait_until_capture_follows(&mut client);
+    client.batch_execute(&insert_rows("b", 10, 5)).unwrap();
+    client
+        .batch_execute(
+            r#"BEGIN; SET LOCAL ROLE litellm;
+               ALTER TABLE "LiteLLM_SpendLogs" RENAME TO aside;
+               ALTER TABLE "LiteLLM_SpendLogs_legacy" RENAME TO "LiteLLM_SpendLogs"; COMMIT"#,
+        )
+        .unwrap();
+    wait_until_capture_follows(&mut client);
+    client.batch_execute(&insert_rows("c", 10, 5)).unwrap();
+    wait_until_live(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 120);
+    assert_verified(&mut client);
+}
+
+#[test]
 fn what_is_written_straight_to_a_replaced_table_is_counted() {
     let db = shared().database().with_rows("a", 100, 5).attached();
     let mut client = db.connect();

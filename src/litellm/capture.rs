@@ -9,7 +9,8 @@
 //!   for making the triggers harmless.
 //! - the watch, when a partition was detached: ACCESS EXCLUSIVE on that, for DROP TRIGGER.
 //! - the watch, when the table was replaced: the same, for as long as it takes to read the rows that the new
-//!   table got before we noticed.
+//!   table got before we noticed. When the replaced table has become a partition of it: SHARE ROW
+//!   EXCLUSIVE on both, for a moment.
 //!
 //! Whose rights: the log, the ledger, the built-in rollups and their live views are ours, so that LiteLLM's
 //! role can neither drop nor change them; the trigger functions belong to the owner of the captured table,

@@ -43,6 +43,8 @@ enum Damage {
     Replaced(pg_sys::Oid),
     Dropped,
     PredecessorDropped,
+    /// It is a partition of the captured table now.
+    PredecessorAttached,
     /// The change log holds rows numbered above its sequence.
     LogAboveSequence(Source, i64),
     /// A partition is a foreign table, and that is news.
@@ -72,10 +74,13 @@ fn damage() -> Result<Option<Damage>> {
             && captured::capture_error()?.is_some_and(|noted| noted.contains(&error.to_string()));
         return Ok((!settled).then_some(Damage::Foreign));
     }
-    if let Some(predecessor) = state.predecessor
-        && Table::find(predecessor)?.is_none()
-    {
-        return Ok(Some(Damage::PredecessorDropped));
+    if let Some(predecessor) = state.predecessor {
+        if Table::find(predecessor)?.is_none() {
+            return Ok(Some(Damage::PredecessorDropped));
+        }
+        if relation::relation_tree(state.relation)?.contains(&predecessor) {
+            return Ok(Some(Damage::PredecessorAttached));
+        }
     }
     let ours = builtin::relations(&reports::rollups()?);
     if relation::any_missing(ours.iter().map(|name| qualified(SCHEMA, name)).collect())? {
@@ -154,6 +159,7 @@ fn mend() -> Result<bool> {
                 create_functions(&state)?;
             }
         }
+        Damage::PredecessorAttached => take_in(&state)?,
         Damage::LogAboveSequence(source, top) => raise_sequence(&source, top)?,
         Damage::Foreign => suspend(&state)?,
         Damage::Partitions(missing) => {
@@ -259,29 +265,47 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     Ok(())
 }
 
+/// The replaced table is a partition of the captured one, whose rows are the truth without it. Rows that have
+/// come to it through the table were taken for copies, and nobody can say which: once those who write with
+/// the functions of before have ended, everything is computed again.
+fn take_in(state: &CaptureState) -> Result<()> {
+    unset_predecessor()?;
+    create_functions(&attached()?)?;
+    uncover_all(&state.source)?;
+    locks::lock_against_writers(&relation::relation_tree(state.relation)?)?;
+    log::event(format_args!("the replaced table is a partition of {}.{} now", state.schema, state.table));
+    Ok(())
+}
+
 /// The name belongs to another table now (upstream's partition script renames and recreates it). Capture
 /// moves there; the rows that it got meanwhile, except copies from the old table, go to the change log as one
-/// batch.
+/// batch. If some of its rows were captured before, because the old table is a partition of it, say, or it
+/// had the name before, nobody can say which those are, and everything is computed again.
 fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     let table = open(replacement)?;
     require_all_rows_seen(&table)?;
     let columns = captured_columns(&table)?;
-    if state.predecessor.is_some() {
+    let tree = relation::relation_tree(replacement)?;
+    let mut captured = state.relations().into_iter().chain(triggers()?.into_iter().map(|(oid, _)| oid));
+    let was_captured = captured.any(|oid| tree.contains(&oid));
+    if state.predecessor.is_some_and(|before| !tree.contains(&before)) {
         forget_predecessor()?;
     }
     let old = Table::find(state.relation)?;
-    let old_name = old.as_ref().map(Table::qualified);
     for relation in [Some(replacement), old.as_ref().map(|old| old.oid)].into_iter().flatten() {
         locks::lock_against_dropping(relation)?;
     }
     // 1. where its rows end: up to there only both tables together are the truth.
     let owner = Owner::of(replacement)?;
-    let end = match &old_name {
-        Some(name) => {
+    let beside = old.as_ref().filter(|old| !tree.contains(&old.oid));
+    let beside_name = beside.map(Table::qualified);
+    let end = match (&beside_name, &old) {
+        (Some(name), _) => {
             let _owner = owner.act();
             last_day_of(name, "startTime")?
         }
-        None => last_day_of(&builtin::rollups()[0].live_view(), "date")?,
+        (None, Some(_)) => None,
+        (None, None) => last_day_of(&builtin::rollups()[0].live_view(), "date")?,
     };
     spi::execute(
         &format!(
@@ -292,7 +316,7 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
             state.source.as_str().into(),
             replacement.into(),
             columns.into(),
-            old.as_ref().map(|old| old.oid).into(),
+            beside.map(|old| old.oid).into(),
             end.into(),
         ],
     )?;
@@ -301,9 +325,15 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     }
     let state = attached()?;
     create_functions(&state)?;
+    if was_captured {
+        uncover_all(&state.source)?;
+    }
     // 2. no writer from here on, so that each row is either in the gap or captured.
     create_triggers(&state)?;
-    owner.run(Capture { columns: &state.columns }.insert_gap(&table.qualified(), old_name.as_deref()))?;
+    if !was_captured {
+        let capture = Capture { columns: &state.columns };
+        owner.run(capture.insert_gap(&table.qualified(), beside_name.as_deref()))?;
+    }
     // 3. and so does the policy of the name.
     spi::execute(
         &format!("UPDATE {SCHEMA}.policy SET relation = $2 WHERE relation = $1"),
@@ -322,6 +352,10 @@ fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
 fn forget_predecessor() -> Result<()> {
     let ends = spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?))?;
     frozen::note(ends.into_iter().next().flatten(), "DROP TABLE")?;
-    spi::execute(&format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL"), &[])?;
-    Ok(())
+    unset_predecessor()
+}
+
+fn unset_predecessor() -> Result<()> {
+    let sql = format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL");
+    spi::execute(&sql, &[]).map(drop)
 }
