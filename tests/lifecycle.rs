@@ -515,6 +515,26 @@ fn a_row_that_is_deleted_from_one_of_two_tables_is_still_there() {
 }
 
 #[test]
+fn capture_follows_to_a_table_that_has_a_policy_of_its_own() {
+    let db = shared().database().with_rows("a", 50, 5).attached();
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_partition_set(retention => '90 days')").unwrap();
+    let (script, _) = UPSTREAM_SCRIPT.rsplit_once("COMMIT").unwrap();
+    client
+        .batch_execute(&format!(
+            r#"{script} RESET ROLE; SELECT spend_partition_set('"LiteLLM_SpendLogs"', 'week'); COMMIT"#
+        ))
+        .unwrap();
+    wait_until_capture_follows(&mut client);
+    assert!(holds(
+        &mut client,
+        r#"SELECT count(*) = 1 AND bool_and(relation = '"LiteLLM_SpendLogs"'::regclass AND "interval" = 'week'
+                                            AND retention IS NULL)
+           FROM litellm_spend.policy"#
+    ));
+}
+
+#[test]
 fn an_attached_partition_with_rows_is_counted() {
     let db = shared().database();
     let mut client = db.connect();

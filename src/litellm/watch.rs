@@ -334,10 +334,18 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
         let capture = Capture { columns: &state.columns };
         owner.run(capture.insert_gap(&table.qualified(), beside_name.as_deref()))?;
     }
-    // 3. and so does the policy of the name.
+    // 3. and the policy of the name goes along, unless the new table has got its own.
+    let old = old.map_or(pg_sys::InvalidOid, |old| old.oid);
+    spi::execute(
+        &format!(
+            "DELETE FROM {SCHEMA}.policy
+             WHERE relation = $1 AND EXISTS (SELECT FROM {SCHEMA}.policy WHERE relation = $2)"
+        ),
+        &[old.into(), replacement.into()],
+    )?;
     spi::execute(
         &format!("UPDATE {SCHEMA}.policy SET relation = $2 WHERE relation = $1"),
-        &[old.map_or(pg_sys::InvalidOid, |old| old.oid).into(), replacement.into()],
+        &[old.into(), replacement.into()],
     )?;
     Ok(())
 }
