@@ -591,6 +591,37 @@ fn a_partition_that_somebody_detaches_is_captured_no_more() {
 }
 
 #[test]
+fn a_frozen_partition_that_comes_back_whole_is_no_error() {
+    for whole in [true, false] {
+        let db = shared().database();
+        let mut client = db.connect();
+        client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+        client.batch_execute(&day_partition("old", -1)).unwrap();
+        client.batch_execute(&insert_rows("a", 100, 2)).unwrap();
+        attach(&mut client);
+        wait_until_merged(&mut client);
+        let triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'old'::regclass";
+        client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION old"#).unwrap();
+        eventually("its triggers are gone", || value::<i64>(&mut client, triggers) == 0);
+        // As it comes to be while the oldest partition is away.
+        client.batch_execute("UPDATE litellm_spend.source SET frozen_before = CURRENT_DATE").unwrap();
+        if !whole {
+            client
+                .batch_execute("DELETE FROM old WHERE request_id = (SELECT min(request_id) FROM old)")
+                .unwrap();
+        }
+        let attach = format!(r#"ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION old {}"#, range_of_day(-1));
+        client.batch_execute(&attach).unwrap();
+        eventually("its triggers are back", || value::<i64>(&mut client, triggers) == 5);
+        let status = "SELECT {} FROM spend_rollup_status WHERE rollup = 'daily_spend'";
+        let repaired = status.replace("{}", "dirty_ranges = 0");
+        eventually("its days are looked at", || holds(&mut client, &repaired));
+        let unrepairable: i64 = value(&mut client, &status.replace("{}", "unrepairable_ranges"));
+        assert_eq!(unrepairable, if whole { 0 } else { 1 });
+    }
+}
+
+#[test]
 fn a_day_whose_partition_was_dropped_keeps_its_history() {
     let db = shared().database();
     let mut client = db.connect();

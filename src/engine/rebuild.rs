@@ -207,6 +207,18 @@ pub fn has_lost_rows(fence: &Fence, definition: &Definition, range: Range) -> Re
     Ok(last_lost_bucket(fence, definition, &Truth::of(fence)?, range)?.is_some())
 }
 
+/// Whether the smallest of the rollups, its tail included, says of the range what the truth says.
+pub fn is_exact(fences: &[Fence], range: Range) -> Result<bool> {
+    let Some((fence, definition)) = smallest(fences.iter()) else { return Ok(true) };
+    let truth = Truth::of(fence)?;
+    for relation in &truth.relations {
+        locks::lock_against_dropping(*relation)?;
+    }
+    let differences = definition.compare(truth.relation().as_deref(), true);
+    let sql = format!("SELECT FROM ({differences}) AS differences LIMIT 1");
+    Ok(truth.owner.fresh(&sql, &[range.start.into(), range.end.into()], |_| Ok(()))?.is_empty())
+}
+
 /// Refuses to recompute days that the rollups know and that are older than every raw row.
 fn check_raw_reaches_back(fences: &[&Fence], range: Range) -> Result<()> {
     let first = start_of_raw(&attached()?)?.unwrap_or_else(Timestamp::positive_infinity);

@@ -1,6 +1,6 @@
 //! Repairs what capture could not write, and freezes the days whose raw rows are gone.
 
-use crate::engine::rebuild::{Shrink, has_lost_rows, rebuild, smallest, start_of_raw};
+use crate::engine::rebuild::{Shrink, has_lost_rows, is_exact, rebuild, smallest, start_of_raw};
 use crate::error::{Error, Result};
 use crate::litellm::backfill::uncover_all;
 use crate::litellm::capture::attached;
@@ -56,10 +56,15 @@ pub fn step(patience: Patience) -> Result<bool> {
         () if by(&["UPDATE", "DELETE"]) => Shrink::IfRawReachesBack,
         () => Shrink::Refuse,
     };
-    if let Some((start, end, _)) = ranges.into_iter().next() {
+    if let Some(&(start, end, _)) = ranges.first() {
         let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
+        // A partition that is attached again may have brought back what frozen days count.
+        let attached = ranges.iter().all(|(_, _, by)| by == "ATTACH");
+        let mut unrepairable = false;
+        for part in frozen::frozen_in(range)? {
+            unrepairable |= !(attached && is_exact(&fences, part)?);
+        }
         let fences: Vec<&Fence> = fences.iter().collect();
-        let mut unrepairable = !frozen::frozen_in(range)?.is_empty();
         for part in frozen::unfrozen_in(range)? {
             match rebuild(&fences, part, shrink) {
                 Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => unrepairable = true,
