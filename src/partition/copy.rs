@@ -377,6 +377,7 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
 /// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the
 /// swap is tried: a lock that is not to be had must not undo it.
 pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
+    hold_name(reversion)?;
     let step = Instant::now();
     for round in 0.. {
         let began = Instant::now();
@@ -390,7 +391,7 @@ pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
     Ok(false)
 }
 
-/// Copies all that has changed.
+/// Copies all that has changed. Nobody else uses the table any more.
 pub fn catch_up(reversion: &Reversion) -> Result<()> {
     while catch_up_some(reversion)? > 0 {}
     Ok(())
@@ -398,7 +399,6 @@ pub fn catch_up(reversion: &Reversion) -> Result<()> {
 
 /// Copies the rows again whose keys were noted: at most a batch of notes. Returns how many there were.
 fn catch_up_some(reversion: &Reversion) -> Result<i64> {
-    hold_name(reversion)?;
     let (time, key, changes) =
         (quoted(&reversion.options.time_column), key(reversion), beside(reversion, CHANGES));
     let columns = relation::stored_columns(reversion.relation)?;

@@ -124,6 +124,7 @@ impl Reversion {
 pub fn request(table: &Table) -> Result<()> {
     let refuse = |reason: String| Error::CannotRevert { relation: table.qualified(), reason };
     layout::require_here(table.oid)?;
+    // It is where the copy will be made.
     archive::is_there()?;
     let time_column = layout::partition_key(table)?;
     let mut reversion =

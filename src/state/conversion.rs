@@ -71,11 +71,10 @@ impl<T: Options> Pending<T> {
     /// table that it makes.
     pub fn of(table: &Table) -> Result<Option<Self>> {
         let owner = Owner::role(table.owner_oid);
-        let mut all: Vec<_> = Self::all()?.into_iter().filter(|p| p.owner == owner).collect();
-        let begun_with = all.iter().position(|p| p.relation == table.oid);
-        let found =
-            begun_with.or_else(|| all.iter().position(|p| p.schema == table.schema && p.table == table.name));
-        Ok(found.map(|at| all.swap_remove(at)))
+        let begun_with = |p: &Self| p.relation == table.oid;
+        let named = |p: &Self| p.schema == table.schema && p.table == table.name;
+        let found = Self::all()?.into_iter().filter(|p| p.owner == owner && (begun_with(p) || named(p)));
+        Ok(found.max_by_key(begun_with))
     }
 
     /// The table still belongs to whom it did.
