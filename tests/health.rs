@@ -642,7 +642,8 @@ fn a_day_that_cannot_be_put_right_is_named_until_somebody_says_what_it_shall_be(
 #[test]
 fn no_value_of_anybodys_breaks_it() {
     let db = shared().database().attached();
-    let mut client = db.connect();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    holder.batch_execute("BEGIN; SELECT 1").unwrap();
     let reversed =
         "SET ROLE litellm; INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
                     VALUES ('2026-01-02', '2026-01-01', 'rebuild', 'X')";
@@ -650,28 +651,51 @@ fn no_value_of_anybodys_breaks_it() {
     client
         .batch_execute("RESET ROLE; CREATE TABLE by_date (d date NOT NULL) PARTITION BY RANGE (d)")
         .unwrap();
-    for planted in [
-        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
-         VALUES ('294276-12-31', '294276-12-31 12:00', 'rebuild', 'X', 'm', true)",
-        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
-         VALUES ('4714-11-24 00:00 BC', '4714-11-24 12:00 BC', 'rebuild', 'X', 'm', true)",
-        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
-         VALUES ('-infinity', '294276-12-31 12:00', 'rebuild', 'X', 'm', true)",
-        // An application's name is in it.
-        r"UPDATE litellm_spend.rollup SET last_error_at = now() - interval '1 hour', last_error =
-              E'could not get a lock on t within 1 ms\nDETAIL:  It is held by process 1 (u, It is held by process 99999999999 x).\nHINT:  h'",
-        r"UPDATE litellm_spend.rollup SET last_error_at = now() - interval '1 hour', last_error =
-              E'could not get a lock on t within 1 ms\nDETAIL:  It is held by process 99999999999 (u).\nHINT:  h'",
-        // As pg_restore_relation_stats() lets the owner of a table.
-        r#"SELECT spend_partition_set('by_date', time_column => 'd'); CREATE TABLE far PARTITION OF by_date FOR VALUES FROM ('5000000-01-01') TO ('5800000-01-01');
-           UPDATE pg_class SET reltuples = 3e38 WHERE relname IN ('by_date', 'far', 'LiteLLM_SpendLogs')"#,
-        "CREATE TABLE far PARTITION OF by_date FOR VALUES FROM ('5000000-01-01') TO ('5800000-01-01');
-         SELECT spend_index_set(indexes => '{team}'); UPDATE litellm_spend.index_set SET relation = 'by_date'::regclass",
-    ] {
-        client.batch_execute(&format!("BEGIN; {planted}")).unwrap();
-        for view in ["spend_health", "spend_rollup_status", "spend_partition_status", "spend_index_status"] {
-            client.query(&format!("SELECT * FROM {view}"), &[]).unwrap_or_else(|e| panic!("{planted}: {e:?}"));
-        }
-        client.batch_execute("ROLLBACK").unwrap();
+    let range = |start: &str, end: &str| {
+        format!(
+            "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, unrepairable)
+             VALUES ('{start}', '{end}', 'rebuild', 'X', 'm', true)"
+        )
+    };
+    let far = "CREATE TABLE far PARTITION OF by_date FOR VALUES FROM ('5000000-01-01') TO ('5800000-01-01')";
+    assert_unbroken(&mut client, &range("294276-12-31", "294276-12-31 12:00"));
+    assert_unbroken(&mut client, &range("4714-11-24 00:00 BC", "4714-11-24 12:00 BC"));
+    assert_unbroken(&mut client, &range("-infinity", "294276-12-31 12:00"));
+    // As pg_restore_relation_stats() lets the owner of a table.
+    let estimate =
+        r#"UPDATE pg_class SET reltuples = 3e38 WHERE relname IN ('by_date', 'far', 'LiteLLM_SpendLogs')"#;
+    let policy = "SELECT spend_partition_set('by_date', time_column => 'd')";
+    assert_unbroken(&mut client, &format!("{policy}; {far}; {estimate}"));
+    let indexes = "SELECT spend_index_set(indexes => '{team}'); UPDATE litellm_spend.index_set SET relation = 'by_date'::regclass";
+    assert_unbroken(&mut client, &format!("{far}; {indexes}"));
+    // The name of an application is in what is noted, of one that was there before. For a while such a fault
+    // is none yet.
+    eventually("it has been there for a while", || {
+        holds(
+            &mut client,
+            "SELECT bool_or(xact_start < clock_timestamp() - interval '22 seconds') FROM pg_stat_activity
+             WHERE datname = current_database() AND state = 'idle in transaction'",
+        )
+    });
+    for holders in ["1 (u, It is held by process 99999999999 (x", "99999999999 (u"] {
+        let noted = format!(
+            "could not get a lock on t within 1 ms\\nDETAIL:  It is held by process {holders}).\\nHINT:  h"
+        );
+        assert_unbroken(
+            &mut client,
+            &format!(
+                "UPDATE litellm_spend.rollup SET last_error = E'{noted}',
+                     last_error_at = clock_timestamp() - interval '21 seconds'"
+            ),
+        );
     }
+}
+
+/// No status fails when that has been done.
+fn assert_unbroken(client: &mut Client, planted: &str) {
+    client.batch_execute(&format!("BEGIN; {planted}")).unwrap();
+    for view in ["spend_health", "spend_rollup_status", "spend_partition_status", "spend_index_status"] {
+        client.query(&format!("SELECT * FROM {view}"), &[]).unwrap_or_else(|e| panic!("{planted}: {e:?}"));
+    }
+    client.batch_execute("ROLLBACK").unwrap();
 }

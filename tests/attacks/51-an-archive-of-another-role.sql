@@ -13,5 +13,5 @@ CREATE INDEX ON public.t (at);
 SELECT spend_partition_revert('public.t');
 \! sleep 2
 \connect - postgres
-SELECT CASE WHEN to_regclass('litellm_spend_archive.t_plain_changes') IS NULL THEN 'held'
-            ELSE 'HOLE: a reversion writes to a table in a schema of mallory''s' END AS outcome;
+SELECT CASE WHEN NOT EXISTS (SELECT FROM pg_class WHERE relnamespace = 'litellm_spend_archive'::regnamespace) THEN 'held'
+            ELSE 'HOLE: a reversion puts tables into a schema of mallory''s' END AS outcome;
