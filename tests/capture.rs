@@ -407,11 +407,10 @@ fn truncate_of_a_partition_freezes_its_days_only() {
     assert_refused(&mut client, "SELECT * FROM spend_rollup_verify('daily_spend', '2024-01-11')", "55000");
     client.batch_execute("SELECT spend_detach(); SELECT spend_attach()").unwrap();
     wait_until_live(&mut client);
-    let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
-    assert_eq!(value::<i64>(&mut client, requests), 6, "history and all that is there");
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 6, "history and all that is there");
     // Unless that is asked for.
     client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', '2024-01-01', force => true)").unwrap();
-    assert_eq!(value::<i64>(&mut client, requests), 5, "what is there");
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 5, "what is there");
     assert_verified(&mut client);
 }
 
@@ -449,11 +448,7 @@ fn one_row_of_the_far_future_does_not_freeze_what_comes() {
             ))
             .unwrap();
         assert_verified(&mut client);
-        assert_eq!(
-            value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"),
-            6,
-            "{far}"
-        );
+        assert_eq!(value::<i64>(&mut client, REQUESTS), 6, "{far}");
     }
 }
 
@@ -471,7 +466,7 @@ fn rows_that_are_truncated_before_they_are_merged_stay_counted() {
     holder.batch_execute("COMMIT").unwrap();
     wait_until_merged(&mut client);
     assert_verified(&mut client);
-    assert_eq!(value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"), 2);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 2);
 }
 
 #[test]
@@ -498,8 +493,7 @@ fn a_forced_rebuild_is_proposed_for_days_that_have_raw_rows_and_no_others() {
         client.batch_execute(&format!("SELECT {call}")).unwrap();
     }
     // Of the five days between them nothing is left but what the rollups know.
-    let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
-    assert_eq!(value::<i64>(&mut client, requests), 7);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 7);
 }
 
 #[test]
@@ -978,10 +972,7 @@ fn merge_beside(on_delete: &str, partition: &str) {
                   GROUP BY 1 HAVING sum(requests) <> 0
                   EXCEPT SELECT date("startTime")::text, sum(spend::numeric)::text FROM "LiteLLM_SpendLogs" GROUP BY 1"#;
     assert_no_rows(client.query(days, &[]).unwrap(), "days differ");
-    assert_eq!(
-        value::<i64>(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend"),
-        if on_delete == "keep" { 8 } else { 6 }
-    );
+    assert_eq!(value::<i64>(&mut client, REQUESTS), if on_delete == "keep" { 8 } else { 6 });
     assert_verified(&mut client);
     assert_eq!(capture_errors(&mut client), 0);
     // An UPDATE alone has nothing computed again.

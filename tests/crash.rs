@@ -72,7 +72,7 @@ fn survives(crashes: usize, crash: impl Fn(&Database, usize)) {
     let rows: i64 =
         value(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'c%'"#);
     assert!(rows >= confirmed.load(Ordering::Relaxed) as i64 && rows > 0);
-    let requests: i64 = value(&mut client, "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend");
+    let requests: i64 = value(&mut client, REQUESTS);
     assert_eq!(requests, rows + 60_000);
 }
 

@@ -66,8 +66,7 @@ fn an_attached_database_goes_on_and_its_objects_go_to_the_tables_owner() {
     assert_verified(&mut client);
     assert_eq!(capture_errors(&mut client), 0);
     // The deleted row stays in the totals.
-    let requests = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
-    assert_eq!(value::<i64>(&mut client, requests), 300);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 300);
     // So do the reports, which a new database has when it asks for them.
     for report in ["hourly_usage", "daily_usage", "hourly_usage_by_end_user"] {
         let requests = format!("SELECT sum(requests)::bigint FROM litellm_spend.{report}");

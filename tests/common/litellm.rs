@@ -36,6 +36,9 @@ pub const UPSTREAM_SCRIPT: &str = r#"
     CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
     COMMIT"#;
 
+/// What the built-in rollups have counted.
+pub const REQUESTS: &str = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
+
 /// Partitioned otherwise, as `by` says, without a row; what was there is `plain`.
 pub fn partitioned(by: &str) -> String {
     format!(
