@@ -38,7 +38,10 @@ FROM pg_depend d JOIN pg_class t ON t.oid = d.objid
 -- What is in our schema depends on it, of which there is an index.
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_namespace'::regclass AND d.refobjid = 'litellm_spend'::regnamespace
   AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
-  AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')));
+  AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')))
+  -- What Citus distributes is on each of its nodes, and its state on the coordinator.
+  AND NOT EXISTS (SELECT FROM pg_trigger g
+                  WHERE g.tgrelid = t.oid AND g.tgfoid = to_regproc('pg_catalog.citus_truncate_trigger'));
 
 CREATE VIEW @extschema@.spend_rollup_status AS
 SELECT r.name AS rollup,

@@ -248,6 +248,10 @@ fn a_number_of_another_node_stops_the_source_and_says_so() {
     client.batch_execute("SELECT spend_rollup_register('numbered_too', 'events')").unwrap();
     let mut on_node = citus.nodes[1].connect(DATABASE);
     on_node.batch_execute("INSERT INTO numbered.events (site, x) VALUES (2, 2)").unwrap();
+    // The rollup's table is there, too, and its state is not: that is no restore which was cut.
+    assert!(holds(&mut on_node, "SELECT to_regclass('litellm_spend.numbered_rollup') IS NOT NULL"));
+    let call = "SELECT spend_rollup_create('there', 'numbered.events', '{x}', '{count(*) AS n}')";
+    assert_refused(&mut on_node, call, "0A000");
     assert_refused(&mut client, "SELECT * FROM spend_rollup_window('numbered_too')", "55000");
     eventually("the status says so, also when nothing new comes through the coordinator", || {
         holds(
@@ -261,6 +265,80 @@ fn a_number_of_another_node_stops_the_source_and_says_so() {
         .unwrap();
     client.batch_execute("SELECT spend_rollup_run('numbered')").unwrap();
     assert_eq!(watermark(&mut client, "numbered"), 2);
+}
+
+#[test]
+fn a_number_of_a_node_without_shards_stops_the_source_too() {
+    let Some(citus) = citus() else { return };
+    let mut client = schema(citus, "elsewhere");
+    client
+        .batch_execute(
+            "CREATE TABLE events (site int, id bigserial);
+             SELECT create_distributed_table('events', 'site', shard_count => 1)",
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_rollup_register('elsewhere', 'events')").unwrap();
+    client.batch_execute("INSERT INTO events VALUES (1)").unwrap();
+    let (holding, _) = shard_of(citus, &mut client, "events", 1);
+    let mut other = citus.nodes[3 - holding].connect(DATABASE);
+    other.batch_execute("INSERT INTO elsewhere.events VALUES (2)").unwrap();
+    let refused = error(&mut client, "SELECT * FROM spend_rollup_window('elsewhere')");
+    assert_eq!(refused.code().code(), "55000", "{refused:?}");
+    client.batch_execute("SELECT spend_rollup_drop('elsewhere')").unwrap();
+}
+
+#[test]
+fn a_coordinator_that_holds_shards_merges_them_and_opens_its_schema_to_nobody() {
+    let Some(citus) = Citus::start() else { return };
+    let mut client = citus.connect();
+    let coordinator = format!("'{}', {PORT}", citus.address(0));
+    client
+        .batch_execute(&format!(
+            "SELECT citus_set_node_property({coordinator}, 'shouldhaveshards', true);
+             CREATE ROLE app LOGIN; GRANT ALL ON SCHEMA public TO app"
+        ))
+        .unwrap();
+    let mut app = citus.nodes[0].connect_as(DATABASE, "app");
+    app.batch_execute("CREATE TABLE events (site int, id bigserial)").unwrap();
+    app.batch_execute("SELECT create_distributed_table('events', 'site', shard_count => 6)").unwrap();
+    app.batch_execute("INSERT INTO events SELECT i % 50 FROM generate_series(1, 1000) AS i").unwrap();
+    // The owner's first one: what it is granted here is not committed when the nodes are asked.
+    let created = "SET statement_timeout = '2min'; SET client_min_messages = warning;
+         SELECT spend_rollup_create('by_site', 'public.events', '{site}', '{count(*) AS n}', distributed => true)";
+    client.batch_execute(created).unwrap();
+    app.batch_execute("INSERT INTO events SELECT i % 60 FROM generate_series(1, 1000) AS i").unwrap();
+    eventually("all is merged", || watermark(&mut client, "by_site") == 2000);
+    let differs = "SELECT site, n FROM litellm_spend.by_site_rollup
+         EXCEPT SELECT site, count(*) FROM events GROUP BY site";
+    assert!(client.query(differs, &[]).unwrap().is_empty());
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.by_site"), 2000);
+    let here = "SELECT count(*) > 0 FROM pg_dist_placement JOIN pg_dist_shard USING (shardid)
+         WHERE groupid = 0 AND logicalrelid = 'litellm_spend.by_site_rollup'::regclass";
+    assert!(holds(&mut client, here), "the coordinator holds some of it");
+    assert!(holds(&mut client, "SELECT NOT has_schema_privilege('app', 'litellm_spend', 'CREATE')"));
+    assert!(client.query("SELECT * FROM spend_rollup_verify('by_site')", &[]).unwrap().is_empty());
+    client.batch_execute("SELECT spend_rollup_rebuild('by_site')").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.by_site"), 2000);
+    client.batch_execute("SELECT spend_rollup_drop('by_site')").unwrap();
+}
+
+#[test]
+fn a_distributed_rollup_begins_before_the_first_row_that_there_is() {
+    let Some(citus) = citus() else { return };
+    let mut client = schema(citus, "firsts");
+    for sql in [
+        "CREATE TABLE decimals (site int, id numeric(12,2))",
+        "SELECT create_distributed_table('decimals', 'site', shard_count => 4)",
+        "CREATE SEQUENCE s; INSERT INTO decimals VALUES (1, -7)",
+        "ALTER TABLE decimals ALTER COLUMN id SET DEFAULT nextval('s')",
+        "SELECT spend_rollup_create('decimals', 'decimals', '{site}', '{count(*) AS n}', distributed => true)",
+        "INSERT INTO decimals (site) VALUES (1)",
+    ] {
+        client.batch_execute(sql).unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    eventually("it is merged", || watermark(&mut client, "decimals") == 1);
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.decimals_rollup"), 2);
+    client.batch_execute("SELECT spend_rollup_drop('decimals')").unwrap();
 }
 
 #[test]

@@ -2016,3 +2016,20 @@ fn a_rollup_belongs_to_the_owner_of_its_source_and_runs_as_that_role() {
     drop((app, stranger));
     client.batch_execute("DROP OWNED BY app_f, stranger_f; DROP ROLE app_f, stranger_f").unwrap();
 }
+
+#[test]
+fn a_drop_gives_up_where_somebody_still_reads_the_rollup() {
+    let database = shared().database();
+    let (mut client, mut reader) = (database.connect(), database.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE read (id bigserial, x int);
+             SELECT spend_rollup_create('by_x', 'read', '{x}', '{count(*) AS n}');
+             SET litellm_spend.lock_timeout = '50ms'; SET statement_timeout = '2min'",
+        )
+        .unwrap();
+    reader.batch_execute("BEGIN; SELECT FROM litellm_spend.by_x_rollup").unwrap();
+    assert_refused(&mut client, "SELECT spend_rollup_drop('by_x')", "55P03");
+    reader.batch_execute("COMMIT").unwrap();
+    client.batch_execute("SELECT spend_rollup_drop('by_x')").unwrap();
+}

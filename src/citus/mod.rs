@@ -109,7 +109,8 @@ pub fn writers(
     if distributed(citus, relations)?.is_empty() {
         return Ok(None);
     }
-    let nodes = nodes(citus, relations, Which::Holding)?;
+    // Numbers are also drawn on a node that holds no shard.
+    let nodes = nodes(citus, relations, Which::All)?;
     let owner = Owner::of(source)?;
     let (mut writers, mut drawn) = (BTreeSet::new(), false);
     let sequence_name = relation::relation_name(sequence)?;

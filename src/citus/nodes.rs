@@ -23,6 +23,10 @@ impl Node {
         format!("{}:{}", self.name, self.port)
     }
 
+    fn is_coordinator(&self) -> bool {
+        self.group == 0
+    }
+
     /// The query about the writers of its shards, which returns one row with one value. Shards of ours have
     /// no sequence.
     pub fn writers(&self, sequence: Option<&str>) -> String {
@@ -30,6 +34,9 @@ impl Node {
         let privilege = |privilege| format!("pg_catalog.has_schema_privilege('{SCHEMA}', '{privilege}')");
         let let_in = match sequence {
             Some(_) => "true".into(),
+            // Here the owner was let in by a grant, and makes nothing. Until that is committed nobody else
+            // sees the shards either.
+            None if self.is_coordinator() => privilege("USAGE"),
             None => [privilege("USAGE"), privilege("CREATE")].join(" AND "),
         };
         format!(
@@ -48,11 +55,17 @@ impl Node {
         )
     }
 
+    /// Whether our schema is still to be opened there to whoever has given that answer. On the coordinator it
+    /// is never: what others have made in it there would be in the way of all.
+    pub fn is_shut(&self, answer: &Answer) -> bool {
+        !answer.let_in && !self.is_coordinator()
+    }
+
     /// The query about its lowest number. It returns a list of one number, or of null.
     pub fn first_value(&self, column: &str) -> String {
         let column = quoted(column);
-        let shards = self.shards.iter().map(|shard| format!("SELECT min({column}) AS first FROM {shard}"));
-        let shards = shards.collect::<Vec<_>>().join(" UNION ALL ");
+        let first = |shard| format!("SELECT min({column})::bigint AS first FROM {shard}");
+        let shards = self.shards.iter().map(first).collect::<Vec<_>>().join(" UNION ALL ");
         format!("SELECT pg_catalog.json_build_array(min(first)) FROM ({shards}) AS shards")
     }
 }
@@ -86,7 +99,8 @@ pub fn nodes(citus: Owner, relations: &[pg_sys::Oid], which: Which) -> Result<Ve
                  JOIN pg_catalog.pg_class c ON c.oid = s.logicalrelid AND c.oid = ANY ($1)
                  JOIN pg_catalog.pg_namespace ns ON ns.oid = c.relnamespace) USING (groupid)
          WHERE n.noderole = 'primary'
-         GROUP BY 1, 2, 3 HAVING count(s.shardid) > 0 OR $2 AND n.groupid <> 0 ORDER BY 3",
+         GROUP BY 1, 2, 3, n.isactive
+         HAVING count(s.shardid) > 0 OR $2 AND n.groupid <> 0 AND n.isactive ORDER BY 3",
         &[relations.to_vec().into(), (which == Which::All).into()],
         |r| {
             let (name, port) = (spi::value(r, 1)?, spi::value(r, 2)?);

@@ -86,15 +86,15 @@ pub fn require_by_shard(rollup: &str, owner: Owner, merge: &str) -> Result<()> {
 }
 
 /// Waits until all that has written to the shards of a rollup's table has ended on their nodes: a `COMMIT
-/// PREPARED` may be under way, or have failed. And opens our schema to the owner on each node, who writes
-/// shards there, and as whom Citus makes those that it moves there.
+/// PREPARED` may be under way, or have failed. And opens our schema to the owner on each other node than this
+/// one, who writes shards there, and as whom Citus makes those that it moves there.
 pub fn await_end(rollup: &str, table: &str, patience: Patience) -> Result<()> {
     let (Some(citus), Some(table)) = (citus()?, relation::find_relation(table)?) else { return Ok(()) };
     let (nodes, owner) = (nodes(citus, &[table], Which::All)?, Owner::of(table)?);
     let mut opened = false;
     loop {
         let answers = ask::<Answer>(owner, table, &nodes, |node| node.writers(None))?;
-        let shut = answers.iter().filter(|(_, answer)| !answer.let_in);
+        let shut = answers.iter().filter(|(node, answer)| node.is_shut(answer));
         let shut: Vec<&Node> = shut.map(|(node, _)| *node).collect();
         if !shut.is_empty() && !opened {
             let grant = format!("GRANT USAGE, CREATE ON SCHEMA {SCHEMA} TO {}", quoted(&owner.name()?));

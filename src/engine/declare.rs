@@ -315,7 +315,7 @@ fn drop_relations(definition: &Definition) -> Result<()> {
         spread::await_end(&definition.name, &definition.table(), Patience::of_call())?;
     }
     for table in definition.tables() {
-        spi::execute(&format!("DROP TABLE IF EXISTS {table}"), &[])?;
+        locks::lock_named(&format!("DROP TABLE IF EXISTS {table}"), &table)?;
     }
     for (aggregate, state) in definition.own_aggregates() {
         spi::execute(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
