@@ -153,7 +153,7 @@ def medians(values, units):
 def ratios(scenario, values):
     for metric, above, below in RATIOS[scenario]:
         series = [values[variant, metric] for variant in (*above, below)]
-        runs = set.intersection(*(set(s) for s in series))
+        runs = {run for run in set.intersection(*(set(s) for s in series)) if series[-1][run]}  # no lag: no ratio
         if runs:
             found = [sum(s[run] for s in series[:-1]) / series[-1][run] for run in sorted(runs)]
             yield [f"{metric}: {' + '.join(above)} / {below}", spread(found)]
