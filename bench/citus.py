@@ -180,8 +180,7 @@ def one_run(results, run, servers, variant):
         metrics += [("end to end", ROWS / seconds, "rows/s"), ("longest lag", max(lags), "s"),
                     ("dashboard", dashboard(session, variant.table), "ms")]
         metrics += [("dashboard, live", dashboard(session, variant.live), "ms")] if variant.live else []
-        rows = session.rows("SELECT count(*), sum(view_count), sum(hash_record_extended(ROW(site_id, path, period_start,"
-                            f" view_count), 0)) FROM {variant.table}")
+        rows = session.rows(pipeline.CHECKSUM.format(table=variant.table))
     session.close()
     for metric, value, unit in metrics:
         results.add(run, variant.name, metric, value, unit)

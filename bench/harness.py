@@ -221,6 +221,20 @@ def clone(template, *names):
         drop(*names)
 
 
+# ---- what one could take instead --------------------------------------------------------------------------
+
+
+def present(variants):
+    """Those that need no extension besides ours, or one that this server has. Says which it leaves out."""
+    server = Session("postgres")
+    available = {name.decode() for name, in server.rows("SELECT name FROM pg_available_extensions")}
+    server.close()
+    for extension in dict.fromkeys(variant.extension for variant in variants):
+        if extension not in (None, *available):
+            say(f"SKIPPED: {extension} is not installed")
+    return [variant for variant in variants if variant.extension in (None, *available)]
+
+
 # ---- the extension ---------------------------------------------------------------------------------------
 
 

@@ -82,8 +82,11 @@ RATIOS = {
         *(("client", [f"tail {what}: ours"], f"tail {what}: raw") for what in late.SHOWN),
     ],
     "pipeline": [
-        *((metric, ["ours"], "article") for metric in ("end to end", "longest lag", "merge cpu", "memory")),
-        *(("ingest", [variant], "ingest alone") for variant in ("ours", "article")),
+        *((metric, ["ours"], other) for other in ("article", "pg_incremental", "TimescaleDB")
+          for metric in ("end to end", "longest lag", "merge cpu", "cpu", "memory")),
+        ("end to end", ["ours"], pipeline.PgIvm().name),
+        *(("ingest", [variant], "ingest alone")
+          for variant in ("ours", "article", "pg_incremental", "TimescaleDB", pipeline.PgIvm().name)),
     ],
     "citus": [
         *((metric, ["ours"], below) for below in ("article", "single node")
