@@ -12,6 +12,10 @@ statements: attached, plain, plain, attached. Per row inserted:
     wall   at the client, commit included
     wal    of the whole server; nothing else runs
 
+Where the server has pg_ivm, two databases more get them, in the same way. Its views there have the rows of our built-in rollups,
+and it maintains them within the statement: in one database those of daily_spend_by_model only, in the other those of four, all
+but daily_spend_by_tag, which takes a function that returns rows. Ours always has all five. Views and rollups are compared.
+
 The worker does not merge meanwhile. After each run one spend_rollup_run() merges what was captured (variant "merge",
 per row inserted). Rows are shaped and ordered as in bench/spend_rows.sql: a statement's rows are minutes apart.
 """
@@ -26,8 +30,6 @@ from harness import QUICK, Results, Session, say
 
 RUNS = 2 if QUICK else 7
 BASE = 2_000 if QUICK else 100_000
-BLOCKS = [("attached", 0), ("plain", 0), ("plain", 1), ("attached", 1)]  # variant, which half of the run's statements
-
 
 
 @dataclass
@@ -118,6 +120,51 @@ class Pool:
         self.session.close()
 
 
+@dataclass
+class Ivm:
+    """Views of pg_ivm with the columns of our rollups."""
+
+    name: str
+    rollups: dict  # their dimensions besides the date
+    extension: str = "pg_ivm"
+
+    MEASURES = """
+        sum(spend::numeric) AS spend, sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens,
+        sum(total_tokens) AS total_tokens, count(*) AS requests,
+        sum(CASE WHEN status = 'failure' THEN 1 ELSE 0 END) AS failed_requests
+    """
+
+    @property
+    def database(self):
+        return f"capture_ivm_{len(self.rollups)}"
+
+    def attach(self, session):
+        session.run("CREATE EXTENSION pg_ivm")
+        session.run("LOAD 'pg_ivm'")
+        for rollup, dimensions in self.rollups.items():
+            shown = ", ".join(['"startTime"::date AS date', *dimensions])
+            grouped = ", ".join(['"startTime"::date', *dimensions])
+            session.run(f"SELECT pgivm.create_immv('{rollup}', $view$"
+                        f'SELECT {shown}, {self.MEASURES} FROM "LiteLLM_SpendLogs" GROUP BY {grouped}$view$)')
+            session.run(f"VACUUM (ANALYZE) {rollup}")
+
+    def verify(self, session, attached):
+        for rollup, dimensions in self.rollups.items():
+            columns = ", ".join(["date", *dimensions, "spend", "prompt_tokens", "completion_tokens", "total_tokens", "requests",
+                                 "failed_requests"])
+            checksum = f"SELECT count(*), sum(spend), sum(hash_record_extended(ROW({columns}), 0)) FROM "
+            found, ours = session.rows(checksum + rollup), attached.rows(checksum + f"litellm_spend.{rollup}")
+            if found != ours:
+                raise RuntimeError(f"{self.name}: {rollup} has {found}, ours {ours}")
+
+
+IVMS = [
+    Ivm("pg_ivm, by model", {"daily_spend_by_model": ["model"]}),
+    Ivm("pg_ivm, four", {"daily_spend": [], "daily_spend_by_key": ["api_key", '"user"'], "daily_spend_by_model": ["model"],
+                         "daily_spend_by_end_user": ["end_user"]}),
+]
+
+
 class Meter:
     """Adds up what a session costs while it is measured."""
 
@@ -146,7 +193,7 @@ def one_run(results, run, case, pool, sessions, observer):
     meters = {variant: Meter(session, observer) for variant, session in sessions.items()}
     halves = [pool.statements(case) for _ in range(2)]
     sql = statement(case.rows)
-    for variant, half in BLOCKS:
+    for variant, half in [(variant, 0) for variant in sessions] + [(variant, 1) for variant in reversed(sessions)]:
         session = sessions[variant]
         with meters[variant].running():
             for values in halves[half]:
@@ -168,16 +215,23 @@ def one_run(results, run, case, pool, sessions, observer):
     merging.add_to(results, run, f"{label} merge", rows)
     results.write()
     if run > 0:
-        ratios = [getattr(meters["attached"], m) / getattr(meters["plain"], m) for m in ("cpu", "wall", "wal")]
-        say(f"{label}, run {run} of {RUNS}: attached / plain: cpu {ratios[0]:.2f}, wall {ratios[1]:.2f}, wal {ratios[2]:.2f}")
+        for variant in filter(lambda name: name != "plain", sessions):
+            ratios = [getattr(meters[variant], m) / getattr(meters["plain"], m) for m in ("cpu", "wall", "wal")]
+            say(f"{label}, run {run} of {RUNS}: {variant} / plain:"
+                f" cpu {ratios[0]:.2f}, wall {ratios[1]:.2f}, wal {ratios[2]:.2f}")
 
 
 def main():
     results = Results("capture")
     pool = Pool()
-    with harness.clone(harness.loaded("base", BASE), "capture_attached", "capture_plain") as (attached, plain):
+    ivms = harness.present(IVMS)
+    databases = ["capture_attached", "capture_plain", *(ivm.database for ivm in ivms)]
+    with harness.clone(harness.loaded("base", BASE), *databases) as (attached, plain, *maintained):
         harness.attach(attached)
         sessions = {"attached": attached, "plain": plain}
+        for ivm, session in zip(ivms, maintained):
+            ivm.attach(session)
+            sessions[ivm.name] = session
         observer = Session("postgres")
         observer.run("CHECKPOINT")
         for rows in sorted({case.rows for case in CASES}):
@@ -190,11 +244,13 @@ def main():
             for run in range(RUNS + 1):
                 one_run(results, run, case, pool, sessions, observer)
         counts = [int(s.value('SELECT count(*) FROM "LiteLLM_SpendLogs"')) for s in sessions.values()]
-        if counts != [BASE + pool.size] * 2:
+        if counts != [BASE + pool.size] * len(sessions):
             raise RuntimeError(f"the tables have {counts} rows instead of {BASE + pool.size}")
         wrong = attached.rows("SELECT * FROM spend_rollup_verify('daily_spend', NULL, NULL)")
         if wrong:
             raise RuntimeError(f"the rollup differs from the raw rows: {wrong}")
+        for ivm, session in zip(ivms, maintained):
+            ivm.verify(session, attached)
         observer.close()
     pool.close()
     harness.drop("pool")

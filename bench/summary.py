@@ -8,6 +8,7 @@ import csv
 import statistics
 from collections import defaultdict
 
+import capture
 import citus
 import groups
 import late
@@ -58,6 +59,10 @@ RATIOS = {
     "capture": [
         *((metric, [f"{size} attached"], f"{size} plain") for size in SIZES for metric in ("cpu", "wall", "wal")),
         *((metric, [f"{size} attached", f"{size} merge"], f"{size} plain") for size in SIZES for metric in ("cpu", "wal")),
+        *((metric, [f"{size} {ivm.name}"], f"{size} plain")
+          for ivm in capture.IVMS for size in SIZES for metric in ("cpu", "wall", "wal")),
+        *((metric, [f"{size} attached", f"{size} merge"], f"{size} {capture.IVMS[-1].name}")
+          for size in SIZES for metric in ("cpu", "wal")),
     ],
     "whole": [
         (metric, [f"{kind} {variant}"], f"{kind} plain")
