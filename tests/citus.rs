@@ -362,6 +362,10 @@ fn only_what_is_distributed_by_hash_is_a_source_and_only_on_the_coordinator() {
     let call = "SELECT spend_rollup_create('kind', 'kinds.parted', '{x}', '{count(*) AS n}')";
     assert_refused(&mut on_node, call, "0A000");
     client.batch_execute(call).unwrap();
+    // The table that Citus shows there is no rollup whose state is lost, or is still to be restored.
+    assert!(holds(&mut on_node, "SELECT to_regclass('litellm_spend.kind_rollup') IS NOT NULL"));
+    assert_refused(&mut on_node, call, "0A000");
+    assert_no_rows(on_node.query("SELECT problem FROM spend_health", &[]).unwrap(), "the node complains");
     client.batch_execute("INSERT INTO parted (x) SELECT i FROM generate_series(1, 50) AS i").unwrap();
     client.batch_execute("INSERT INTO parted_1 (x) VALUES (1)").unwrap();
     eventually("it is merged", || watermark(&mut client, "kind") == 51);
