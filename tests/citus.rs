@@ -20,11 +20,7 @@ struct Citus {
 
 /// Says so where it has not.
 fn server_has_it() -> bool {
-    let output = Command::new(std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into()))
-        .arg("--pkglibdir")
-        .output()
-        .unwrap();
-    let library = format!("{}/citus.so", String::from_utf8(output.stdout).unwrap().trim());
+    let library = format!("{}/citus.so", pg_config("--pkglibdir"));
     let found = fs::exists(&library).unwrap();
     if !found {
         skipped(&format!("this server has no Citus ({library})"));
@@ -452,6 +448,11 @@ fn plans_of<'a>(log: &'a str, statement: &str) -> Vec<&'a str> {
     log.split("Query Text: ").filter(|plan| plan.starts_with(statement)).collect()
 }
 
+fn explained(client: &mut Client, query: &str) -> String {
+    let plan = client.query(&format!("EXPLAIN (COSTS off) {query}"), &[]).unwrap();
+    plan.iter().map(|line| line.get(0)).collect::<Vec<String>>().join("\n")
+}
+
 #[test]
 fn a_distributed_rollup_is_beside_its_source_and_each_node_merges_and_shows_its_own() {
     // Nobody but the test merges.
@@ -531,13 +532,7 @@ fn a_distributed_rollup_is_beside_its_source_and_each_node_merges_and_shows_its_
     for (query, tasks) in
         [("SELECT * FROM litellm_spend.ev", 8), ("SELECT * FROM litellm_spend.states WHERE site = 7", 1)]
     {
-        let plan: Vec<String> = client
-            .query(&format!("EXPLAIN (COSTS off) {query}"), &[])
-            .unwrap()
-            .iter()
-            .map(|r| r.get(0))
-            .collect();
-        let plan = plan.join("\n");
+        let plan = explained(&mut client, query);
         assert!(plan.contains(&format!("Task Count: {tasks}\n")), "{plan}");
         // The state of the rollup, which is here, goes to the nodes, and nothing comes back but groups.
         assert_eq!(plan.matches("Distributed Subplan").count(), 1, "{plan}");
@@ -569,6 +564,64 @@ fn a_distributed_rollup_is_beside_its_source_and_each_node_merges_and_shows_its_
     let left = "SELECT sum(result::int)::bigint FROM run_command_on_all_nodes(
                     $$SELECT count(*) FROM pg_class WHERE relname ~ '^(ev|states)_(rollup|merged)'$$)";
     assert_eq!(value::<i64>(&mut client, left), 0);
+}
+
+#[test]
+fn hll_and_topn_states_are_merged_and_shown_by_each_node() {
+    if !server_has_it() || !server_has_hll_and_topn() {
+        return;
+    }
+    // Nobody but the test merges.
+    let Some(citus) = Citus::start_with(&["litellm_spend.merge_interval = '1h'"]) else { return };
+    let mut client = citus.connect();
+    for sql in visits("counter") {
+        client.batch_execute(&sql).unwrap();
+    }
+    for sql in [
+        "SET ROLE counter; SELECT create_distributed_table('visits', 'site', shard_count => 8); RESET ROLE",
+        &visit(0, 4000, "2026-03-03"),
+        CREATE_VISITS,
+    ] {
+        client.batch_execute(sql).unwrap();
+    }
+    assert_visits_exact(&mut client);
+    // The days of the last are over.
+    for (batch, day) in ["2026-03-03", "2026-03-04", "2026-03-01"].iter().enumerate() {
+        let log = plans(&citus, &mut client, "SELECT * FROM spend_rollup_run()");
+        let inserts = plans_of(&log, "INSERT INTO \"litellm_spend\".");
+        assert_eq!(inserts.len(), 2, "the groups, and how far each value is merged: {log}");
+        for plan in inserts {
+            assert!(plan.contains("Custom Scan (Citus Adaptive)"), "{plan}");
+            assert!(!plan.contains("INSERT/SELECT method"), "{plan}");
+        }
+        assert_eq!(watermark(&mut client, "visits_by_day"), 4000 + 3000 * batch as i64);
+        assert_visits_exact(&mut client);
+        client.batch_execute(&visit(4000 + 3000 * batch as u32, 3000, day)).unwrap();
+        assert_visits_exact(&mut client);
+    }
+    // What a dashboard asks is answered by the nodes, too: of one site by its shard alone, of each by all.
+    for (query, tasks) in [
+        (
+            "SELECT day, hll_cardinality(users), topn(pages, 3) FROM litellm_spend.visits_by_day WHERE site = 7",
+            1,
+        ),
+        (
+            "SELECT site, hll_cardinality(hll_union_agg(users)) FROM litellm_spend.visits_by_day GROUP BY site",
+            8,
+        ),
+    ] {
+        let plan = explained(&mut client, query);
+        assert!(plan.contains(&format!("Task Count: {tasks}\n")), "{plan}");
+        assert!(plan.starts_with("Custom Scan (Citus Adaptive)"), "{plan}");
+    }
+    // Of all sites together the states come here, and are united here.
+    assert!(holds(
+        &mut client,
+        "SELECT (SELECT hll_union_agg(users)::text FROM litellm_spend.visits_by_day)
+             = (SELECT hll_add_agg(hll_hash_bigint(user_id))::text FROM visits)"
+    ));
+    client.batch_execute("SELECT spend_rollup_rebuild('visits_by_day')").unwrap();
+    assert_visits_exact(&mut client);
 }
 
 #[test]

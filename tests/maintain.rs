@@ -1433,7 +1433,7 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
 fn pg_cron_maintains() {
     if !Path::new(&pkglibdir()).join("pg_cron.so").exists() {
         // scripts/setup installs it with PostgreSQL 15, so there it must be.
-        let version = run_pg_config("--version");
+        let version = pg_config("--version");
         assert!(!version.starts_with("PostgreSQL 15."), "no pg_cron for {version}: run scripts/setup");
         eprintln!("SKIPPED pg_cron_maintains: no pg_cron for {version}");
         return;
@@ -1466,11 +1466,5 @@ fn pg_cron_maintains() {
 }
 
 fn pkglibdir() -> String {
-    run_pg_config("--pkglibdir")
-}
-
-fn run_pg_config(option: &str) -> String {
-    let pg_config = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
-    let output = std::process::Command::new(pg_config).arg(option).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().trim().to_string()
+    pg_config("--pkglibdir")
 }

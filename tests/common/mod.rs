@@ -8,10 +8,12 @@
 
 mod beside;
 mod litellm;
+mod sketches;
 
 pub use beside::*;
 pub use litellm::*;
 use postgres::{Client, NoTls, Row};
+pub use sketches::*;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
@@ -372,9 +374,7 @@ fn original(bin: &Path, user: Option<(u32, u32)>) -> PathBuf {
 }
 
 fn bin_dir() -> PathBuf {
-    let pg_config = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
-    let output = Command::new(&pg_config).arg("--bindir").output().expect("pg_config");
-    PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+    PathBuf::from(pg_config("--bindir"))
 }
 
 fn server_user() -> Option<(u32, u32)> {
@@ -554,6 +554,13 @@ pub const ARTICLE: &str = "
         SET view_count = page_views_1min.view_count + EXCLUDED.view_count;
     END;
     $function$;";
+
+/// A folder of the server's.
+pub fn pg_config(folder: &str) -> String {
+    let program = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
+    let output = Command::new(program).arg(folder).output().expect("pg_config");
+    String::from_utf8(output.stdout).unwrap().trim().to_string()
+}
 
 /// Says that a test does nothing here, and why; scripts/test counts these. Not by eprintln!, whose output a
 /// test that passes keeps to itself.
