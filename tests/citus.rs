@@ -9,7 +9,7 @@ use std::fs;
 use std::io::Write;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The coordinator, then its nodes. All listen on one port, each at an address of its own.
@@ -118,12 +118,17 @@ fn schema(citus: &Citus, name: &str) -> Client {
     client
 }
 
+/// Two that create at a time can be in each other's way: on the nodes, and where an owner is granted
+/// something for the first time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A distributed table of a role's that is no superuser, and a declared rollup of it.
 fn events(citus: &Citus, name: &str) -> Client {
     let mut client = schema(citus, name);
-    // Two at a time can be in each other's way on the nodes.
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     for sql in [
         // Seen on the nodes when it is committed.
         format!("CREATE ROLE {name} LOGIN; GRANT ALL ON SCHEMA {name} TO {name}"),
@@ -357,7 +362,9 @@ fn only_what_is_distributed_by_hash_is_a_source_and_only_on_the_coordinator() {
     let mut on_node = citus.nodes[1].connect(DATABASE);
     let call = "SELECT spend_rollup_create('kind', 'kinds.parted', '{x}', '{count(*) AS n}')";
     assert_refused(&mut on_node, call, "0A000");
+    let creating = alone();
     client.batch_execute(call).unwrap();
+    drop(creating);
     // The table that Citus shows there is no rollup whose state is lost, or is still to be restored.
     assert!(holds(&mut on_node, "SELECT to_regclass('litellm_spend.kind_rollup') IS NOT NULL"));
     assert_refused(&mut on_node, call, "0A000");
@@ -392,6 +399,7 @@ fn a_rollup_that_cannot_be_distributed_is_a_table_of_the_coordinator_which_is_sa
     for (table, dimension) in [("ev", "y"), ("ev", "x + 0 AS x"), ("one", "x"), ("plain", "x")] {
         assert_refused(&mut client, &call("no", table, dimension, "true"), "0A000");
     }
+    let creating = alone();
     let said = citus.nodes[0].notices(DATABASE, &call("by_y", "ev", "y", "NULL"));
     assert!(said.contains("NOTICE:  rollup \"by_y\" is a table of this node"), "{said}");
     assert!(said.contains("is distributed by column \"x\", which is none of the dimensions"), "{said}");
@@ -402,6 +410,7 @@ fn a_rollup_that_cannot_be_distributed_is_a_table_of_the_coordinator_which_is_sa
     {
         assert_eq!(citus.nodes[0].notices(DATABASE, &call(rollup, table, "x", distributed)), "");
     }
+    drop(creating);
     let tables =
         "SELECT string_agg(logicalrelid::text, ' ' ORDER BY logicalrelid::text) FROM pg_dist_partition
                   WHERE logicalrelid::text ~ 'by_y|of_|not_wanted|beside'";
@@ -622,6 +631,31 @@ fn hll_and_topn_states_are_merged_and_shown_by_each_node() {
     ));
     client.batch_execute("SELECT spend_rollup_rebuild('visits_by_day')").unwrap();
     assert_visits_exact(&mut client);
+}
+
+#[test]
+fn the_tail_is_planned_as_a_small_part_of_the_source() {
+    let Some(citus) = citus() else { return };
+    let mut client = events(citus, "planned");
+    client
+        .batch_execute(
+            "INSERT INTO events (site, x) SELECT 7, i FROM generate_series(1, 10000) AS i; ANALYZE events",
+        )
+        .unwrap();
+    eventually("all is merged", || watermark(&mut client, "planned") == 10000);
+    let plan = client.query("EXPLAIN SELECT * FROM litellm_spend.planned WHERE site = 7", &[]).unwrap();
+    let plan: Vec<String> = plan.iter().map(|line| line.get(0)).collect();
+    let scan = plan.iter().find(|line| line.contains("Scan") && line.contains(" on events_"));
+    let scan = scan.unwrap_or_else(|| panic!("{plan:#?}"));
+    // Not a third of them, for which the nodes start parallel workers where there are millions.
+    let rows: u32 = scan.split("rows=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(rows <= 100, "{plan:#?}");
+    // A dashboard may need another index than the key: it is one of the shards, and in no merge's way.
+    client.batch_execute("CREATE INDEX ON litellm_spend.planned_rollup (n, site)").unwrap();
+    client.batch_execute("INSERT INTO events (site, x) VALUES (7, 1), (8, 1)").unwrap();
+    eventually("all is merged", || watermark(&mut client, "planned") == 10002);
+    assert_eq!(value::<i64>(&mut client, "SELECT n FROM litellm_spend.planned_rollup WHERE site = 7"), 10001);
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('planned')", &[]).unwrap(), "it differs");
 }
 
 #[test]

@@ -657,6 +657,33 @@ fn a_source_whose_parent_numbers_its_rows_otherwise_is_refused_or_stops_until_it
 }
 
 #[test]
+fn the_tail_is_planned_as_a_small_part_of_the_source() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute(PAGE_VIEWS).unwrap();
+    client
+        .batch_execute("CREATE TABLE far (x int, id numeric(30) DEFAULT nextval('page_views_view_id_seq'))")
+        .unwrap();
+    client.batch_execute(&views(0, 10000)).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_rollup_create('views', 'page_views', '{site_id}', '{count(*) AS n}');
+             SELECT spend_rollup_create('far', 'far', '{x}', '{count(*) AS n}', 'page_views_view_id_seq');
+             SELECT spend_rollup_run(); ANALYZE page_views",
+        )
+        .unwrap();
+    let plan = client.query("EXPLAIN SELECT * FROM litellm_spend.views", &[]).unwrap();
+    let plan: Vec<String> = plan.iter().map(|line| line.get(0)).collect();
+    let scan = plan.iter().find(|line| line.contains("Scan on page_views"));
+    let scan = scan.unwrap_or_else(|| panic!("{plan:#?}"));
+    // Not a third of them, for which parallel workers are started where there are millions.
+    let rows: u32 = scan.split("rows=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(rows <= 100, "{plan:#?}");
+    // A number that only a numeric can be is in the tail as any other.
+    client.batch_execute("INSERT INTO far VALUES (1, 1e19), (1, DEFAULT)").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT n FROM litellm_spend.far"), 2);
+}
+
+#[test]
 fn identity_and_default_columns_number_rows_as_well() {
     let db = shared().database();
     let mut client = db.connect();

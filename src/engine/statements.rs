@@ -176,14 +176,27 @@ impl Definition {
     /// What has not been merged yet, in the statement's own snapshot. Of a distributed rollup each shard says
     /// itself, for each value, up to where it is merged; what was merged on all nodes need not be read.
     fn tail_now(&self) -> String {
-        let Some(distribution) = &self.distribution else { return self.tail(&self.watermark()) };
+        let Some(distribution) = &self.distribution else { return self.tail_above(&self.watermark()) };
         format!(
             "{} AND NOT EXISTS (SELECT FROM {} AS m WHERE m.{MERGED_VALUE} = r.{} AND m.watermark >= r.{})",
-            self.tail(&self.state("committed_to")),
+            self.tail_above(&self.state("committed_to")),
             self.merged_table(),
             quoted(&distribution.column),
             quoted(&self.source_sequence)
         )
+    }
+
+    /// Rows above a watermark that is not known when the statement is planned. A planner takes a third of the
+    /// source for them, and starts parallel workers to read it: 26 of the 27 ms of a query of 30 groups on
+    /// three million rows, 9 of 11 ms on nodes with ten million (2026-11). Of what lies between two bounds,
+    /// one of which it does not know, it expects a two-hundredth; so there is a second one, which excludes
+    /// nothing.
+    fn tail_above(&self, watermark: &str) -> String {
+        let tail = self.tail(watermark);
+        match self.bounded {
+            true => format!("{tail} AND r.{} <= {}", quoted(&self.source_sequence), i64::MAX),
+            false => tail,
+        }
     }
 
     /// The query of the live view: every column, every bucket.

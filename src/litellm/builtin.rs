@@ -72,6 +72,8 @@ fn rollup(name: &str, (bucket, expression, r#type): Width, dimensions: &[&str]) 
         source: qualified(SCHEMA, CHANGE_LOG),
         expansion: if dimensions.contains(&"tag") { TAGS.into() } else { String::new() },
         source_sequence: "seq".into(),
+        // Most rows of the change log are the tail.
+        bounded: false,
         bucket: Some(Bucket {
             dimension: bucket.into(),
             source_time: "hour".into(),

@@ -99,6 +99,9 @@ pub struct Definition {
     #[serde(default)]
     pub expansion: String,
     pub source_sequence: String,
+    /// Its type is an integer one: no number is above those of a sequence.
+    #[serde(default)]
+    pub bounded: bool,
     pub bucket: Option<Bucket>,
     pub dimensions: Vec<Dimension>,
     pub measures: Vec<Measure>,
