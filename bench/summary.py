@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import capture
 import citus
+import citus_dashboard
 import groups
 import late
 import logs_page
@@ -35,6 +36,7 @@ TITLES = {
     "late": f"{late.LATE:,} late rows over ten old minutes, and a tail of {late.TAIL:,} rows, on {late.ROWS:,}",
     "pipeline": f"Two connections COPY {pipeline.ROWS:,} page views, merged beside them into a million groups",
     "citus": f"The same on a cluster of Citus, three servers on this machine: {citus.ROWS:,} page views",
+    "citus_dashboard": f"The views of a site by minute, of {citus_dashboard.GROUPS:,} groups on a cluster of Citus, at the client",
     "convert": "spend_partition_convert(), and what others wait for it",
     "expire": "Expiry of a day of 100,000 rows",
     "partitioned": "Inserts of 100 rows into the partitioned and the plain table, both captured",
@@ -97,6 +99,10 @@ RATIOS = {
         *((metric, ["ours"], below) for below in ("article", "single node")
           for metric in ("end to end", "longest lag", "cpu", "dashboard")),
         *(("ingest", [variant], "ingest alone") for variant in ("ours", "article")),
+    ],
+    "citus_dashboard": [
+        *((metric, [f"by page, {question}"], f"by minute, {question}")
+          for question in citus_dashboard.QUESTIONS for metric in ("table", "live")),
     ],
     "convert": [
         *(("time", [f"{size}: ours, swap"], "0.1 GB: ours, swap") for size in GIGABYTES[1:]),
