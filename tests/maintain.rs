@@ -1373,6 +1373,82 @@ fn litellms_own_job_may_run_at_the_same_time() {
     );
 }
 
+// ---- another owner ---------------------------------------------------------------------------------------
+
+/// `tenant` owns `events` with 5,000 old rows in DEFAULT, and an index on its own function, which notes as
+/// whom it runs.
+fn events_of_a_tenant(client: &mut Client, tenant: &str) {
+    client
+        .batch_execute(&format!(
+            "CREATE ROLE {tenant}; GRANT CREATE ON SCHEMA public TO {tenant};
+             CREATE TABLE ran (who text, super boolean); GRANT ALL ON ran TO PUBLIC; SET ROLE {tenant}; {EVENTS}
+             ALTER TABLE events_pdefault SET (autovacuum_enabled = off);
+             INSERT INTO events (at) SELECT '2026-11-01'::timestamp + i * interval '1 minute' FROM generate_series(1, 5000) AS i;
+             CREATE FUNCTION note() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
+                 INSERT INTO public.ran SELECT current_user, rolsuper FROM pg_roles WHERE rolname = current_user;
+                 RETURN true;
+             END $$;
+             CREATE FUNCTION spy() RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN public.note(); END $$;
+             CREATE INDEX ON events ((public.spy())); RESET ROLE; TRUNCATE ran"
+        ))
+        .unwrap();
+}
+
+const RAN_AS_A_SUPERUSER: &str = "SELECT coalesce(bool_or(super), false) FROM ran";
+
+fn drop_tenant(client: &mut Client, tenant: &str) {
+    let sql = format!("DROP TABLE events; DROP OWNED BY {tenant} CASCADE; DROP ROLE {tenant}");
+    client.batch_execute(&sql).unwrap();
+}
+
+#[test]
+fn a_table_that_gets_another_owner_while_a_step_waits_for_it_is_left_alone() {
+    let cluster =
+        own_cluster(&["litellm_spend.maintain_interval = '1s'", "litellm_spend.lock_timeout = '60s'"]);
+    let db = cluster.database();
+    let (mut client, mut dba) = (db.connect(), db.connect());
+    events_of_a_tenant(&mut client, "tenant");
+    // DEFAULT is to become a partition, which takes a stronger lock than the look at it before. Who reads the
+    // table already gets the lock for ALTER TABLE before who waits for the reader.
+    dba.batch_execute("BEGIN; LOCK TABLE ONLY events IN ACCESS SHARE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_set('events', precreate => 0)").unwrap();
+    let waits = "SELECT bool_or(wait_event_type = 'Lock') FROM pg_stat_activity
+                 WHERE backend_type = 'litellm_spend worker' AND datname = current_database()";
+    eventually("the worker waits", || holds(&mut client, waits));
+    client.batch_execute("TRUNCATE ran").unwrap();
+    dba.batch_execute(
+        "ALTER TABLE events OWNER TO postgres; ALTER TABLE events_pdefault OWNER TO postgres; COMMIT",
+    )
+    .unwrap();
+    let noted = "SELECT last_error IS NOT NULL FROM litellm_spend.policy";
+    eventually("the step is over", || holds(&mut client, noted));
+    assert!(!holds(&mut client, RAN_AS_A_SUPERUSER), "the former owner's code");
+    let names: Vec<String> = partitions(&mut client, "events").into_iter().map(|p| p.0).collect();
+    assert_eq!(names, ["events_pdefault"]);
+    drop_tenant(&mut client, "tenant");
+}
+
+#[test]
+fn what_a_retention_lets_go_is_not_looked_for_in_a_table_that_got_another_owner() {
+    let db = cluster().database();
+    let (mut client, mut dba) = (db.connect(), db.connect());
+    events_of_a_tenant(&mut client, "asker");
+    client.batch_execute("SELECT spend_partition_set('events'); TRUNCATE ran").unwrap();
+    // Whoever has the policy's row holds up the call, which has looked at the caller's rights by then.
+    client.batch_execute("BEGIN; SELECT FROM litellm_spend.policy FOR UPDATE").unwrap();
+    let refused =
+        error_after_waiting(&db, "SELECT spend_partition_set('events', retention => '1 day')", |_, _| {
+            dba.batch_execute(
+                "ALTER TABLE events OWNER TO postgres; ALTER TABLE events_pdefault OWNER TO postgres",
+            )
+            .unwrap();
+            client.batch_execute("COMMIT").unwrap();
+        });
+    assert!(!holds(&mut dba, RAN_AS_A_SUPERUSER), "the former owner's code");
+    assert_eq!(refused.expect("it is refused").code().code(), "42501");
+    drop_tenant(&mut dba, "asker");
+}
+
 // ---- by itself ----------------------------------------------------------------------------------------
 
 #[test]

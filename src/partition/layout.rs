@@ -78,9 +78,20 @@ impl Layout {
         locks::lock_all(guc::lock_timeout(), &[(self.table.oid, pg_sys::AccessShareLock)])
     }
 
+    /// The table while it is `owner`'s. Everything is done as the owner, with the code of whoever had the
+    /// table before: of a new one, who may be a superuser, nobody has asked for that.
+    pub fn of_owner(owner: Owner, oid: pg_sys::Oid, time_column: &str) -> Result<Layout> {
+        let layout = Layout::of(oid, time_column)?;
+        if layout.owner == owner {
+            return Ok(layout);
+        }
+        let (relation, expected) = (layout.table.qualified(), owner.name()?);
+        Err(Error::OtherOwner { relation, owner: layout.table.owner, expected })
+    }
+
     /// The same table as it is now: for who has locked it.
     pub fn again(&self) -> Result<Layout> {
-        Layout::of(self.table.oid, &self.time_column)
+        Layout::of_owner(self.owner, self.table.oid, &self.time_column)
     }
 
     fn read_partitions(&mut self) -> Result<()> {

@@ -94,7 +94,7 @@ impl<R: Runner> Round<'_, R> {
                 return Ok(None);
             }
             let now = now.unwrap_or_else(crate::partition::layout::now);
-            let layout = Layout::of(policy.relation, &policy.time_column)?;
+            let layout = policy.layout()?;
             crate::partition::layout::require_root(&layout.table)?;
             Ok(Some((now, policy.cutoff(now)?, layout)))
         });
@@ -288,7 +288,7 @@ impl<R: Runner> Round<'_, R> {
 
     fn layout(&mut self) -> Option<Layout> {
         let policy = self.policy.clone();
-        self.step(&policy.table.clone(), || Layout::of(policy.relation, &policy.time_column))
+        self.step(&policy.table.clone(), || policy.layout())
     }
 
     /// The end of what is to be created.
@@ -408,7 +408,7 @@ const MOST_COUNTED: i64 = 100_000;
 /// nothing.
 pub fn forecast(policy: &Policy) -> Result<Vec<String>> {
     let Some(cutoff) = policy.cutoff(crate::partition::layout::now())? else { return Ok(vec![]) };
-    let layout = Layout::of(policy.relation, &policy.time_column)?;
+    let layout = policy.layout()?;
     layout.lock()?;
     let worker = conversion::has_worker()? && !guc::maintain_interval().is_zero();
     let next = if worker { "the worker's next round" } else { "the next call of spend_partition_maintain()" };

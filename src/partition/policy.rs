@@ -11,7 +11,7 @@ use crate::partition::calendar::{Interval, Moment};
 use crate::partition::layout::{self, Layout};
 use crate::server::locks::Patience;
 use crate::server::relation::Table;
-use crate::server::session::advised;
+use crate::server::session::{Owner, advised};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::fence::Work;
@@ -24,6 +24,8 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Policy {
     pub relation: pg_sys::Oid,
+    /// Whose it is: of the table's owner, when it was set.
+    pub owner: Owner,
     /// The table's, as it is called now.
     pub schema: String,
     pub table: String,
@@ -42,6 +44,11 @@ pub enum OnExpire {
 }
 
 impl Policy {
+    /// Its table as it is now, while that belongs to the owner who set the policy.
+    pub fn layout(&self) -> Result<Layout> {
+        Layout::of_owner(self.owner, self.relation, &self.time_column)
+    }
+
     /// Rows before this time expire.
     pub fn cutoff(&self, now: Moment) -> Result<Option<Moment>> {
         let Some(retention) = &self.retention else { return Ok(None) };
@@ -129,7 +136,7 @@ pub fn retry() -> Duration {
 /// The policies that hold, with the names of their tables.
 const POLICIES: &str =
     "SELECT n.nspname::text, c.relname::text, time_column::text, \"interval\", precreate, retention::text,
-            on_expire, c.oid
+            on_expire, c.oid, policy.owner::oid
      FROM litellm_spend.policy JOIN litellm_spend.installation i ON i.id = policy.origin
      JOIN pg_catalog.pg_class c ON c.oid = policy.relation AND c.relowner = policy.owner
      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
@@ -145,6 +152,7 @@ fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
         retention: r.get(6)?,
         on_expire: if spi::value::<String>(r, 7)? == "drop" { OnExpire::Drop } else { OnExpire::Detach },
         relation: spi::value(r, 8)?,
+        owner: Owner::role(spi::value(r, 9)?),
     })
 }
 
@@ -183,14 +191,15 @@ pub fn look_after() -> Result<()> {
     spi::execute(&sql, &[])?;
     let rest = format!(
         "SELECT n.nspname::text, c.relname::text, p.time_column::text, p.\"interval\", p.precreate,
-             p.retention::text, p.on_expire, c.oid, p.owner::text, c.relowner::regrole::text, p.last_error
+             p.retention::text, p.on_expire, c.oid, p.owner::oid, p.owner::text, c.relowner::regrole::text,
+             p.last_error
          FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE p.owner <> c.relowner AND p.origin = {HERE}"
     );
     let strays = spi::query(&rest, &[], |r| {
-        let owners = (spi::value::<String>(r, 9)?, spi::value::<String>(r, 10)?);
-        Ok((read(r)?, owners, r.get::<String>(11)?))
+        let owners = (spi::value::<String>(r, 10)?, spi::value::<String>(r, 11)?);
+        Ok((read(r)?, owners, r.get::<String>(12)?))
     })?;
     for (policy, (owner, heir), noted) in strays {
         let message =
@@ -267,8 +276,18 @@ impl Wanted<'_> {
             check_retention(interval.name(), retention)?;
         }
         let (schema, name) = (table.schema.clone(), table.name.clone());
-        let relation = table.oid;
-        Ok(Policy { relation, schema, table: name, time_column, interval, precreate, retention, on_expire })
+        let (relation, owner) = (table.oid, Owner::role(table.owner_oid));
+        Ok(Policy {
+            relation,
+            owner,
+            schema,
+            table: name,
+            time_column,
+            interval,
+            precreate,
+            retention,
+            on_expire,
+        })
     }
 }
 
@@ -345,7 +364,7 @@ impl Policy {
             ),
             &[
                 table.oid.into(),
-                table.owner_oid.into(),
+                self.owner.oid().into(),
                 self.time_column.as_str().into(),
                 self.interval.name().into(),
                 (self.precreate as i32).into(),
