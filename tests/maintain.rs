@@ -486,6 +486,37 @@ fn dates_beyond_every_timestamp_are_in_nobodys_way() {
 }
 
 #[test]
+fn a_date_with_more_rows_than_a_batch_moves_as_a_whole() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE dated (id bigserial, d date NOT NULL, PRIMARY KEY (id, d)) PARTITION BY RANGE (d);
+             CREATE TABLE rest PARTITION OF dated DEFAULT; CREATE INDEX ON dated (d);
+             CREATE TABLE between_them PARTITION OF dated FOR VALUES FROM ('2026-11-20') TO ('2026-11-21');
+             INSERT INTO dated (d) SELECT day FROM generate_series(1, 3000),
+                 unnest('{2026-11-10,2026-11-12,2026-11-25}'::date[]) AS day;
+             SELECT spend_partition_set('dated', 'week', 0, time_column => 'd')",
+        )
+        .unwrap();
+    for round in 1.. {
+        let actions = maintain_at(&mut client, "dated", "2026-11-28");
+        assert!(actions.iter().all(|a| a.0 != "skipped" || a.3.starts_with("more is")), "{actions:?}");
+        if value::<i64>(&mut client, "SELECT count(*) FROM rest") == 0 {
+            break;
+        }
+        assert!(round < 20, "it is never drained");
+    }
+    let stored = "SELECT array_agg(DISTINCT d || ' in ' || tableoid::regclass) FROM dated";
+    let stored: Vec<String> = value(&mut client, stored);
+    assert_eq!(
+        stored,
+        ["2026-11-10 in dated_p20261109", "2026-11-12 in dated_p20261112", "2026-11-25 in dated_p20261123"]
+    );
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM dated"), 9000);
+}
+
+#[test]
 fn what_is_not_rolled_up_stays() {
     let db = cluster().database();
     let mut client = db.connect();

@@ -226,9 +226,11 @@ pub fn now() -> Moment {
 }
 
 /// A finite time as microseconds since 1970, one without a time zone in UTC; beyond those the last that there
-/// is. (A date is not cast: it can be beyond every timestamp.)
+/// is. NULL has none. (A date is not cast: it can be beyond every timestamp.)
 pub fn micros(expression: &str) -> String {
-    format!("least(extract(epoch FROM {expression}) * 1000000, 9223372036854775806)::bigint")
+    let micros = format!("extract(epoch FROM {expression}) * 1000000");
+    // least() of NULL and a number is the number.
+    format!("(CASE WHEN {expression} IS NOT NULL THEN least({micros}, 9223372036854775806) END)::bigint")
 }
 
 /// Refuses a table that has parts on other nodes.

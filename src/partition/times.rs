@@ -43,10 +43,13 @@ impl Times {
 
     /// The first and last row of a range.
     pub fn ends(&self, range: Range) -> Result<Option<(Moment, Moment)>> {
+        self.ends_where(&self.condition(range))
+    }
+
+    fn ends_where(&self, condition: &str) -> Result<Option<(Moment, Moment)>> {
         let time = &self.time;
         let [first, last] = ["min", "max"].map(|end| micros(&format!("{end}({time})")));
-        let sql =
-            format!("SELECT {first}, {last} FROM ONLY {} WHERE {}", self.relation, self.condition(range));
+        let sql = format!("SELECT {first}, {last} FROM ONLY {} WHERE {condition}", self.relation);
         let ends = self.ask(&sql, |r| Ok(r.get::<i64>(1)?.zip(r.get::<i64>(2)?)))?;
         Ok(ends.into_iter().next().flatten().map(|(first, last)| (Moment(first), Moment(last))))
     }
@@ -82,8 +85,8 @@ impl Times {
         if next > first {
             return Ok(Some(next));
         }
-        let later = Range { from: Moment(first.0 + 1), to: range.to };
-        Ok(self.ends(later)?.map(|(next, _)| next))
+        // (Of dates, a microsecond later is the same.)
+        Ok(self.ends_where(&format!("{condition} AND {time} > {first}"))?.map(|(next, _)| next))
     }
 
     /// On a fresh snapshot, and from the index: the planner may think otherwise of a table that was never
