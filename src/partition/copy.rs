@@ -207,13 +207,19 @@ fn largest_partition(reversion: &Reversion) -> Result<pg_sys::Oid> {
     Ok(largest.first().copied().unwrap_or(reversion.relation))
 }
 
-/// A relation's columns: the copy must have the same.
+/// A relation's columns and CHECKs: the copy, which has them from when it was made, must have the same.
 pub fn shape(relation: pg_sys::Oid) -> Result<String> {
     let shapes = spi::query(
-        "SELECT string_agg(format('%I %s%s%s', attname, format_type(atttypid, atttypmod), attgenerated,
-             attnotnull), ', '
-                           ORDER BY attnum)
-         FROM pg_catalog.pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+        "SELECT concat_ws(', ',
+             (SELECT string_agg(concat_ws(' ', quote_ident(attname), format_type(atttypid, atttypmod),
+                      attcollation, format('%s%s%s%s', attgenerated, attnotnull, attstorage, attcompression),
+                      pg_get_expr(adbin, adrelid)), ', ' ORDER BY attnum)
+              FROM pg_catalog.pg_attribute LEFT JOIN pg_catalog.pg_attrdef ON adrelid = attrelid
+                  AND adnum = attnum
+              WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped),
+             (SELECT string_agg(quote_ident(conname) || ' ' || pg_get_constraintdef(oid), ', '
+                      ORDER BY conname)
+              FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype = 'c'))",
         &[relation.into()],
         |r| value(r, 1),
     )?;

@@ -50,7 +50,7 @@ pub struct Options {
     pub time_column: String,
     /// The primary key without the time.
     pub key: Vec<String>,
-    /// The columns that the plain table was made with. `None`: it is not made yet.
+    /// The columns and CHECKs that the plain table was made with. `None`: it is not made yet.
     pub shape: Option<String>,
     /// The plain table, until it has the name, and where the duplicates go: names in the archive.
     pub plain: String,
@@ -211,7 +211,7 @@ impl Reversion {
         copy::recognize(self)?;
         copy::require_made(self)?;
         if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
-            // Not made yet, or a column or a trigger came or went meanwhile.
+            // Not made yet, or a column, a CHECK or a trigger came or went meanwhile.
             copy::prepare(self)?;
         } else if copy::failures(self)? != self.options.failures {
             copy::begin_anew(self)?;

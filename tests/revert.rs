@@ -1,0 +1,106 @@
+//! What a partitioned table has when it is plain again, and what keeps it from that. (That no row is lost
+//! beside writers is in tests/convert.rs.)
+
+mod common;
+
+use common::*;
+use postgres::Client;
+
+/// No worker: a test does each step itself.
+fn cluster() -> &'static Cluster {
+    static CLUSTER: std::sync::OnceLock<Cluster> = std::sync::OnceLock::new();
+    CLUSTER.get_or_init(|| Cluster::start(&[NO_WORKER]))
+}
+
+/// A partitioned table of 300 rows.
+fn make_table(client: &mut Client, table: &str) {
+    client
+        .batch_execute(&format!(
+            "SET ROLE litellm;
+             CREATE TABLE {table} (id int, at timestamp NOT NULL, status text, n int, PRIMARY KEY (id, at),
+                 CONSTRAINT small CHECK (n < 1000)) PARTITION BY RANGE (at);
+             CREATE INDEX ON {table} (at);
+             CREATE TABLE {table}_1 PARTITION OF {table} FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
+             CREATE TABLE {table}_2 PARTITION OF {table} DEFAULT;
+             INSERT INTO {table} SELECT i, '2026-01-20'::timestamp + i * interval '1 hour', 's', i
+             FROM generate_series(1, 300) AS i; RESET ROLE"
+        ))
+        .unwrap();
+}
+
+/// Does a step of a reversion. Returns which one is next, or why it failed; `done`: the table is plain.
+fn step(client: &mut Client, table: &str) -> String {
+    let sql = format!(
+        "SELECT CASE state WHEN 'next' THEN step ELSE state END FROM spend_partition_revert('{table}')
+         WHERE state = 'next' OR step = 'swap' AND state = 'done'"
+    );
+    client.query_one(&sql, &[]).map_or_else(|error| format!("{error:?}"), |row| row.get(0))
+}
+
+/// Does steps until `next` is. What fails is tried again, as a worker does it.
+fn steps_until(client: &mut Client, table: &str, next: &str) {
+    let mut steps = vec![];
+    while steps.last().is_none_or(|last| last != next) {
+        steps.push(step(client, table));
+        assert!(steps.len() < 20, "never {next}: {steps:?}");
+    }
+}
+
+fn rows(client: &mut Client, table: &str) -> i64 {
+    value(client, &format!("SELECT count(*) FROM {table}"))
+}
+
+#[test]
+fn what_its_owner_changes_of_a_table_while_it_is_copied_is_there_when_it_is_plain() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    let changes = [
+        (
+            "a_default",
+            "ALTER TABLE a_default ALTER status SET DEFAULT 'new'",
+            "SELECT pg_get_expr(adbin, adrelid) = '''new''::text' FROM pg_attrdef WHERE adrelid = 'a_default'::regclass",
+        ),
+        (
+            "a_check",
+            "ALTER TABLE a_check ADD CONSTRAINT positive CHECK (n >= 0); COMMENT ON CONSTRAINT positive ON a_check IS 'why'",
+            "SELECT convalidated AND obj_description(oid, 'pg_constraint') = 'why' FROM pg_constraint
+             WHERE conrelid = 'a_check'::regclass AND conname = 'positive'",
+        ),
+        (
+            "no_check",
+            "ALTER TABLE no_check DROP CONSTRAINT small; UPDATE no_check SET n = 5000 WHERE id = 7",
+            "SELECT (SELECT n = 5000 FROM no_check WHERE id = 7)
+                 AND NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'no_check'::regclass AND contype = 'c')",
+        ),
+        (
+            "other_check",
+            "ALTER TABLE other_check DROP CONSTRAINT small, ADD CONSTRAINT small CHECK (n < 2000)",
+            "SELECT pg_get_constraintdef(oid) = 'CHECK ((n < 2000))' FROM pg_constraint
+             WHERE conrelid = 'other_check'::regclass AND conname = 'small'",
+        ),
+        (
+            "storage",
+            "ALTER TABLE storage ALTER status SET STORAGE EXTERNAL, ALTER status SET COMPRESSION pglz",
+            "SELECT attstorage = 'e' AND attcompression = 'p' FROM pg_attribute
+             WHERE attrelid = 'storage'::regclass AND attname = 'status'",
+        ),
+        (
+            "collated",
+            "ALTER TABLE collated ALTER status TYPE text COLLATE \"POSIX\"",
+            "SELECT collname = 'POSIX' FROM pg_attribute JOIN pg_collation c ON c.oid = attcollation
+             WHERE attrelid = 'collated'::regclass AND attname = 'status'",
+        ),
+    ];
+    let mut lost = vec![];
+    for (table, change, is_there) in changes {
+        make_table(&mut client, table);
+        steps_until(&mut client, table, "swap");
+        client.batch_execute(change).unwrap();
+        let last = (0..20).map(|_| step(&mut client, table)).find(|step| step == "done");
+        let is_there = client.query_opt(is_there, &[]).unwrap().is_some_and(|row| row.get(0));
+        if last.is_none() || rows(&mut client, table) != 300 || !is_there {
+            lost.push(table);
+        }
+    }
+    assert_eq!(lost, Vec::<&str>::new());
+}
