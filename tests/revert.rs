@@ -104,3 +104,97 @@ fn what_its_owner_changes_of_a_table_while_it_is_copied_is_there_when_it_is_plai
     }
     assert_eq!(lost, Vec::<&str>::new());
 }
+
+#[test]
+fn what_uses_a_partition_by_its_name_is_in_the_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    // Each would go on to use what is in the archive by then.
+    let cases = [
+        (
+            "CREATE VIEW v AS SELECT count(*) FROM t_1",
+            "DROP VIEW v",
+            "View public.v reads partition public.t_1.",
+        ),
+        (
+            "CREATE MATERIALIZED VIEW v AS SELECT count(*) FROM t_1",
+            "DROP MATERIALIZED VIEW v",
+            "Materialized view public.v reads partition public.t_1.",
+        ),
+        (
+            "CREATE TABLE log (i int); CREATE RULE r AS ON INSERT TO log DO ALSO DELETE FROM t_1",
+            "DROP TABLE log",
+            "Rule r of public.log uses partition public.t_1.",
+        ),
+        (
+            "CREATE RULE r AS ON DELETE TO t_1 DO ALSO SELECT 1",
+            "DROP RULE r ON t_1",
+            "Partition public.t_1 has a rule, r.",
+        ),
+        (
+            "CREATE FUNCTION f() RETURNS bigint BEGIN ATOMIC SELECT count(*) FROM t_1; END",
+            "DROP FUNCTION f()",
+            "Function public.f() reads partition public.t_1.",
+        ),
+        (
+            "CREATE TABLE f (i int, at timestamp, FOREIGN KEY (i, at) REFERENCES t_1)",
+            "DROP TABLE f",
+            "Constraint f_i_at_fkey of public.f is a foreign key to or from partition public.t_1.",
+        ),
+        (
+            "CREATE TABLE f (i int); CREATE POLICY p ON f USING (i = (SELECT count(*) FROM t_1))",
+            "DROP TABLE f",
+            "Policy p of public.f reads partition public.t_1.",
+        ),
+        (
+            "CREATE TABLE f (r t_1)",
+            "DROP TABLE f",
+            "The row type of partition public.t_1 is used by column r of table public.f.",
+        ),
+        (
+            "CREATE PUBLICATION p FOR TABLE t_1",
+            "DROP PUBLICATION p",
+            "Partition public.t_1 is in publication p.",
+        ),
+        (
+            "CREATE SUBSCRIPTION s CONNECTION '' PUBLICATION p WITH (connect = false);
+             SET allow_system_table_mods = on;
+             INSERT INTO pg_subscription_rel (srsubid, srrelid, srsubstate)
+             SELECT oid, 't_1'::regclass, 'i' FROM pg_subscription WHERE subname = 's'",
+            "DELETE FROM pg_subscription_rel; RESET allow_system_table_mods;
+             ALTER SUBSCRIPTION s SET (slot_name = NONE); DROP SUBSCRIPTION s",
+            "Subscription s writes to partition public.t_1.",
+        ),
+    ];
+    let refused = |client: &mut Client, called: &str, reason: &str| {
+        let failure = client.batch_execute("SELECT spend_partition_revert('t')");
+        let failure = failure.err().and_then(|error| error.as_db_error().cloned());
+        let detail = failure.and_then(|error| error.detail().map(str::to_string));
+        (detail.as_deref() != Some(reason)).then(|| format!("{called}: {detail:?}"))
+    };
+    let mut passed = vec![];
+    for (sql, undo, reason) in &cases {
+        client.batch_execute(sql).unwrap();
+        passed.extend(refused(&mut client, sql, reason));
+        client.batch_execute("SELECT spend_partition_revert('t', abort => true)").unwrap();
+        client.batch_execute(undo).unwrap();
+    }
+    assert_eq!(passed, Vec::<String>::new());
+    // Also what comes meanwhile, of the table itself, too.
+    steps_until(&mut client, "t", "swap");
+    for (sql, undo, reason) in [
+        cases[0],
+        (
+            "CREATE MATERIALIZED VIEW v AS SELECT count(*) FROM t",
+            "DROP MATERIALIZED VIEW v",
+            "Materialized view \"public\".\"v\" reads it.",
+        ),
+    ] {
+        client.batch_execute(sql).unwrap();
+        assert_eq!(refused(&mut client, sql, reason), None);
+        client.batch_execute(undo).unwrap();
+    }
+    steps_until(&mut client, "t", "done");
+    assert_eq!(rows(&mut client, "t"), 300);
+}

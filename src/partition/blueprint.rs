@@ -12,7 +12,7 @@
 
 use crate::error::Result;
 use crate::guc;
-use crate::server::relation::{Table, code_of_third_roles};
+use crate::server::relation::{Table, code_of_third_roles, relation_tree};
 use crate::server::rewrite;
 use crate::server::session::Owner;
 use crate::server::spi::{execute, query, value};
@@ -456,4 +456,53 @@ fn obstacles(table: &Table, key_index: &str) -> Result<Vec<String>> {
         query(OBSTACLES, &[table.oid.into(), key_index.into(), PREFIX.into()], |r| value(r, 1))?;
     obstacles.extend(code_of_third_roles(READ_AGAIN, &[table.oid.into()])?);
     Ok(obstacles)
+}
+
+/// What uses a partition rather than the table, by its name: when the table is plain, that is in the archive,
+/// and nothing writes to it any more. `$1` are the partitions.
+const OBSTACLES_OF_PARTITIONS: &str = "
+    SELECT DISTINCT format('%s reads partition %s.', upper(left(o.text, 1)) || substr(o.text, 2),
+        d.refobjid::regclass)
+    FROM pg_rewrite w JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid,
+         pg_describe_object('pg_class'::regclass, w.ev_class, 0) AS o(text)
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY ($1) AND w.ev_type = '1'
+    UNION ALL SELECT format('Partition %s has a rule, %s.', ev_class::regclass, quote_ident(rulename))
+    FROM pg_rewrite WHERE ev_class = ANY ($1)
+    UNION ALL SELECT DISTINCT format('Rule %s of %s uses partition %s.', quote_ident(w.rulename),
+        w.ev_class::regclass, d.refobjid::regclass)
+    FROM pg_rewrite w JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY ($1) AND w.ev_type <> '1'
+      AND NOT w.ev_class = ANY ($1)
+    UNION ALL SELECT DISTINCT format('Function %s reads partition %s.', d.objid::regprocedure,
+        d.refobjid::regclass)
+    FROM pg_depend d
+    WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY ($1)
+    UNION ALL SELECT format('Constraint %s of %s is a foreign key to or from partition %s.',
+        quote_ident(conname), conrelid::regclass, p.oid::regclass)
+    FROM pg_constraint JOIN unnest($1) AS p(oid) ON p.oid IN (conrelid, confrelid)
+    WHERE contype = 'f' AND conparentid = 0
+    UNION ALL SELECT DISTINCT format('Policy %s of %s reads partition %s.', quote_ident(p.polname),
+        p.polrelid::regclass, d.refobjid::regclass)
+    FROM pg_policy p JOIN pg_depend d ON d.classid = 'pg_policy'::regclass AND d.objid = p.oid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY ($1) AND NOT p.polrelid = ANY ($1)
+    UNION ALL SELECT DISTINCT format('The row type of partition %s is used by %s.', c.oid::regclass,
+        pg_describe_object(d.classid, d.objid, d.objsubid))
+    FROM pg_class c JOIN pg_type t ON t.oid = c.reltype JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass
+        AND d.refobjid IN (t.oid, t.typarray) AND d.deptype = 'n'
+    WHERE c.oid = ANY ($1)
+    UNION ALL SELECT format('Partition %s is in publication %s.', prrelid::regclass, quote_ident(pubname))
+    FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE prrelid = ANY ($1)
+    UNION ALL SELECT format('Subscription %s writes to partition %s.', quote_ident(s.subname),
+        r.srrelid::regclass)
+    FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.srrelid = ANY ($1)
+    UNION ALL SELECT format('Partition %s is a member of extension %s.', d.objid::regclass,
+        quote_ident(e.extname))
+    FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+    WHERE d.classid = 'pg_class'::regclass AND d.objid = ANY ($1)
+        AND d.refclassid = 'pg_extension'::regclass";
+
+/// What is in the way of taking the partitions of a table out of use.
+pub fn obstacles_of_partitions(table: pg_sys::Oid) -> Result<Vec<String>> {
+    let partitions: Vec<_> = relation_tree(table)?.into_iter().filter(|oid| *oid != table).collect();
+    query(OBSTACLES_OF_PARTITIONS, &[partitions.into()], |r| value(r, 1))
 }

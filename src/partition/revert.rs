@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::litellm::capture;
 use crate::litellm::spend_log::Capture;
 use crate::partition::archive::{self, ARCHIVE};
-use crate::partition::blueprint::Blueprint;
+use crate::partition::blueprint::{Blueprint, obstacles_of_partitions};
 use crate::partition::copy;
 use crate::partition::layout;
 use crate::partition::place::{rename, rename_index};
@@ -116,7 +116,12 @@ impl Reversion {
         self.require_owner()?;
         self.require_name()?;
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
-        Blueprint::read(table, &qualified(&self.schema, &self.renamed()), "")
+        let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.renamed()), "")?;
+        let stale = blueprint.materialized_views.iter();
+        let stale = stale.map(|view| format!("Materialized view {} reads it.", view.name));
+        blueprint.obstacles.extend(stale);
+        blueprint.obstacles.extend(obstacles_of_partitions(self.relation)?);
+        Ok(blueprint)
     }
 }
 
@@ -137,9 +142,6 @@ pub fn request(table: &Table) -> Result<()> {
     }
     if reversion.options.key.is_empty() {
         return Err(refuse("Without the partition key nothing is left of its primary key.".into()));
-    }
-    if let Some(view) = blueprint.materialized_views.first() {
-        return Err(refuse(format!("Materialized view {} reads it.", view.name)));
     }
     let renamed = qualified(&table.schema, &reversion.renamed());
     if relation::find_relation(&renamed)?.is_some() {
