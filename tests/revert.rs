@@ -198,3 +198,68 @@ fn what_uses_a_partition_by_its_name_is_in_the_way() {
     steps_until(&mut client, "t", "done");
     assert_eq!(rows(&mut client, "t"), 300);
 }
+
+#[test]
+fn an_index_whose_name_looks_like_its_definition_is_made_on_the_plain_table() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            r#"ALTER TABLE t RENAME TO "t USING it";
+               CREATE INDEX "by status USING hash (n)" ON "t USING it" (status) INCLUDE (n) WHERE status <> ' USING '"#,
+        )
+        .unwrap();
+    steps_until(&mut client, "\"t USING it\"", "done");
+    let definition = r#"SELECT pg_get_indexdef('"by status USING hash (n)"'::regclass)"#;
+    assert_eq!(
+        value::<String>(&mut client, definition),
+        r#"CREATE INDEX "by status USING hash (n)" ON public."t USING it" USING btree (status) INCLUDE (n) WHERE (status <> ' USING '::text)"#
+    );
+}
+
+#[test]
+fn a_row_that_is_kept_out_has_its_generated_columns() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            "ALTER TABLE t ADD COLUMN twice int NOT NULL GENERATED ALWAYS AS (n * 2) STORED;
+             INSERT INTO t SELECT id, at + interval '1 minute', 'again', 50 FROM t WHERE id IN (7, 8)",
+        )
+        .unwrap();
+    steps_until(&mut client, "t", "swap");
+    // And one that is noted.
+    client
+        .batch_execute("INSERT INTO t SELECT id, at + interval '1 minute', 'again', 60 FROM t WHERE id = 9")
+        .unwrap();
+    steps_until(&mut client, "t", "done");
+    let kept_out = "SELECT array_agg(id || ' ' || twice ORDER BY id) FROM litellm_spend_archive.t_duplicates";
+    assert_eq!(value::<Vec<String>>(&mut client, kept_out), ["7 100", "8 100", "9 120"]);
+    assert!(holds(&mut client, "SELECT count(*) = 300 AND bool_and(twice = n * 2) FROM t"));
+}
+
+#[test]
+fn a_row_that_moves_while_the_trigger_for_it_is_disabled_is_where_it_moved_to() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    for (table, disabled) in [("of_the_table", ""), ("of_a_partition", "_2")] {
+        make_table(&mut client, table);
+        steps_until(&mut client, table, "swap");
+        client
+            .batch_execute(&format!(
+                "ALTER TABLE {table}{disabled} DISABLE TRIGGER litellm_spend_revert_move;
+                 MERGE INTO {table} AS t USING (VALUES (299)) AS s(id) ON t.id = s.id
+                 WHEN MATCHED THEN UPDATE SET at = '2026-01-01', id = 1299"
+            ))
+            .unwrap();
+        steps_until(&mut client, table, "done");
+        let moved = format!("SELECT count(*) = 1 FROM {table} WHERE id IN (299, 1299) AND at = '2026-01-01'");
+        assert!(holds(&mut client, &moved), "{table}");
+        assert_eq!(rows(&mut client, table), 300);
+    }
+}

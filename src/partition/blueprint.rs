@@ -72,6 +72,8 @@ pub struct Function {
 pub struct Index {
     pub name: String,
     pub sql: String,
+    /// What `sql` says after the table's name.
+    pub definition: String,
     pub comment: Option<String>,
 }
 
@@ -176,15 +178,24 @@ fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
 
 fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
     query(
-        "SELECT c.relname::text, pg_catalog.pg_get_indexdef(i.indexrelid), d.description
+        "SELECT c.relname::text, def.sql, d.description, substr(def.sql, length(def.head) + 1)
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+         JOIN pg_catalog.pg_class t ON t.oid = i.indrelid
+         JOIN pg_catalog.pg_namespace n ON n.oid = t.relnamespace
+         CROSS JOIN LATERAL (
+             SELECT pg_catalog.pg_get_indexdef(c.oid) AS sql, pg_catalog.format('CREATE INDEX %I ON %s%I.%I ',
+                 c.relname, CASE c.relkind WHEN 'I' THEN 'ONLY ' ELSE '' END, n.nspname, t.relname) AS head
+         ) AS def
          LEFT JOIN pg_catalog.pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid
              AND d.objsubid = 0
          WHERE i.indrelid = $1 AND i.indisvalid AND NOT i.indisprimary AND NOT i.indisunique
              AND NOT starts_with(c.relname, $2)
          ORDER BY 1",
         &[table.into(), PREFIX.into()],
-        |r| Ok(Index { name: value(r, 1)?, sql: value(r, 2)?, comment: r.get(3)? }),
+        |r| {
+            let (name, sql, definition) = (value(r, 1)?, value(r, 2)?, value(r, 4)?);
+            Ok(Index { name, sql, definition, comment: r.get(3)? })
+        },
     )
 }
 

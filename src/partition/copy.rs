@@ -56,6 +56,8 @@ const EVENTS: [(&str, &str); 4] = [
     ("delete", "REFERENCING OLD TABLE AS old_rows"),
     ("truncate", ""),
 ];
+/// And so ends the name of the one for a row that gets another time.
+const MOVE: &str = "move";
 
 // ---- to make it ------------------------------------------------------------------------------------------
 
@@ -96,7 +98,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     run(format!(
         "CREATE TABLE {plain} (LIKE {name} {like}, CONSTRAINT {constraint} PRIMARY KEY ({key})) {storage}"
     ))?;
-    run(format!("CREATE TABLE {duplicates} (LIKE {name})"))?;
+    run(format!("CREATE TABLE {duplicates} (LIKE {name} INCLUDING GENERATED)"))?;
     run(format!("CREATE TABLE {changes} AS SELECT {key} FROM {name} WHERE false"))?;
     run(format!("CREATE SEQUENCE {failures}"))?;
     create_function(reversion)?;
@@ -104,7 +106,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     create_triggers(reversion, &relation::relation_tree(reversion.relation)?)?;
     let (time, function) = (quoted(&reversion.options.time_column), beside(reversion, FUNCTION));
     run(format!(
-        "CREATE OR REPLACE TRIGGER {TRIGGER}_move BEFORE UPDATE ON {name} FOR EACH ROW
+        "CREATE OR REPLACE TRIGGER {TRIGGER}_{MOVE} BEFORE UPDATE ON {name} FOR EACH ROW
          WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
     ))?;
     reversion.options.shape = Some(shape(reversion.relation)?);
@@ -293,7 +295,9 @@ fn create_triggers(reversion: &Reversion, tables: &[pg_sys::Oid]) -> Result<()> 
 /// version made others.
 pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
     let tree: Vec<pg_sys::Oid> = reversion.options.tree.iter().map(|oid| (*oid).into()).collect();
-    let events: Vec<String> = EVENTS.iter().map(|(event, _)| event.to_string()).collect();
+    // (That of a row is each partition's, too: the server makes it there.)
+    let events: Vec<String> =
+        EVENTS.iter().map(|(event, _)| *event).chain([MOVE]).map(String::from).collect();
     let lacking = spi::query(
         "SELECT FROM pg_catalog.pg_class c, unnest($2::text[]) AS e(event)
          WHERE c.oid = ANY ($1) AND NOT EXISTS (

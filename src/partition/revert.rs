@@ -242,9 +242,10 @@ impl Reversion {
 
     /// The indexes that the new table is to have.
     fn wanted_indexes(&self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<Vec<Wanted>> {
-        let own = blueprint.indexes.iter().map(|index| {
-            let (_, rest) = index.sql.split_once(" USING ").unwrap_or_default();
-            Wanted { name: index.name.clone(), definition: format!("USING {rest}"), is_own: true }
+        let own = blueprint.indexes.iter().map(|index| Wanted {
+            name: index.name.clone(),
+            definition: index.definition.clone(),
+            is_own: true,
         });
         let plain = self.options.made.first().copied().unwrap_or_default().into();
         let asked = asked_for(&blueprint.table, plain)?.into_iter();
