@@ -33,6 +33,8 @@ pub struct Blueprint {
     pub materialized_views: Vec<View>,
     pub functions: Vec<Function>,
     pub constraints: Vec<Piece>,
+    /// Those of them that old rows need not meet.
+    pub not_valid: Vec<Piece>,
     /// Policies, grants, comments, publications, statistics, replica identity, sequences.
     pub pieces: Vec<Piece>,
     pub obstacles: Vec<String>,
@@ -98,6 +100,7 @@ impl Blueprint {
         if key.is_none() {
             obstacles.push("It has no primary key.".into());
         }
+        let not_valid = format!("{CONSTRAINTS} AND NOT convalidated");
         Ok(Blueprint {
             key,
             indexes: indexes(oid)?,
@@ -106,6 +109,7 @@ impl Blueprint {
             materialized_views: views(oid, "m")?,
             functions: functions(oid)?,
             constraints: pieces(&table, renamed, &[(Actor::Owner, CONSTRAINTS)])?,
+            not_valid: pieces(&table, renamed, &[(Actor::Owner, &not_valid)])?,
             pieces: pieces(&table, renamed, &PIECES)?,
             obstacles,
             table,

@@ -98,6 +98,10 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     run(format!(
         "CREATE TABLE {plain} (LIKE {name} {like}, CONSTRAINT {constraint} PRIMARY KEY ({key})) {storage}"
     ))?;
+    // A CHECK that old rows need not meet is given back at the swap.
+    for check in not_valid(reversion.relation)? {
+        run(format!("ALTER TABLE {plain} DROP CONSTRAINT {}", quoted(&check)))?;
+    }
     run(format!("CREATE TABLE {duplicates} (LIKE {name} INCLUDING GENERATED)"))?;
     run(format!("CREATE TABLE {changes} AS SELECT {key} FROM {name} WHERE false"))?;
     run(format!("CREATE SEQUENCE {failures}"))?;
@@ -207,6 +211,13 @@ fn largest_partition(reversion: &Reversion) -> Result<pg_sys::Oid> {
         |r| value(r, 1),
     )?;
     Ok(largest.first().copied().unwrap_or(reversion.relation))
+}
+
+/// The CHECKs that rows which were there before them need not meet.
+fn not_valid(relation: pg_sys::Oid) -> Result<Vec<String>> {
+    let sql = "SELECT conname::text FROM pg_catalog.pg_constraint
+               WHERE conrelid = $1 AND contype = 'c' AND NOT convalidated";
+    spi::query(sql, &[relation.into()], |r| value(r, 1))
 }
 
 /// A relation's columns and CHECKs: the copy, which has them from when it was made, must have the same.

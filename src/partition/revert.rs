@@ -341,6 +341,7 @@ impl Reversion {
             let made = self.made_index(&index.name).ok_or_else(|| Error::CameBetween(name.clone()))?;
             rename_index(owner, &schema, made, &index.name)?;
         }
+        blueprint.not_valid.iter().try_for_each(|check| check.give(owner))?;
         blueprint.give()?;
         blueprint.point_readers()?;
         // 4. capture and rollups go on there; what is kept out had been counted.
