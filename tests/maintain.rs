@@ -516,6 +516,40 @@ fn a_date_with_more_rows_than_a_batch_moves_as_a_whole() {
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM dated"), 9000);
 }
 
+/// It holds for rows that come later; these were there before.
+#[test]
+fn rows_that_a_check_was_never_validated_for_are_drained() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "CREATE TABLE between_them PARTITION OF events FOR VALUES FROM ('2026-11-20') TO ('2026-11-21');
+             INSERT INTO events (at, note) SELECT day + i * interval '1 second', 'old' FROM generate_series(1, 5000) AS i,
+                 unnest('{2026-11-10,2026-11-25}'::timestamp[]) AS day;
+             INSERT INTO events (at, note) VALUES ('infinity', 'old');
+             ALTER TABLE events ADD CONSTRAINT newer CHECK (note <> 'old') NOT VALID;
+             SELECT spend_partition_set('events', precreate => 0)",
+        )
+        .unwrap();
+    for round in 1.. {
+        let actions = maintain_at(&mut client, "events", "2026-11-28");
+        assert!(actions.iter().all(|a| a.0 != "skipped" || a.3.starts_with("more is")), "{actions:?}");
+        if value::<i64>(&mut client, "SELECT count(*) FROM events_pdefault") == 1 {
+            break;
+        }
+        assert!(round < 20, "it is never drained");
+    }
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM events"), 10_001);
+    let checked =
+        "SELECT bool_and(EXISTS (SELECT FROM pg_constraint WHERE conrelid = inhrelid AND conname = 'newer'))
+                   FROM pg_inherits WHERE inhparent = 'events'::regclass";
+    assert!(holds(&mut client, checked));
+    for at in ["2026-11-10", "2026-11-25", "2026-11-28", "infinity"] {
+        assert_refused_row(&mut client, &format!("INSERT INTO events (at, note) VALUES ('{at}', 'old')"));
+    }
+}
+
 #[test]
 fn what_is_not_rolled_up_stays() {
     let db = cluster().database();

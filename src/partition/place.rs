@@ -281,6 +281,10 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
     for (table, trigger, _) in &triggers {
         owner.run(format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}"))?;
     }
+    let checks = not_valid(layout, to)?;
+    for (name, _) in &checks {
+        owner.run(format!("ALTER TABLE {to} DROP CONSTRAINT {name}"))?;
+    }
     let rows = {
         // Indexes and generated columns may call code of the owner's.
         let _owner = owner.act().with(c"enable_seqscan", c"off");
@@ -292,10 +296,32 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
             &[],
         )?
     };
+    for (name, definition) in &checks {
+        owner.run(format!("ALTER TABLE {to} ADD CONSTRAINT {name} {definition} NOT VALID"))?;
+    }
     for (table, trigger, enable) in &triggers {
         owner.run(format!("ALTER TABLE {table} {enable} TRIGGER {trigger}"))?;
     }
     Ok(rows)
+}
+
+/// CHECKs of a table that is no partition now, which old rows of the partitioned table need not meet: their
+/// names and definitions. None if one uses what is a third role's: its text would call that role's code.
+fn not_valid(layout: &Layout, table: &str) -> Result<Vec<(String, String)>> {
+    let of = [layout.table.oid.into(), table.into()];
+    let checks = "FROM pg_catalog.pg_constraint p JOIN pg_catalog.pg_constraint k ON k.conname = p.conname
+                      AND k.contype = 'c' AND k.conrelid = pg_catalog.to_regclass($2)
+                  JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+                  WHERE p.conrelid = $1 AND p.contype = 'c' AND NOT p.convalidated";
+    let objects = format!("SELECT k.tableoid AS classid, k.oid AS objid, c.relowner AS owner {checks}");
+    if !relation::code_of_third_roles(&objects, &of)?.is_empty() {
+        return Ok(vec![]);
+    }
+    let sql = format!(
+        "SELECT quote_ident(k.conname), pg_catalog.regexp_replace(pg_catalog.pg_get_constraintdef(k.oid),
+             ' NOT VALID$', '') {checks}"
+    );
+    spi::query(&sql, &of, |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)))
 }
 
 /// The enabled triggers of a table: its name, theirs, and how each is enabled.
