@@ -427,7 +427,8 @@ const BELONGINGS: &str = r#"
     COMMENT ON INDEX "LiteLLM_SpendLogs_startTime_idx" IS 'by time'; COMMENT ON TRIGGER each_row ON "LiteLLM_SpendLogs" IS 'of a row';
     COMMENT ON CONSTRAINT sane ON "LiteLLM_SpendLogs" IS 'no debts'; COMMENT ON CONSTRAINT "LiteLLM_SpendLogs_pkey" ON "LiteLLM_SpendLogs" IS 'key';
     CREATE INDEX part ON "LiteLLM_SpendLogs" ((lower(model))) WHERE spend > 0;
-    CREATE STATISTICS both_of_them ON model, api_key FROM "LiteLLM_SpendLogs";
+    CREATE STATISTICS both_of_them ON model, api_key FROM "LiteLLM_SpendLogs"; ALTER STATISTICS both_of_them SET STATISTICS 77;
+    COMMENT ON STATISTICS both_of_them IS 'go together'; COMMENT ON INDEX "LiteLLM_SpendLogs_pkey" IS 'of the key';
     GRANT SELECT, INSERT ON "LiteLLM_SpendLogs" TO writer_g WITH GRANT OPTION; GRANT SELECT (model) ON "LiteLLM_SpendLogs" TO reader_g;
     CREATE POLICY only_models ON "LiteLLM_SpendLogs" FOR SELECT TO reader_g USING (model <> 'secret');
     COMMENT ON POLICY only_models ON "LiteLLM_SpendLogs" IS 'no secrets';
@@ -451,7 +452,7 @@ const INVENTORY: &str = r#"
     UNION ALL SELECT 'policy ' || obj_description(pg_policy.oid, 'pg_policy') FROM t JOIN pg_policy ON polrelid = t.oid
     UNION ALL SELECT 'security ' || relrowsecurity || relforcerowsecurity || relreplident::text FROM t
     UNION ALL SELECT 'publication ' || pubname || tablename FROM pg_publication_tables
-    UNION ALL SELECT 'statistics ' || stxname FROM t JOIN pg_statistic_ext ON stxrelid = t.oid
+    UNION ALL SELECT concat_ws(' ', 'statistics', stxname, stxstattarget, obj_description(pg_statistic_ext.oid, 'pg_statistic_ext')) FROM t JOIN pg_statistic_ext ON stxrelid = t.oid
     UNION ALL SELECT 'view ' || oid::regclass || coalesce(reloptions::text, '') || coalesce(relacl::text, '') || pg_get_viewdef(oid)
               FROM pg_class WHERE relname IN ('over', 'over_over', 'DailyTagSpend')
     UNION ALL SELECT 'function ' || pg_get_functiondef('total'::regproc)
@@ -554,6 +555,65 @@ fn all_that_hangs_on_the_table_hangs_on_the_partitioned_one() {
     client.batch_execute(&partition_by_litellms_job(5)).unwrap();
     drop(client);
     db.connect().batch_execute("DROP OWNED BY reader_g, writer_g; DROP ROLE reader_g, writer_g").unwrap();
+}
+
+#[test]
+fn subscribers_that_know_a_row_by_its_key_do_so_after_a_conversion() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("old", 10, 40)).unwrap();
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" REPLICA IDENTITY USING INDEX "LiteLLM_SpendLogs_pkey";
+               CREATE PUBLICATION p FOR TABLE "LiteLLM_SpendLogs""#,
+        )
+        .unwrap();
+    wait_for_worker(&mut client);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    wait_until_partitioned(&mut client);
+    let change = |n: u32| {
+        format!(
+            r#"UPDATE "LiteLLM_SpendLogs" SET spend = 1 WHERE request_id = 'old{n}';
+               DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'old{n}'"#
+        )
+    };
+    client.batch_execute(&change(1)).unwrap();
+    let by_key = r#"SELECT count(*) = 2 FROM pg_class c JOIN pg_index i ON i.indrelid = c.oid
+        WHERE relname IN ('LiteLLM_SpendLogs', 'LiteLLM_SpendLogs_legacy') AND relreplident = 'i'
+          AND indisreplident AND indisprimary"#;
+    assert!(holds(&mut client, by_key));
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    wait_until_reverted(&mut client);
+    client.batch_execute(&change(2)).unwrap();
+    assert!(holds(
+        &mut client,
+        r#"SELECT relreplident = 'i' FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"#
+    ));
+    assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), 8);
+}
+
+#[test]
+fn an_index_that_was_built_for_another_time_column_is_built_again() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute(&insert_rows("old", 10, 40)).unwrap();
+    client.batch_execute(r#"CREATE INDEX by_end ON "LiteLLM_SpendLogs" ("endTime")"#).unwrap();
+    let next = |client: &mut Client, time_column: &str| {
+        let sql = format!(
+            "SELECT detail FROM spend_partition_convert(time_column => '{time_column}') WHERE state = 'next'"
+        );
+        value::<String>(client, &sql)
+    };
+    let build = next(&mut client, "startTime");
+    assert!(build.starts_with("CREATE UNIQUE INDEX CONCURRENTLY"), "{build}");
+    client.batch_execute(&build).unwrap();
+    let drop = next(&mut client, "endTime");
+    assert!(drop.starts_with("DROP INDEX CONCURRENTLY"), "{drop}");
+    client.batch_execute(&drop).unwrap();
+    let build = next(&mut client, "endTime");
+    assert!(build.contains(r#"("request_id", "endTime")"#), "{build}");
+    client.batch_execute(&build).unwrap();
+    client.batch_execute("SELECT spend_partition_convert(time_column => 'endTime')").unwrap();
+    assert!(holds(&mut client, IS_PARTITIONED));
 }
 
 #[test]
@@ -694,6 +754,36 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
                SELECT oid, '"LiteLLM_SpendLogs"'::regclass, 'i' FROM pg_subscription WHERE subname = 's'"#,
             "DELETE FROM pg_subscription_rel; RESET allow_system_table_mods; ALTER SUBSCRIPTION s SET (slot_name = NONE); DROP SUBSCRIPTION s",
             "Subscription s writes to it",
+        ),
+        (
+            r#"CREATE TRIGGER tt AFTER INSERT ON "LiteLLM_SpendLogs" REFERENCING NEW TABLE AS n FOR EACH ROW EXECUTE FUNCTION tsvector_update_trigger()"#,
+            r#"DROP TRIGGER tt ON "LiteLLM_SpendLogs""#,
+            "Trigger tt is for each row and has a transition table",
+        ),
+        (
+            r#"ALTER TABLE "LiteLLM_SpendLogs" DROP CONSTRAINT "LiteLLM_SpendLogs_pkey", ADD PRIMARY KEY (request_id) DEFERRABLE"#,
+            r#"ALTER TABLE "LiteLLM_SpendLogs" DROP CONSTRAINT "LiteLLM_SpendLogs_pkey", ADD PRIMARY KEY (request_id)"#,
+            "primary key is deferrable",
+        ),
+        (
+            r#"SET allow_system_table_mods = on; INSERT INTO pg_seclabel VALUES ('"LiteLLM_SpendLogs"'::regclass, 'pg_class'::regclass, 2, 'masks', 'MASKED')"#,
+            "DELETE FROM pg_seclabel; RESET allow_system_table_mods",
+            "security label, of masks",
+        ),
+        (
+            r#"CREATE SCHEMA closed; CREATE STATISTICS closed.s ON model, api_key FROM "LiteLLM_SpendLogs""#,
+            "DROP SCHEMA closed CASCADE",
+            "Statistics s are in schema closed",
+        ),
+        (
+            "CREATE TABLE events (at timestamp) PARTITION BY RANGE (at); CREATE TABLE events_rest PARTITION OF events DEFAULT; CREATE PUBLICATION of_all FOR ALL TABLES",
+            "DROP TABLE events; DROP PUBLICATION of_all",
+            "Publication of_all publishes partitions of other tables",
+        ),
+        (
+            r#"CREATE INDEX "LiteLLM_SpendLogs_legacy_pkey" ON "LiteLLM_SpendLogs" (request_id, "startTime")"#,
+            r#"DROP INDEX "LiteLLM_SpendLogs_legacy_pkey""#,
+            "LiteLLM_SpendLogs_legacy_pkey\" already",
         ),
         (
             r#"ALTER TABLE "LiteLLM_SpendLogs" ALTER "startTime" DROP NOT NULL"#,

@@ -256,7 +256,7 @@ const CONSTRAINTS: &str = "SELECT 'constraint', conname::text,
 
 /// Each query gives kind, object and statements; `$1` is the old table's Oid, `$2` the name that it has and
 /// the new one will have, `$3` the name that it will have then.
-const PIECES: [(Actor, &str); 14] = [
+const PIECES: [(Actor, &str); 17] = [
     // Comments on the table and its columns.
     (Actor::Owner, "SELECT 'comment', coalesce('column ' || quote_ident(a.attname), 'table'),
             ARRAY[format('COMMENT ON %s IS %L', CASE WHEN a.attname IS NULL THEN 'TABLE ' || $2
@@ -285,6 +285,12 @@ const PIECES: [(Actor, &str); 14] = [
            UNION ALL SELECT 'constraint', conname, oid, 'pg_constraint'::regclass FROM pg_constraint
            WHERE conrelid = $1 AND contype IN ('c', 'p')) AS k (kind, name, oid, class)
      JOIN pg_description d ON d.classoid = k.class AND d.objoid = k.oid"),
+    // And on the index of the primary key.
+    (Actor::Owner, "SELECT 'comment', 'index ' || quote_ident(k.conname),
+            ARRAY[format('COMMENT ON INDEX %I.%I IS %L', n.nspname, k.conname, d.description)]
+     FROM pg_constraint k JOIN pg_namespace n ON n.oid = k.connamespace
+     JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = k.conindid AND d.objsubid = 0
+     WHERE k.conrelid = $1 AND k.contype = 'p'"),
     // Publications: subscribers go on to see one table of the old name.
     (Actor::Ourselves, PUBLICATIONS),
     (Actor::Ourselves, VIA_ROOT),
@@ -307,6 +313,15 @@ const PIECES: [(Actor, &str); 14] = [
      FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1"),
     (Actor::Owner, "SELECT 'statistics', stxname::text, ARRAY[pg_get_statisticsobjdef(s.oid)]
         FROM pg_statistic_ext s WHERE stxrelid = $1"),
+    (Actor::Owner, "SELECT 'statistics', stxname::text,
+            ARRAY[format('ALTER STATISTICS %I.%I SET STATISTICS %s', n.nspname, stxname, stxstattarget)]
+     FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace
+     WHERE stxrelid = $1 AND stxstattarget >= 0"),
+    (Actor::Owner, "SELECT 'comment', 'statistics ' || quote_ident(stxname),
+            ARRAY[format('COMMENT ON STATISTICS %I.%I IS %L', n.nspname, stxname, d.description)]
+     FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace
+     JOIN pg_description d ON d.classoid = 'pg_statistic_ext'::regclass AND d.objoid = s.oid
+     WHERE stxrelid = $1"),
     (Actor::Ourselves, "SELECT 'statistics', stxname::text,
             ARRAY[format('ALTER STATISTICS %I.%I OWNER TO %I', n.nspname, stxname, pg_get_userbyid(stxowner))]
      FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = stxnamespace WHERE stxrelid = $1"),
@@ -406,6 +421,29 @@ const OBSTACLES: &str = "
     UNION ALL SELECT format('Constraint %s is NO INHERIT, which none of a partitioned table is.',
         quote_ident(conname))
     FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND connoinherit
+    UNION ALL SELECT format('Trigger %s is for each row and has a transition table, which none of a partitioned table has.',
+        quote_ident(tgname))
+    FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_')
+        AND tgtype & 1 = 1 AND (tgoldtable IS NOT NULL OR tgnewtable IS NOT NULL)
+    UNION ALL SELECT 'Its primary key is deferrable, or includes columns that are not of the key.'
+    FROM pg_index i JOIN pg_constraint k ON k.conindid = i.indexrelid AND k.conrelid = i.indrelid
+        AND k.contype = 'p'
+    WHERE i.indrelid = $1 AND (k.condeferrable OR i.indnatts <> i.indnkeyatts)
+    UNION ALL SELECT DISTINCT format('It has a security label, of %s.', quote_ident(provider)) FROM pg_seclabel
+    WHERE classoid = 'pg_class'::regclass AND objoid = $1
+    UNION ALL SELECT format('Statistics %s are in schema %s, where role %s, who owns the table, may not create.',
+        quote_ident(stxname), n.nspname, c.relowner::regrole)
+    FROM pg_statistic_ext JOIN pg_class c ON c.oid = stxrelid JOIN pg_namespace n ON n.oid = stxnamespace
+    WHERE stxrelid = $1 AND NOT has_schema_privilege(c.relowner, n.oid, 'CREATE')
+    -- A publication says for all its tables by whose name partitions are published.
+    UNION ALL SELECT format('Publication %s publishes partitions of other tables by their own names, which would change for its subscribers: first set its publish_via_partition_root, and refresh them.',
+        quote_ident(p.pubname))
+    FROM pg_publication p
+    WHERE NOT p.pubviaroot
+      AND EXISTS (SELECT FROM pg_get_publication_tables(p.pubname::text) t
+                  WHERE $1 = t.relid OR $1 IN (SELECT relid FROM pg_partition_ancestors(t.relid)))
+      AND EXISTS (SELECT FROM pg_get_publication_tables(p.pubname::text) t JOIN pg_class c ON c.oid = t.relid
+                  WHERE c.relispartition AND $1 NOT IN (SELECT relid FROM pg_partition_ancestors(t.relid)))
     UNION ALL SELECT format('Subscription %s writes to it.', quote_ident(s.subname))
     FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.srrelid = $1
     UNION ALL SELECT format('It is of type %s.', reloftype::regtype) FROM pg_class WHERE oid = $1

@@ -128,6 +128,11 @@ impl Conversion {
         if relation::find_relation(&legacy)?.is_some() {
             obstacles.push(format!("There is a {legacy} already, which is what it would be called."));
         }
+        let index = qualified(&self.schema, &self.key_index());
+        if matches!(index_state(&index, self.relation, time)?, Index::Foreign) {
+            obstacles
+                .push(format!("There is an index {index} already, which is what its own would be called."));
+        }
         let views = blueprint.materialized_views.iter();
         obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
         Ok(obstacles)
@@ -208,8 +213,9 @@ impl Conversion {
             return Ok(Step::Uncheck);
         }
         let index = qualified(&self.schema, &self.key_index());
-        match index_state(&index, self.relation)? {
-            Index::Missing if self.options.aborted => Ok(Step::Nothing),
+        match index_state(&index, self.relation, &self.options.time_column)? {
+            Index::Missing | Index::Foreign if self.options.aborted => Ok(Step::Nothing),
+            Index::Foreign => Err(self.cannot(&format!("Index {index} is not the one that it would be."))),
             Index::Missing => {
                 let columns = self.key_columns(&self.blueprint()?);
                 let name = quoted(&self.key_index());
@@ -310,6 +316,8 @@ impl Conversion {
                 "SELECT pg_catalog.pg_cancel_backend(l.pid)
                  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
                  WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
+                   AND l.database = (SELECT oid FROM pg_catalog.pg_database
+                                     WHERE datname = pg_catalog.current_database())
                    AND a.backend_type = 'litellm_spend builder'",
                 &[self.relation.into()],
                 |_| Ok(()),
@@ -330,35 +338,47 @@ enum Index {
     Missing,
     /// Somebody builds it right now.
     Building,
+    /// Half built, or of other columns than the key is to have.
     Invalid,
     Valid,
+    /// No index of ours, whatever its columns are: it is not unique, or not of all rows.
+    Foreign,
 }
 
 /// Of the index of that name on the table; one of another table's is none.
-fn index_state(index: &str, table: pg_sys::Oid) -> Result<Index> {
+fn index_state(index: &str, table: pg_sys::Oid, time_column: &str) -> Result<Index> {
     let look = || {
         spi::current(
-            "SELECT i.indisvalid, EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation'
-                 AND l.relation = i.indrelid
-                 AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
-                     AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
-                 AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index p WHERE p.pid = l.pid
-                     AND p.relid = i.indrelid))
+            "SELECT i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL,
+                 i.indisvalid AND EXISTS (
+                     SELECT FROM pg_catalog.pg_constraint k
+                     JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND a.attname = $3::name
+                     WHERE k.conrelid = i.indrelid AND k.contype = 'p'
+                       AND ARRAY(SELECT unnest(i.indkey::int2[])) = k.conkey
+                           || CASE WHEN a.attnum = ANY (k.conkey) THEN '{}' ELSE ARRAY[a.attnum] END),
+                 NOT i.indisvalid AND EXISTS (
+                     SELECT FROM pg_catalog.pg_stat_progress_create_index p
+                     JOIN pg_catalog.pg_locks l ON l.pid = p.pid
+                     WHERE p.relid = i.indrelid AND p.datname = pg_catalog.current_database()
+                       AND l.locktype = 'relation' AND l.relation = i.indrelid
+                       AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
+                       AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid())
              FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
-            &[index.into(), table.into()],
-            |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)),
+            &[index.into(), table.into(), time_column.into()],
+            |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?, value::<bool>(r, 3)?)),
         )
     };
     let mut states = look()?;
-    if states == [(false, false)] {
+    if states == [(true, false, false)] {
         // Its build may have ended between the snapshot and the look at the locks.
         states = look()?;
     }
     Ok(match states.first() {
         None => Index::Missing,
-        Some((true, _)) => Index::Valid,
-        Some((false, true)) => Index::Building,
-        Some((false, false)) => Index::Invalid,
+        Some((false, ..)) => Index::Foreign,
+        Some((_, true, _)) => Index::Valid,
+        Some((_, _, true)) => Index::Building,
+        Some(_) => Index::Invalid,
     })
 }
 

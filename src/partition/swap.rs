@@ -57,6 +57,12 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     run(format!("ALTER TABLE {name} DROP CONSTRAINT {key}"))?;
     let key_index = quoted(&conversion.key_index());
     run(format!("ALTER TABLE {name} ADD CONSTRAINT {key} PRIMARY KEY USING INDEX {key_index}"))?;
+    // The index by which subscribers knew a row is gone: without another the server would refuse each UPDATE
+    // and DELETE of the rows that are there. No other index than the key's can have been it.
+    let by_index = "SELECT FROM pg_catalog.pg_class WHERE oid = $1 AND relreplident = 'i'";
+    if !spi::query(by_index, &[conversion.relation.into()], |_| Ok(()))?.is_empty() {
+        run(format!("ALTER TABLE {name} REPLICA IDENTITY USING INDEX {key}"))?;
+    }
     rename(owner, schema, table, &conversion.legacy(), Some(LEGACY))?;
     let legacy = qualified(schema, &conversion.legacy());
     blueprint.drop_triggers(&legacy)?;

@@ -84,7 +84,8 @@ fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
 /// nobody is at it: a builder goes on when its worker is terminated, and what it builds must not be taken for
 /// an index that was left half built.
 fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> {
-    let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index WHERE relid = $1";
+    let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index
+         WHERE relid = $1 AND datname = pg_catalog.current_database()";
     if !spi::query(at_work, &[relation.into()], |_| Ok(()))?.is_empty() {
         return Ok(None);
     }
