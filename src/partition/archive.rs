@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::litellm::spend_log::{OPERATIONS, trigger_name};
-use crate::partition::place::{index_names, rename, rename_index};
+use crate::partition::create::{index_names, rename, rename_index};
 use crate::server::relation::{self, Table, free_name};
 use crate::server::session::Owner;
 use crate::server::spi;

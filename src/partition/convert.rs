@@ -19,8 +19,8 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::partition::blueprint::Blueprint;
 use crate::partition::calendar::{Interval, Moment};
+use crate::partition::dependents::Dependents;
 use crate::partition::layout;
 use crate::partition::swap;
 use crate::partition::times::{self, Times};
@@ -94,22 +94,22 @@ impl Conversion {
     }
 
     /// The primary key's columns and the time.
-    pub fn key_columns(&self, blueprint: &Blueprint) -> String {
-        let mut columns = blueprint.key.as_ref().map(|(_, columns)| columns.clone()).unwrap_or_default();
+    pub fn key_columns(&self, dependents: &Dependents) -> String {
+        let mut columns = dependents.key.as_ref().map(|(_, columns)| columns.clone()).unwrap_or_default();
         if !columns.contains(&self.options.time_column) {
             columns.push(self.options.time_column.clone());
         }
         columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", ")
     }
 
-    pub fn blueprint(&self) -> Result<Blueprint> {
+    pub fn dependents(&self) -> Result<Dependents> {
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
         self.require_name()?;
         self.require_owner()?;
         let key_index = qualified(&self.schema, &self.key_index());
-        let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
-        blueprint.obstacles.extend(self.own_obstacles(&blueprint)?);
-        Ok(blueprint)
+        let mut dependents = Dependents::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
+        dependents.obstacles.extend(self.own_obstacles(&dependents)?);
+        Ok(dependents)
     }
 
     /// That it cannot be done, for that reason.
@@ -118,7 +118,7 @@ impl Conversion {
         Error::CannotConvert { relation: self.name(), time_column, reason: obstacle.into() }
     }
 
-    fn own_obstacles(&self, blueprint: &Blueprint) -> Result<Vec<String>> {
+    fn own_obstacles(&self, dependents: &Dependents) -> Result<Vec<String>> {
         let mut obstacles = vec![];
         let time = &self.options.time_column;
         if !relation::is_not_null(self.relation, time)? {
@@ -133,7 +133,7 @@ impl Conversion {
             obstacles
                 .push(format!("There is an index {index} already, which is what its own would be called."));
         }
-        let views = blueprint.materialized_views.iter();
+        let views = dependents.materialized_views.iter();
         obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
         Ok(obstacles)
     }
@@ -174,8 +174,8 @@ pub fn request(table: &Table, options: Options) -> Result<Conversion> {
     if let Some(earlier) = &earlier {
         earlier.require_name()?;
     }
-    let blueprint = conversion.blueprint()?;
-    if let Some(obstacle) = blueprint.obstacles.first() {
+    let dependents = conversion.dependents()?;
+    if let Some(obstacle) = dependents.obstacles.first() {
         return Err(conversion.cannot(obstacle));
     }
     conversion.check_cutover()?;
@@ -217,7 +217,7 @@ impl Conversion {
             Index::Missing | Index::Foreign if self.options.aborted => Ok(Step::Nothing),
             Index::Foreign => Err(self.cannot(&format!("Index {index} is not the one that it would be."))),
             Index::Missing => {
-                let columns = self.key_columns(&self.blueprint()?);
+                let columns = self.key_columns(&self.dependents()?);
                 let name = quoted(&self.key_index());
                 Ok(Step::TopLevel(format!(
                     "CREATE UNIQUE INDEX CONCURRENTLY {name} ON {} ({columns})",

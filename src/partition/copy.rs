@@ -22,7 +22,7 @@
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::archive::{self, ARCHIVE};
-use crate::partition::place::storage;
+use crate::partition::create::storage;
 use crate::partition::revert::Reversion;
 use crate::server::locks;
 use crate::server::relation::{self, Table, free_name};

@@ -8,17 +8,17 @@
 //! DEFAULT itself becomes the partition of that gap's periods, and an empty DEFAULT takes its place
 //! ([`adopt`]). Nothing is read and nothing but the few rows is written. Else rows move to partitions of
 //! their periods, a batch a transaction, those of the gap with the fewest first, until the rest can be
-//! adopted (`place`).
+//! adopted (`create`).
 //!
 //! A step that was interrupted has left nothing behind: how far it got is in the partitions' bounds.
 
 use crate::error::Result;
 use crate::guc;
 use crate::partition::calendar::{self, Drain, Group, Interval, Moment, Range};
-use crate::partition::layout::Layout;
-use crate::partition::place::{
+use crate::partition::create::{
     attach, attach_default, create, create_triggers, detach, inside, move_rows, outside, rename,
 };
+use crate::partition::layout::Layout;
 use crate::partition::times::Times;
 use crate::server::locks;
 use crate::server::proof;

@@ -9,7 +9,7 @@
 //!  ---- exclusive locks: the first that is not to be had ends the round, the rest is tried again soon ----
 //!  drop or detach             ACCESS EXCLUSIVE
 //!  drain DEFAULT              ACCESS EXCLUSIVE         a batch of rows at most
-//!  create partitions          see `place`
+//!  create partitions          see `create`
 //!  finish a DETACH            SHARE UPDATE EXCLUSIVE, ACCESS EXCLUSIVE on the partition
 //! ```
 //! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the
@@ -18,10 +18,10 @@
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::calendar::{Drain, Moment, Range, missing};
+use crate::partition::create;
 use crate::partition::drain;
 use crate::partition::expire::{self, Held};
 use crate::partition::layout::{Layout, Partition};
-use crate::partition::place;
 use crate::partition::policy::{self, Again, OnExpire, Policy};
 use crate::partition::purge;
 use crate::partition::times::{self, Times};
@@ -350,7 +350,7 @@ impl<R: Runner> Round<'_, R> {
         let Some(layout) = self.layout().filter(|_| self.blocked.is_none()) else { return };
         let expired = |p: &Partition| cutoff.is_some_and(|cutoff| expire::has_expired(p, cutoff));
         for partition in layout.partitions.iter().filter(|p| p.pending && !expired(p)) {
-            if self.step(&partition.name, || place::finish_detach(&layout, partition)).is_some() {
+            if self.step(&partition.name, || create::finish_detach(&layout, partition)).is_some() {
                 let detail = format!("{}; its DETACH had been interrupted", partition.range);
                 self.note("detached", &partition.name, 0, detail);
             }
@@ -363,7 +363,7 @@ impl<R: Runner> Round<'_, R> {
         let name = crate::partition::calendar::name(&layout.table.name, range);
         let placed = self.step(&name, || {
             let batch = layout.default.as_ref().map_or(Ok(0), |d| drain::batch_size(d.oid))?;
-            place::place(layout, interval, range, now, batch)
+            create::place(layout, interval, range, now, batch)
         });
         match placed {
             Some(Some(placed)) => {

@@ -3,15 +3,15 @@
 //! captured LiteLLM's.
 
 pub mod archive;
-pub mod blueprint;
 pub mod calendar;
 pub mod convert;
 pub mod copy;
+pub mod create;
+pub mod dependents;
 pub mod drain;
 pub mod expire;
 pub mod layout;
 pub mod maintain;
-pub mod place;
 pub mod plan;
 pub mod policy;
 pub mod purge;

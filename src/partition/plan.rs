@@ -19,12 +19,12 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     let size = Size::of(&table)?;
     let conversion = Conversion::new(&table, options);
     conversion.check_cutover()?;
-    let blueprint = conversion.blueprint()?;
+    let dependents = conversion.dependents()?;
     let mut rows: Vec<Row> = vec![];
     let mut row = |step: &str, what: &str, object: &str, lock: &str, estimate: String| {
         rows.push((step.into(), what.into(), object.into(), lock.into(), estimate));
     };
-    for obstacle in &blueprint.obstacles {
+    for obstacle in &dependents.obstacles {
         row("in the way", obstacle, &name, "", "the conversion is refused until it is gone".into());
     }
     if let Err(missing) = conversion.require_time_index() {
@@ -49,7 +49,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         String::new(),
         "in UTC".into(),
     ));
-    let columns = conversion.key_columns(&blueprint);
+    let columns = conversion.key_columns(&dependents);
     rows.push((
         "index".into(),
         format!("create unique index concurrently on ({columns})"),
@@ -69,14 +69,14 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     };
     rows.push(swap("rename", &format!("{name} to {}", quoted(&conversion.legacy()))));
     rows.push(swap("create the partitioned table", &name));
-    if let Some((key, _)) = &blueprint.key {
+    if let Some((key, _)) = &dependents.key {
         rows.push(swap(&format!("primary key on ({columns})"), key));
     }
     rows.extend(
-        blueprint.indexes.iter().map(|i| swap("index: the old one is attached, and renamed", &i.name)),
+        dependents.indexes.iter().map(|i| swap("index: the old one is attached, and renamed", &i.name)),
     );
-    rows.extend(blueprint.triggers.iter().map(|t| swap("trigger: made on the new table", &t.name)));
-    let pieces = blueprint.constraints.iter().chain(&blueprint.pieces);
+    rows.extend(dependents.triggers.iter().map(|t| swap("trigger: made on the new table", &t.name)));
+    let pieces = dependents.constraints.iter().chain(&dependents.pieces);
     let mut pieces: Vec<_> = pieces.map(|p| (p.kind.as_str(), p.object.as_str())).collect();
     // Some take several statements.
     pieces.dedup();
@@ -87,12 +87,12 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
     }
     rows.push(swap("attach the old table, without a scan", &conversion.legacy()));
     rows.push(swap("create the default partition", &text::suffixed(&table.name, "_pdefault")));
-    for view in &blueprint.views {
+    for view in &dependents.views {
         rows.push(swap("view: reads the new table", &view.name));
         rows.extend(readers(view.oid)?.iter().map(|reader| swap("view over it: not touched", reader)));
     }
     rows.extend(
-        blueprint.functions.iter().map(|f| swap("function with an SQL body: reads the new table", &f.name)),
+        dependents.functions.iter().map(|f| swap("function with an SQL body: reads the new table", &f.name)),
     );
     let periods = conversion.interval().periods(layout::now(), conversion.options.precreate);
     let before = Range { from: Moment::MIN, to: conversion.cutover() };

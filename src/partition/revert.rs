@@ -23,10 +23,10 @@ use crate::error::{Error, Result};
 use crate::litellm::capture;
 use crate::litellm::spend_log::Capture;
 use crate::partition::archive::{self, ARCHIVE};
-use crate::partition::blueprint::{Blueprint, obstacles_of_partitions};
 use crate::partition::copy;
+use crate::partition::create::{rename, rename_index};
+use crate::partition::dependents::{Dependents, obstacles_of_partitions};
 use crate::partition::layout;
-use crate::partition::place::{rename, rename_index};
 use crate::partition::swap;
 use crate::partition::times;
 use crate::server::locks::{self, Patience};
@@ -112,16 +112,16 @@ impl Reversion {
         suffixed(&self.table, "_partitioned")
     }
 
-    fn blueprint(&self) -> Result<Blueprint> {
+    fn dependents(&self) -> Result<Dependents> {
         self.require_owner()?;
         self.require_name()?;
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
-        let mut blueprint = Blueprint::read(table, &qualified(&self.schema, &self.renamed()), "")?;
-        let stale = blueprint.materialized_views.iter();
+        let mut dependents = Dependents::read(table, &qualified(&self.schema, &self.renamed()), "")?;
+        let stale = dependents.materialized_views.iter();
         let stale = stale.map(|view| format!("Materialized view {} reads it.", view.name));
-        blueprint.obstacles.extend(stale);
-        blueprint.obstacles.extend(obstacles_of_partitions(self.relation)?);
-        Ok(blueprint)
+        dependents.obstacles.extend(stale);
+        dependents.obstacles.extend(obstacles_of_partitions(self.relation)?);
+        Ok(dependents)
     }
 }
 
@@ -134,10 +134,10 @@ pub fn request(table: &Table) -> Result<()> {
     let time_column = layout::partition_key(table)?;
     let mut reversion =
         Reversion::new(table, Options { time_column: time_column.clone(), ..Options::default() });
-    let blueprint = reversion.blueprint()?;
-    let columns = blueprint.key.iter().flat_map(|(_, columns)| columns);
+    let dependents = reversion.dependents()?;
+    let columns = dependents.key.iter().flat_map(|(_, columns)| columns);
     reversion.options.key = columns.filter(|column| **column != time_column).cloned().collect();
-    if let Some(obstacle) = blueprint.obstacles.first() {
+    if let Some(obstacle) = dependents.obstacles.first() {
         return Err(refuse(obstacle.clone()));
     }
     if reversion.options.key.is_empty() {
@@ -221,7 +221,7 @@ impl Reversion {
             // Their rows are copied with what changed.
         } else if !self.options.copied_all {
             copy::batch(self)?;
-        } else if self.make_index(&self.blueprint()?, asked_for)? {
+        } else if self.make_index(&self.dependents()?, asked_for)? {
             // And the next one in a transaction of its own.
         } else if copy::catch_up_in_part(self)? {
             return self.swap(asked_for).map(Some);
@@ -241,14 +241,14 @@ impl Reversion {
     }
 
     /// The indexes that the new table is to have.
-    fn wanted_indexes(&self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<Vec<Wanted>> {
-        let own = blueprint.indexes.iter().map(|index| Wanted {
+    fn wanted_indexes(&self, dependents: &Dependents, asked_for: AskedFor) -> Result<Vec<Wanted>> {
+        let own = dependents.indexes.iter().map(|index| Wanted {
             name: index.name.clone(),
             definition: index.definition.clone(),
             is_own: true,
         });
         let plain = self.options.made.first().copied().unwrap_or_default().into();
-        let asked = asked_for(&blueprint.table, plain)?.into_iter();
+        let asked = asked_for(&dependents.table, plain)?.into_iter();
         let asked = asked.filter(|index| !self.options.without.contains(&index.name));
         let asked = asked.map(|Asked { name, definition }| Wanted { name, definition, is_own: false });
         Ok(own.chain(asked).collect())
@@ -259,14 +259,14 @@ impl Reversion {
         self.options.indexes.iter().flatten().find(|(index, _)| index == name).map(|(_, made)| made)
     }
 
-    fn lacks_index(&self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<bool> {
-        let wanted = self.wanted_indexes(blueprint, asked_for)?;
+    fn lacks_index(&self, dependents: &Dependents, asked_for: AskedFor) -> Result<bool> {
+        let wanted = self.wanted_indexes(dependents, asked_for)?;
         Ok(wanted.iter().any(|index| self.made_index(&index.name).is_none()))
     }
 
     /// Makes one that the new table lacks. `false`: it has them all.
-    fn make_index(&mut self, blueprint: &Blueprint, asked_for: AskedFor) -> Result<bool> {
-        let wanted = self.wanted_indexes(blueprint, asked_for)?;
+    fn make_index(&mut self, dependents: &Dependents, asked_for: AskedFor) -> Result<bool> {
+        let wanted = self.wanted_indexes(dependents, asked_for)?;
         self.drop_other_indexes(&wanted)?;
         let mut lacking = wanted.into_iter().filter(|index| self.made_index(&index.name).is_none());
         let (Some(index), next) = (lacking.next(), lacking.next()) else {
@@ -312,13 +312,13 @@ impl Reversion {
         // 1. the locks. Nobody writes any more: the rest of what changed.
         let tree = relation::relation_tree(self.relation)?;
         copy::lock(self)?;
-        let blueprint = swap::lock(self.name(), &tree, || self.blueprint())?;
-        if let Some(obstacle) = blueprint.obstacles.first() {
+        let dependents = swap::lock(self.name(), &tree, || self.dependents())?;
+        if let Some(obstacle) = dependents.obstacles.first() {
             return Err(Error::CannotRevert { relation: self.name(), reason: obstacle.clone() });
         }
         if copy::failures(self)? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)
-            || self.lacks_index(&blueprint, asked_for)?
+            || self.lacks_index(&dependents, asked_for)?
         {
             return Err(Error::CameBetween(self.table.clone()));
         }
@@ -329,21 +329,21 @@ impl Reversion {
         let run = |sql: String| owner.run(sql);
         let (schema, table, name) = (self.schema.clone(), self.table.clone(), self.name());
         copy::drop_triggers(self)?;
-        blueprint.drop_triggers(&name)?;
+        dependents.drop_triggers(&name)?;
         rename(owner, &schema, &table, &self.renamed(), Some("_partitioned"))?;
         // 3. the plain one takes its place, with all that it had.
-        let key = blueprint.key.clone().unwrap_or_default().0;
+        let key = dependents.key.clone().unwrap_or_default().0;
         run(format!("ALTER TABLE {} SET SCHEMA {}", self.plain(), quoted(&schema)))?;
         run(format!("ALTER TABLE {} RENAME TO {}", qualified(&schema, &self.options.plain), quoted(&table)))?;
         let made_key = copy::key_name(&self.options.plain);
         run(format!("ALTER TABLE {name} RENAME CONSTRAINT {} TO {}", quoted(&made_key), quoted(&key)))?;
-        for index in &blueprint.indexes {
+        for index in &dependents.indexes {
             let made = self.made_index(&index.name).ok_or_else(|| Error::CameBetween(name.clone()))?;
             rename_index(owner, &schema, made, &index.name)?;
         }
-        blueprint.not_valid.iter().try_for_each(|check| check.give(owner))?;
-        blueprint.give()?;
-        blueprint.point_readers()?;
+        dependents.not_valid.iter().try_for_each(|check| check.give(owner))?;
+        dependents.give()?;
+        dependents.point_readers()?;
         // 4. capture and rollups go on there; what is kept out had been counted.
         let plain = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
         capture::follow(self.relation, plain)?;

@@ -18,16 +18,16 @@
 //! Indexes of ours stay on the old table: those of a partitioned table would be on each new partition, too.
 //!
 //! Every statement runs as the table's owner, or as the owner of the view or function that it changes: their
-//! texts come from the catalog and may call what is theirs. `blueprint` says what is ours to do.
+//! texts come from the catalog and may call what is theirs. `dependents` says what is ours to do.
 
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::capture;
-use crate::partition::blueprint::Blueprint;
 use crate::partition::calendar::{Moment, Range};
 use crate::partition::convert::{Conversion, LEGACY};
+use crate::partition::create::{attach, attach_default, create, inside, rename};
+use crate::partition::dependents::Dependents;
 use crate::partition::layout::Layout;
-use crate::partition::place::{attach, attach_default, create, inside, rename};
 use crate::server::locks::{self, Patience};
 use crate::server::proof;
 use crate::server::relation;
@@ -41,8 +41,8 @@ use pgrx::prelude::*;
 pub fn swap(conversion: &Conversion) -> Result<()> {
     fence::require_attachment(Patience::None)?;
     // 1. the locks. What there is, now that it cannot change.
-    let blueprint = lock(conversion.name(), &[conversion.relation], || conversion.blueprint())?;
-    if let Some(obstacle) = blueprint.obstacles.first() {
+    let dependents = lock(conversion.name(), &[conversion.relation], || conversion.dependents())?;
+    if let Some(obstacle) = dependents.obstacles.first() {
         return Err(conversion.cannot(obstacle));
     }
     conversion.require_time_index()?;
@@ -53,7 +53,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     let owner = conversion.owner;
     let run = |sql: String| owner.run(sql);
     let (schema, table, name) = (&conversion.schema, &conversion.table, conversion.name());
-    let key = quoted(&blueprint.key.as_ref().map(|(name, _)| name.clone()).unwrap_or_default());
+    let key = quoted(&dependents.key.as_ref().map(|(name, _)| name.clone()).unwrap_or_default());
     run(format!("ALTER TABLE {name} DROP CONSTRAINT {key}"))?;
     let key_index = quoted(&conversion.key_index());
     run(format!("ALTER TABLE {name} ADD CONSTRAINT {key} PRIMARY KEY USING INDEX {key_index}"))?;
@@ -65,7 +65,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     }
     rename(owner, schema, table, &conversion.legacy(), Some(LEGACY))?;
     let legacy = qualified(schema, &conversion.legacy());
-    blueprint.drop_triggers(&legacy)?;
+    dependents.drop_triggers(&legacy)?;
     // 3. the new one, empty, with all that the old one had.
     let time = quoted(&conversion.options.time_column);
     run(format!(
@@ -73,11 +73,11 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
              INCLUDING COMPRESSION)
          PARTITION BY RANGE ({time})"
     ))?;
-    let key_columns = conversion.key_columns(&blueprint);
+    let key_columns = conversion.key_columns(&dependents);
     run(format!("ALTER TABLE {name} ADD CONSTRAINT {key} PRIMARY KEY ({key_columns})"))?;
-    blueprint.indexes.iter().try_for_each(|index| run(index.sql.clone()))?;
-    blueprint.constraints.iter().try_for_each(|constraint| constraint.give(owner))?;
-    blueprint.give()?;
+    dependents.indexes.iter().try_for_each(|index| run(index.sql.clone()))?;
+    dependents.constraints.iter().try_for_each(|constraint| constraint.give(owner))?;
+    dependents.give()?;
     // 4. the old one as its partition, without being read.
     let parent = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
     let layout = Layout::of(parent, &conversion.options.time_column)?;
@@ -88,7 +88,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     let layout = layout.again()?;
     attach_default(&layout, &create(&layout, &layout.free_name(&suffixed(table, "_pdefault"))?)?)?;
     // 6. whatever read the old table reads the new one.
-    blueprint.point_readers()?;
+    dependents.point_readers()?;
     // 7. capture, rollups, indexes and maintenance go on there.
     capture::follow(conversion.relation, parent)?;
     indexes::follow(conversion.relation, parent)?;
@@ -100,9 +100,9 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
 pub fn lock(
     name: String,
     relations: &[pg_sys::Oid],
-    read: impl Fn() -> Result<Blueprint>,
-) -> Result<Blueprint> {
-    let oids = |blueprint: &Blueprint| blueprint.views.iter().map(|view| view.oid).collect::<Vec<_>>();
+    read: impl Fn() -> Result<Dependents>,
+) -> Result<Dependents> {
+    let oids = |dependents: &Dependents| dependents.views.iter().map(|view| view.oid).collect::<Vec<_>>();
     relations
         .iter()
         .take(1)
@@ -110,11 +110,11 @@ pub fn lock(
     let views = oids(&read()?);
     let all = views.iter().chain(relations).map(|oid| (*oid, pg_sys::AccessExclusiveLock));
     locks::lock_all(guc::swap_lock_timeout(), &all.collect::<Vec<_>>())?;
-    let blueprint = read()?;
-    if oids(&blueprint) != views {
+    let dependents = read()?;
+    if oids(&dependents) != views {
         return Err(Error::CameBetween(name));
     }
-    Ok(blueprint)
+    Ok(dependents)
 }
 
 /// A policy of the owner's that is there keeps its retention. A former owner's rests, and is replaced.

@@ -1,7 +1,7 @@
 //! Everything that belongs to a table or depends on it, as statements that make it anew for another table of
 //! the same name: read while the old table still has that name, run when the new one has it.
 //!
-//! What cannot be carried over is named in [`Blueprint::obstacles`]; nothing is left behind in silence.
+//! What cannot be carried over is named in [`Dependents::obstacles`]; nothing is left behind in silence.
 //!
 //! The statements are texts from the catalog, and parsing or running them can call functions of whoever made
 //! the objects. What uses a type or function of a third role is an obstacle: reading its text again would
@@ -20,7 +20,7 @@ use crate::server::text::{literal, qualified, quoted};
 use crate::state::indexes::PREFIX;
 use pgrx::prelude::*;
 
-pub struct Blueprint {
+pub struct Dependents {
     pub table: Table,
     /// The primary key's constraint and its columns.
     pub key: Option<(String, Vec<String>)>,
@@ -91,9 +91,9 @@ pub struct View {
     query: String,
 }
 
-impl Blueprint {
+impl Dependents {
     /// `renamed` is what the table will be called, `key_index` an index on it that is ours, both qualified.
-    pub fn read(table: Table, renamed: &str, key_index: &str) -> Result<Blueprint> {
+    pub fn read(table: Table, renamed: &str, key_index: &str) -> Result<Dependents> {
         let oid = table.oid;
         let mut obstacles = obstacles(&table, key_index)?;
         let key = key(oid)?;
@@ -101,7 +101,7 @@ impl Blueprint {
             obstacles.push("It has no primary key.".into());
         }
         let not_valid = format!("{CONSTRAINTS} AND NOT convalidated");
-        Ok(Blueprint {
+        Ok(Dependents {
             key,
             indexes: indexes(oid)?,
             triggers: triggers(oid)?,
