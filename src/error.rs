@@ -407,6 +407,12 @@ errors! {
         ("One at a time changes triggers and views. {}", held_by(holders));
         "Try again when that has ended.";
 
+    GrantsBusy { holders: String }:
+        ERRCODE_LOCK_NOT_AVAILABLE;
+        "another transaction grants or revokes privileges in schema litellm_spend";
+        ("One at a time does. {}", held_by(holders));
+        "Try again when that has ended.";
+
     LogNotMerged { left: i64 }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "the change log is not merged to its end: {left} values are left";

@@ -2060,3 +2060,44 @@ fn a_drop_gives_up_where_somebody_still_reads_the_rollup() {
     reader.batch_execute("COMMIT").unwrap();
     client.batch_execute("SELECT spend_rollup_drop('by_x')").unwrap();
 }
+
+#[test]
+fn the_first_rollups_of_two_owners_are_made_one_after_the_other() {
+    let database = shared().database();
+    let mut client = database.connect();
+    for role in ["first_o", "second_o"] {
+        client
+            .batch_execute(&format!(
+                "DROP ROLE IF EXISTS {role}; CREATE ROLE {role}; CREATE TABLE of_{role} (id bigserial, x int);
+                 ALTER TABLE of_{role} OWNER TO {role}"
+            ))
+            .unwrap();
+    }
+    let create = |role: &str| {
+        format!("SELECT spend_rollup_create('by_{role}', 'of_{role}', '{{x}}', '{{count(*) AS n}}')")
+    };
+    let (mut first, mut second) = (database.connect(), database.connect());
+    first.batch_execute(&format!("BEGIN; {}", create("first_o"))).unwrap();
+    let pid: i32 = value(&mut second, "SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        let second = scope.spawn(move || {
+            second.batch_execute(&format!("SET litellm_spend.window_wait = '60s'; {}", create("second_o")))
+        });
+        let waits = format!(
+            "SELECT count(*) = 1 FROM pg_stat_activity WHERE pid = {pid} AND state = 'active'
+             AND clock_timestamp() - query_start > interval '300 ms'"
+        );
+        eventually("the second waits", || holds(&mut client, &waits));
+        first.batch_execute("COMMIT").unwrap();
+        second.join().unwrap().unwrap();
+    });
+    for role in ["first_o", "second_o"] {
+        let granted = format!("SELECT has_schema_privilege('{role}', 'litellm_spend', 'USAGE')");
+        assert!(holds(&mut client, &granted), "{role}");
+        client
+            .batch_execute(&format!(
+                "SELECT spend_rollup_drop('by_{role}'); DROP OWNED BY {role} CASCADE; DROP ROLE {role}"
+            ))
+            .unwrap();
+    }
+}

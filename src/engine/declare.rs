@@ -104,7 +104,7 @@ const HAS_GRANTS: &str = "
 fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
     let oid = owner.oid();
     let owner = quoted(&owner.name()?);
-    // A grant waits for every other transaction that has granted: once for each owner.
+    // Once for each owner: a grant waits for every other transaction that has granted.
     if spi::query(HAS_GRANTS, &[oid.into()], |r| spi::value::<bool>(r, 1))? != [true] {
         grant_step(&owner)?;
         spi::execute(&definition.grant_watermark(&owner), &[])?;
@@ -203,6 +203,7 @@ fn require_free(definition: &Definition) -> Result<()> {
 
 /// Lets the owner of a table CALL spend_backfill(), which is a procedure and runs with the caller's rights.
 pub fn grant_step(owner: &str) -> Result<()> {
+    fence::lock_grants()?;
     spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
     spi::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
     Ok(())
@@ -369,6 +370,7 @@ fn with_usage(owner: Owner, work: impl FnOnce(Owner) -> Result<()>) -> Result<()
         return work(owner);
     }
     let name = quoted(&owner.name()?);
+    fence::lock_grants()?;
     spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {name}"), &[])?;
     work(owner)?;
     spi::execute(&format!("REVOKE USAGE ON SCHEMA {SCHEMA} FROM {name}"), &[]).map(drop)

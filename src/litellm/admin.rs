@@ -15,6 +15,7 @@ use crate::server::relation;
 use crate::server::session::{self, Owner};
 use crate::server::spi;
 use crate::server::text::{EXTENSION, SCHEMA, quoted};
+use crate::state::fence;
 use pgrx::prelude::*;
 
 /// Functions that stay with superusers: they speak for every owner, give rights away, or let rows expire
@@ -55,6 +56,7 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let name = relation::role_name(role)?;
     let grantee = quoted(&name);
     let mut actions = vec![];
+    fence::lock_grants()?;
     spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"), &[])?;
     actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
     if let Some(schema) = relation::extension_schema(EXTENSION)?
@@ -76,6 +78,7 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
 pub fn revoke(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let name = relation::role_name(role)?;
     let mut actions = vec![];
+    fence::lock_grants()?;
     for (privilege, object) in rights(true)? {
         spi::execute(&format!("REVOKE {privilege} ON {object} FROM {}", quoted(&name)), &[])?;
         actions.push((object, format!("{privilege} revoked from {name}")));

@@ -383,6 +383,7 @@ fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
 /// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner
 /// before.
 fn grant(owner: Owner, rollups: &[Definition]) -> Result<()> {
+    fence::lock_grants()?;
     for former in grantees()? {
         if former != owner {
             revoke(former, "ALL")?;

@@ -20,6 +20,7 @@ use crate::server::session::{self, Owner, attempt};
 use crate::server::spi;
 use crate::server::text::{EXTENSION, SCHEMA, literal, qualified, quoted};
 use crate::state::definition::Definition;
+use crate::state::fence;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
 
@@ -116,6 +117,7 @@ pub fn grant(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec
 fn grant_views(role: &str) -> Result<Vec<Action>> {
     let rollups = rollups()?;
     let mut actions = vec![];
+    fence::lock_grants()?;
     spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)), &[])?;
     let daily = rollups.iter().filter_map(|r| builtin::by_day(&r.name));
     for name in rollups.iter().map(|r| r.name.as_str()).chain(daily) {

@@ -281,15 +281,34 @@ pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
     for (table, object) in [("source", relation.to_u32()), ("rollup", fnv(name))] {
         let class = format!("{SCHEMA}.{table}");
         let class = find_relation(&class)?.ok_or(Error::NoTable(class))?;
-        // SAFETY: takes a lock, or says that it cannot.
-        while !unsafe {
-            pg_sys::ConditionalLockDatabaseObject(class, object.into(), 0, pg_sys::ExclusiveLock as i32)
-        } {
-            if !patience.try_again() {
-                let which = "l.locktype = 'object' AND l.classid = $1 AND l.objid = $2";
-                let holders = holders(which, &[class.into(), pg_sys::Oid::from(object).into()])?;
-                return Err(Error::RollupBusy { rollup: name.into(), holders });
-            }
+        let busy = |holders| Error::RollupBusy { rollup: name.into(), holders };
+        lock_object(class, object.into(), patience, busy)?;
+    }
+    Ok(())
+}
+
+/// The right to grant and revoke what is ours, until the transaction ends. GRANT takes no lock, and of two
+/// at once the server would let the second fail when the first has committed.
+pub fn lock_grants() -> Result<()> {
+    // SAFETY: looks a name up, or fails.
+    let schema = unsafe { pg_sys::get_namespace_oid(c"litellm_spend".as_ptr(), false) };
+    let busy = |holders| Error::GrantsBusy { holders };
+    lock_object(pg_sys::NamespaceRelationId, schema, Patience::of_call(), busy)
+}
+
+fn lock_object(
+    class: pg_sys::Oid,
+    object: pg_sys::Oid,
+    patience: Patience,
+    busy: impl Fn(String) -> Error,
+) -> Result<()> {
+    let mode = pg_sys::ExclusiveLock as i32;
+    // SAFETY: takes a lock, or says that it cannot.
+    while !unsafe { pg_sys::ConditionalLockDatabaseObject(class, object, 0, mode) } {
+        if !patience.try_again() {
+            let which =
+                "l.locktype = 'object' AND l.classid = $1 AND l.objid = $2 AND l.mode = 'ExclusiveLock'";
+            return Err(busy(holders(which, &[class.into(), object.into()])?));
         }
     }
     // Takes an XID, and with it every later query a fresh snapshot.
