@@ -108,7 +108,7 @@ impl Conversion {
         self.require_owner()?;
         let key_index = qualified(&self.schema, &self.key_index());
         let mut dependents = Dependents::read(table, &qualified(&self.schema, &self.legacy()), &key_index)?;
-        dependents.obstacles.extend(self.own_obstacles(&dependents)?);
+        dependents.obstacles.extend(self.own_obstacles()?);
         Ok(dependents)
     }
 
@@ -118,7 +118,7 @@ impl Conversion {
         Error::CannotConvert { relation: self.name(), time_column, reason: obstacle.into() }
     }
 
-    fn own_obstacles(&self, dependents: &Dependents) -> Result<Vec<String>> {
+    fn own_obstacles(&self) -> Result<Vec<String>> {
         let mut obstacles = vec![];
         let time = &self.options.time_column;
         if !relation::is_not_null(self.relation, time)? {
@@ -133,8 +133,6 @@ impl Conversion {
             obstacles
                 .push(format!("There is an index {index} already, which is what its own would be called."));
         }
-        let views = dependents.materialized_views.iter();
-        obstacles.extend(views.map(|v| format!("Materialized view {} reads it.", v.name)));
         Ok(obstacles)
     }
 

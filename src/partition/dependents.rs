@@ -30,7 +30,6 @@ pub struct Dependents {
     pub triggers: Vec<Trigger>,
     /// Views that read the table directly, in the order in which they may be locked.
     pub views: Vec<View>,
-    pub materialized_views: Vec<View>,
     pub functions: Vec<Function>,
     pub constraints: Vec<Piece>,
     /// Those of them that old rows need not meet.
@@ -100,13 +99,14 @@ impl Dependents {
         if key.is_none() {
             obstacles.push("It has no primary key.".into());
         }
+        let stale = views(oid, "m")?.into_iter();
+        obstacles.extend(stale.map(|view| format!("Materialized view {} reads it.", view.name)));
         let not_valid = format!("{CONSTRAINTS} AND NOT convalidated");
         Ok(Dependents {
             key,
             indexes: indexes(oid)?,
             triggers: triggers(oid)?,
             views: views(oid, "v")?,
-            materialized_views: views(oid, "m")?,
             functions: functions(oid)?,
             constraints: pieces(&table, renamed, &[(Actor::Owner, CONSTRAINTS)])?,
             not_valid: pieces(&table, renamed, &[(Actor::Owner, &not_valid)])?,

@@ -117,9 +117,6 @@ impl Reversion {
         self.require_name()?;
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
         let mut dependents = Dependents::read(table, &qualified(&self.schema, &self.renamed()), "")?;
-        let stale = dependents.materialized_views.iter();
-        let stale = stale.map(|view| format!("Materialized view {} reads it.", view.name));
-        dependents.obstacles.extend(stale);
         dependents.obstacles.extend(obstacles_of_partitions(self.relation)?);
         Ok(dependents)
     }
