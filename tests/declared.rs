@@ -661,7 +661,10 @@ fn the_tail_is_planned_as_a_small_part_of_the_source() {
     let (_db, mut client) = without_worker();
     client.batch_execute(PAGE_VIEWS).unwrap();
     client
-        .batch_execute("CREATE TABLE far (x int, id numeric(30) DEFAULT nextval('page_views_view_id_seq'))")
+        .batch_execute(
+            "CREATE DOMAIN digits AS numeric(30);
+             CREATE TABLE far (x int, id digits DEFAULT nextval('page_views_view_id_seq'))",
+        )
         .unwrap();
     client.batch_execute(&views(0, 10000)).unwrap();
     client

@@ -96,6 +96,32 @@ fn a_detach_gives_up_where_a_merge_is_under_way() {
 }
 
 #[test]
+fn of_two_that_grant_at_once_the_second_waits_for_the_first() {
+    let db = captured();
+    let (mut client, mut first) = (db.connect(), db.connect());
+    for role in ["a_reader", "an_admin"] {
+        client
+            .batch_execute(&format!(
+                "DO $$BEGIN CREATE ROLE {role}; EXCEPTION WHEN duplicate_object THEN NULL; END$$"
+            ))
+            .unwrap();
+    }
+    first.batch_execute("BEGIN; SELECT * FROM spend_grant_reports('a_reader')").unwrap();
+    client.batch_execute("SET litellm_spend.lock_timeout = '200ms'; SET statement_timeout = '60s'").unwrap();
+    for call in ["spend_grant_admin('an_admin')", "spend_revoke_admin('an_admin')"] {
+        let error = error(&mut client, &format!("SELECT * FROM {call}"));
+        assert_eq!(error.code().code(), "55P03", "{error:?}");
+        assert!(error.detail().unwrap().contains(&backend_pid(&mut first).to_string()), "{error:?}");
+    }
+    client.batch_execute("SET litellm_spend.lock_timeout = '30s'").unwrap();
+    std::thread::scope(|scope| {
+        let granting = scope.spawn(|| client.batch_execute("SELECT * FROM spend_grant_admin('an_admin')"));
+        first.batch_execute("COMMIT").unwrap();
+        granting.join().unwrap().unwrap();
+    });
+}
+
+#[test]
 fn a_detach_with_rows_that_cannot_be_merged_yet_is_refused() {
     let db = captured();
     let (mut client, mut writer) = (db.connect(), db.connect());

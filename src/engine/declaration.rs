@@ -53,13 +53,12 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
     }
     let path = declaration.search_path.clone();
     let scope = Scope { relation: table.oid, owner: Owner::of(table.oid)?, path };
-    let numbers = table.columns.iter().find(|(name, _)| *name == numbering.column);
     let mut definition = Definition {
         name: declaration.name.clone(),
         source: table.qualified(),
         expansion: String::new(),
         source_sequence: numbering.column.clone(),
-        bounded: numbers.is_some_and(|(_, r#type)| !r#type.starts_with("numeric")),
+        bounded: numbering.is_integer(),
         bucket: None,
         dimensions: vec![],
         measures: vec![],

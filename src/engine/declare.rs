@@ -107,7 +107,7 @@ fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
     // Once for each owner: a grant waits for every other transaction that has granted.
     if spi::query(HAS_GRANTS, &[oid.into()], |r| spi::value::<bool>(r, 1))? != [true] {
         grant_step(&owner)?;
-        spi::execute(&definition.grant_watermark(&owner), &[])?;
+        fence::grant(&definition.grant_watermark(&owner))?;
     }
     for (aggregate, state) in definition.own_aggregates() {
         spi::execute(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
@@ -203,10 +203,8 @@ fn require_free(definition: &Definition) -> Result<()> {
 
 /// Lets the owner of a table CALL spend_backfill(), which is a procedure and runs with the caller's rights.
 pub fn grant_step(owner: &str) -> Result<()> {
-    fence::lock_grants()?;
-    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"), &[])?;
-    spi::execute(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"), &[])?;
-    Ok(())
+    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"))?;
+    fence::grant(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"))
 }
 
 /// The watermark begins before the first row that there is, and before the first value that the sequence can
@@ -370,10 +368,9 @@ fn with_usage(owner: Owner, work: impl FnOnce(Owner) -> Result<()>) -> Result<()
         return work(owner);
     }
     let name = quoted(&owner.name()?);
-    fence::lock_grants()?;
-    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {name}"), &[])?;
+    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {name}"))?;
     work(owner)?;
-    spi::execute(&format!("REVOKE USAGE ON SCHEMA {SCHEMA} FROM {name}"), &[]).map(drop)
+    fence::grant(&format!("REVOKE USAGE ON SCHEMA {SCHEMA} FROM {name}"))
 }
 
 /// The rollups whose source was dropped or has another owner, or whose live view is gone, another's, or as an

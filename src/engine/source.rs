@@ -20,38 +20,52 @@ pub struct Numbering {
     pub sequence: pg_sys::Oid,
     sequence_name: String,
     pub column: String,
+    r#type: pg_sys::Oid,
     nullable: bool,
+}
+
+impl Numbering {
+    /// Whether its column is of an integer type, or of a domain over one.
+    pub fn is_integer(&self) -> bool {
+        // SAFETY: a column's type, which is there as long as the column is.
+        is_integer(unsafe { pg_sys::getBaseType(self.r#type) })
+    }
+}
+
+fn is_integer(base: pg_sys::Oid) -> bool {
+    matches!(base, pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID)
 }
 
 /// The column of `table` that `sequence` numbers, or the only one that any sequence does.
 pub fn numbering(table: &Table, sequence: Option<pg_sys::Oid>) -> Result<Numbering> {
     // An identity column's sequence depends on it.
     let identity = spi::query(
-        "SELECT attname::text, NOT attnotnull, s.oid FROM pg_catalog.pg_depend d
+        "SELECT attname::text, NOT attnotnull, s.oid, atttypid FROM pg_catalog.pg_depend d
          JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
          JOIN pg_catalog.pg_class s ON s.oid = d.objid AND s.relkind = 'S'
          WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1
            AND d.deptype = 'i'",
         &[table.oid.into()],
-        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)),
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?, spi::value(r, 4)?)),
     )?;
     let drawn = spi::query(
-        "SELECT attname::text, NOT attnotnull, ad.adbin::text FROM pg_catalog.pg_attrdef ad
+        "SELECT attname::text, NOT attnotnull, ad.adbin::text, atttypid FROM pg_catalog.pg_attrdef ad
          JOIN pg_catalog.pg_attribute a ON a.attrelid = ad.adrelid AND a.attnum = ad.adnum
              AND a.attgenerated = ''
          WHERE ad.adrelid = $1",
         &[table.oid.into()],
         |r| {
             let default = spi::value::<String>(r, 3)?;
-            Ok((spi::value(r, 1)?, spi::value(r, 2)?, expression::drawn_from(&default)))
+            let from = expression::drawn_from(&default);
+            Ok((spi::value(r, 1)?, spi::value(r, 2)?, from, spi::value(r, 4)?))
         },
     )?;
-    let drawn = drawn.into_iter().filter_map(|(column, nullable, from)| Some((column, nullable, from?)));
+    let drawn = drawn.into_iter().filter_map(|(name, nullable, from, of)| Some((name, nullable, from?, of)));
     let mut found = vec![];
-    for (column, nullable, from) in identity.into_iter().chain(drawn) {
+    for (column, nullable, from, r#type) in identity.into_iter().chain(drawn) {
         if sequence.is_none_or(|wanted| wanted == from) {
             let sequence_name = relation::relation_name(from)?;
-            found.push(Numbering { sequence: from, sequence_name, column, nullable });
+            found.push(Numbering { sequence: from, sequence_name, column, r#type, nullable });
         }
     }
     let count = found.len();
@@ -146,10 +160,9 @@ fn keeps_numbers(r#type: pg_sys::Oid, mut modifier: i32) -> bool {
     // SAFETY: a column's type, which is there as long as the column is.
     let base = unsafe { pg_sys::getBaseTypeAndTypmod(r#type, &mut modifier) };
     match base {
-        pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID => true,
         // The scale's sign is bit 10 of a modifier, which is stored with the size of a header added.
         pg_sys::NUMERICOID => modifier < 0 || (modifier - pg_sys::VARHDRSZ as i32) & (1 << 10) == 0,
-        _ => false,
+        other => is_integer(other),
     }
 }
 

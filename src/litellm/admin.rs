@@ -56,8 +56,7 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let name = relation::role_name(role)?;
     let grantee = quoted(&name);
     let mut actions = vec![];
-    fence::lock_grants()?;
-    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"), &[])?;
+    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"))?;
     actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
     if let Some(schema) = relation::extension_schema(EXTENSION)?
         && let Some(owner) = relation::owner_of_closed_schema(role, &schema)?
@@ -67,7 +66,7 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
         actions.push((format!("SCHEMA {schema}"), format!("USAGE granted to {name}")));
     }
     for (privilege, object) in rights(sees_sessions(role)?)? {
-        spi::execute(&format!("GRANT {privilege} ON {object} TO {grantee}"), &[])?;
+        fence::grant(&format!("GRANT {privilege} ON {object} TO {grantee}"))?;
         actions.push((object, format!("{privilege} granted to {name}")));
     }
     actions.extend(beyond(role, &grantee)?);
@@ -78,9 +77,8 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
 pub fn revoke(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let name = relation::role_name(role)?;
     let mut actions = vec![];
-    fence::lock_grants()?;
     for (privilege, object) in rights(true)? {
-        spi::execute(&format!("REVOKE {privilege} ON {object} FROM {}", quoted(&name)), &[])?;
+        fence::grant(&format!("REVOKE {privilege} ON {object} FROM {}", quoted(&name)))?;
         actions.push((object, format!("{privilege} revoked from {name}")));
     }
     Ok(actions)

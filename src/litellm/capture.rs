@@ -363,7 +363,7 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let capture = Capture { columns: &state.columns };
     for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, replaced.as_ref()) {
         spi::execute(&spend_log::create_function(&name, &body), &[])?;
-        spi::execute(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"), &[])?;
+        fence::grant(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"))?;
         spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
     }
     let text =
@@ -383,7 +383,6 @@ fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
 /// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner
 /// before.
 fn grant(owner: Owner, rollups: &[Definition]) -> Result<()> {
-    fence::lock_grants()?;
     for former in grantees()? {
         if former != owner {
             revoke(former, "ALL")?;
@@ -392,10 +391,7 @@ fn grant(owner: Owner, rollups: &[Definition]) -> Result<()> {
     let role = quoted(&owner.name()?);
     declare::grant_step(&role)?;
     let rollups: Vec<String> = rollups.iter().map(Definition::table).collect();
-    for sql in spend_log::grants_to_owner(&rollups, &role) {
-        spi::execute(&sql, &[])?;
-    }
-    Ok(())
+    spend_log::grants_to_owner(&rollups, &role).iter().try_for_each(|sql| fence::grant(sql))
 }
 
 /// Who may add to the change log, and who may read columns of it: owners of the captured table and of
@@ -424,7 +420,7 @@ pub fn revoke(role: Owner, of_rollups: &str) -> Result<()> {
     for (name, privileges) in tables.into_iter().chain(rollups).chain(sequences) {
         let name = qualified(SCHEMA, &name);
         if relation::find_relation(&name)?.is_some() {
-            spi::execute(&format!("REVOKE {privileges} ON {name} FROM {role}"), &[])?;
+            fence::grant(&format!("REVOKE {privileges} ON {name} FROM {role}"))?;
         }
     }
     Ok(())

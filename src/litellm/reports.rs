@@ -117,19 +117,18 @@ pub fn grant(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec
 fn grant_views(role: &str) -> Result<Vec<Action>> {
     let rollups = rollups()?;
     let mut actions = vec![];
-    fence::lock_grants()?;
-    spi::execute(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)), &[])?;
+    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)))?;
     let daily = rollups.iter().filter_map(|r| builtin::by_day(&r.name));
     for name in rollups.iter().map(|r| r.name.as_str()).chain(daily) {
         let view = qualified(SCHEMA, name);
-        spi::execute(&format!("GRANT SELECT ON {view} TO {}", quoted(role)), &[])?;
+        fence::grant(&format!("GRANT SELECT ON {view} TO {}", quoted(role)))?;
         actions.push((format!("view {view}"), format!("may be read by {role}")));
     }
     // `monthly_global_spend()` reads this with its caller's rights.
-    spi::execute(&format!("GRANT SELECT ON {SCHEMA}.coverage TO {}", quoted(role)), &[])?;
+    fence::grant(&format!("GRANT SELECT ON {SCHEMA}.coverage TO {}", quoted(role)))?;
     let ours = relation::extension_schema(EXTENSION)?.unwrap_or_default();
     let function = format!("{}(integer)", qualified(&ours, "monthly_global_spend"));
-    spi::execute(&format!("GRANT EXECUTE ON FUNCTION {function} TO {}", quoted(role)), &[])?;
+    fence::grant(&format!("GRANT EXECUTE ON FUNCTION {function} TO {}", quoted(role)))?;
     actions.push((format!("function {function}"), format!("may be called by {role}")));
     for (daily, hourly) in DAILY_REPORTS {
         if !rollups.iter().any(|r| r.name == hourly) {

@@ -312,9 +312,8 @@ fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
 fn grant(view: &PublicView, found: &Table, source: &Table) -> Result<()> {
     if found.owner_oid != source.owner_oid {
         let rollup = rollup(view.rollup)?;
-        for grant in rollup.grant_columns(view.reads, builtin::log_column, &quoted(&found.owner)) {
-            spi::execute(&grant, &[])?;
-        }
+        let grants = rollup.grant_columns(view.reads, builtin::log_column, &quoted(&found.owner));
+        grants.iter().try_for_each(|grant| fence::grant(grant))?;
     }
     spi::execute(
         &format!("UPDATE {SCHEMA}.public_view SET owner = $2 WHERE name = $1"),

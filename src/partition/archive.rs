@@ -8,6 +8,7 @@ use crate::server::relation::{self, Table, free_name};
 use crate::server::session::Owner;
 use crate::server::spi;
 use crate::server::text::{qualified, quoted};
+use crate::state::fence;
 use pgrx::prelude::*;
 
 pub const ARCHIVE: &str = "litellm_spend_archive";
@@ -28,13 +29,14 @@ pub fn is_there() -> Result<bool> {
 /// Makes the schema if it is missing, and lets the owner of a table that goes there put it there, and look
 /// into it.
 pub fn ensure(owner: Owner) -> Result<()> {
+    fence::lock_grants()?;
     if !is_there()? {
         let comment = "Tables that litellm_spend took out of use; nobody needs them";
         spi::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
         spi::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;
     }
     let owner = quoted(&owner.name()?);
-    spi::execute(&format!("GRANT USAGE, CREATE ON SCHEMA {ARCHIVE} TO {owner}"), &[]).map(drop)
+    fence::grant(&format!("GRANT USAGE, CREATE ON SCHEMA {ARCHIVE} TO {owner}"))
 }
 
 /// Moves a table of the owner's there, no longer captured, under its own name or the next that is free.

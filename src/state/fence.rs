@@ -287,8 +287,14 @@ pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
     Ok(())
 }
 
-/// The right to grant and revoke what is ours, until the transaction ends. GRANT takes no lock, and of two
-/// at once the server would let the second fail when the first has committed.
+/// Grants or revokes what is ours. The statements themselves take no lock, and of two at once the server would
+/// let the second fail when the first has committed: so nobody else does until the transaction ends.
+pub fn grant(statement: &str) -> Result<()> {
+    lock_grants()?;
+    execute(statement, &[]).map(drop)
+}
+
+/// The right to [`grant`], before what is to be granted is made.
 pub fn lock_grants() -> Result<()> {
     // SAFETY: looks a name up, or fails.
     let schema = unsafe { pg_sys::get_namespace_oid(c"litellm_spend".as_ptr(), false) };
