@@ -47,12 +47,13 @@ BEGIN
 END
 $monthly$;
 
--- A procedure over a step function, because only PL/pgSQL can commit between steps.
+-- A procedure over a step function, because only PL/pgSQL can commit between steps. One that does has its
+-- caller's search_path, so that every name in it is qualified.
 CREATE PROCEDURE @extschema@.spend_backfill(source regclass DEFAULT NULL)
 LANGUAGE plpgsql
 AS $backfill$
 DECLARE
-    progress text := '';
+    progress pg_catalog.text := '';
 BEGIN
     WHILE progress IS NOT NULL LOOP
         progress := litellm_spend.backfill_step(source);

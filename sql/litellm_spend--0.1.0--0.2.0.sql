@@ -867,6 +867,21 @@ BEGIN
 END
 $monthly$;
 
+-- A type was looked up on the caller's search_path.
+CREATE OR REPLACE PROCEDURE @extschema@.spend_backfill(source regclass DEFAULT NULL)
+LANGUAGE plpgsql
+AS $backfill$
+DECLARE
+    progress pg_catalog.text := '';
+BEGIN
+    WHILE progress IS NOT NULL LOOP
+        progress := litellm_spend.backfill_step(source);
+        COMMIT;
+        RAISE NOTICE '%', coalesce(progress, 'everything is covered');
+    END LOOP;
+END
+$backfill$;
+
 CREATE FUNCTION @extschema@.spend_restored() RETURNS bool
 STRICT VOLATILE PARALLEL UNSAFE
 LANGUAGE c

@@ -741,6 +741,12 @@ errors! {
         "Planning a query can call its owner's functions, so it must run as its owner. Nothing was read.";
         "Please report this as a bug.";
 
+    NotPinned:
+        ERRCODE_INTERNAL_ERROR;
+        "a statement of litellm_spend's would be run on somebody's search_path";
+        "An operator on it could be anybody's, and would be called with the session's rights. Nothing was run.";
+        "Please report this as a bug.";
+
     NoTrigrams(index: &'static str):
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "index \"{index}\" needs extension pg_trgm";

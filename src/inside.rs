@@ -42,6 +42,7 @@ mod tests {
         run("CREATE ROLE tenant; GRANT CREATE, USAGE ON SCHEMA public TO tenant; SET ROLE tenant");
         run(&format!("CREATE TABLE public.events ({columns}); RESET ROLE"));
         let relation = one("SELECT 'public.events'::regclass::oid");
+        let _pinned = Elevated::pinned();
         (relation, Owner::of(relation).unwrap())
     }
 
@@ -169,6 +170,7 @@ mod tests {
 
     #[pg_test]
     fn one_statement_and_no_more_is_run() {
+        let _pinned = Elevated::pinned();
         for sql in ["SELECT 1; SELECT 2", "SELECT 1; COMMIT", ";", "; ;"] {
             let refused = spi::execute(sql, &[]).unwrap_err();
             assert!(matches!(refused, Error::SeveralStatements), "{sql}: {refused:?}");
@@ -179,7 +181,30 @@ mod tests {
     }
 
     #[pg_test]
+    fn no_statement_is_run_on_a_path_of_somebodys() {
+        let (_, owner) = table("id int");
+        for path in ["public", "pg_catalog", "public, pg_catalog, pg_temp", ""] {
+            run(&format!("SELECT set_config('search_path', '{path}', true)"));
+            let sql = "SELECT 1";
+            for refused in [
+                spi::query(sql, &[], |_| Ok(())).map(drop),
+                spi::current(sql, &[], |_| Ok(())).map(drop),
+                spi::fresh(sql, &[], |_| Ok(())).map(drop),
+                spi::kept(sql, |_| Ok(())).map(drop),
+                spi::execute(sql, &[]).map(drop),
+                spi::open_cursor(sql, &[]).map(drop),
+            ] {
+                assert!(matches!(refused, Err(Error::NotPinned)), "{path}: {refused:?}");
+            }
+            // With an owner's rights it may be one that the owner has chosen.
+            let _owner = owner.act_on_path(c"public");
+            spi::execute(sql, &[]).unwrap();
+        }
+    }
+
+    #[pg_test]
     fn a_look_takes_no_xid_and_a_fresh_look_does() {
+        let _pinned = Elevated::pinned();
         // Not Spi::get_one(), which takes one.
         let sql = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL";
         let has_xid = || spi::query(sql, &[], |r| spi::value::<bool>(r, 1)).unwrap() == [true];
@@ -193,6 +218,7 @@ mod tests {
 
     #[pg_test]
     fn a_cursor_is_read_in_batches_and_closed_behind_the_last() {
+        let _pinned = Elevated::pinned();
         let cursor = spi::open_cursor("SELECT generate_series(1, 5)", &[]).unwrap();
         let next = || spi::fetch(&cursor, 2, |r| spi::value::<i32>(r, 1)).unwrap();
         assert_eq!([next(), next(), next(), next()], [vec![1, 2], vec![3, 4], vec![5], vec![]]);
@@ -201,21 +227,23 @@ mod tests {
 
     #[pg_test]
     fn what_fails_is_undone_and_what_was_before_stays() {
-        run("CREATE TABLE kept (i int); INSERT INTO kept VALUES (1)");
+        run("CREATE TABLE public.kept (i int); INSERT INTO public.kept VALUES (1)");
+        let _pinned = Elevated::pinned();
         attempt(|| {
-            spi::execute("INSERT INTO kept VALUES (2)", &[])?;
-            attempt(|| spi::execute("INSERT INTO kept VALUES (3)", &[])).unwrap();
+            spi::execute("INSERT INTO public.kept VALUES (2)", &[])?;
+            attempt(|| spi::execute("INSERT INTO public.kept VALUES (3)", &[])).unwrap();
             spi::execute("SELECT 1 / 0", &[])
         })
         .unwrap_err();
-        attempt(|| spi::execute("INSERT INTO kept VALUES (4)", &[])).unwrap();
-        assert_eq!(one::<String>("SELECT string_agg(i::text, ',' ORDER BY i) FROM kept"), "1,4");
+        attempt(|| spi::execute("INSERT INTO public.kept VALUES (4)", &[])).unwrap();
+        assert_eq!(one::<String>("SELECT string_agg(i::text, ',' ORDER BY i) FROM public.kept"), "1,4");
     }
 
     // ---- limits of time ---------------------------------------------------------------------------------
 
     #[pg_test]
     fn what_takes_too_long_ends_by_its_limit_which_is_no_cancel() {
+        let _pinned = Elevated::pinned();
         let failure = attempt(|| {
             let _limit = Limit::begin(Duration::from_millis(50), false);
             spi::execute("SELECT pg_sleep(60)", &[])
@@ -232,6 +260,7 @@ mod tests {
 
     #[pg_test]
     fn within_a_limit_another_has_no_time_of_its_own_and_behind_it_nothing_is_cancelled() {
+        let _pinned = Elevated::pinned();
         {
             let _step = Limit::begin(Duration::from_secs(60), false);
             let _call = Limit::begin(Duration::from_millis(1), false);
@@ -246,12 +275,16 @@ mod tests {
     fn parsed(text: &str) -> Result<Parsed> {
         let (relation, owner) = match Spi::get_one::<pg_sys::Oid>("SELECT to_regclass('public.events')::oid")
         {
-            Ok(Some(relation)) => (relation, Owner::of(relation)?),
+            Ok(Some(relation)) => {
+                let _pinned = Elevated::pinned();
+                (relation, Owner::of(relation)?)
+            }
             _ => table(
                 "id int, path text COLLATE \"C\", at timestamptz, local timestamp, day date, \"odd Name\" text",
             ),
         };
         let path = CString::new("public").unwrap();
+        let _pinned = Elevated::pinned();
         expression::parse(&Scope { relation, owner, path }, text, "dimension")
     }
 
@@ -344,6 +377,7 @@ mod tests {
              $$ BEGIN RAISE EXCEPTION '%', current_user; END $$");
         run("RESET ROLE");
         let path = CString::new("public").unwrap();
+        let _pinned = Elevated::pinned();
         let outcome = expression::parse(&Scope { relation, owner, path }, "spy(1) AS x", "dimension");
         // Folding it calls it: as the table's owner.
         let Err(Error::Expression { reason, .. }) = outcome else { panic!("it was not called") };

@@ -1059,6 +1059,75 @@ fn a_detach_puts_right_what_was_not_captured_before_nobody_can() {
 }
 
 #[test]
+fn a_time_that_gets_a_zone_is_not_captured_until_it_has_none_again() {
+    let db = shared().database().with_rows("a", 20, 3).attached();
+    let mut client = db.connect();
+    wait_until_live(&mut client);
+    let zoned = |r#type: &str| {
+        format!(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ALTER "startTime" TYPE {} USING "startTime" AT TIME ZONE 'UTC'"#,
+            r#type
+        )
+    };
+    client.batch_execute("SET TimeZone = 'America/New_York'").unwrap();
+    client.batch_execute(&zoned("timestamptz")).unwrap();
+    // Of the 30th, which is the 29th in the writer's zone, and the end of which its day is to be noted by.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               VALUES ('zoned', 'c', '2026-10-30 01:30+00', now(), 1)"#,
+        )
+        .unwrap();
+    assert_eq!(capture_errors(&mut client), 1);
+    let noted = "SELECT range_start::text || ' ' || range_end FROM litellm_spend.dirty_range WHERE operation = 'INSERT'";
+    assert_eq!(value::<String>(&mut client, noted), "2026-10-30 00:00:00 2026-10-31 00:00:00");
+    client.batch_execute(&zoned("timestamp(3)")).unwrap();
+    assert_healed(&mut client, 1);
+    let day = "SELECT string_agg(date::text, ', ') FROM litellm_spend.daily_spend WHERE date BETWEEN '2026-10-29' AND '2026-10-30'";
+    assert_eq!(value::<String>(&mut client, day), "2026-10-30");
+    assert_verified(&mut client);
+}
+
+#[test]
+fn rows_that_a_policy_hides_from_the_tables_owner_are_not_taken_for_deleted() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    client
+        .batch_execute(&format!(
+            r#"{} INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+                   SELECT 'm' || i, 'c', '2026-11-05', now(), 1 FROM generate_series(1, 10) AS i"#,
+            partitioned(BY_TIME)
+        ))
+        .unwrap();
+    attach(&mut client);
+    wait_until_merged(&mut client);
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+               MERGE INTO "LiteLLM_SpendLogs" AS t USING (VALUES ('m1'), ('m2')) AS s(id) ON t.request_id = s.id
+                   WHEN MATCHED AND id = 'm1' THEN UPDATE SET "startTime" = '2026-11-20'
+                   WHEN MATCHED THEN DELETE"#,
+        )
+        .unwrap();
+    let failed = capture_errors(&mut client);
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY"#,
+        )
+        .unwrap();
+    assert_eq!(failed, 1, "that it could not tell is counted");
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT coalesce(sum(requests), 0)::bigint FROM litellm_spend.retired"),
+        0
+    );
+}
+
+#[test]
 fn a_row_that_a_merge_moves_out_of_a_partition_that_came_later_is_captured_whoever_made_that() {
     let db = shared().database();
     let mut client = db.connect();

@@ -1014,6 +1014,18 @@ fn a_worker_with_nothing_to_do_asks_once_a_look_and_notices_what_changes() {
             "SELECT EXISTS (SELECT FROM pg_class WHERE relname LIKE 'litellm\\_spend\\_user\\_%')",
         )
     });
+    // What failed and was dropped is not tried again, for ever.
+    client
+        .batch_execute(
+            "CREATE TABLE failing (id bigserial PRIMARY KEY, k int);
+             SELECT spend_rollup_create('failing', 'failing', '{k}', '{sum(1 / k) AS s}');
+             INSERT INTO failing (k) VALUES (0)",
+        )
+        .unwrap();
+    eventually("its merge has failed", || {
+        holds(&mut client, "SELECT last_error IS NOT NULL FROM spend_rollup_status WHERE rollup = 'failing'")
+    });
+    client.batch_execute("SELECT spend_rollup_drop('failing'); DROP TABLE failing").unwrap();
     // A round is ten transactions and more, of four looks at the table in a second.
     eventually("a look is one transaction, and writes nothing", || {
         let (commits, wal) = used();

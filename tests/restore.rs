@@ -295,20 +295,25 @@ fn a_restored_partitioned_table_is_captured_when_a_merge_moves_a_row() {
     shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
 }
 
-#[test]
-fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
-    let (db, _open) = original();
-    let totals: String = value(&mut db.connect(), TOTALS);
+/// A dump, and a list of what is in it but for the marker: so are dumps of older versions.
+fn without_marker(db: &Database) -> (String, String) {
     let marker: String = value(&mut db.connect(), "SELECT evtname::text FROM pg_event_trigger");
-    // As dumps of older versions are.
-    let (custom, list) = (dump(&db, "c"), shared().dir.join("without-marker.list"));
+    let (custom, list) = (dump(db, "c"), shared().dir.join(format!("{}.list", db.name)));
     let output = shared().program("pg_restore").args(["-l", &custom]).output().unwrap();
     let lines = String::from_utf8(output.stdout).unwrap();
     let without: Vec<&str> = lines.lines().filter(|line| !line.contains(&marker)).collect();
     std::fs::write(&list, without.join("\n")).unwrap();
+    (custom, list.to_str().unwrap().into())
+}
+
+#[test]
+fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let (custom, list) = without_marker(&db);
     for (name, call) in [("told", "SELECT spend_restored()"), ("attached", "SELECT spend_attach()")] {
         let database = target(name);
-        run("pg_restore", &["-L", list.to_str().unwrap(), "-d", &database, &custom]);
+        run("pg_restore", &["-L", &list, "-d", &database, &custom]);
         let_the_worker_look(&database);
         let mut client = shared().connect(&database);
         assert_eq!(value::<String>(&mut client, TOTALS), totals);
@@ -327,6 +332,30 @@ fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
         assert!(!holds(&mut client, "SELECT spend_restored()"), "nothing waits any more");
         check(&database, &totals);
     }
+}
+
+#[test]
+fn an_owner_speaks_for_the_restore_of_its_own_table_only() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let (custom, list) = without_marker(&db);
+    let database = target("spoken");
+    run("pg_restore", &["-L", &list, "-d", &database, &custom]);
+    let mut client = shared().connect(&database);
+    client
+        .batch_execute(
+            r#"DROP ROLE IF EXISTS other_team; CREATE ROLE other_team; SELECT * FROM spend_grant_admin('other_team');
+               SELECT * FROM spend_grant_admin('litellm');
+               CREATE SCHEMA other_team AUTHORIZATION other_team;
+               CREATE TABLE other_team.logs (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS);
+               ALTER TABLE other_team.logs OWNER TO other_team; SET ROLE other_team"#,
+        )
+        .unwrap();
+    assert_refused(&mut client, "SELECT spend_attach('other_team.logs')", "55000");
+    client.batch_execute("RESET ROLE; SET ROLE litellm; SELECT spend_attach(); RESET ROLE").unwrap();
+    assert!(!holds(&mut client, "SELECT spend_restored()"), "nothing waits any more");
+    check(&database, &totals);
+    shared().connect("postgres").batch_execute("DROP ROLE other_team").unwrap();
 }
 
 #[test]

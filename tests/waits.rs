@@ -96,6 +96,25 @@ fn a_detach_gives_up_where_a_merge_is_under_way() {
 }
 
 #[test]
+fn an_attach_waits_for_no_dump_and_keeps_no_delete_waiting() {
+    let db = captured();
+    let (mut client, mut dump) = (db.connect(), db.connect());
+    dump.batch_execute(
+        "BEGIN; LOCK TABLE litellm_spend.retired, litellm_spend.change_log IN ACCESS SHARE MODE",
+    )
+    .unwrap();
+    let lose = r#"DROP TRIGGER litellm_spend_capture_insert ON "LiteLLM_SpendLogs""#;
+    client.batch_execute(lose).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("BEGIN; SELECT spend_attach()").unwrap();
+    let mut litellm = db.connect();
+    litellm.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'old1'"#).unwrap();
+    client.batch_execute("COMMIT").unwrap();
+    dump.batch_execute("COMMIT").unwrap();
+    assert_eq!(capture_errors(&mut client), 0);
+}
+
+#[test]
 fn of_two_that_grant_at_once_the_second_waits_for_the_first() {
     let db = captured();
     let (mut client, mut first) = (db.connect(), db.connect());

@@ -58,8 +58,12 @@ fn spend_attach(
         let source = source_or_default(source)?;
         let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_owner(elevated.caller(), source)?;
-        // By attaching, the caller says that a restore is over.
-        restore::adopt()?;
+        // By attaching the table that was, the caller says that a restore is over. Of another one only who may
+        // speak for every owner.
+        match session::require_extension_owner(elevated.caller()) {
+            Err(_) if captured::captured_relation()? != Some(source) => restore::require_over()?,
+            _ => drop(restore::adopt()?),
+        }
         let actions = capture::attach(source, subtract, reports == Some(true))?;
         let kept = if reports == Some(false) { reports::here()? } else { vec![] };
         Ok((actions, relation::relation_name(source)?, kept))

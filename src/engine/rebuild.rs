@@ -373,10 +373,10 @@ const DIFFERENCES: i64 = 1000;
 
 impl Differences {
     fn next_batch(&mut self) -> Result<()> {
+        let _owner = self.owner.act();
         if self.cursor.is_none() {
             relation::lock_for_reading(&self.relations)?;
         }
-        let _owner = self.owner.act();
         while self.batch.len() == 0 {
             let cursor = match (self.cursor.take(), &mut self.parts) {
                 (Some(cursor), _) => cursor,

@@ -242,6 +242,13 @@ fn create_log() -> Result<Vec<Action>> {
     for sql in spend_log::describe_log() {
         spi::execute(&sql, &[])?;
     }
+    // Not each time: it would wait for a dump, and keep LiteLLM's DELETEs waiting until we commit.
+    let retired = qualified(SCHEMA, "retired");
+    let full =
+        "SELECT FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1) AND relreplident = 'f'";
+    if !spi::exists(full, &[retired.as_str().into()])? {
+        locks::lock_named(spend_log::IDENTIFY_RETIRED, &retired)?;
+    }
     // A log that was dropped and made again goes on above what has been merged.
     spi::execute(
         &format!(

@@ -98,7 +98,9 @@ impl Capture<'_> {
 
     /// The same with NULL, which takes no room, for the dimensions that are not wanted.
     fn rows_with(&self, wanted: impl Fn(&str) -> bool, relation: &str, sign: i32, condition: &str) -> String {
-        let hour = format!("date_trunc('hour', r.{}) AS hour", quoted(TIME));
+        // `timestamp_larger()`, of which there is no other, takes no time with a zone: that would be cast, and
+        // silently, to an hour of the writer's zone.
+        let hour = format!("date_trunc('hour', timestamp_larger(r.{}, '-infinity')) AS hour", quoted(TIME));
         let dimensions = DIMENSIONS.iter().map(|d| {
             let name = quoted(d.name);
             match wanted(d.name) && self.has(d.name) {
@@ -477,7 +479,12 @@ fn note_moves() -> String {
 
 /// Makes a trigger function of a table, for its owner.
 pub fn create_function(name: &str, body: &str) -> String {
-    let whose = if name == function_name(MOVE) { "INVOKER" } else { "DEFINER" };
+    // The days of a note are not to depend on the writer's zone. And of rows that a policy hides from the owner
+    // it would be thought that they are gone, or new: that is a failure, and counted as one.
+    let whose = match name == function_name(MOVE) {
+        true => "INVOKER",
+        false => "DEFINER SET TimeZone = 'UTC' SET row_security = off",
+    };
     format!(
         "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY {whose}
          SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
@@ -568,11 +575,12 @@ pub fn create_log_tables() -> [String; 3] {
     ]
 }
 
+/// The ledger has no key: without this a publication FOR ALL TABLES would refuse to prune it.
+pub const IDENTIFY_RETIRED: &str = "ALTER TABLE litellm_spend.retired REPLICA IDENTITY FULL";
+
 /// What is said of what [`create_log_tables`] makes.
-pub fn describe_log() -> [String; 4] {
+pub fn describe_log() -> [String; 3] {
     [
-        // It has no key: without this a publication FOR ALL TABLES would refuse to prune it.
-        format!("ALTER TABLE {SCHEMA}.retired REPLICA IDENTITY FULL"),
         format!("COMMENT ON SEQUENCE {SCHEMA}.change_log_seq IS 'Numbers the rows of the change log'"),
         format!(
             "COMMENT ON TABLE {SCHEMA}.change_log IS 'What statements on the captured table added (+) and removed (-)'"

@@ -3,6 +3,7 @@
 use crate::error::{Error, Told};
 use crate::server::limit;
 use crate::server::relation;
+use crate::server::session::Elevated;
 use crate::server::text::EXTENSION;
 use pgrx::prelude::*;
 
@@ -115,7 +116,11 @@ pub fn advised(message: &str, hint: &str) -> String {
 pub fn callable(hint: String) -> String {
     // SAFETY: reads a variable of this process. A transaction that has failed looks nothing up.
     let may_look = hint.contains("spend_") && unsafe { pg_sys::IsTransactionState() };
-    let schema = may_look.then(|| relation::extension_schema(EXTENSION).ok().flatten()).flatten();
+    let schema = may_look.then(|| {
+        let _pinned = Elevated::pinned();
+        relation::extension_schema(EXTENSION).ok().flatten()
+    });
+    let schema = schema.flatten();
     in_schema(hint, schema.as_deref())
 }
 

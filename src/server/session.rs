@@ -102,10 +102,12 @@ pub struct Elevated {
     nest_level: i32,
 }
 
+pub const PINNED_PATH: &CStr = c"pg_catalog, pg_temp";
+
 /// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and
 /// what depends on settings is the same whoever computes it.
 const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
-    (c"search_path", c"pg_catalog, pg_temp"),
+    (c"search_path", PINNED_PATH),
     (c"client_min_messages", c"warning"),
     (c"TimeZone", c"UTC"),
     (c"DateStyle", c"ISO, MDY"),
@@ -202,6 +204,16 @@ impl Elevated {
         let context = (self.security & !OURSELVES) | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | context;
         // SAFETY: put back by Drop, or by the end of the transaction.
         unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    }
+}
+
+/// Whether a statement of ours may be run: a name in it that is not qualified, an operator above all, is
+/// looked up on the pinned path, or with no more rights than those of an owner as whom we act, restricted.
+pub fn path_is_ours() -> bool {
+    // SAFETY: reads variables of the session.
+    unsafe {
+        pg_sys::InSecurityRestrictedOperation()
+            || CStr::from_ptr(pg_sys::namespace_search_path) == PINNED_PATH
     }
 }
 

@@ -8,7 +8,7 @@
 //! had (`Owner::current`): an ALTER TABLE that rewrites the table leaves nothing of it to older snapshots.
 
 use crate::error::{Error, Result};
-use crate::server::session::Failure;
+use crate::server::session::{self, Failure};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use pgrx::spi::{OwnedPreparedStatement, SpiHeapTupleData, SpiTupleTable};
@@ -17,8 +17,12 @@ use std::collections::HashMap;
 
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
-/// Refuses a text that is more than one statement, whatever quotes it was meant to keep.
-pub fn require_one_statement(sql: &str) -> Result<()> {
+/// Refuses a text that is more than one statement, whatever quotes it was meant to keep, and a statement on a
+/// search_path that is neither pinned nor that of an owner as whom we act.
+pub fn require_safe(sql: &str) -> Result<()> {
+    if !session::path_is_ours() {
+        return Err(Error::NotPinned);
+    }
     // Nothing else separates statements, and hardly any text of ours has one.
     if !sql.contains(';') {
         return Ok(());
@@ -34,7 +38,7 @@ pub fn require_one_statement(sql: &str) -> Result<()> {
 
 /// Runs a query on the transaction's snapshot.
 pub fn query<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
-    require_one_statement(sql)?;
+    require_safe(sql)?;
     Spi::connect(|client| rows(client.select(sql, None, args)?, row))
 }
 
@@ -44,10 +48,10 @@ thread_local! {
 
 /// As [`query`], with a plan that the session keeps: for what is asked again and again.
 pub fn kept<T>(sql: &str, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+    require_safe(sql)?;
     Spi::connect(|client| {
         KEPT.with_borrow_mut(|kept| {
             if !kept.contains_key(sql) {
-                require_one_statement(sql)?;
                 kept.insert(sql.into(), client.prepare(sql, &[])?.keep());
             }
             rows(client.select(&kept[sql], None, &[])?, row)
@@ -66,7 +70,7 @@ pub fn current<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Resu
 
 /// Runs a query on a fresh snapshot. Takes an XID.
 pub fn fresh<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
-    require_one_statement(sql)?;
+    require_safe(sql)?;
     Spi::connect_mut(|client| rows(client.update(sql, None, args)?, row))
 }
 
@@ -77,7 +81,7 @@ fn rows<T>(table: SpiTupleTable, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -
 /// Opens a query that is read in batches, each in a call of its own, on a snapshot of now. Returns the
 /// cursor, which is closed by the batch after the last, or at the end of the transaction.
 pub fn open_cursor(sql: &str, args: Args) -> Result<String> {
-    require_one_statement(sql)?;
+    require_safe(sql)?;
     // SAFETY: as of `current`; the cursor keeps the snapshot.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
     let cursor = Spi::connect(|client| Ok(client.try_open_cursor(sql, args)?.detach_into_name()));
@@ -99,7 +103,7 @@ pub fn fetch<T>(cursor: &str, most: i64, row: impl Fn(&SpiHeapTupleData) -> Resu
 
 /// Runs a statement; returns the number of rows it processed.
 pub fn execute(sql: &str, args: Args) -> Result<i64> {
-    require_one_statement(sql)?;
+    require_safe(sql)?;
     Spi::connect_mut(|client| Ok(client.update(sql, None, args)?.len() as i64))
 }
 

@@ -5,7 +5,7 @@
 //! read otherwise than through the executor.
 
 use crate::error::{Error, Result};
-use crate::server::spi::{Args, require_one_statement};
+use crate::server::spi::{Args, require_safe};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use pgrx::{PgMemoryContexts, PgTupleDesc};
@@ -36,7 +36,7 @@ pub struct Query {
 
 impl Query {
     pub fn new(sql: &str, arguments: Args) -> Result<Query> {
-        require_one_statement(sql)?;
+        require_safe(sql)?;
         let text = c_string(sql)?;
         let mut types: Vec<pg_sys::Oid> = arguments.iter().map(|argument| argument.oid()).collect();
         Spi::connect(|_| {
@@ -141,7 +141,7 @@ pub fn run_over(
     table: &Opened,
     mut next: impl FnMut(&mut [pg_sys::Datum], &mut [bool]) -> Result<bool>,
 ) -> Result<()> {
-    require_one_statement(sql)?;
+    require_safe(sql)?;
     let name = c_string(name)?;
     Spi::connect_mut(|client| {
         let columns = table.types().len();

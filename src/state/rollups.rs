@@ -21,6 +21,14 @@ pub fn rollup_names(source: Option<&str>) -> Result<Vec<String>> {
     )
 }
 
+/// The rollups that we fill, and their sources.
+pub fn merged() -> Result<Vec<(String, String)>> {
+    let sql = format!(
+        "SELECT name, source FROM {SCHEMA}.rollup WHERE source IS NOT NULL AND definition IS NOT NULL"
+    );
+    query(&sql, &[], |r| Ok((value(r, 1)?, value(r, 2)?)))
+}
+
 /// Rollups that belong to `role`, or to one that it may act for; the first `most`.
 pub fn rollups_of(role: pg_sys::Oid, most: usize) -> Result<Vec<String>> {
     query(

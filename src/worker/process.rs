@@ -9,6 +9,7 @@ use crate::server::log;
 use crate::server::session::{self, Elevated, Failure, Owner, attempt};
 use crate::server::spi;
 use crate::state::news;
+use crate::state::rollups;
 use crate::state::step::{Runner, Subject};
 use crate::worker::builder;
 use crate::worker::launcher;
@@ -97,7 +98,7 @@ fn extension_exists() -> bool {
 /// process, as autovacuum does.
 pub fn pin_settings() {
     let settings = [
-        (c"search_path", c"pg_catalog, pg_temp"),
+        (c"search_path", session::PINNED_PATH),
         (c"default_transaction_isolation", c"read committed"),
         (c"default_transaction_read_only", c"off"),
         (c"default_transaction_deferrable", c"off"),
@@ -183,13 +184,27 @@ impl Steps {
             work |= trims || numbers < 0 || numbers > 0 && self.merge_is_due(&source, numbers);
         }
         // What failed is tried again, also where nothing more comes: else its error would stay.
-        work |= self.resting.iter().any(|(subject, (until, _))| {
-            matches!(subject, Subject::Source(_) | Subject::Rollup(_)) && *until <= Instant::now()
-        });
+        work |= self.merge_is_tried_again();
         if told || work || news.policies || news.indexes || !self.waiting.is_empty() {
             self.last_news = Instant::now();
         }
         Some(work)
+    }
+
+    /// Whether a merge that failed has rested for long enough. What was dropped meanwhile is forgotten.
+    fn merge_is_tried_again(&mut self) -> bool {
+        let is_merge = |subject: &Subject| matches!(subject, Subject::Source(_) | Subject::Rollup(_));
+        let now = Instant::now();
+        if !self.resting.iter().any(|(subject, (until, _))| is_merge(subject) && *until <= now) {
+            return false;
+        }
+        let there = in_transaction(|| attempt_as_owner(rollups::merged)).unwrap_or_default();
+        self.resting.retain(|subject, _| match subject {
+            Subject::Source(name) => there.iter().any(|(_, source)| source == name),
+            Subject::Rollup(name) => there.iter().any(|(rollup, _)| rollup == name),
+            _ => true,
+        });
+        self.resting.iter().any(|(subject, (until, _))| is_merge(subject) && *until <= now)
     }
 
     /// Until the next look: longer where nothing has happened for a while.
