@@ -1062,6 +1062,45 @@ fn a_value_that_a_rollups_column_does_not_hold_is_an_error() {
     ));
 }
 
+#[test]
+fn counts_that_an_owner_keeps_as_numeric_are_added_up() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE things (id bigserial, k int NOT NULL, v int);
+             SELECT spend_rollup_create('of_things', 'things', '{k}', '{count(*) AS n, sum(v) AS s}');
+             INSERT INTO things (k, v) SELECT i % 3, i FROM generate_series(1, 10) AS i;
+             SELECT spend_rollup_run('of_things');
+             DROP VIEW litellm_spend.of_things;
+             ALTER TABLE litellm_spend.of_things_rollup ALTER n TYPE numeric, ALTER s TYPE numeric",
+        )
+        .unwrap();
+    let truth = "SELECT k, count(*)::numeric, sum(v)::numeric FROM things GROUP BY k";
+    for hashed in ["on", "on", "off"] {
+        client
+            .batch_execute(&format!(
+                "SET litellm_spend.hash_groups = {hashed};
+                 INSERT INTO things (k, v) SELECT i % 4, i FROM generate_series(1, 7) AS i;
+                 SELECT spend_rollup_run('of_things')"
+            ))
+            .unwrap();
+        assert_same(&mut client, "SELECT k, n, s FROM litellm_spend.of_things_rollup", truth);
+    }
+    // What a bigint no longer holds is what the type was changed for.
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.of_things_rollup SET n = 9223372036854775807 WHERE k = 1;
+             SET litellm_spend.hash_groups = on;
+             INSERT INTO things (k, v) VALUES (1, 0);
+             SELECT spend_rollup_run('of_things')",
+        )
+        .unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT n = 9223372036854775808 FROM litellm_spend.of_things_rollup WHERE k = 1"
+    ));
+}
+
 /// Rows that a rewrite has moved are not in a snapshot from before it.
 #[test]
 fn verify_that_waits_for_a_rewrite_compares_what_is_there_after_it() {

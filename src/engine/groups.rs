@@ -474,11 +474,7 @@ impl State {
             (State::Whole(state), Combine::Max) => *state = value.max(*state),
             (State::Whole(state), _) => match state.checked_add(value) {
                 Some(sum) => *state = sum,
-                None => {
-                    let state = *state;
-                    *self = State::Decimal(Box::new(state.into()));
-                    self.add_decimal(value.into());
-                }
+                None => self.add_decimal(value.into()),
             },
             (State::Decimal(_), _) => self.add_decimal(value.into()),
         }
@@ -503,8 +499,13 @@ impl State {
 
     fn add_decimal(&mut self, value: Decimal) {
         match self {
+            State::None => *self = State::Decimal(Box::new(value)),
+            State::Whole(sum) => {
+                let mut sum = Decimal::from(*sum);
+                sum.add(&value);
+                *self = State::Decimal(Box::new(sum));
+            }
             State::Decimal(sum) => sum.add(&value),
-            _ => *self = State::Decimal(Box::new(value)),
         }
     }
 
