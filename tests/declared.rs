@@ -352,6 +352,64 @@ fn a_rolled_back_or_prepared_row_is_counted_only_once_committed() {
 
 // ---- sources ---------------------------------------------------------------------------------------------
 
+/// A statement that runs may have drawn a number and not put its row in yet, also where it is our own.
+#[test]
+fn a_merge_from_within_a_statement_that_writes_the_source_loses_no_row() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "SET litellm_spend.window_wait = '60s';
+             CREATE TABLE t (id bigserial, k int NOT NULL) PARTITION BY LIST (k);
+             CREATE TABLE t_1 PARTITION OF t FOR VALUES IN (1);
+             SELECT spend_rollup_create('r', 't', '{k}', '{count(*) AS n}'), spend_rollup_register('h', 't');
+             CREATE TABLE said (at serial, outcome text, window_start bigint, window_end bigint);
+             CREATE FUNCTION merge() RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+                 INSERT INTO said (outcome, window_start, window_end)
+                     SELECT r.outcome, h.window_start, h.window_end
+                     FROM spend_rollup_run('r') AS r, spend_rollup_window('h') AS h;
+                 RETURN 1;
+             END $$;
+             CREATE FUNCTION fire() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 PERFORM merge(); RETURN new;
+             END $$",
+        )
+        .unwrap();
+    let fires = |when: &str| format!("CREATE TRIGGER fire {when} EXECUTE FUNCTION fire()");
+    let said =
+        "SELECT concat(outcome, ' ', window_end - window_start + 1) FROM said ORDER BY at DESC LIMIT 1";
+    let started = Instant::now();
+    for (trigger, statement, rows) in [
+        (fires("BEFORE INSERT ON t FOR EACH ROW"), "INSERT INTO t (k) VALUES (1), (1)", 2),
+        (fires("BEFORE INSERT ON t_1 FOR EACH ROW"), "INSERT INTO t_1 (k) VALUES (1)", 1),
+        (fires("BEFORE INSERT ON t_1 FOR EACH ROW"), "INSERT INTO t (k) VALUES (1)", 1),
+        (String::new(), "INSERT INTO t (k) VALUES (merge())", 1),
+        ("ALTER TABLE t ALTER k SET DEFAULT merge()".into(), "INSERT INTO t DEFAULT VALUES", 1),
+        (fires("AFTER INSERT ON t FOR EACH STATEMENT"), "INSERT INTO t (k) VALUES (1), (1)", 2),
+        (fires("BEFORE INSERT ON t FOR EACH ROW"), "COPY t (k) FROM PROGRAM 'echo 1; echo 1'", 2),
+    ] {
+        // A later statement of the transaction has its rows, and so has another transaction.
+        for end in ["COMMIT", "ROLLBACK"] {
+            client.batch_execute("SELECT merge(); BEGIN").unwrap();
+            client.batch_execute(&trigger).unwrap();
+            client.batch_execute(statement).unwrap();
+            assert_eq!(value::<String>(&mut client, said), "waiting for writers 0", "{trigger} {statement}");
+            client.batch_execute("SELECT merge()").unwrap();
+            assert_eq!(value::<String>(&mut client, said), format!("merged {rows}"), "{trigger} {statement}");
+            let truth = "SELECT k, count(*) FROM t GROUP BY k";
+            assert_same(&mut client, "SELECT k, n FROM litellm_spend.r_rollup", truth);
+            client
+                .batch_execute(&format!(
+                    "{end}; DROP TRIGGER IF EXISTS fire ON t; DROP TRIGGER IF EXISTS fire ON t_1;
+                     ALTER TABLE t ALTER k DROP DEFAULT"
+                ))
+                .unwrap();
+        }
+    }
+    // Nobody waits for what cannot end meanwhile.
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('r')", &[]).unwrap(), "verify");
+}
+
 #[test]
 fn a_row_inserted_straight_into_a_leaf_is_counted() {
     let db = shared().database();

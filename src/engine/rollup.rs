@@ -81,12 +81,13 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         let writers = sources::writers(&relations)?;
         // 3. what is safe now; the rest is remembered for the next look.
         let before = (source.window.clone(), source.nodes.clone());
-        let mut safe_end = source.window.look(last_value, &writers).unwrap_or(source.merged_to);
+        let mut safe_end = source.window.look(last_value, &writers.holders).unwrap_or(source.merged_to);
         // 4. of that, what is safe on other nodes too, which are asked after the writers here.
         if let Some(writers) = citus::writers(relation, source.sequence, &relations)? {
             safe_end = source.nodes.look(safe_end, &writers).unwrap_or(source.merged_to);
         }
-        let done = safe_end >= last_value || !patience.try_again();
+        //    A statement that called us does not end while we wait.
+        let done = safe_end >= last_value || writers.ourselves || !patience.try_again();
         if done && (&source.window, &source.nodes) != (&before.0, &before.1) {
             sources::store_windows(source)?;
         }

@@ -109,7 +109,7 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     // Read after it: a conversion may have put another table in its place.
     let Some(relation) = captured::captured_relation()? else { return Ok(false) };
     let writers = sources::writers(&relation::relation_tree(relation)?)?;
-    let safe = capture.window.look(last, &writers);
+    let safe = capture.window.look(last, &writers.holders);
     sources::store_failure_window(&capture.source, &capture.window)?;
     let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };
     let Some(_fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };

@@ -126,6 +126,20 @@ pub fn numbered_column(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<S
     columns.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
 }
 
+/// Whether a statement of this session that has not ended uses a relation, which we have locked.
+pub fn is_open_here(relation: pg_sys::Oid) -> bool {
+    // SAFETY: nobody drops it. Who has opened it counts in its entry, as we do for a moment.
+    unsafe {
+        let open = pg_sys::RelationIdGetRelation(relation);
+        if open.is_null() {
+            return false;
+        }
+        let others = (*open).rd_refcnt > 1;
+        pg_sys::RelationClose(open);
+        others
+    }
+}
+
 pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
     let names = current(
         "SELECT nspname::text, relname::text FROM pg_catalog.pg_class c

@@ -1,7 +1,7 @@
 //! The sources: relations whose rows a sequence numbers, with their windows.
 
 use crate::error::Result;
-use crate::server::relation::FAMILY;
+use crate::server::relation::{FAMILY, is_open_here};
 use crate::server::spi::{Args, current, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
@@ -135,16 +135,35 @@ pub fn inserted_into(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<Vec
     )
 }
 
-/// The other transactions that hold RowExclusiveLock, as every writer does, on one of `relations`.
-pub fn writers(relations: &[pg_sys::Oid]) -> Result<BTreeSet<Holder>> {
-    let holders = query(
-        "SELECT DISTINCT virtualtransaction FROM pg_catalog.pg_locks
+/// The transactions that may add rows to one of `relations`.
+pub struct Writers {
+    pub holders: BTreeSet<Holder>,
+    /// Ours is among them.
+    pub ourselves: bool,
+}
+
+/// Those that hold RowExclusiveLock, as every writer does. Of our own, what has ended is there to be read: it
+/// is one only while a statement of ours has such a relation open, which may have drawn a number and not put
+/// the row in yet.
+pub fn writers(relations: &[pg_sys::Oid]) -> Result<Writers> {
+    let locks = query(
+        "SELECT DISTINCT virtualtransaction,
+             CASE WHEN pid = pg_catalog.pg_backend_pid() THEN relation END AS locked_by_us
+         FROM pg_catalog.pg_locks
          WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
            AND database = (SELECT oid FROM pg_catalog.pg_database
                WHERE datname = pg_catalog.current_database())
-           AND relation = ANY ($1) AND pid IS DISTINCT FROM pg_catalog.pg_backend_pid()",
+           AND relation = ANY ($1)",
         &[relations.to_vec().into()],
-        |r| Ok(Holder(value(r, 1)?)),
+        |r| Ok((Holder(value(r, 1)?), r.get::<pg_sys::Oid>(2)?)),
     )?;
-    Ok(holders.into_iter().collect())
+    let mut writers = Writers { holders: BTreeSet::new(), ourselves: false };
+    for (holder, locked_by_us) in locks {
+        let open = locked_by_us.is_some_and(is_open_here);
+        if locked_by_us.is_none() || open {
+            writers.holders.insert(holder);
+        }
+        writers.ourselves |= open;
+    }
+    Ok(writers)
 }
