@@ -4,8 +4,8 @@
 //! One would think that reading a table with a superuser's rights is harmless as long as nothing of its
 //! owner's is called. But planning the query is enough: the planner loads every index of a table, and calls
 //! the immutable functions in their expressions and predicates. So the check comes when a query has been
-//! analyzed and before it is planned. What mentions a user's relation has to go through
-//! [`crate::server::session::Owner`].
+//! analyzed and before it is planned; [`crate::server::keyed`], which has no query, asks by itself. What
+//! mentions a user's relation has to go through [`crate::server::session::Owner`].
 //!
 //! Ours are the relations of the role that we act as, and the server's own. The hook is there as soon as the
 //! library is.
@@ -73,7 +73,8 @@ unsafe extern "C-unwind" fn visit(node: *mut pg_sys::Node, context: *mut c_void)
     }
 }
 
-fn require_ours(relation: pg_sys::Oid) {
+/// Asked while we act as ourselves.
+pub fn require_ours(relation: pg_sys::Oid) {
     // The server's own objects have the numbers below.
     if relation.to_u32() < pg_sys::FirstNormalObjectId {
         return;

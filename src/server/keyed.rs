@@ -8,9 +8,11 @@
 //! do, as from two statements.
 //!
 //! Whose rights: those of who acts, as for any statement: INSERT, SELECT and UPDATE on the table are asked
-//! of the catalog. Whatever an index of the owner's computes runs as who acts, too. Lock: ROW EXCLUSIVE, as
-//! for INSERT.
+//! of the catalog. Whatever an index of the owner's computes runs as who acts, too: so who acts as ourselves
+//! opens nobody else's. Lock: ROW EXCLUSIVE, as for INSERT.
 
+use crate::server::guard::require_ours;
+use crate::server::session::acts_as_ourselves;
 use pgrx::PgMemoryContexts;
 use pgrx::PgTupleDesc;
 use pgrx::prelude::*;
@@ -64,6 +66,9 @@ impl Keyed {
     pub fn open(table: pg_sys::Oid, key: &[usize], columns: usize) -> Option<Keyed> {
         // SAFETY: fails if there is none; the lock is kept until the transaction ends.
         let relation = unsafe { pg_sys::table_open(table, pg_sys::RowExclusiveLock as _) };
+        if acts_as_ourselves() {
+            require_ours(table);
+        }
         // SAFETY: it is open.
         if unsafe { !is_plain(relation, columns) || !may_write(table) } {
             unsafe { pg_sys::table_close(relation, pg_sys::NoLock as _) };
