@@ -1739,6 +1739,38 @@ fn what_cannot_be_a_dimension_or_measure_is_refused_by_name() {
     client.batch_execute("SELECT 1 FROM page_views").unwrap();
 }
 
+/// Of two collations that columns have, an expression has neither.
+#[test]
+fn an_expression_whose_collation_nobody_knows_is_refused_until_it_says_one() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            r#"CREATE TABLE texts (id bigserial, a text COLLATE "C", b text COLLATE "en-x-icu");
+               INSERT INTO texts (a, b) VALUES ('a', 'b')"#,
+        )
+        .unwrap();
+    let create = |dimension: &str, measure: &str| {
+        let arguments = [dimension, measure].map(|text| format!("ARRAY['{text}']")).join(", ");
+        format!("SELECT spend_rollup_create('texts', 'texts', {arguments})")
+    };
+    for (dimension, measure) in [
+        ("a || b AS k", "count(*) AS n"),
+        ("ARRAY[a, b] AS k", "count(*) AS n"),
+        ("a", "min(a || b) AS m"),
+        ("a", "max(a || b) AS m"),
+    ] {
+        let sql = create(dimension, measure);
+        assert_refused(&mut client, &sql, "42611");
+        let error = error(&mut client, &sql);
+        assert_eq!(error.detail(), Some("Its collation is ambiguous: add COLLATE."), "{sql}");
+    }
+    let said =
+        create(r#"(a || b) COLLATE "C" AS k"#, r#"max((a || b) COLLATE "C") AS m, count(a || b) AS n"#);
+    client.batch_execute(&said.replace(", count", "','count")).unwrap();
+    assert!(holds(&mut client, "SELECT outcome = 'merged' FROM spend_rollup_run('texts')"));
+    assert!(holds(&mut client, "SELECT (k, m, n) = ('ab', 'ab', 1) FROM litellm_spend.texts"));
+}
+
 #[test]
 fn of_two_sessions_that_create_the_same_rollup_one_is_refused() {
     let (db, mut first) = page_views();

@@ -143,6 +143,9 @@ fn dimension(
     if !relation::is_sortable(scalar.type_oid) {
         return Err(refuse(&format!("Values of type {} cannot be sorted.", scalar.r#type)));
     }
+    if scalar.is_ambiguous {
+        return Err(refuse(AMBIGUOUS));
+    }
     // A column that cannot be NULL stays so, also when it is cut into buckets.
     let same = scalar.is_column || cuts_time(table, &scalar);
     let nullable = !(same && relation::is_not_null(table.oid, &scalar.columns[0])?);
@@ -213,6 +216,9 @@ fn distribute(
 }
 
 const NO_NAME: &str = "It has no name: write it as \"expression AS name\".";
+
+/// Without one, texts cannot be compared.
+const AMBIGUOUS: &str = "Its collation is ambiguous: add COLLATE.";
 
 /// A value that changes by itself would put a row in one group when it is merged and in another when it is
 /// compared.
@@ -347,6 +353,7 @@ fn add_measure(
             let sum = quoted(&name);
             definition.outputs.push(shown(if exact { sum } else { float(&sum, r#type) }));
         }
+        Some("min" | "max") if plain && scalar.is_ambiguous => return Err(refuse(AMBIGUOUS)),
         Some(minmax @ ("min" | "max")) if plain => {
             let combine = if minmax == "min" { Combine::Min } else { Combine::Max };
             let mut column = column(&name, state_of(&aggregate, r#type), r#type);

@@ -46,8 +46,9 @@ impl Bytes {
     pub fn of(r#type: pg_sys::Oid, collation: pg_sys::Oid) -> Option<Bytes> {
         match r#type {
             pg_sys::TEXTOID | pg_sys::VARCHAROID => {
-                // SAFETY: looks a collation up; fails if there is none.
-                let by_bytes = unsafe { pg_sys::get_collation_isdeterministic(collation) };
+                // None is of two that are in conflict, as the server will say. SAFETY: looks a collation up.
+                let by_bytes = collation != pg_sys::InvalidOid
+                    && unsafe { pg_sys::get_collation_isdeterministic(collation) };
                 by_bytes.then_some(Bytes::Text)
             }
             pg_sys::UUIDOID => Some(Bytes::Uuid),

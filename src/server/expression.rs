@@ -32,6 +32,8 @@ pub struct Scalar {
     pub type_oid: pg_sys::Oid,
     /// Its collation, if that is not the type's own.
     pub collation: Option<String>,
+    /// It has none, where its type has one: that of two columns, which differ.
+    pub is_ambiguous: bool,
     /// The columns of the relation that it reads.
     pub columns: Vec<String>,
     /// It is a column and nothing else.
@@ -286,15 +288,17 @@ impl Analyzed {
         // Names are qualified by what is visible, which under a pinned search_path is pg_catalog only.
         // Entered here: a function that was called above may have changed any setting.
         let pinned = Elevated::pinned();
-        let (text, type_oid, r#type, collation) = unsafe {
+        let (text, type_oid, r#type, collation, is_ambiguous) = unsafe {
             let text = pg_sys::deparse_expression(node, self.context, false, false);
             let type_oid = pg_sys::exprType(node);
             let collation = pg_sys::exprCollation(node);
-            let own = collation == pg_sys::get_typcollation(type_oid) || collation == pg_sys::InvalidOid;
+            let of_type = pg_sys::get_typcollation(type_oid);
+            let is_ambiguous = collation == pg_sys::InvalidOid && of_type != pg_sys::InvalidOid;
+            let own = collation == of_type || is_ambiguous;
             // With "no modifier" said, char is bpchar, not char(1).
             let r#type = pg_sys::format_type_extended(type_oid, -1, pg_sys::FORMAT_TYPE_TYPEMOD_GIVEN as u16);
             let collation = (!own).then(|| CStr::from_ptr(pg_sys::generate_collation_name(collation)));
-            (CStr::from_ptr(text), type_oid, CStr::from_ptr(r#type), collation)
+            (CStr::from_ptr(text), type_oid, CStr::from_ptr(r#type), collation, is_ambiguous)
         };
         drop(pinned);
         Ok(Scalar {
@@ -302,6 +306,7 @@ impl Analyzed {
             r#type: r#type.to_string_lossy().into_owned(),
             type_oid,
             collation: collation.map(|name| name.to_string_lossy().into_owned()),
+            is_ambiguous,
             columns,
             // SAFETY: an analyzed node.
             is_column: unsafe { is(node, pg_sys::NodeTag::T_Var) },
