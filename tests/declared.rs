@@ -1274,6 +1274,24 @@ fn a_sequence_set_back_stops_the_rollup_and_says_so() {
     assert_views_exact(&mut client);
 }
 
+/// An explicit number may lie between two of the sequence's.
+#[test]
+fn a_gap_that_ends_at_a_fraction_is_left_behind() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE SEQUENCE numbers;
+             CREATE TABLE fractions (id numeric DEFAULT nextval('numbers'), k int NOT NULL);
+             SELECT spend_rollup_create('fractions', 'fractions', '{k}', '{count(*) AS n}');
+             SELECT setval('numbers', 30); INSERT INTO fractions VALUES (10.4, 1), (20.6, 1), (29.5, 1);
+             SET litellm_spend.max_window = 1; SET statement_timeout = '20s';
+             SELECT spend_rollup_run('fractions')",
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT n = 3 FROM litellm_spend.fractions_rollup"));
+    assert!(holds(&mut client, "SELECT watermark = 30 FROM litellm_spend.rollup WHERE name = 'fractions'"));
+}
+
 // ---- others beside it ------------------------------------------------------------------------------------
 
 #[test]

@@ -217,11 +217,11 @@ pub fn window_end(start: i64, safe_end: i64, most: i64) -> i64 {
     safe_end.min(start.saturating_add(most))
 }
 
-/// Numbers may be far apart: an empty window reaches up to the next row.
+/// Numbers may be far apart: an empty window reaches up to the next row, whose number need not be whole.
 fn end_of_gap(definition: &Definition, end: i64, safe_end: i64) -> Result<i64> {
     let sequence = quoted(&definition.source_sequence);
     let sql = format!(
-        "SELECT min({sequence})::bigint - 1 FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
+        "SELECT greatest(min({sequence})::bigint - 1, $1) FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
         definition.source
     );
     let next = spi::fresh(&sql, &[end.into(), safe_end.into()], |r| Ok(r.get::<i64>(1)?))?;
