@@ -1182,3 +1182,26 @@ fn a_row_that_a_merge_moves_out_of_a_partition_that_came_later_is_captured_whoev
         .unwrap();
     assert_eq!(capture_errors(&mut client), 0);
 }
+
+/// A sum that was too large for one integer is as good a zero as any when it comes to nothing.
+#[test]
+fn a_rebuild_writes_no_group_that_comes_to_nothing() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    client
+        .batch_execute(
+            r#"               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, spend, "startTime", "endTime")
+               SELECT 'r' || spend, 'acompletion', 'key', spend, t, t
+               FROM unnest('{1e300,0.001}'::float8[]) AS spend, LATERAL (SELECT now() AT TIME ZONE 'UTC' AS t) AS at"#,
+        )
+        .unwrap();
+    let rows = "SELECT count(*) FROM litellm_spend.daily_spend_rollup";
+    for hashed in ["off", "on"] {
+        client.batch_execute(&format!("SET litellm_spend.hash_groups = {hashed}")).unwrap();
+        client.batch_execute("BEGIN; SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 1)").unwrap();
+        assert_eq!(value::<i64>(&mut client, rows), 0, "hash_groups = {hashed}: all of it is in the tail");
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+    assert_verified(&mut client);
+}

@@ -70,7 +70,7 @@ impl Decimal {
     }
 
     pub fn add(&mut self, other: &Decimal) {
-        *self = self.sum(other).unwrap_or_else(|| Decimal::Large(added(&self.whole(), &other.whole())));
+        *self = self.sum(other).unwrap_or_else(|| Decimal::new(&added(&self.whole(), &other.whole())));
     }
 
     fn sum(&self, other: &Decimal) -> Option<Decimal> {
