@@ -2110,6 +2110,32 @@ fn verify_shows_every_digit_of_numbers_that_differ() {
 }
 
 #[test]
+fn verify_compares_more_measures_than_a_function_takes_arguments() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE TABLE wide (id bigserial, k int NOT NULL, v int);
+             SELECT spend_rollup_create('wide', 'wide', '{k}',
+                 (SELECT array_agg(format('avg(v + %s) AS a%s', i, i)) FROM generate_series(1, 80) AS i));
+             INSERT INTO wide (k, v) VALUES (1, 1), (2, 2); SELECT spend_rollup_run('wide')",
+        )
+        .unwrap();
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('wide')", &[]).unwrap(), "verify");
+    client.batch_execute("UPDATE litellm_spend.wide_rollup SET a80_sum = 0 WHERE k = 1").unwrap();
+    let row = client
+        .query_one(
+            "SELECT key ->> 'k', (SELECT count(*) FROM jsonb_object_keys(rollup)), rollup - 'a80_sum' = truth - 'a80_sum',
+                 rollup ->> 'a80_sum', truth ->> 'a80_sum', truth ->> 'a1_sum', truth ->> 'litellm_spend_rows'
+             FROM spend_rollup_verify('wide')",
+            &[],
+        )
+        .unwrap();
+    assert_eq!((row.get::<_, &str>(0), row.get::<_, i64>(1), row.get::<_, bool>(2)), ("1", 161, true));
+    let texts: Vec<&str> = (3..7).map(|at| row.get(at)).collect();
+    assert_eq!(texts, ["0", "81", "2", "1"]);
+}
+
+#[test]
 fn a_source_without_an_index_gets_a_notice_that_names_one() {
     let db = shared().database();
     let cluster = shared();

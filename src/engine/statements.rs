@@ -526,9 +526,14 @@ impl Definition {
             format!("(array_agg(to_jsonb({m})) FILTER (WHERE litellm_spend_side = '{side}'))[1]")
         };
         let object = |side: &str| {
-            let pairs = list(&self.measures, |m| format!("{}, {}", literal(&m.column.name), of(side, m)));
+            // Two arguments each, of which a function takes 100.
+            let parts = list_of(self.measures.chunks(50), |measures| {
+                let pair = |m: &Measure| format!("{}, {}", literal(&m.column.name), of(side, m));
+                format!("jsonb_build_object({})", list(measures, pair))
+            });
             format!(
-                "CASE WHEN count(*) FILTER (WHERE litellm_spend_side = '{side}') > 0 THEN jsonb_build_object({pairs}) END"
+                "CASE WHEN count(*) FILTER (WHERE litellm_spend_side = '{side}') > 0 THEN {} END",
+                parts.join(" || ")
             )
         };
         let differs =
