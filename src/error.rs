@@ -348,6 +348,12 @@ errors! {
         "Dimensions and measures are columns of one table; avg(x) AS a also takes a_sum and a_count.";
         "Give each of them a name of its own with AS.";
 
+    ReservedColumn(column: String):
+        ERRCODE_RESERVED_NAME;
+        "column name \"{column}\" is reserved";
+        "Names that begin with \"litellm_spend_\" are those of columns that litellm_spend adds.";
+        "Choose another name with AS.";
+
     NoBucket(column: String):
         ERRCODE_INVALID_PARAMETER_VALUE;
         "no dimension buckets column \"{column}\"";

@@ -1790,6 +1790,25 @@ fn an_expression_whose_collation_nobody_knows_is_refused_until_it_says_one() {
 }
 
 #[test]
+fn names_that_statements_of_ours_use_are_no_columns() {
+    let (_db, mut client) = page_views();
+    for (dimension, measure) in [
+        ("site_id AS litellm_spend_side", "count(*) AS n"),
+        ("site_id", "count(*) AS litellm_spend_rows_"),
+        ("site_id", "count(*) AS litellm_spend_rows"),
+        ("site_id", "avg(bytes) AS litellm_spend_bytes"),
+    ] {
+        let create = format!(
+            "SELECT spend_rollup_create('x', 'page_views', ARRAY['{dimension}'], ARRAY['{measure}'])"
+        );
+        assert_refused(&mut client, &create, "42939");
+    }
+    client
+        .batch_execute("SELECT spend_rollup_create('x', 'page_views', '{site_id}', '{sum(bytes) AS b}')")
+        .unwrap();
+}
+
+#[test]
 fn of_two_sessions_that_create_the_same_rollup_one_is_refused() {
     let (db, mut first) = page_views();
     first.batch_execute(&format!("BEGIN; {CREATE}")).unwrap();

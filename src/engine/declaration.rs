@@ -91,6 +91,7 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
     for text in &declaration.measures {
         merge_functions.extend(add_measure(&mut definition, &scope, text, &mut notices)?);
     }
+    check_columns(&definition)?;
     // count(*) says how many rows a group has.
     let rows = definition.measures.iter().find(|m| m.column.expression == ONE_ROW && !m.aggregates);
     definition.presence = match rows {
@@ -101,9 +102,11 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
             ROWS.into()
         }
     };
-    check_columns(&definition)?;
     Ok(Defined { definition, merge_functions, notices })
 }
+
+/// What the names begin with that our statements give to columns of their own.
+const OURS: &str = "litellm_spend_";
 
 /// The column that counts source rows where no measure does.
 const ROWS: &str = "litellm_spend_rows";
@@ -478,6 +481,9 @@ fn check_columns(definition: &Definition) -> Result<()> {
     let names = definition.dimensions.iter().map(|d| &d.column.name);
     let mut seen: Vec<&String> = vec![];
     for name in names.clone().chain(definition.measures.iter().map(|m| &m.column.name)) {
+        if name.starts_with(OURS) {
+            return Err(Error::ReservedColumn(name.clone()));
+        }
         if seen.contains(&name) {
             return Err(Error::DuplicateColumn(name.clone()));
         }
