@@ -270,6 +270,19 @@ mod tests {
         attempt(|| spi::execute("SELECT pg_sleep(0.05)", &[])).unwrap();
     }
 
+    #[pg_test]
+    fn a_cancel_behind_a_limit_that_is_over_is_a_cancel() {
+        attempt(|| {
+            let _limit = Limit::begin(Duration::from_millis(20), false);
+            spi::execute("SELECT pg_sleep(60)", &[])
+        })
+        .unwrap_err();
+        let cancelled =
+            attempt(|| spi::execute("SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(60)", &[]));
+        let failure = cancelled.unwrap_err();
+        assert!(failure.is_cancel() && !failure.is_timeout(), "{failure:?}");
+    }
+
     // ---- expressions --------------------------------------------------------------------------------------
 
     fn parsed(text: &str) -> Result<Parsed> {

@@ -80,6 +80,13 @@ impl Drop for Limit {
     }
 }
 
+/// Whatever is cancelled from now on is no step whose time was over, unless a step runs.
+pub fn forget() {
+    if !RUNS.get() {
+        EXPIRED.store(false, Ordering::Relaxed);
+    }
+}
+
 /// Whether the time of the last step was over before it ended.
 pub fn expired() -> bool {
     EXPIRED.load(Ordering::Relaxed)

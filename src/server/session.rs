@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 pub use crate::server::failure::{Failure, advised, callable};
+use crate::server::limit;
 use crate::server::relation;
 use crate::server::spi::{self, kept, query, value};
 use pgrx::prelude::*;
@@ -391,6 +392,7 @@ impl Drop for Elevated {
 /// Runs `work` in a subtransaction: an error undoes only what it did and is returned, also that of a
 /// cancelled query.
 pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    limit::forget();
     // SAFETY: as PL/pgSQL does for a block with EXCEPTION: the memory context and the resource owner are put
     // back by hand, the rest by the (sub)transaction.
     let (context, owner) = unsafe {
