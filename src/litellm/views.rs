@@ -17,7 +17,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::rewrite;
-use crate::server::session::{Owner, advised, attempt};
+use crate::server::session::{Failure, Owner, advised, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::captured;
@@ -43,8 +43,7 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
     {
         // Its owner may have changed.
         if let Some(reason) = unusable(view, found, source)? {
-            let_go(view, found)?;
-            return action(&reason);
+            return action(&let_go(view, found)?.unwrap_or(reason));
         }
         grant(view, found, source)?;
         // An upgrade may have changed our query: it takes effect here.
@@ -150,8 +149,9 @@ pub fn in_place(schema: &str) -> Result<Vec<(&'static PublicView, Table)>> {
 pub fn restore(source: &Table) -> Result<Vec<Action>> {
     let mut actions = vec![];
     for (view, found) in in_place(&source.schema)? {
-        let_go(view, &found)?;
-        actions.push((format!("view {}", found.qualified()), "LiteLLM's own definition restored".into()));
+        let unfit = let_go(view, &found)?;
+        let action = unfit.unwrap_or_else(|| "LiteLLM's own definition restored".into());
+        actions.push((format!("view {}", found.qualified()), action));
     }
     spi::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
     Ok(actions)
@@ -163,17 +163,41 @@ pub fn any_adopted() -> Result<bool> {
     Ok(!spi::query(&sql, &[], |_| Ok(()))?.is_empty())
 }
 
-/// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours.
-fn let_go(view: &PublicView, found: &Table) -> Result<()> {
+/// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours. Ours reads no
+/// column of the table, so by now those that LiteLLM's names may be gone, or have another type. Then the view
+/// shows nothing, and what is returned says why.
+fn let_go(view: &PublicView, found: &Table) -> Result<Option<String>> {
     let original = spi::query(
         &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
         &[view.name.into()],
         |r| spi::value::<String>(r, 1),
     )?;
+    let mut unfit = None;
     for original in original {
-        rewrite::replace(guc::lock_timeout(), found.oid, &original)?;
+        let given_back = attempt(|| rewrite::replace(guc::lock_timeout(), found.oid, &original));
+        let Err(failure) = given_back.map_err(Failure::unless_cancel) else { continue };
+        if failure.is_lock_timeout() {
+            return Err(Error::Failed(failure));
+        }
+        show_nothing(view, found)?;
+        let name = found.qualified();
+        log::event(format_args!(
+            "{name} is emptied: {}; its own definition was: {original}",
+            failure.message
+        ));
+        let because = format!("emptied: LiteLLM's own definition cannot be given back: {}", failure.message);
+        unfit = Some(because);
     }
-    forget(view)
+    forget(view)?;
+    Ok(unfit)
+}
+
+/// The view shows no rows, of the same columns.
+fn show_nothing(view: &PublicView, found: &Table) -> Result<()> {
+    let columns: Vec<String> =
+        view.columns.iter().map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column))).collect();
+    let nothing = format!("SELECT {} WHERE false", columns.join(", "));
+    rewrite::replace(guc::lock_timeout(), found.oid, &nothing)
 }
 
 /// Why a view that is ours by our notes is not, in fact.
@@ -208,7 +232,7 @@ pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
 pub enum Lost {
     /// What somebody has done to it, one of [`FATES`].
     Gone(&'static str, &'static str),
-    /// It is LiteLLM's own again; why.
+    /// It is LiteLLM's own again, or empty; why.
     LetGo(String),
 }
 
@@ -254,8 +278,8 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
                 Ok(None)
             }
             Some(reason) => {
-                let_go(view, &found)?;
-                Ok(Some(Lost::LetGo(format!("view \"{}\" is LiteLLM's own again: {reason}", view.name))))
+                let what = let_go(view, &found)?.unwrap_or(format!("LiteLLM's own again: {reason}"));
+                Ok(Some(Lost::LetGo(format!("view \"{}\" is {what}", view.name))))
             }
         },
         (_, found) => {
@@ -281,13 +305,7 @@ pub fn forget(view: &PublicView) -> Result<()> {
 pub fn empty(schema: &str) -> Result<Vec<Action>> {
     let mut actions = vec![];
     for (view, found) in in_place(schema)? {
-        let columns: Vec<String> = view
-            .columns
-            .iter()
-            .map(|(column, r#type)| format!("NULL::{type} AS {}", quoted(column)))
-            .collect();
-        let nothing = format!("SELECT {} WHERE false", columns.join(", "));
-        rewrite::replace(guc::lock_timeout(), found.oid, &nothing)?;
+        show_nothing(view, &found)?;
         actions.push((format!("view {}", found.qualified()), "emptied: its table is gone".into()));
     }
     spi::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
