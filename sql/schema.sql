@@ -64,7 +64,7 @@ CREATE TABLE litellm_spend.rollup (
     last_error      text,
     last_error_at   timestamptz,
     -- Of a declared one: who owned its source when it was declared or last followed, and as whom it is
-    -- merged.
+    -- merged. Of a built-in one while no table is captured: whose history it is.
     owner           regrole,
     -- Of one whose table Citus distributes: what is merged up to here is committed on all nodes.
     committed_to    bigint

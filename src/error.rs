@@ -162,6 +162,19 @@ errors! {
         "It belongs to no table any more whose owner could decide, or to all of them.";
         "Call it as a superuser, or as a member of the extension's owner.";
 
+    HistoryOfAnother { owner: Option<String> }:
+        ERRCODE_INSUFFICIENT_PRIVILEGE;
+        "must be owner of the history that a detach has kept";
+        {
+            let whose = match owner {
+                Some(owner) => format!("It belongs to role \"{owner}\"."),
+                None => "Nobody knows any more whose it is, but for the extension's owner.".into(),
+            };
+            format!("{whose} Who attaches may read and replace it.")
+        };
+        "Call it as that role, as a member of it, or as a superuser, who may also drop that history: \
+         SELECT * FROM spend_detach(drop_history => true);";
+
     OtherVersion { installed: String, library: &'static str }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "extension \"litellm_spend\" is at version {installed}, and its library at {library}";

@@ -542,6 +542,23 @@ fn what_is_left_of_a_role_that_may_not_use_our_schema_is_dropped_by_a_superuser(
 }
 
 #[test]
+fn kept_history_has_its_owner_after_a_restore() {
+    let db = shared().database().with_rows("a", 50, 5).attached();
+    let mut client = db.connect();
+    eventually("it is detached", || client.batch_execute("SELECT spend_detach()").is_ok());
+    let (file, database) = (dump(&db, "c"), target("kept"));
+    run("pg_restore", &[&file, "-d", &database]);
+    let mut client = shared().connect(&database);
+    assert!(holds(&mut client, "SELECT bool_and(owner = 'litellm'::regrole) FROM litellm_spend.rollup"));
+    client.batch_execute("SELECT spend_grant_admin('litellm')").unwrap();
+    shared().connect_as(&database, LITELLM).batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+#[test]
 fn the_marker_comes_and_goes_with_what_it_stands_for() {
     let db = shared().database();
     let mut client = db.connect();

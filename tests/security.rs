@@ -394,6 +394,70 @@ fn an_admin_who_owns_no_table_changes_none() {
     client.batch_execute("DROP OWNED BY ops_a; DROP ROLE ops_a").unwrap();
 }
 
+/// What a detach has kept is for who may act for the owner of the table that was detached, and for superusers.
+#[test]
+fn kept_history_belongs_to_who_owned_the_table() {
+    let db = shared().database().with_rows("a", 50, 5).attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"DROP ROLE IF EXISTS team_h; CREATE ROLE team_h LOGIN; CREATE SCHEMA th AUTHORIZATION team_h;
+               SELECT spend_grant_admin('litellm'); SELECT spend_grant_admin('team_h');
+               SET ROLE team_h; CREATE TABLE th.logs (request_id text, "startTime" timestamp, spend float8,
+                   total_tokens int, prompt_tokens int, completion_tokens int, api_key text, model text);
+               RESET ROLE"#,
+        )
+        .unwrap();
+    let mut litellm = db.cluster.connect_as(&db.name, LITELLM);
+    let mut team = db.cluster.connect_as(&db.name, "team_h");
+    let detach = |client: &mut Client| {
+        eventually("it is detached", || client.batch_execute("SELECT spend_detach()").is_ok())
+    };
+    let (own, teams) = ("SELECT spend_attach()", "SELECT spend_attach('th.logs')");
+    let reads = |client: &mut Client, role: &str| {
+        let table = "litellm_spend.daily_spend_by_key_rollup";
+        holds(client, &format!("SELECT has_table_privilege('{role}', '{table}', 'SELECT')"))
+    };
+    // 1. the former owner, whoever has detached it, and nobody else.
+    detach(&mut client);
+    assert_refused(&mut team, teams, "42501");
+    let refused = error(&mut team, teams);
+    assert!(refused.detail().is_some_and(|detail| detail.contains(r#"role "litellm""#)), "{refused:?}");
+    assert_eq!(error(&mut team, "SELECT spend_detach(drop_history => true)").code().code(), "42501");
+    assert!(reads(&mut client, LITELLM) && !reads(&mut client, "team_h"));
+    litellm.batch_execute(own).unwrap();
+    // 2. where nobody is noted, as in a database that 0.1.0 detached: a superuser.
+    detach(&mut litellm);
+    client.batch_execute("UPDATE litellm_spend.rollup SET owner = NULL").unwrap();
+    assert_refused(&mut litellm, own, "42501");
+    client.batch_execute(own).unwrap();
+    // 3. a superuser gives it to another owner, and with it the right to read it.
+    detach(&mut litellm);
+    client.batch_execute(teams).unwrap();
+    assert!(reads(&mut client, "team_h") && !reads(&mut client, LITELLM));
+    detach(&mut team);
+    assert_refused(&mut litellm, own, "42501");
+    // 4. a member of both.
+    client.batch_execute("GRANT team_h TO litellm").unwrap();
+    litellm.batch_execute(own).unwrap();
+    assert!(!holds(&mut client, "SELECT EXISTS (SELECT FROM litellm_spend.rollup WHERE owner IS NOT NULL)"));
+    client.batch_execute("REVOKE team_h FROM litellm").unwrap();
+    // 5. a role that is no more.
+    client
+        .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" OWNER TO team_h; SELECT spend_attach()"#)
+        .unwrap();
+    detach(&mut client);
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" OWNER TO litellm"#).unwrap();
+    drop(team);
+    client.batch_execute("DROP OWNED BY team_h; DROP ROLE team_h").unwrap();
+    assert_refused(&mut litellm, own, "42501");
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    // 6. or it is dropped, and the next one begins anew.
+    detach(&mut client);
+    client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
+    litellm.batch_execute(own).unwrap();
+}
+
 macro_rules! attacks {
     ($cluster:path: $($name:ident $script:literal $state:ident;)*) => {
         use super::*;
@@ -447,6 +511,7 @@ mod preloaded {
         an_archive_of_another_role "51-an-archive-of-another-role.sql" WithExtension;
         calls_on_the_callers_path "53-calls-on-the-callers-path.sql" WithExtension;
         a_built_in_rollup_given_to_another_role "52-a-built-in-rollup-given-to-another-role.sql" Attached;
+        history_that_another_has_kept "54-history-that-another-has-kept.sql" WithExtension;
     }
 }
 

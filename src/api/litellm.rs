@@ -64,7 +64,7 @@ fn spend_attach(
             Err(_) if captured::captured_relation()? != Some(source) => restore::require_over()?,
             _ => drop(restore::adopt()?),
         }
-        let actions = capture::attach(source, subtract, reports == Some(true))?;
+        let actions = capture::attach(elevated.caller(), source, subtract, reports == Some(true))?;
         let kept = if reports == Some(false) { reports::here()? } else { vec![] };
         Ok((actions, relation::relation_name(source)?, kept))
     })

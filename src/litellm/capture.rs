@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::guc::LockLimit;
 use crate::litellm::backfill;
 use crate::litellm::builtin;
+use crate::litellm::detach;
 use crate::litellm::reports;
 use crate::litellm::spend_log::{self, Capture, LOG_RELATIONS, MOVE, OPERATIONS, Replaced, SPEND_LOGS};
 use crate::litellm::views::{self, Action};
@@ -163,11 +164,40 @@ pub fn hold_rollups() -> Result<()> {
 }
 
 /// Without `reports` those stay that there are.
-pub fn attach(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) -> Result<Vec<Action>> {
+pub fn attach(
+    caller: pg_sys::Oid,
+    oid: pg_sys::Oid,
+    subtract: Option<bool>,
+    reports: bool,
+) -> Result<Vec<Action>> {
     hold_rollups()?;
+    take_up_history(caller, oid)?;
     let actions = attach_locked(oid, subtract, reports)?;
     restore::mark()?;
     Ok(actions)
+}
+
+/// Whoever attaches may read what a detach has kept, and replace it. So it is for who may act for its owner,
+/// or, where nobody knows whose it is, for the extension's owner.
+fn take_up_history(caller: pg_sys::Oid, table: pg_sys::Oid) -> Result<()> {
+    if captured::capture()?.is_some() || !detach::history_is_kept()? {
+        return Ok(());
+    }
+    let heir = Owner::role(open(table)?.owner_oid);
+    let owner = rollups::kept_for()?;
+    // One that was dropped has no rights left.
+    let name = owner.and_then(|owner| relation::role_name(owner).ok());
+    let is_theirs = owner.map(|owner| session::may_act_for(caller, owner)).transpose()?;
+    if is_theirs != Some(true) {
+        session::require_extension_owner(caller).map_err(|error| match error {
+            Error::NotExtensionOwner => Error::HistoryOfAnother { owner: name.clone() },
+            error => error,
+        })?;
+    }
+    if let (Some(owner), Some(_)) = (owner.map(Owner::role).filter(|owner| *owner != heir), name) {
+        revoke(owner, "ALL")?;
+    }
+    rollups::keep_for(None)
 }
 
 /// What attach says of the table when it has made triggers, for which it keeps writers out.

@@ -1,4 +1,5 @@
-//! Detaches LiteLLM's spend log from the change log, and drops what was kept of it.
+//! Detaches LiteLLM's spend log from the change log, and drops what was kept of it. What is kept belongs to
+//! the table's owner, whoever attaches next.
 //!
 //! Lock on the user's table: ACCESS EXCLUSIVE, as DROP TRIGGER takes it, on the table and each partition;
 //! last of all, after our own rows and the views (and, where the history goes too, the rollups' relations):
@@ -24,6 +25,7 @@ use crate::server::text::{SCHEMA, literal, qualified};
 use crate::state::captured::{self, CaptureState};
 use crate::state::definition::Definition;
 use crate::state::restore;
+use crate::state::rollups;
 use crate::state::sources::{self, CHANGE_LOG};
 use pgrx::prelude::*;
 use std::time::Instant;
@@ -81,6 +83,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     if drop_history {
         actions.extend(drop_rollups()?);
     } else {
+        rollups::keep_for(owner.map(Owner::oid).or(state.owner))?;
         actions.extend(settle_notes()?);
         let kept =
             reports::rollups()?.into_iter().map(|d| (format!("rollup {}", d.name), "kept as history".into()));

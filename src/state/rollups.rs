@@ -76,6 +76,19 @@ pub fn forget(name: &str) -> Result<()> {
     .map(drop)
 }
 
+/// Notes whose the built-in rollups are while no table is captured, or with `None` that one is.
+pub fn keep_for(owner: Option<pg_sys::Oid>) -> Result<()> {
+    let sql = format!("UPDATE {SCHEMA}.rollup SET owner = $2 WHERE source = $1");
+    execute(&sql, &[CHANGE_LOG.into(), owner.into()]).map(drop)
+}
+
+/// As it was noted. `None`: it is not known.
+pub fn kept_for() -> Result<Option<pg_sys::Oid>> {
+    let sql =
+        format!("SELECT owner::oid FROM {SCHEMA}.rollup WHERE source = $1 AND owner IS NOT NULL LIMIT 1");
+    Ok(query(&sql, &[CHANGE_LOG.into()], |r| value(r, 1))?.pop())
+}
+
 /// These know a range from now on: it was computed, or nobody knows of a row there.
 pub fn know(names: &[String], range: Range) -> Result<()> {
     execute(
