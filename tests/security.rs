@@ -512,6 +512,8 @@ mod preloaded {
         calls_on_the_callers_path "53-calls-on-the-callers-path.sql" WithExtension;
         a_built_in_rollup_given_to_another_role "52-a-built-in-rollup-given-to-another-role.sql" Attached;
         history_that_another_has_kept "54-history-that-another-has-kept.sql" WithExtension;
+        history_that_another_has_kept "52-history-that-another-has-kept.sql" WithExtension;
+        a_view_about_another_table "53-a-view-about-another-table.sql" WithExtension;
     }
 }
 

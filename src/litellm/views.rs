@@ -6,7 +6,7 @@
 //!
 //! Whose rights: a view runs with its owner's, so its owner is granted the columns that it shows, of the
 //! rollup and of the change log, and no others; a view is only adopted if its owner may read the spend log
-//! itself. LiteLLM's own query is text of theirs: it is parsed as the view's owner when it is given back.
+//! itself, and if it does read it or belongs to the table's owner. LiteLLM's own query is text of theirs: it is parsed as the view's owner when it is given back.
 //! What belongs to another owner later is let go.
 
 use crate::error::{Error, Result};
@@ -314,12 +314,22 @@ pub fn empty(schema: &str) -> Result<Vec<Action>> {
 
 /// The view reads our rollup, or, as another version of it may, the rollup's live view.
 fn is_ours(view: &PublicView, found: &Table) -> Result<bool> {
+    is_ours_or_reads(view, found, None)
+}
+
+/// The view is another role's than the table, and about something else: what it shows is not for the table's
+/// owner to say.
+fn is_strangers(view: &PublicView, found: &Table, source: &Table) -> Result<bool> {
+    Ok(found.owner_oid != source.owner_oid && !is_ours_or_reads(view, found, Some(source.oid))?)
+}
+
+fn is_ours_or_reads(view: &PublicView, found: &Table, table: Option<pg_sys::Oid>) -> Result<bool> {
     let rollup = rollup(view.rollup)?;
     let reads = spi::query(
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
                         WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.ev_class = $1
-                          AND d.refobjid IN (pg_catalog.to_regclass($2), pg_catalog.to_regclass($3)))",
-        &[found.oid.into(), rollup.table().into(), rollup.live_view().into()],
+                          AND d.refobjid IN (pg_catalog.to_regclass($2), pg_catalog.to_regclass($3), $4))",
+        &[found.oid.into(), rollup.table().into(), rollup.live_view().into(), table.into()],
         |r| spi::value::<bool>(r, 1),
     )?;
     Ok(reads == [true])
@@ -390,6 +400,9 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
             "with security_invoker its readers would need rights on the rollups"
         }
         "v" if !found.columns.iter().cloned().eq(expected) => "its columns are not LiteLLM's",
+        "v" if is_strangers(view, found, source)? => {
+            "it belongs to another role and does not read the spend log"
+        }
         "v" if uses_anothers_code(found)? => "its query uses a type or function of another role",
         "v" => match rights(found, source)? {
             (false, _) => "its owner may not read the spend log",
