@@ -681,6 +681,16 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
                       AND remedy = 'SELECT * FROM spend_attach();  -- puts ours back') AND count(*) = 1
                    FROM spend_health"#;
     eventually("health names them all", || holds(&mut client, fault));
+    // Nor does a task that fails for a while and then succeeds hide it.
+    let mut dba = db.connect();
+    dba.batch_execute("BEGIN; LOCK TABLE litellm_spend.dirty_range IN ACCESS EXCLUSIVE MODE").unwrap();
+    let failed = format!(r#"in database "{}": repair failed"#, db.name);
+    eventually("a repair has failed", || db.cluster.log().contains(&failed));
+    dba.batch_execute("COMMIT").unwrap();
+    wait_for_a_round(&mut client);
+    std::thread::sleep(Duration::from_secs(1));
+    wait_for_a_round(&mut client);
+    assert!(holds(&mut client, fault), "it is said still");
     // What was dropped was not replaced.
     client.batch_execute(r#"DROP VIEW "Last30dKeysBySpend""#).unwrap();
     let fault = r#"SELECT bool_or(problem = 'capture of "LiteLLM_SpendLogs": views "MonthlyGlobalSpend", '

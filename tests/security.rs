@@ -452,9 +452,15 @@ fn kept_history_belongs_to_who_owned_the_table() {
     client.batch_execute("DROP OWNED BY team_h; DROP ROLE team_h").unwrap();
     assert_refused(&mut litellm, own, "42501");
     client.batch_execute("SELECT spend_attach()").unwrap();
-    // 6. or it is dropped, and the next one begins anew.
+    // 6. or it is dropped, and the next one begins anew. What the documentation says stays.
     detach(&mut client);
     client.batch_execute("SELECT spend_detach(drop_history => true)").unwrap();
+    let stays = "SELECT has_schema_privilege('litellm', 'litellm_spend', 'USAGE')
+                     AND has_function_privilege('litellm', 'litellm_spend.backfill_step(regclass)', 'EXECUTE')
+                     AND has_column_privilege('litellm', 'litellm_spend.rollup', 'watermark', 'SELECT')
+                     AND NOT has_column_privilege('litellm', 'litellm_spend.rollup', 'definition', 'SELECT')
+                     AND NOT has_sequence_privilege('litellm', 'litellm_spend.capture_failures', 'USAGE')";
+    assert!(holds(&mut client, stays));
     litellm.batch_execute(own).unwrap();
 }
 

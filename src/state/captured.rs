@@ -16,9 +16,12 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
 }
 
 /// As [`record_capture_error`], of one of the steps that concern the table. What the watch has found wrong
-/// with the table stays until that is mended: what fails of the others follows from it.
+/// with the table stays until that is mended: what fails of the others follows from it. So does what it said
+/// of views that were replaced, until the next attach: they are forgotten, and it would not find them again.
 pub fn record_task_error(task: &str, message: Option<&str>) -> Result<()> {
-    record("capture", "($1 = 'watch' OR last_error NOT LIKE 'watch: %' OR last_error IS NULL)", task, message)
+    let condition = "($1 = 'watch' OR last_error IS NULL
+                      OR last_error NOT LIKE ALL ('{watch: %,view \"%,views \"%}'))";
+    record("capture", condition, task, message)
 }
 
 /// What is noted of the captured table.
