@@ -20,7 +20,7 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
 /// of views that were replaced, until the next attach: they are forgotten, and it would not find them again.
 pub fn record_task_error(task: &str, message: Option<&str>) -> Result<()> {
     let condition = "($1 = 'watch' OR last_error IS NULL
-                      OR last_error NOT LIKE ALL ('{watch: %,view \"%,views \"%}'))";
+                      OR last_error NOT LIKE 'watch: %' AND last_error NOT LIKE 'view%')";
     record("capture", condition, task, message)
 }
 
