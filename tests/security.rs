@@ -519,7 +519,7 @@ mod preloaded {
         a_built_in_rollup_given_to_another_role "52-a-built-in-rollup-given-to-another-role.sql" Attached;
         history_that_another_has_kept "54-history-that-another-has-kept.sql" WithExtension;
         history_that_another_has_kept "52-history-that-another-has-kept.sql" WithExtension;
-        a_view_about_another_table "53-a-view-about-another-table.sql" WithExtension;
+        a_view_about_another_table "55-a-view-about-another-table.sql" WithExtension;
     }
 }
 

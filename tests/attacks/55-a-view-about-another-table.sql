@@ -1,4 +1,4 @@
--- 53: before LiteLLM's table is attached, another admin attaches a table of their own in LiteLLM's schema, and lets LiteLLM's role
+-- 55: before LiteLLM's table is attached, another admin attaches a table of their own in LiteLLM's schema, and lets LiteLLM's role
 --     read it: LiteLLM's views then show that table's rows.
 -- Needs: role litellm, who owns LiteLLM's tables and views. psql -X -U postgres -d DB -f this file.
 -- Right outcome: "held": a view of another role that does not read the attached table is left alone.
