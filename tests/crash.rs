@@ -125,3 +125,58 @@ fn a_backfill_that_was_killed_goes_on_where_it_was() {
     wait_until_live(&mut client);
     assert_exact(&mut client);
 }
+
+#[test]
+fn a_repair_of_many_days_goes_on_where_it_was_and_keeps_no_merge_waiting() {
+    let db = own(&["litellm_spend.merge_interval = '10ms'", "restart_after_crash = on"]);
+    let mut client = db.connect();
+    client.batch_execute("CREATE EXTENSION litellm_spend").unwrap();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    attach(&mut client);
+    // A partition comes with rows of a year; what is older than half of it cannot be computed.
+    client
+        .batch_execute(
+            r#"ALTER TABLE litellm_spend.daily_spend_rollup ADD CONSTRAINT too_old CHECK (date >= CURRENT_DATE - 200) NOT VALID;
+               SET ROLE litellm; CREATE TABLE came (LIKE "LiteLLM_SpendLogs" INCLUDING DEFAULTS);
+               INSERT INTO came (request_id, call_type, spend, "startTime", "endTime")
+               SELECT 'e' || i, 'x', 1, CURRENT_DATE - i, now() FROM generate_series(190, 205) i;
+               INSERT INTO came (request_id, call_type, spend, "startTime", "endTime")
+               SELECT 'f' || i, 'x', 1, CURRENT_DATE - i, now() FROM generate_series(100, 400, 50) i;
+               ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION came FOR VALUES FROM (MINVALUE) TO (CURRENT_DATE - 90);
+               RESET ROLE"#,
+        )
+        .unwrap();
+    let left = "SELECT string_agg((CURRENT_DATE - range_start::date) || ' ' || (CURRENT_DATE - range_end::date), ',')
+                FROM litellm_spend.dirty_range WHERE repaired_at IS NULL";
+    eventually("what is not too old is repaired", || {
+        value::<Option<String>>(&mut client, left).as_deref() == Some("400 200")
+    });
+    let status =
+        "SELECT dirty_ranges || ' ' || last_error FROM spend_rollup_status WHERE rollup = 'daily_spend'";
+    eventually("it is said what stops the rest", || {
+        value::<Option<String>>(&mut client, status).is_some_and(|is| is.starts_with("1 repair: "))
+    });
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 14);
+    // Others are repaired and merged meanwhile.
+    client.batch_execute(&insert_rows("b", 10, 1)).unwrap();
+    wait_until_merged(&mut client);
+    client
+        .batch_execute(
+            "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES (CURRENT_DATE, CURRENT_DATE + 1, 'rebuild', 'INSERT')",
+        )
+        .unwrap();
+    eventually("a day that is noted later is repaired", || {
+        value::<Option<String>>(&mut client, left).as_deref() == Some("400 200")
+    });
+    db.cluster.crash_and_restart();
+    let mut client = db.connect();
+    assert_eq!(value::<Option<String>>(&mut client, left).as_deref(), Some("400 200"));
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 24);
+    client.batch_execute("ALTER TABLE litellm_spend.daily_spend_rollup DROP CONSTRAINT too_old").unwrap();
+    eventually("all of it is repaired", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range") == 0
+    });
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 33);
+    assert_verified(&mut client);
+}

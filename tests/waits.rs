@@ -416,3 +416,69 @@ fn what_a_plan_of_indexes_waits_for_is_named() {
         holder.batch_execute("ROLLBACK").unwrap();
     }
 }
+
+/// Keeps the range of each repair, in their order.
+const REPAIRED: &str = "CREATE TABLE repaired (n serial, first timestamp, next timestamp);
+    CREATE FUNCTION note_repair() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO public.repaired (first, next) VALUES (NEW.range_start, NEW.range_end); RETURN NULL; END $$;
+    CREATE TRIGGER note_repair AFTER UPDATE ON litellm_spend.dirty_range FOR EACH ROW
+        WHEN (OLD.repaired_at IS NULL AND NEW.repaired_at IS NOT NULL) EXECUTE FUNCTION note_repair()";
+
+#[test]
+fn a_call_repairs_all_of_time_a_day_at_a_time() {
+    let db = captured();
+    let mut client = db.connect();
+    client.batch_execute(REPAIRED).unwrap();
+    for (i, time) in
+        ["-infinity", "4713-01-01 BC", "1999-05-05", "294276-12-31 12:00", "infinity"].iter().enumerate()
+    {
+        client
+            .batch_execute(&format!(
+                r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                   VALUES ('end{i}', 'x', 1, '{time}', now())"#
+            ))
+            .unwrap();
+    }
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    let requests: i64 = value(&mut client, REQUESTS);
+    // Of one day a row is gone, and of another one the rollups know too few.
+    client
+        .batch_execute(
+            r#"BEGIN; SET LOCAL session_replication_role = replica;
+               DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'end2';
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('missed', 'x', 1, '2001-01-01', now());
+               INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+               VALUES ('-infinity', 'infinity', 'rebuild', 'ATTACH'); COMMIT"#,
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), requests + 1);
+    let left = "SELECT string_agg(range_start || ' ' || range_end || ' ' || unrepairable, ',') FROM litellm_spend.dirty_range";
+    assert_eq!(value::<String>(&mut client, left), "1999-05-05 00:00:00 1999-05-06 00:00:00 true");
+    // A step for each day that has rows, and one for all days between two; together they are all of time.
+    let days = r#"SELECT count(DISTINCT date_trunc('day', "startTime")) + 1 FROM "LiteLLM_SpendLogs" WHERE "startTime" <> 'infinity'"#;
+    let days: i64 = value(&mut client, days);
+    let steps: i64 = value(&mut client, "SELECT count(*) FROM repaired");
+    assert!(days <= steps && steps <= 2 * days + 1, "{steps} steps for {days} days");
+    assert!(holds(
+        &mut client,
+        r#"SELECT bool_and(n.next = p.first) AND min(n.first) = '-infinity' AND max(p.next) = 'infinity'
+                  AND NOT bool_or(EXISTS (SELECT FROM "LiteLLM_SpendLogs" WHERE "startTime" >= n.first AND "startTime" < n.next)
+                                  AND n.first > '-infinity' AND n.next > n.first + interval '1 day')
+           FROM repaired n JOIN repaired p ON p.n = n.n - 1"#
+    ));
+    client.batch_execute("UPDATE litellm_spend.dirty_range SET unrepairable = false").unwrap();
+    // What fails does not take back what was repaired before it.
+    client
+        .batch_execute(
+            "ALTER TABLE litellm_spend.daily_spend_rollup ADD CONSTRAINT too_old CHECK (date >= '1000-01-01') NOT VALID;
+             INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES ('-infinity', 'infinity', 'rebuild', 'ATTACH')",
+        )
+        .unwrap();
+    let notices = db.notices("SELECT spend_rollup_run()");
+    assert!(notices.contains("repair failed") && notices.contains("too_old"), "{notices}");
+    let left = "SELECT string_agg(range_start || ' ' || range_end, ',') FROM litellm_spend.dirty_range WHERE repaired_at IS NULL";
+    assert_eq!(value::<String>(&mut client, left), "-infinity 4713-01-02 00:00:00 BC");
+}

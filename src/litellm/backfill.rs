@@ -80,20 +80,20 @@ fn computed(behind: &[&Fence], known: &[Fence], range: Range) -> Result<bool> {
     }
 }
 
-fn day_after(day: Timestamp) -> Result<Timestamp> {
+pub fn day_after(day: Timestamp) -> Result<Timestamp> {
     let sql = format!("SELECT {}", next_midnight("$1"));
     let days = spi::query(&sql, &[day.into()], |r| spi::value::<Timestamp>(r, 1))?;
     days.into_iter().next().ok_or(Error::Null("day"))
 }
 
 #[derive(Clone, Copy)]
-struct Days {
+pub struct Days {
     first: Timestamp,
-    last: Timestamp,
+    pub last: Timestamp,
 }
 
-/// The first and the last day before `covered_from` that has raw, retired or merged rows.
-fn days_with_rows(fences: &[Fence], covered_from: Timestamp) -> Result<Option<Days>> {
+/// The first and the last day before `end` that has raw, retired or merged rows.
+pub fn days_with_rows(fences: &[Fence], end: Timestamp) -> Result<Option<Days>> {
     let mut parts = vec![("\"hour\"".to_string(), format!("{SCHEMA}.retired"))];
     for fence in fences {
         let definition = fence.filled()?;
@@ -116,7 +116,7 @@ fn days_with_rows(fences: &[Fence], covered_from: Timestamp) -> Result<Option<Da
     );
     let ends = capture
         .owner()?
-        .fresh(&sql, &[covered_from.into()], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
+        .fresh(&sql, &[end.into()], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
     Ok(ends.into_iter().next().flatten().map(|(first, last)| Days { first, last }))
 }
 

@@ -1,8 +1,16 @@
 //! Repairs what capture could not write, and freezes the days whose raw rows are gone.
+//!
+//! ```text
+//!   still noted        | a day with rows, or none after the last | repaired
+//! ---------------------+-----------------------------------------+----------> time
+//!                      a step
+//! ```
+//! A note says of which range. A partition that came with its rows is a note of a year: its days are split off
+//! one after the other, the newest first, each in a transaction of its own, so that merges come between.
 
 use crate::engine::rebuild::{Shrink, has_lost_rows, is_exact, rebuild, smallest, start_of_raw};
 use crate::error::{Error, Result};
-use crate::litellm::backfill::uncover_all;
+use crate::litellm::backfill::{day_after, days_with_rows, uncover_all};
 use crate::litellm::capture::attached;
 use crate::server::locks::Patience;
 use crate::server::relation;
@@ -16,10 +24,10 @@ use crate::state::sources;
 use pgrx::datum::Timestamp;
 use std::time::{Duration, Instant};
 
-/// Repairs the oldest failure of capture that has committed. `false`: there is none.
+/// Repairs a failure of capture that has committed, or a day of it. `false`: there is none.
 pub fn step(patience: Patience) -> Result<bool> {
     let Some(mut capture) = captured::capture()? else { return Ok(false) };
-    if !unrepaired()? {
+    if !is_noted()? {
         return find_lost_failures(&mut capture, patience);
     }
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
@@ -34,52 +42,45 @@ pub fn step(patience: Patience) -> Result<bool> {
         ),
         &[],
     )?;
+    let Some((start, end)) = next_range(&fences)? else { return Ok(true) };
     // Marked before the rebuild's snapshot: what is noticed after it stays for the next step.
-    let ranges = spi::fresh(
+    let operations = spi::fresh(
         &format!(
-            "UPDATE {SCHEMA}.dirty_range d SET repaired_at = clock_timestamp()
-             FROM (SELECT range_start, range_end FROM {SCHEMA}.dirty_range
-                   WHERE repair = 'rebuild' AND repaired_at IS NULL ORDER BY noticed_at LIMIT 1) AS oldest
-             WHERE d.range_start = oldest.range_start AND d.range_end = oldest.range_end
-               AND d.repair = 'rebuild' AND d.repaired_at IS NULL
-             RETURNING d.range_start, d.range_end, d.operation"
+            "UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
+             WHERE range_start = $1 AND range_end = $2 AND repair = 'rebuild' AND repaired_at IS NULL
+             RETURNING operation"
         ),
-        &[],
-        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)),
+        &[start.into(), end.into()],
+        |r| spi::value::<String>(r, 1),
     )?;
-    // All of them are the same range.
-    let by = |operations: &[&str]| {
-        ranges.iter().any(|(_, _, by): &(Timestamp, Timestamp, String)| operations.contains(&by.as_str()))
-    };
+    let by = |some: &[&str]| operations.iter().any(|by| some.contains(&by.as_str()));
     let shrink = match () {
         () if by(&["MOVE"]) => Shrink::Allow,
         () if by(&["UPDATE", "DELETE"]) => Shrink::IfRawReachesBack,
         () => Shrink::Refuse,
     };
-    if let Some(&(start, end, _)) = ranges.first() {
-        let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
-        // A partition that is attached again may have brought back what frozen days count.
-        let attached = ranges.iter().all(|(_, _, by)| by == "ATTACH");
-        let mut unrepairable = false;
-        for part in frozen::frozen_in(range)? {
-            unrepairable |= !(attached && is_exact(&fences, part)?);
+    let range = Range { start, end: if end.is_infinity() { None } else { Some(end) } };
+    // A partition that is attached again may have brought back what frozen days count.
+    let attached = operations.iter().all(|by| by == "ATTACH");
+    let mut unrepairable = false;
+    for part in frozen::frozen_in(range)? {
+        unrepairable |= !(attached && is_exact(&fences, part)?);
+    }
+    let fences: Vec<&Fence> = fences.iter().collect();
+    for part in frozen::unfrozen_in(range)? {
+        match rebuild(&fences, part, shrink) {
+            Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => unrepairable = true,
+            other => drop(other?),
         }
-        let fences: Vec<&Fence> = fences.iter().collect();
-        for part in frozen::unfrozen_in(range)? {
-            match rebuild(&fences, part, shrink) {
-                Err(Error::Frozen { .. } | Error::RawRowsLost { .. }) => unrepairable = true,
-                other => drop(other?),
-            }
-        }
-        if unrepairable {
-            spi::execute(
-                &format!(
-                    "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
-                     WHERE repair = 'rebuild' AND range_start = $1 AND range_end = $2"
-                ),
-                &[start.into(), end.into()],
-            )?;
-        }
+    }
+    if unrepairable {
+        spi::execute(
+            &format!(
+                "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
+                 WHERE repair = 'rebuild' AND range_start = $1 AND range_end = $2"
+            ),
+            &[start.into(), end.into()],
+        )?;
     }
     // Of failures the numbers are counted, see below.
     spi::execute(
@@ -92,9 +93,47 @@ pub fn step(patience: Patience) -> Result<bool> {
     Ok(true)
 }
 
-fn unrepaired() -> Result<bool> {
+/// The range that is repaired next: the oldest note, those of a day before longer ones, which keep them waiting
+/// for one step at most. Of a longer one the newest day that has rows, or all days after that, are split off as
+/// a note of their own. `None`: nothing is noted.
+fn next_range(fences: &[Fence]) -> Result<Option<(Timestamp, Timestamp)>> {
+    let next = spi::fresh(
+        &format!(
+            "SELECT range_start, range_end, range_end > {} AS is_long FROM {SCHEMA}.dirty_range
+             WHERE repair = 'rebuild' AND repaired_at IS NULL ORDER BY is_long, noticed_at LIMIT 1",
+            next_midnight("range_start")
+        ),
+        &[],
+        |r| Ok((spi::value::<Timestamp>(r, 1)?, spi::value::<Timestamp>(r, 2)?, spi::value::<bool>(r, 3)?)),
+    )?;
+    let Some((start, end, is_long)) = next.into_iter().next() else { return Ok(None) };
+    let last = if is_long { days_with_rows(fences, end)?.map(|days| days.last) } else { None };
+    let Some(last) = last else { return Ok(Some((start, end))) };
+    let after = day_after(last)?;
+    let cut = if after < end { after } else { last };
+    if cut <= start {
+        return Ok(Some((start, end)));
+    }
+    spi::execute(
+        &format!(
+            "WITH notes AS (
+                 UPDATE {SCHEMA}.dirty_range SET range_end = $3
+                 WHERE range_start = $1 AND range_end = $2 AND repair = 'rebuild' AND repaired_at IS NULL
+                 RETURNING operation, sqlstate, message, noticed_at
+             )
+             INSERT INTO {SCHEMA}.dirty_range
+                 (range_start, range_end, repair, operation, sqlstate, message, noticed_at)
+             SELECT $3, $2, 'rebuild', * FROM notes"
+        ),
+        &[start.into(), end.into(), cut.into()],
+    )?;
+    Ok(Some((cut, end)))
+}
+
+/// Whether something is noted that no step has done yet, in this transaction or before.
+pub fn is_noted() -> Result<bool> {
     let sql = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL)");
-    Ok(spi::query(&sql, &[], |r| spi::value(r, 1))?.contains(&true))
+    Ok(spi::current(&sql, &[], |r| spi::value(r, 1))?.contains(&true))
 }
 
 /// A failure that could not even be noted left only its number in the sequence. Once every writer of that

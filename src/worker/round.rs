@@ -65,7 +65,7 @@ pub fn round(run: &mut impl Runner) -> Round {
     let (outcomes, more_windows) = merge_all(run);
     more |= more_windows;
     if watching {
-        more |= run.step(Subject::Task("repair"), || repair::step(patience)).unwrap_or(false);
+        more |= repair_noted(run);
         more |= run.step(Subject::Task("backfill"), || backfill::step(patience)).unwrap_or(false);
         run.step(Subject::Task("switch views"), || views::switch_covered(patience));
     }
@@ -75,6 +75,22 @@ pub fn round(run: &mut impl Runner) -> Round {
     }
     Round { outcomes, more }
 }
+
+/// Repairs what is noted, a day a step: the worker one, before it merges again; a SQL call all of them, within
+/// its time.
+fn repair_noted(run: &mut impl Runner) -> bool {
+    let (patience, started) = (run.patience(), Instant::now());
+    while run.step(Subject::Task("repair"), || repair::step(patience)) == Some(true) {
+        let goes_on = !matches!(patience, Patience::None) && started.elapsed() < REPAIRS_OF_CALL;
+        if !goes_on || run.step(Subject::Task("repair"), repair::is_noted) != Some(true) {
+            return true;
+        }
+    }
+    false
+}
+
+/// How long a call goes on to begin repairs: it keeps the fences of all that it has repaired.
+const REPAIRS_OF_CALL: Duration = Duration::from_secs(60);
 
 /// The rounds' slow part: what needs to be done now and then only.
 pub fn tidy(run: &mut impl Runner) {
