@@ -515,10 +515,9 @@ mod preloaded {
         a_maintenance_within_a_maintenance "49-a-maintenance-within-a-maintenance.sql" WithExtension;
         an_index_that_is_slow_to_summarize "50-an-index-that-is-slow-to-summarize.sql" WithExtension;
         an_archive_of_another_role "51-an-archive-of-another-role.sql" WithExtension;
-        calls_on_the_callers_path "53-calls-on-the-callers-path.sql" WithExtension;
         a_built_in_rollup_given_to_another_role "52-a-built-in-rollup-given-to-another-role.sql" Attached;
+        calls_on_the_callers_path "53-calls-on-the-callers-path.sql" WithExtension;
         history_that_another_has_kept "54-history-that-another-has-kept.sql" WithExtension;
-        history_that_another_has_kept "52-history-that-another-has-kept.sql" WithExtension;
         a_view_about_another_table "55-a-view-about-another-table.sql" WithExtension;
     }
 }
@@ -545,8 +544,8 @@ mod not_preloaded {
         a_sequence_of_another_role "42-a-sequence-of-another-role.sql" WithExtension;
         numbers_that_break_the_status "47-numbers-that-break-the-status.sql" WithExtension;
         an_archive_of_another_role "51-an-archive-of-another-role.sql" WithExtension;
-        calls_on_the_callers_path "53-calls-on-the-callers-path.sql" WithExtension;
         a_built_in_rollup_given_to_another_role "52-a-built-in-rollup-given-to-another-role.sql" Attached;
+        calls_on_the_callers_path "53-calls-on-the-callers-path.sql" WithExtension;
         a_transaction_that_keeps_every_name "48-a-transaction-that-keeps-every-name.sql" WithExtension;
         a_maintenance_within_a_maintenance "49-a-maintenance-within-a-maintenance.sql" WithExtension;
     }

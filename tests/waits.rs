@@ -482,3 +482,30 @@ fn a_call_repairs_all_of_time_a_day_at_a_time() {
     let left = "SELECT string_agg(range_start || ' ' || range_end, ',') FROM litellm_spend.dirty_range WHERE repaired_at IS NULL";
     assert_eq!(value::<String>(&mut client, left), "-infinity 4713-01-02 00:00:00 BC");
 }
+
+#[test]
+fn a_failure_at_a_replaced_table_that_commits_late_is_repaired_when_it_commits() {
+    let db = captured();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute("SET litellm_spend.window_wait = '100ms'; SELECT spend_rollup_run()").unwrap();
+    assert!(holds(&mut client, "SELECT predecessor IS NOT NULL FROM litellm_spend.capture"));
+    ["change_log", "dirty_range"].into_iter().for_each(|table| make_unwritable(&mut client, table));
+    let into_old =
+        insert_rows("late", 10, 1).replace("\"LiteLLM_SpendLogs\"", "\"LiteLLM_SpendLogs_legacy\"");
+    writer.batch_execute(&format!("BEGIN; {into_old}")).unwrap();
+    assert_eq!(capture_errors(&mut client), 1);
+    for _ in 0..3 {
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    }
+    assert_eq!(value::<i64>(&mut client, "SELECT failures_seen FROM litellm_spend.capture"), 0);
+    writer.batch_execute("COMMIT").unwrap();
+    ["change_log", "dirty_range"].into_iter().for_each(|table| make_writable(&mut client, table));
+    for _ in 0..3 {
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    }
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT failures_seen FROM litellm_spend.capture"), 1);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 110);
+    assert_verified(&mut client);
+}

@@ -58,10 +58,10 @@ fn spend_attach(
         let source = source_or_default(source)?;
         let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_owner(elevated.caller(), source)?;
-        // By attaching the table that was, the caller says that a restore is over. Of another one only who may
-        // speak for every owner.
+        // By attaching the table that was, the caller says that a restore is over. Of another one only who
+        // may speak for every owner.
         match session::require_extension_owner(elevated.caller()) {
-            Err(_) if captured::captured_relation()? != Some(source) => restore::require_over()?,
+            Err(_) if !captured::captured_relations()?.contains(&source) => restore::require_over()?,
             _ => drop(restore::adopt()?),
         }
         let actions = capture::attach(elevated.caller(), source, subtract, reports == Some(true))?;

@@ -5,8 +5,8 @@
 //! ---------------------+-----------------------------------------+----------> time
 //!                      a step
 //! ```
-//! A note says of which range. A partition that came with its rows is a note of a year: its days are split off
-//! one after the other, the newest first, each in a transaction of its own, so that merges come between.
+//! A note says of which range. A partition that came with its rows is a note of a year: its days are split
+//! off one after the other, the newest first, each in a transaction of its own, so that merges come between.
 
 use crate::engine::rebuild::{Shrink, has_lost_rows, is_exact, rebuild, smallest, start_of_raw};
 use crate::error::{Error, Result};
@@ -93,9 +93,9 @@ pub fn step(patience: Patience) -> Result<bool> {
     Ok(true)
 }
 
-/// The range that is repaired next: the oldest note, those of a day before longer ones, which keep them waiting
-/// for one step at most. Of a longer one the newest day that has rows, or all days after that, are split off as
-/// a note of their own. `None`: nothing is noted.
+/// The range that is repaired next: the oldest note, those of a day before longer ones, which keep them
+/// waiting for one step at most. Of a longer one the newest day that has rows, or all days after that, are
+/// split off as a note of their own. `None`: nothing is noted.
 fn next_range(fences: &[Fence]) -> Result<Option<(Timestamp, Timestamp)>> {
     let next = spi::fresh(
         &format!(
@@ -145,9 +145,13 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     if last == capture.failures_seen {
         return Ok(false);
     }
-    // Read after it: a conversion may have put another table in its place.
-    let Some(relation) = captured::captured_relation()? else { return Ok(false) };
-    let writers = sources::writers(&relation::relation_tree(relation)?)?;
+    // Read after it: a conversion may have put another table in its place. One that was replaced is written
+    // to straight, too.
+    let mut tables = vec![];
+    for relation in captured::captured_relations()? {
+        tables.extend(relation::relation_tree(relation)?);
+    }
+    let writers = sources::writers(&tables)?;
     let safe = capture.window.look(last, &writers.holders);
     sources::store_failure_window(&capture.source, &capture.window)?;
     let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };

@@ -230,8 +230,8 @@ pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
     Ok(columns.into_iter().next().unwrap_or_default())
 }
 
-/// Finds a relation by its quoted name. One that is not qualified is looked up on the path as it is, which may
-/// be the caller's: so no statement of ours may do it.
+/// Finds a relation by its quoted name. One that is not qualified is looked up on the path as it is, which
+/// may be the caller's: so no statement of ours may do it.
 pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     // SAFETY: a function of the server's that takes a text, and returns NULL where there is no such relation.
     Ok(unsafe { pgrx::direct_function_call(pg_sys::to_regclass, &[name.into_datum()]) })

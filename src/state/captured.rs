@@ -65,9 +65,12 @@ impl CaptureState {
     }
 }
 
-/// The captured table as it is now.
-pub fn captured_relation() -> Result<Option<pg_sys::Oid>> {
-    Ok(current(&format!("SELECT relation::oid FROM {SCHEMA}.capture"), &[], |r| value(r, 1))?.pop())
+/// As [`CaptureState::relations`], but of now, not as the transaction's snapshot has them.
+pub fn captured_relations() -> Result<Vec<pg_sys::Oid>> {
+    let sql = format!(
+        "SELECT oid::oid FROM {SCHEMA}.capture, unnest(ARRAY[relation, predecessor]) AS oid WHERE oid IS NOT NULL"
+    );
+    current(&sql, &[], |r| value(r, 1))
 }
 
 pub fn capture() -> Result<Option<CaptureState>> {

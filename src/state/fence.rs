@@ -287,8 +287,8 @@ pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
     Ok(())
 }
 
-/// Grants or revokes what is ours. The statements themselves take no lock, and of two at once the server would
-/// let the second fail when the first has committed: so nobody else does until the transaction ends.
+/// Grants or revokes what is ours. The statements themselves take no lock, and of two at once the server
+/// would let the second fail when the first has committed: so nobody else does until the transaction ends.
 pub fn grant(statement: &str) -> Result<()> {
     lock_grants()?;
     execute(statement, &[]).map(drop)

@@ -76,8 +76,8 @@ pub fn round(run: &mut impl Runner) -> Round {
     Round { outcomes, more }
 }
 
-/// Repairs what is noted, a day a step: the worker one, before it merges again; a SQL call all of them, within
-/// its time.
+/// Repairs what is noted, a day a step: the worker one, before it merges again; a SQL call all of them,
+/// within its time.
 fn repair_noted(run: &mut impl Runner) -> bool {
     let (patience, started) = (run.patience(), Instant::now());
     while run.step(Subject::Task("repair"), || repair::step(patience)) == Some(true) {
