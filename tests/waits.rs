@@ -509,3 +509,25 @@ fn a_failure_at_a_replaced_table_that_commits_late_is_repaired_when_it_commits()
     assert_eq!(value::<i64>(&mut client, REQUESTS), 110);
     assert_verified(&mut client);
 }
+
+#[test]
+fn writers_do_not_wait_until_the_copies_that_a_new_table_comes_with_are_read() {
+    for (bytes, is_read) in [(10, true), (1_700, false)] {
+        let db = captured();
+        let mut client = db.connect();
+        let drawn: i64 = value(&mut client, "SELECT last_value FROM litellm_spend.change_log_seq");
+        let copies = r#"INSERT INTO "LiteLLM_SpendLogs" SELECT * FROM "LiteLLM_SpendLogs_legacy";"#;
+        let rows = insert_rows("new", 9_000, 3)
+            .replace("'{}'", &format!(r#"jsonb_build_object('a', repeat('x', {bytes}))"#));
+        client
+            .batch_execute(&UPSTREAM_SCRIPT.replace("COMMIT", &format!("{copies} {rows}; COMMIT")))
+            .unwrap();
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+        assert!(holds(&mut client, "SELECT predecessor IS NOT NULL FROM litellm_spend.capture"));
+        let now: i64 = value(&mut client, "SELECT last_value FROM litellm_spend.change_log_seq");
+        assert_eq!(now > drawn, is_read, "the gap is read under the lock");
+        assert_eq!(value::<i64>(&mut client, REQUESTS), 9_100);
+        assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
+        assert_verified(&mut client);
+    }
+}

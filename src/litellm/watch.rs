@@ -246,21 +246,26 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
         if Table::find(partition)?.is_some_and(|table| Owner::role(table.owner_oid) != owner) {
             return uncover_all(&state.source);
         }
-        let name = relation::relation_name(partition)?;
-        let sql = format!(
-            "SELECT date_trunc('day', min(\"startTime\")), {} FROM {name}",
-            next_midnight("max(\"startTime\")")
-        );
-        let ends = owner.fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
-        for (first, end) in ends.into_iter().flatten() {
-            spi::execute(
-                &format!(
-                    "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-                     VALUES ($1, $2, 'rebuild', 'ATTACH')"
-                ),
-                &[first.into(), end.into()],
-            )?;
-        }
+        note_days_of(&relation::relation_name(partition)?, owner)?;
+    }
+    Ok(())
+}
+
+/// Notes the days of the rows that a table has brought: they are computed again, a day a transaction.
+fn note_days_of(table: &str, owner: Owner) -> Result<()> {
+    let sql = format!(
+        "SELECT date_trunc('day', min(\"startTime\")), {} FROM {table}",
+        next_midnight("max(\"startTime\")")
+    );
+    let ends = owner.fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
+    for (first, end) in ends.into_iter().flatten() {
+        spi::execute(
+            &format!(
+                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+                 VALUES ($1, $2, 'rebuild', 'ATTACH')"
+            ),
+            &[first.into(), end.into()],
+        )?;
     }
     Ok(())
 }
@@ -328,9 +333,12 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     if was_captured {
         uncover_all(&state.source)?;
     }
-    // 2. no writer from here on, so that each row is either in the gap or captured.
+    // 2. no writer from here on, so that each row is either in the gap or captured. They do not wait until
+    //    many rows are read, as where copies of the old ones have come with the table.
     create_triggers(&state)?;
-    if !was_captured {
+    if beside.is_some() && !was_captured && size_of(&tree)? > LARGE_GAP {
+        note_days_of(&table.qualified(), owner)?;
+    } else if !was_captured {
         let capture = Capture { columns: &state.columns };
         owner.run(capture.insert_gap(&table.qualified(), beside_name.as_deref()))?;
     }
@@ -348,6 +356,17 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
         &[old.into(), replacement.into()],
     )?;
     Ok(())
+}
+
+/// The bytes of its rows that a table which replaces the captured one may have for the gap to be read while
+/// its writers wait: about 8,000 rows of 2 kB.
+const LARGE_GAP: i64 = 16 << 20;
+
+fn size_of(tables: &[pg_sys::Oid]) -> Result<i64> {
+    let sql =
+        "SELECT coalesce(sum(pg_catalog.pg_relation_size(oid)), 0)::bigint FROM unnest($1::oid[]) AS oid";
+    let sizes = spi::query(sql, &[tables.to_vec().into()], |r| spi::value::<i64>(r, 1))?;
+    Ok(sizes.into_iter().sum())
 }
 
 /// The end of the last day of a relation, by its column `time`.
