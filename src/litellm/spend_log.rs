@@ -98,8 +98,8 @@ impl Capture<'_> {
 
     /// The same with NULL, which takes no room, for the dimensions that are not wanted.
     fn rows_with(&self, wanted: impl Fn(&str) -> bool, relation: &str, sign: i32, condition: &str) -> String {
-        // `timestamp_larger()`, of which there is no other, takes no time with a zone: that would be cast, and
-        // silently, to an hour of the writer's zone.
+        // `timestamp_larger()`, of which there is no other, takes no time with a zone: that would be cast,
+        // and silently, to an hour of the writer's zone.
         let hour = format!("date_trunc('hour', timestamp_larger(r.{}, '-infinity')) AS hour", quoted(TIME));
         let dimensions = DIMENSIONS.iter().map(|d| {
             let name = quoted(d.name);
@@ -479,8 +479,8 @@ fn note_moves() -> String {
 
 /// Makes a trigger function of a table, for its owner.
 pub fn create_function(name: &str, body: &str) -> String {
-    // The days of a note are not to depend on the writer's zone. And of rows that a policy hides from the owner
-    // it would be thought that they are gone, or new: that is a failure, and counted as one.
+    // The days of a note are not to depend on the writer's zone. And of rows that a policy hides from the
+    // owner it would be thought that they are gone, or new: that is a failure, and counted as one.
     let whose = match name == function_name(MOVE) {
         true => "INVOKER",
         false => "DEFINER SET TimeZone = 'UTC' SET row_security = off",

@@ -6,8 +6,8 @@
 //!
 //! Whose rights: a view runs with its owner's, so its owner is granted the columns that it shows, of the
 //! rollup and of the change log, and no others; a view is only adopted if its owner may read the spend log
-//! itself, and if it does read it or belongs to the table's owner. LiteLLM's own query is text of theirs: it is parsed as the view's owner when it is given back.
-//! What belongs to another owner later is let go.
+//! itself, and if it does read it or belongs to the table's owner. LiteLLM's own query is text of theirs: it
+//! is parsed as the view's owner when it is given back. What belongs to another owner later is let go.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -163,9 +163,9 @@ pub fn any_adopted() -> Result<bool> {
     Ok(!spi::query(&sql, &[], |_| Ok(()))?.is_empty())
 }
 
-/// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours. Ours reads no
-/// column of the table, so by now those that LiteLLM's names may be gone, or have another type. Then the view
-/// shows nothing, and what is returned says why.
+/// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours. Ours reads
+/// no column of the table, so by now those that LiteLLM's names may be gone, or have another type. Then the
+/// view shows nothing, and what is returned says why.
 fn let_go(view: &PublicView, found: &Table) -> Result<Option<String>> {
     let original = spi::query(
         &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
