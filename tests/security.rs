@@ -394,7 +394,8 @@ fn an_admin_who_owns_no_table_changes_none() {
     client.batch_execute("DROP OWNED BY ops_a; DROP ROLE ops_a").unwrap();
 }
 
-/// What a detach has kept is for who may act for the owner of the table that was detached, and for superusers.
+/// What a detach has kept is for who may act for the owner of the table that was detached, and for
+/// superusers.
 #[test]
 fn kept_history_belongs_to_who_owned_the_table() {
     let db = shared().database().with_rows("a", 50, 5).attached();
