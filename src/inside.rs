@@ -272,6 +272,7 @@ mod tests {
 
     #[pg_test]
     fn a_cancel_behind_a_limit_that_is_over_is_a_cancel() {
+        let _pinned = Elevated::pinned();
         attempt(|| {
             let _limit = Limit::begin(Duration::from_millis(20), false);
             spi::execute("SELECT pg_sleep(60)", &[])
