@@ -51,8 +51,9 @@ pub extern "C-unwind" fn _PG_init() {
     guc::register();
     server::guard::install();
     server::hint::install();
-    // SAFETY: a flag of the postmaster.
-    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+    // No process of ours while pg_upgrade has a server run: it has noted the next XID, and what is there.
+    // SAFETY: flags of the postmaster.
+    if unsafe { pg_sys::process_shared_preload_libraries_in_progress && !pg_sys::IsBinaryUpgrade } {
         worker::launcher::register();
         worker::hook::install();
     }

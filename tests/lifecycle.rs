@@ -912,6 +912,28 @@ fn databases_without_the_extension_take_no_worker_slot() {
 }
 
 #[test]
+fn what_an_interrupted_drop_has_left_of_a_database_gets_no_worker() {
+    let cluster = own_cluster(&["litellm_spend.discovery_interval = '1s'"]);
+    let mut admin = cluster.connect("postgres");
+    let left = cluster.database();
+    admin
+        .batch_execute(&format!("UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{}'", left.name))
+        .unwrap();
+    let worker_of = |db: &Database| {
+        format!("SELECT count(*) > 0 FROM spend_worker_status WHERE database = '{}'", db.name)
+    };
+    let refused = format!("cannot connect to invalid database \"{}\"", left.name);
+    // One may have been on its way. With each new one another search has begun.
+    let counts = [(); 4].map(|()| {
+        let next = cluster.database();
+        let mut client = next.connect();
+        eventually("a new one is found", || holds(&mut client, &worker_of(&next)));
+        cluster.log().matches(&refused).count()
+    });
+    assert_eq!(counts[0], counts[3], "{}", cluster.log_tail());
+}
+
+#[test]
 fn workers_come_and_go_with_their_databases() {
     let cluster = own_cluster(&[]);
     let workers = |db: &Database| {

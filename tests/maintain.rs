@@ -222,6 +222,33 @@ fn day_of_events(client: &mut Client, day: &str, rows: u32) {
 }
 
 #[test]
+fn a_partition_that_something_refers_to_is_not_counted_to_be_dropped() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client.batch_execute("SELECT spend_partition_set('events', 'day', 3, '2 days')").unwrap();
+    maintain_at(&mut client, "events", "2026-10-20");
+    day_of_events(&mut client, "2026-10-20", 100);
+    for (make, drop, what) in [
+        (
+            "CREATE FUNCTION n() RETURNS bigint LANGUAGE sql BEGIN ATOMIC SELECT count(*) FROM events_p20261020; END",
+            "DROP FUNCTION n()",
+            "function public.n()",
+        ),
+        ("CREATE VIEW v AS SELECT * FROM events_p20261020", "DROP VIEW v", "public.v"),
+    ] {
+        client.batch_execute(make).unwrap();
+        let actions = maintain_at(&mut client, "events", "2026-10-25");
+        let skipped: Vec<_> = actions.iter().filter(|a| a.0 == "skipped").collect();
+        assert_eq!(skipped.len(), 1, "{actions:?}");
+        assert!(skipped[0].3.contains(&format!("is referenced by {what}")), "{actions:?}");
+        client.batch_execute(drop).unwrap();
+    }
+    let actions = maintain_at(&mut client, "events", "2026-10-25");
+    assert!(actions.iter().any(|a| a.0 == "dropped" && a.2 == 100), "{actions:?}");
+}
+
+#[test]
 fn what_ends_at_the_cutoff_goes_and_a_row_at_the_cutoff_stays() {
     let db = cluster().database();
     let mut client = db.connect();

@@ -328,3 +328,52 @@ fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
     wait_until_live(&mut client);
     assert_exact(&mut client);
 }
+
+#[test]
+fn a_server_that_pg_upgrade_brings_over_goes_on_and_nothing_of_ours_runs_meanwhile() {
+    let old = own_cluster(&[]);
+    let db = std::mem::ManuallyDrop::new(old.database().with_rows("old", 200, 10));
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+             SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+             CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('logs', precreate => 3);
+             INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 300) AS i",
+        )
+        .unwrap();
+    eventually("partitions are made", || {
+        holds(&mut client, "SELECT count(*) = 4 FROM spend_partition_status WHERE NOT is_default")
+    });
+    wait_until_merged(&mut client);
+    // There is something to merge, and a partition to make.
+    let newest = "SELECT format('DROP TABLE %s', max(i.inhrelid::regclass::text)) FROM pg_inherits i
+                  WHERE i.inhparent = 'logs'::regclass";
+    let drop_newest: String = value(&mut client, newest);
+    let due = "UPDATE litellm_spend.policy SET maintained_at = NULL";
+    client.batch_execute(&format!("BEGIN; {drop_newest}; {due}; {}", insert_rows("tail", 20, 3))).unwrap();
+    let total = r#"SELECT sum(spend)::text FROM "MonthlyGlobalSpend""#;
+    let (expected, kinds) =
+        (value::<String>(&mut client, total), "SELECT sum(n)::text FROM litellm_spend.by_kind");
+    client.batch_execute("COMMIT").unwrap();
+    drop(client);
+
+    let (new, logged) = old.upgraded();
+    assert!(logged.contains("database system is ready"), "{logged}");
+    assert!(!logged.contains("litellm_spend launcher"), "{logged}");
+    let mut client = new.connect(&db.name);
+    assert_eq!(value::<String>(&mut client, total), expected);
+    assert_eq!(value::<String>(&mut client, kinds), "300");
+    client.batch_execute(&insert_rows("new", 20, 3)).unwrap();
+    client.batch_execute("INSERT INTO ev (kind) VALUES (1)").unwrap();
+    wait_until_merged(&mut client);
+    eventually("the partition is made", || {
+        holds(&mut client, "SELECT count(*) = 4 FROM spend_partition_status WHERE NOT is_default")
+    });
+    assert_exact(&mut client);
+    assert_verified(&mut client);
+    assert_eq!(value::<String>(&mut client, kinds), "301");
+}

@@ -154,14 +154,16 @@ fn write_record(
 
 /// DROP would fail, after the count.
 fn refuse_dependents(partition: &Partition) -> Result<()> {
-    let views = spi::query(
-        "SELECT r.ev_class::regclass::text FROM pg_catalog.pg_depend d
-         JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
-         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND r.ev_class <> $1",
+    let objects = spi::query(
+        "SELECT coalesce(r.ev_class::regclass::text, pg_describe_object(d.classid, d.objid, 0))
+         FROM pg_catalog.pg_depend d
+         LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND d.deptype = 'n'
+           AND d.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass) AND r.ev_class IS DISTINCT FROM $1",
         &[partition.oid.into()],
         |r| spi::value::<String>(r, 1),
     )?;
-    match views.into_iter().next() {
+    match objects.into_iter().next() {
         None => Ok(()),
         Some(by) => Err(Error::Referenced { relation: partition.name.clone(), by }),
     }

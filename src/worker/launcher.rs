@@ -182,6 +182,9 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
     Tenant::Served(worker)
 }
 
+/// The limit of connections by which the server marks what an interrupted DROP DATABASE has left.
+const HALF_DROPPED: i32 = -2;
+
 /// The databases that accept connections, by Oid. The launcher has no database, so this scans the shared
 /// catalog itself.
 fn databases() -> BTreeMap<u32, String> {
@@ -199,7 +202,7 @@ fn databases() -> BTreeMap<u32, String> {
                     break;
                 }
                 let database = pg_sys::GETSTRUCT(tuple) as pg_sys::Form_pg_database;
-                if (*database).datallowconn {
+                if (*database).datallowconn && (*database).datconnlimit != HALF_DROPPED {
                     let name =
                         CStr::from_ptr((*database).datname.data.as_ptr()).to_string_lossy().into_owned();
                     found.insert((*database).oid.to_u32(), name);

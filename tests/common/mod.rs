@@ -62,12 +62,12 @@ impl Cluster {
 
     /// Starts the server of a data folder.
     fn run(dir: PathBuf, bin: PathBuf, user: Option<(u32, u32)>, conf: &str) -> Cluster {
-        let path = dir.join("data/postgresql.conf");
-        let own = format!(
-            "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n{conf}",
-            dir.display()
-        );
-        fs::write(&path, fs::read_to_string(&path).unwrap() + &own).unwrap();
+        configure(&dir, conf);
+        Cluster::begin(dir, bin, user)
+    }
+
+    /// The same as it is configured.
+    fn begin(dir: PathBuf, bin: PathBuf, user: Option<(u32, u32)>) -> Cluster {
         let watchdog = watchdog(&dir, &bin, user);
         let postmaster = Mutex::new(spawn(&dir, &bin, user));
         let cluster = Cluster { dir, bin, user, postmaster, _watchdog: watchdog };
@@ -209,12 +209,38 @@ impl Cluster {
         let path = dir.join("data/postgresql.conf");
         let conf = fs::read_to_string(&path).unwrap();
         fs::write(&path, conf + &format!("unix_socket_directories = '{}'\n", dir.display())).unwrap();
-        let watchdog = watchdog(&dir, &self.bin, self.user);
-        let postmaster = Mutex::new(spawn(&dir, &self.bin, self.user));
-        let standby =
-            Cluster { dir, bin: self.bin.clone(), user: self.user, postmaster, _watchdog: watchdog };
-        standby.wait_ready();
-        standby
+        Cluster::begin(dir, self.bin.clone(), self.user)
+    }
+
+    /// Stops it, and starts a new server, of the same version, to which pg_upgrade has brought its databases.
+    /// Also returns what was logged by the servers that pg_upgrade ran.
+    pub fn upgraded(&self) -> (Cluster, String) {
+        self.stop("-INT").unwrap();
+        let dir = new_dir(self.user);
+        initdb(&dir, &self.bin, self.user);
+        configure(
+            &dir,
+            "shared_preload_libraries = 'litellm_spend'\nlitellm_spend.merge_interval = '50ms'\n",
+        );
+        let path = |dir: &Path| dir.join("data").to_str().unwrap().to_string();
+        let bin = self.bin.to_str().unwrap();
+        run(as_user(&self.bin.join("pg_upgrade"), self.user).current_dir(&dir).args([
+            "-b",
+            bin,
+            "-B",
+            bin,
+            "-d",
+            &path(&self.dir),
+            "-D",
+            &path(&dir),
+            "-U",
+            "postgres",
+            "--retain",
+        ]));
+        let logs = Command::new("find").arg(&dir).args(["-name", "pg_upgrade_server*.log"]).output().unwrap();
+        let logs = String::from_utf8(logs.stdout).unwrap();
+        let logged = logs.lines().map(|file| fs::read_to_string(file).unwrap()).collect();
+        (Cluster::begin(dir, self.bin.clone(), self.user), logged)
     }
 
     pub fn log(&self) -> String {
@@ -346,18 +372,7 @@ fn original(bin: &Path, user: Option<(u32, u32)>) -> PathBuf {
     let made = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     if !made.exists() {
         let dir = new_dir(user);
-        run(as_user(&bin.join("initdb"), user).current_dir(&dir).args([
-            "-N",
-            "-D",
-            "data",
-            "-U",
-            "postgres",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            "--locale=C.UTF-8",
-        ]));
+        initdb(&dir, bin, user);
         let conf = fs::read(dir.join("data/postgresql.conf")).unwrap();
         let cluster = Cluster::run(dir, bin.into(), user, "");
         cluster.make_template();
@@ -371,6 +386,30 @@ fn original(bin: &Path, user: Option<(u32, u32)>) -> PathBuf {
         }
     }
     made
+}
+
+fn initdb(dir: &Path, bin: &Path, user: Option<(u32, u32)>) {
+    run(as_user(&bin.join("initdb"), user).current_dir(dir).args([
+        "-N",
+        "-D",
+        "data",
+        "-U",
+        "postgres",
+        "-A",
+        "trust",
+        "-E",
+        "UTF8",
+        "--locale=C.UTF-8",
+    ]));
+}
+
+fn configure(dir: &Path, conf: &str) {
+    let path = dir.join("data/postgresql.conf");
+    let own = format!(
+        "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n{conf}",
+        dir.display()
+    );
+    fs::write(&path, fs::read_to_string(&path).unwrap() + &own).unwrap();
 }
 
 fn bin_dir() -> PathBuf {
