@@ -15,8 +15,8 @@ AS $monthly$
 DECLARE
     raw regclass;
 BEGIN
-    IF days < 0 THEN
-        RAISE EXCEPTION 'days must not be negative'
+    IF days < 0 OR days > 1000000 THEN
+        RAISE EXCEPTION 'days must be from 0 to 1000000'
             USING ERRCODE = 'invalid_parameter_value', DETAIL = format('It is %s.', days),
                   HINT = 'Pass 30 for what "MonthlyGlobalSpend" shows.';
     END IF;

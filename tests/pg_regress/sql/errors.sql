@@ -6,6 +6,7 @@ SELECT spend_attach('"DailyTagSpend"');
 SELECT spend_attach(on_delete => 'forget');
 SELECT spend_detach();
 SELECT * FROM monthly_global_spend(-1);
+SELECT * FROM monthly_global_spend(2147483647);
 SELECT * FROM monthly_global_spend();
 BEGIN ISOLATION LEVEL REPEATABLE READ;
 SELECT spend_attach();
