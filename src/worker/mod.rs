@@ -2,6 +2,7 @@
 //! And the hook that sees DDL of others'. May call all below.
 
 pub mod builder;
+pub mod database;
 pub mod hook;
 pub mod launcher;
 pub mod process;
