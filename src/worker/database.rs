@@ -176,7 +176,7 @@ impl Steps {
         if !self.resting.iter().any(|(subject, (until, _))| is_merge(subject) && *until <= now) {
             return false;
         }
-        let there = in_transaction(|| attempt_as_owner(rollups::merged)).unwrap_or_default();
+        let Ok(there) = in_transaction(|| attempt_as_owner(rollups::merged)) else { return true };
         self.resting.retain(|subject, _| match subject {
             Subject::Source(name) => there.iter().any(|(_, source)| source == name),
             Subject::Rollup(name) => there.iter().any(|(rollup, _)| rollup == name),
