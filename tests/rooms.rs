@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// From the bottom to the top.
 const ROOMS: [&str; 9] =
@@ -17,9 +17,8 @@ fn no_room_calls_one_above_it_and_the_map_is_right() {
     let (mut calls, mut upward) = (BTreeMap::<&str, BTreeSet<&str>>::new(), BTreeSet::new());
     let mut files = 0;
     for (floor, room) in ROOMS.iter().enumerate() {
-        for file in fs::read_dir(root.join("src").join(room)).unwrap() {
-            let path = file.unwrap().path();
-            let file = format!("{room}/{}", path.file_name().unwrap().to_str().unwrap());
+        for path in files_below(&root.join("src").join(room)) {
+            let file = path.strip_prefix(root.join("src")).unwrap().display().to_string();
             let text = fs::read_to_string(&path).unwrap();
             files += 1;
             let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
@@ -53,22 +52,21 @@ fn no_room_calls_one_above_it_and_the_map_is_right() {
     }
 }
 
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
 /// rustfmt leaves comments as they are; what it breaks is as wide as rustfmt.toml says.
 #[test]
 fn a_comment_is_no_wider_than_the_code() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (mut wide, mut comments) = (vec![], 0);
-    let mut folders = vec![root.join("src"), root.join("tests"), root.join("sql")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
+    for folder in ["src", "tests", "sql"] {
+        for path in files_below(&root.join(folder)) {
             let marker = match path.extension().and_then(|extension| extension.to_str()) {
                 Some("rs") => "//",
-                Some("sql") if path.starts_with(root.join("sql")) => "--",
-                _ if path.is_dir() => {
-                    folders.push(path);
-                    continue;
-                }
+                Some("sql") if folder == "sql" => "--",
                 _ => continue,
             };
             for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
