@@ -357,6 +357,54 @@ fn without_a_worker_each_call_does_a_step_and_prints_what_only_top_level_can() {
     assert_exact(&mut client);
 }
 
+/// The server rounds a border to what the column can hold. A proof of another border would be none, and all
+/// rows would be read under the swap's lock.
+#[test]
+fn a_cutover_finer_than_the_column_is_the_next_time_it_can_hold_and_no_row_is_read() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute("SET TimeZone = 'UTC'").unwrap();
+    for (asked_of, column, cutover, border) in [
+        ("timestamp(3)", "timestamp(3)", "2200-01-01 10:00:00.123456", "2200-01-01 10:00:00.124"),
+        ("timestamp(3)", "timestamp(3)", "2200-01-01 10:00:00.123", "2200-01-01 10:00:00.123"),
+        ("timestamptz(0)", "timestamptz(0)", "2200-01-01 10:00:00.4", "2200-01-01 10:00:01"),
+        ("date", "date", "2200-01-01 10:00:00", "2200-01-02 00:00:00"),
+        ("timestamp", "timestamp", "2200-01-01 10:00:00.123456", "2200-01-01 10:00:00.123456"),
+        // It became coarser while the conversion was under way.
+        ("timestamp", "timestamp(3)", "2200-01-01 10:00:00.123456", "2200-01-01 10:00:00.124"),
+    ] {
+        client
+            .batch_execute(&format!(
+                "DROP TABLE IF EXISTS ev CASCADE; CREATE TABLE ev (id int PRIMARY KEY, at {asked_of} NOT NULL);
+                 CREATE INDEX ON ev (at);
+                 INSERT INTO ev SELECT i, '2020-01-01'::timestamp + i * interval '1 hour' FROM generate_series(1, 100) AS i"
+            ))
+            .unwrap();
+        let arguments = format!("'ev', time_column => 'at', cutover => '{cutover}'");
+        client.batch_execute(&format!("SELECT spend_partition_convert({arguments})")).unwrap();
+        client.batch_execute(&format!("ALTER TABLE ev ALTER at TYPE {column}")).unwrap();
+        let planned = format!("SELECT object FROM spend_partition_plan({arguments}) WHERE step = 'cutover'");
+        let planned: String = value(&mut client, &planned);
+        let next = "SELECT detail FROM spend_partition_convert('ev') WHERE state = 'next'";
+        let build: String = value(&mut client, next);
+        client.batch_execute(&build).unwrap();
+        let old: i64 = value(&mut client, "SELECT 'ev'::regclass::oid::bigint");
+        let read = format!(
+            "SELECT coalesce(sum(seq_tup_read), 0)::bigint FROM pg_stat_xact_user_tables WHERE relid = {old}"
+        );
+        client.batch_execute("BEGIN").unwrap();
+        let before: i64 = value(&mut client, &read);
+        assert!(client.query(next, &[]).unwrap().is_empty(), "{column}: it is partitioned");
+        assert_eq!(value::<i64>(&mut client, &read), before, "{column}: under its lock no row was read");
+        client.batch_execute("COMMIT").unwrap();
+        let bound = format!(
+            "SELECT pg_get_expr(relpartbound, oid) = format('FOR VALUES FROM (MINVALUE) TO (%L)', '{border}'::{column})
+             FROM pg_class WHERE relname = 'ev_legacy'"
+        );
+        assert!(holds(&mut client, &bound), "{column}");
+        assert_eq!(planned, format!("'{border}'"), "{column}: the plan says what is done");
+    }
+}
+
 #[test]
 fn a_cutover_that_passes_before_the_swap_stops_the_conversion_and_refuses_no_row() {
     let db = shared().database().attached();

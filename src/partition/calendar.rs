@@ -22,6 +22,14 @@ impl Moment {
         Moment(day.and_time(chrono::NaiveTime::MIN).and_utc().timestamp_micros())
     }
 
+    /// The first multiple of `unit` microseconds that is not before it.
+    pub fn rounded_up(self, unit: i64) -> Moment {
+        match self.0.rem_euclid(unit) {
+            0 => self,
+            past => Moment(self.0.saturating_add(unit - past)),
+        }
+    }
+
     fn utc(self) -> Option<NaiveDateTime> {
         DateTime::from_timestamp_micros(self.0).map(|at| at.naive_utc())
     }
@@ -302,6 +310,15 @@ mod tests {
         assert_eq!(Interval::Day.periods(Moment::MIN, 3), []);
         let last = NaiveDate::MAX.and_time(chrono::NaiveTime::MIN).and_utc().timestamp_micros();
         assert_eq!(Interval::Month.period(Moment(last)), None);
+    }
+
+    #[test]
+    fn a_moment_is_rounded_up_on_both_sides_of_1970() {
+        let rounded = |micros: i64, unit| Moment(micros).rounded_up(unit).0;
+        assert_eq!([1, 1000, 1001].map(|micros| rounded(micros, 1000)), [1000, 1000, 2000]);
+        assert_eq!([-1, -999, -1000].map(|micros| rounded(micros, 1000)), [0, 0, -1000]);
+        assert_eq!(rounded(123_456, 1), 123_456);
+        assert_eq!(Moment::MAX.rounded_up(1000), Moment::MAX);
     }
 
     fn group(gap: Range, first: &str, last: &str, rows: i64) -> Group {

@@ -40,7 +40,7 @@ use serde::{Deserialize, Serialize};
 pub struct Options {
     pub interval: String,
     pub precreate: u32,
-    /// Microseconds since 1970, UTC.
+    /// Microseconds since 1970, UTC. As it was asked for, see [`Conversion::cutover`].
     pub cutover: i64,
     pub time_column: String,
     /// It is to be taken back.
@@ -85,8 +85,11 @@ impl Conversion {
         suffixed(&self.table, "_legacy_pkey")
     }
 
-    pub fn cutover(&self) -> Moment {
-        Moment(self.options.cutover)
+    /// The end of the old table's partition: the time that was asked for, or the next that the column can
+    /// hold. The server rounds a border to the nearest one, and would not believe a proof of another.
+    pub fn cutover(&self) -> Result<Moment> {
+        let unit = layout::unit(self.relation, &self.options.time_column)?;
+        Ok(Moment(self.options.cutover).rounded_up(unit))
     }
 
     pub fn interval(&self) -> Interval {
@@ -138,7 +141,7 @@ impl Conversion {
 
     /// Rows that could not be in a partition that ends at the cutover.
     pub fn rows_beyond(&self) -> Result<Option<Error>> {
-        let (time, cutover) = (quoted(&self.options.time_column), self.cutover().to_string());
+        let (time, cutover) = (quoted(&self.options.time_column), self.cutover()?.to_string());
         let beyond = format!("{time} >= {cutover}");
         // Most often there is none, and an index says so.
         let times = Times::of_any(self.owner, self.relation, &self.options.time_column)?;
@@ -256,30 +259,31 @@ impl Conversion {
 
     /// Refuses a cutover that no calendar has, or that is over.
     pub fn check_cutover(&self) -> Result<()> {
-        if self.interval().period(self.cutover()).is_none() {
+        let cutover = self.cutover()?;
+        if self.interval().period(cutover).is_none() {
             return Err(Error::CutoverBeyond);
         }
-        if self.is_over() {
-            return Err(Error::CutoverPast { cutover: self.cutover().to_string() });
+        if self.is_over()? {
+            return Err(Error::CutoverPast { cutover: cutover.to_string() });
         }
         Ok(())
     }
 
     /// From the cutover on rows come that are not before it.
-    fn is_over(&self) -> bool {
-        layout::now() >= self.cutover()
+    fn is_over(&self) -> Result<bool> {
+        Ok(layout::now() >= self.cutover()?)
     }
 
     pub fn is_too_late(&self) -> Result<bool> {
-        let Some(table) = Table::find(self.relation)?.filter(|_| self.is_over()) else { return Ok(false) };
-        Ok(!self.is_swapped(&table)?)
+        let Some(table) = Table::find(self.relation)? else { return Ok(false) };
+        Ok(self.is_over()? && !self.is_swapped(&table)?)
     }
 
     /// Waits for a new call.
     pub fn stop(&self) -> Result<()> {
         self.drop_check()?;
         let hint = format!("SELECT * FROM spend_partition_convert({});", literal(&self.name()));
-        self.halt(&advised(&format!("the cutover {} came before the swap", self.cutover()), &hint))
+        self.halt(&advised(&format!("the cutover {} came before the swap", self.cutover()?), &hint))
     }
 
     /// Whether the CHECK of an older version is there.
@@ -405,7 +409,7 @@ impl Conversion {
             Step::TopLevel(sql) => ("index", format!("{sql};")),
             Step::Wait => ("index", "being built".into()),
             Step::Uncheck => ("index", "the CHECK of an older version is to be removed".into()),
-            Step::Swap => ("swap", format!("before {}", self.cutover())),
+            Step::Swap => ("swap", format!("before {}", self.cutover()?)),
             Step::Nothing => ("", String::new()),
         };
         if let Some(error) = &self.last_error {

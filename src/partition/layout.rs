@@ -233,6 +233,15 @@ pub fn micros(expression: &str) -> String {
     format!("(CASE WHEN {expression} IS NOT NULL THEN least({micros}, 9223372036854775806) END)::bigint")
 }
 
+/// How many microseconds are between two times that the column can hold, as its type says.
+pub fn unit(relation: pg_sys::Oid, time_column: &str) -> Result<i64> {
+    let sql = "SELECT CASE WHEN atttypid = 'date'::regtype THEN 86400000000
+                           WHEN atttypmod >= 0 THEN (10 ^ (6 - atttypmod))::bigint ELSE 1 END
+               FROM pg_catalog.pg_attribute WHERE attrelid = $1 AND attname = $2::name";
+    let units = spi::query(sql, &[relation.into(), time_column.into()], |r| spi::value::<i64>(r, 1))?;
+    Ok(units.into_iter().next().unwrap_or(1))
+}
+
 /// Refuses a table that has parts on other nodes.
 pub fn require_here(oid: pg_sys::Oid) -> Result<()> {
     if citus::is_distributed(oid)? {

@@ -45,7 +45,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         format!(
             "rows before it stay in the old table, one partition; from it on a partition holds a {interval}"
         ),
-        conversion.cutover().to_string(),
+        conversion.cutover()?.to_string(),
         String::new(),
         "in UTC".into(),
     ));
@@ -95,7 +95,7 @@ pub fn plan(table: Table, options: Options) -> Result<Vec<Row>> {
         dependents.functions.iter().map(|f| swap("function with an SQL body: reads the new table", &f.name)),
     );
     let periods = conversion.interval().periods(layout::now(), conversion.options.precreate);
-    let before = Range { from: Moment::MIN, to: conversion.cutover() };
+    let before = Range { from: Moment::MIN, to: conversion.cutover()? };
     for period in missing(&periods, &[before]) {
         rows.push((
             "after".into(),

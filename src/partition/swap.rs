@@ -81,7 +81,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     // 4. the old one as its partition, without being read.
     let parent = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
     let layout = Layout::of(parent, &conversion.options.time_column)?;
-    let before = Range { from: Moment::MIN, to: conversion.cutover() };
+    let before = Range { from: Moment::MIN, to: conversion.cutover()? };
     proof::with(owner, &legacy, &inside(&layout, before), || attach(&layout, &legacy, before))?;
     // 5. one for whatever fits none. The periods to come are for maintenance, which needs weaker locks: each
     //    would have taken ten milliseconds here (debug build, PostgreSQL 15, two shared cores, 2026-11).
