@@ -122,6 +122,39 @@ fn periods_are_created_ahead_by_the_clock_whatever_rows_there_are() {
     client.batch_execute("DROP OWNED BY reader_of_events; DROP ROLE reader_of_events").unwrap();
 }
 
+/// What ALTER DEFAULT PRIVILEGES gave it is taken away.
+#[test]
+fn a_new_partition_is_open_to_whom_the_table_is_and_to_nobody_else() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            "{EVENTS} CREATE ROLE reader_p; CREATE ROLE analyst_p; GRANT SELECT ON events TO reader_p;
+             ALTER DEFAULT PRIVILEGES GRANT SELECT, DELETE ON TABLES TO analyst_p WITH GRANT OPTION;
+             ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC;
+             SELECT spend_partition_set('events', precreate => 1)"
+        ))
+        .unwrap();
+    let actions = maintain(&mut client, "events");
+    assert_eq!(actions.iter().filter(|a| a.0 == "created").count(), 2, "{actions:?}");
+    let grants = "SELECT bool_and(c.relacl = p.relacl) FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
+                  JOIN pg_class p ON p.oid = inhparent
+                  WHERE p.relname = 'events' AND c.relname <> 'events_pdefault'";
+    assert!(holds(&mut client, grants));
+    // With row security it is open to nobody: its policies are not the partition's.
+    client.batch_execute("ALTER TABLE events ENABLE ROW LEVEL SECURITY").unwrap();
+    client.batch_execute("SELECT spend_partition_set('events', precreate => 2)").unwrap();
+    maintain(&mut client, "events");
+    let newest = "SELECT bool_and(x.grantee = c.relowner)
+                  FROM pg_class c, aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) AS x
+                  WHERE c.oid = (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'events'::regclass
+                                 ORDER BY inhrelid DESC LIMIT 1)";
+    assert!(holds(&mut client, newest));
+    client
+        .batch_execute("DROP OWNED BY reader_p, analyst_p; DROP ROLE reader_p; DROP ROLE analyst_p")
+        .unwrap();
+}
+
 #[test]
 fn default_with_many_rows_becomes_a_partition_itself() {
     let db = cluster().database();

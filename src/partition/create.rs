@@ -24,6 +24,7 @@ use crate::guc;
 use crate::litellm::capture::missing_triggers_within;
 use crate::litellm::spend_log::Capture;
 use crate::partition::calendar::{self, Interval, Moment, Range};
+use crate::partition::dependents::revoke_default_privileges;
 use crate::partition::layout::{Layout, Partition};
 use crate::partition::times::Times;
 use crate::server::locks::{self, Mode};
@@ -168,6 +169,7 @@ pub fn create(layout: &Layout, name: &str) -> Result<String> {
     if let Some(identity) = identity {
         layout.owner.run(format!("ALTER TABLE {table} REPLICA IDENTITY {identity}"))?;
     }
+    revoke_default_privileges(layout.owner, &table)?;
     grants(parent.oid, &table)?.iter().try_for_each(|grant| layout.owner.run(grant))?;
     Ok(table)
 }

@@ -139,10 +139,7 @@ impl Dependents {
                 run(format!("COMMENT ON INDEX {index} IS {}", literal(comment)))?;
             }
         }
-        // Default privileges gave it grants: it gets those of the old table instead.
-        for grantee in grantees(&name)? {
-            run(format!("REVOKE ALL ON {name} FROM {grantee} CASCADE"))?;
-        }
+        revoke_default_privileges(owner, &name)?;
         self.pieces.iter().try_for_each(|piece| piece.give(owner))?;
         self.triggers.iter().flat_map(|trigger| &trigger.sql).try_for_each(|sql| owner.run(sql))
     }
@@ -156,15 +153,17 @@ impl Dependents {
     }
 }
 
-/// Who has privileges on a table, but for its owner.
-fn grantees(table: &str) -> Result<Vec<String>> {
-    query(
+/// Takes from a new table what ALTER DEFAULT PRIVILEGES granted on it: it gets the grants of the table that
+/// it is made for instead.
+pub fn revoke_default_privileges(owner: Owner, table: &str) -> Result<()> {
+    let grantees = query(
         "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
          FROM pg_catalog.pg_class c, aclexplode(c.relacl) AS x
          WHERE c.oid = pg_catalog.to_regclass($1) AND x.grantee <> c.relowner",
         &[table.into()],
-        |r| value(r, 1),
-    )
+        |r| value::<String>(r, 1),
+    )?;
+    grantees.iter().try_for_each(|grantee| owner.run(format!("REVOKE ALL ON {table} FROM {grantee} CASCADE")))
 }
 
 fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
