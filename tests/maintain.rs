@@ -1382,6 +1382,65 @@ fn a_time_is_taken_in_the_type_that_it_has_and_without_a_zone_in_utc() {
     assert_refused(&mut client, "SELECT spend_partition_convert(cutover => 7)", "42804");
 }
 
+/// A conversion belongs to the table that it began with, whatever that and others are called.
+#[test]
+fn a_namesake_of_a_table_on_its_way_is_maintained_and_that_table_is_not() {
+    let (_db, mut client) = without_worker();
+    let skipped = |actions: &[(String, String, i64, String)]| {
+        actions.iter().any(|(action, .., detail)| action == "skipped" && detail.contains("being converted"))
+    };
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id int PRIMARY KEY, at timestamp NOT NULL); CREATE INDEX ON ev (at);
+             SELECT spend_partition_convert('ev', time_column => 'at');
+             ALTER TABLE ev RENAME TO ev_old;
+             CREATE TABLE ev (id int, at timestamp NOT NULL, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('ev', precreate => 1, time_column => 'at')",
+        )
+        .unwrap();
+    let actions = maintain(&mut client, "ev");
+    assert!(!skipped(&actions), "{actions:?}");
+    assert_eq!(actions.iter().filter(|a| a.0 == "created").count(), 2, "{actions:?}");
+    // And the other way round.
+    client
+        .batch_execute(&format!(
+            "{EVENTS} SELECT spend_partition_set('events', precreate => 1);
+             SELECT spend_partition_revert('events'); ALTER TABLE events RENAME TO moved"
+        ))
+        .unwrap();
+    let actions = maintain(&mut client, "moved");
+    assert!(skipped(&actions), "{actions:?}");
+}
+
+/// The worker looks at a table whose name one on its way had, and builds its indexes.
+#[test]
+fn a_namesake_of_a_table_on_its_way_gets_its_partitions_and_indexes_from_the_worker() {
+    let db = shared().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("old", 100, 40)).unwrap();
+    // Keeps the swap away.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("it is to be swapped", || {
+        holds(&mut client, "SELECT bool_or(step = 'swap' AND state = 'next') FROM spend_partition_convert()")
+    });
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" RENAME TO old;
+               CREATE TABLE "LiteLLM_SpendLogs" (LIKE old INCLUDING DEFAULTS, PRIMARY KEY (request_id, "startTime"))
+                   PARTITION BY RANGE ("startTime");
+               SELECT spend_partition_set(precreate => 1); SELECT spend_index_set(indexes => '{team}', hot => true)"#,
+        )
+        .unwrap();
+    eventually("it has its partitions", || {
+        holds(&mut client, "SELECT bool_and(partitions_ahead = 1) FROM spend_partition_status")
+    });
+    eventually("and its indexes", || {
+        holds(&mut client, "SELECT count(*) > 0 AND bool_and(state = 'built') FROM spend_index_status")
+    });
+    holder.batch_execute("ROLLBACK").unwrap();
+}
+
 #[test]
 fn bad_input_is_refused_with_a_reason() {
     let db = cluster().database();

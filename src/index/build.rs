@@ -62,7 +62,7 @@ pub fn next(relation: pg_sys::Oid) -> Result<Next> {
     }
     indexes::forget_dropped(relation)?;
     // Its swap would wait for the build, and the other way round.
-    if conversion::is_under_way(&subject.schema, &subject.table)? {
+    if conversion::is_under_way(relation)? {
         return Ok(Next::Wait);
     }
     for place in indexes::survey(relation)? {

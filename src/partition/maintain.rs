@@ -90,7 +90,7 @@ impl<R: Runner> Round<'_, R> {
         let table = self.policy.table.clone();
         let policy = self.policy.clone();
         let looked = self.step(&table, || {
-            if conversion::is_under_way(&policy.schema, &policy.table)? {
+            if conversion::is_under_way(policy.relation)? {
                 return Ok(None);
             }
             let now = now.unwrap_or_else(crate::partition::layout::now);

@@ -185,13 +185,11 @@ pub fn any() -> Result<bool> {
     Ok(!spi::query(&format!("SELECT FROM {SCHEMA}.conversion LIMIT 1"), &[], |_| Ok(()))?.is_empty())
 }
 
-/// Whether the table is on its way, and nothing keeps it from arriving.
-pub fn is_under_way(schema: &str, table: &str) -> Result<bool> {
-    let sql = format!(
-        "SELECT FROM {SCHEMA}.conversion WHERE table_schema = $1::name AND table_name = $2::name
-             AND NOT stopped"
-    );
-    Ok(!spi::query(&sql, &[schema.into(), table.into()], |_| Ok(()))?.is_empty())
+/// Whether the table is on its way, and nothing keeps it from arriving. Whatever it is called by now: another
+/// may have its name.
+pub fn is_under_way(relation: pg_sys::Oid) -> Result<bool> {
+    let sql = format!("SELECT FROM {SCHEMA}.conversion WHERE relation = $1 AND NOT stopped");
+    Ok(!spi::query(&sql, &[relation.into()], |_| Ok(()))?.is_empty())
 }
 
 /// Notes why the step at hand was not done, and how soon it is tried again; or that it was done.

@@ -81,15 +81,13 @@ pub const PREFIX: &str = "litellm_spend_";
 /// A table for which indexes were asked, while it belongs to whom it did.
 pub struct Subject {
     pub relation: pg_sys::Oid,
-    pub schema: String,
     pub table: String,
     pub owner: Owner,
 }
 
-const SUBJECTS: &str = "SELECT DISTINCT c.oid, n.nspname::text, c.relname::text, c.relowner
+const SUBJECTS: &str = "SELECT DISTINCT c.oid, c.relname::text, c.relowner
      FROM litellm_spend.index_set s JOIN litellm_spend.installation i ON i.id = s.origin
-     JOIN pg_catalog.pg_class c ON c.oid = s.relation AND c.relowner = s.owner
-     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
+     JOIN pg_catalog.pg_class c ON c.oid = s.relation AND c.relowner = s.owner";
 
 pub fn subjects() -> Result<Vec<Subject>> {
     spi::query(&format!("{SUBJECTS} ORDER BY 1"), &[], subject)
@@ -100,12 +98,7 @@ pub fn subject_of(relation: pg_sys::Oid) -> Result<Option<Subject>> {
 }
 
 fn subject(r: &pgrx::spi::SpiHeapTupleData) -> Result<Subject> {
-    Ok(Subject {
-        relation: value(r, 1)?,
-        schema: value(r, 2)?,
-        table: value(r, 3)?,
-        owner: Owner::role(value(r, 4)?),
-    })
+    Ok(Subject { relation: value(r, 1)?, table: value(r, 2)?, owner: Owner::role(value(r, 3)?) })
 }
 
 /// The indexes that were asked for on a table of this owner, by name.
