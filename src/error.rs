@@ -543,6 +543,12 @@ errors! {
         "A text is read as the server reads a timestamp; without a time zone it is in UTC.";
         "Pass one such as {example}.";
 
+    TimeBeyond { example: String }:
+        ERRCODE_INVALID_PARAMETER_VALUE;
+        "time is beyond the calendar";
+        "No period begins there.";
+        "Pass one such as {example}.";
+
     CutoverBeyond:
         ERRCODE_INVALID_PARAMETER_VALUE;
         "cutover is beyond the calendar";

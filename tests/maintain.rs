@@ -1366,6 +1366,14 @@ fn a_time_is_taken_in_the_type_that_it_has_and_without_a_zone_in_utc() {
         error(&mut client, "SELECT litellm_spend.maintain_at('events', 'soon')").code().code(),
         "22007"
     );
+    for endless in ["'infinity'", "'-infinity'"] {
+        assert_refused(
+            &mut client,
+            &format!("SELECT litellm_spend.maintain_at('events', {endless})"),
+            "22023",
+        );
+    }
+    assert!(holds(&mut client, "SELECT last_error IS NULL FROM litellm_spend.policy"));
     // A conversion's cutover likewise.
     for (cutover, expected) in [
         ("current_date + 30", "current_date + 30"),

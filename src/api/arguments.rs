@@ -62,7 +62,7 @@ unsafe impl SqlTranslatable for TimeArgument {
 
 impl TimeArgument {
     /// A time that can be passed for each of them: a cutover lies in the future.
-    fn example() -> String {
+    pub fn example() -> String {
         convert::default_cutover(Interval::Day, AHEAD).to_string()
     }
 

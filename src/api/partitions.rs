@@ -306,8 +306,11 @@ fn round(
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
         let policy = policy::find(table.oid)?.ok_or_else(|| Error::NoPolicy(table.qualified()))?;
-        let now = now.map(TimeArgument::timestamp).transpose()?;
-        Ok(maintain::round(&mut run, policy, now.map(layout::moment)))
+        let now = now.map(TimeArgument::timestamp).transpose()?.map(layout::moment);
+        if now.is_some_and(|now| policy.interval.period(now).is_none()) {
+            return Err(Error::TimeBeyond { example: TimeArgument::example() });
+        }
+        Ok(maintain::round(&mut run, policy, now))
     })?;
     run.end()?;
     Ok(TableIterator::new(actions.into_iter().map(|a| (a.action.to_string(), a.partition, a.rows, a.detail))))
