@@ -878,6 +878,28 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
     assert!(holds(&mut client, "SELECT bool_and(state = 'done') FROM spend_partition_convert('theirs')"));
 }
 
+/// LiteLLM's inserts queue behind a migration that waits.
+#[test]
+fn the_build_of_a_conversion_gives_way_to_who_changes_the_table() {
+    let db = shared().database();
+    let mut client = db.connect();
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    // The build waits for it.
+    let mut dump = db.connect();
+    dump.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM pg_class LIMIT 1").unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    let waits = r#"SELECT EXISTS (SELECT FROM pg_stat_progress_create_index p JOIN pg_locks l USING (pid)
+                   WHERE p.relid = '"LiteLLM_SpendLogs"'::regclass AND NOT l.granted)"#;
+    eventually("the build waits", || holds(&mut client, waits));
+    client
+        .batch_execute(r#"SET lock_timeout = '20s'; ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN later text"#)
+        .expect("the build ends long before the snapshot does");
+    dump.batch_execute("COMMIT").unwrap();
+    wait_until_partitioned(&mut client);
+    assert_all_there(&mut client, 1000);
+}
+
 #[test]
 fn a_row_from_the_cutover_on_keeps_the_swap_away() {
     let db = shared().database();

@@ -474,6 +474,27 @@ fn a_build_gives_way_to_who_changes_the_table_and_nobody_who_reads_or_writes_wai
     assert_eq!(ours(&mut client).len(), 2);
 }
 
+/// Nobody queues behind a VACUUM that waits.
+#[test]
+fn a_build_gives_way_to_no_vacuum() {
+    let (db, mut client) = partitioned(shared());
+    let mut dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    while_it_waits(
+        &db,
+        |vacuum| vacuum.batch_execute("VACUUM p1"),
+        |_, _| {
+            // Longer than lock_timeout, and than the worker takes to look.
+            std::thread::sleep(Duration::from_secs(5));
+            assert!(status(&mut client).contains(&("team".into(), "p1".into(), "building".into())));
+            dump.batch_execute("COMMIT").unwrap();
+        },
+    )
+    .unwrap();
+    wait_for(&mut client, "team", "p1", "built");
+}
+
 #[test]
 fn what_is_dropped_while_it_is_built_is_gone() {
     let (db, mut client) = partitioned(shared());

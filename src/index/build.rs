@@ -6,8 +6,8 @@
 //! ```
 //! CONCURRENTLY, one at a time on a table, on the newest partition first; a partition that LiteLLM writes to
 //! only where that was asked for. A process of its own does it ([`crate::index`] only says what): a build
-//! waits for every transaction that was there before it, however long. Whoever waits for its lock longer than
-//! `litellm_spend.lock_timeout` ends it, as an autovacuum would be ended, and it is tried again.
+//! waits for every transaction that was there before it, however long. Who waits for its lock longer than
+//! `litellm_spend.lock_timeout`, with writers behind, ends it, and it is tried again ([`locks::give_way`]).
 //!
 //! What has been done is read from the catalogs each time. An index of ours that is not valid, and that
 //! nobody builds, was left by a build that failed or was killed: it is dropped before anything else.
@@ -19,6 +19,7 @@ use crate::guc;
 use crate::index::catalogue;
 use crate::index::plan;
 use crate::partition::revert::Asked;
+use crate::server::locks;
 use crate::server::relation::{Table, free_name};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
@@ -188,30 +189,9 @@ pub fn round(run: &mut impl Runner) -> bool {
 fn look(relation: pg_sys::Oid) -> Result<Next> {
     let next = next(relation)?;
     if matches!(next, Next::Wait) {
-        give_way(relation)?;
+        locks::give_way(relation)?;
     }
     Ok(next)
-}
-
-/// Cancels our build or drop for whom somebody has waited longer than a lock of ours may be waited for.
-fn give_way(relation: pg_sys::Oid) -> Result<()> {
-    spi::current(
-        "SELECT pg_catalog.pg_cancel_backend(h.pid)
-         FROM pg_catalog.pg_locks w
-         JOIN pg_catalog.pg_locks h ON h.locktype = 'relation' AND h.granted AND h.relation = w.relation
-             AND h.database = w.database AND h.mode = 'ShareUpdateExclusiveLock'
-         JOIN pg_catalog.pg_stat_activity a ON a.pid = h.pid
-         WHERE w.locktype = 'relation' AND NOT w.granted AND a.backend_type = 'litellm_spend builder'
-           AND h.pid = ANY (pg_catalog.pg_blocking_pids(w.pid))
-           AND w.database = (SELECT oid FROM pg_catalog.pg_database
-               WHERE datname = pg_catalog.current_database())
-           AND w.relation IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits
-               WHERE inhparent = $1)
-           AND w.waitstart < clock_timestamp() - make_interval(secs => $2)",
-        &[relation.into(), guc::lock_timeout().time.as_secs_f64().into()],
-        |_| Ok(()),
-    )
-    .map(drop)
 }
 
 /// Ends a build of ours that is not wanted any more. What it leaves is dropped.

@@ -6,8 +6,9 @@
 //!  index      SHARE UPDATE EXCLUSIVE                the build; concurrently, nobody waits
 //!  swap       ACCESS EXCLUSIVE, and on its views    milliseconds: only catalogs change
 //! ```
-//! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`. What has been done is read from
-//! the catalogs each time, so a conversion goes on from wherever it was interrupted.
+//! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`; who waits for the build, with
+//! writers behind, ends it ([`locks::give_way`]). What has been done is read from the catalogs each time, so
+//! a conversion goes on from wherever it was interrupted.
 //!
 //! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock
 //! (`proof`): no row is ever refused, and nothing is read. A table without one is refused: only a CHECK could
@@ -438,7 +439,11 @@ pub fn round(run: &mut impl Runner) -> bool {
             if !conversion.options.aborted && conversion.is_too_late()? {
                 return conversion.stop().map(|_| Step::Wait);
             }
-            conversion.next_step()
+            let next = conversion.next_step()?;
+            if matches!(next, Step::Wait | Step::TopLevel(_)) {
+                locks::give_way(conversion.relation)?;
+            }
+            Ok(next)
         });
         let done = match next {
             None | Some(Step::Wait) => None,
