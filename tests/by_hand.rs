@@ -173,6 +173,43 @@ fn a_window_of_a_partition_never_passes_a_number_that_was_drawn_through_its_pare
 }
 
 #[test]
+fn a_number_that_a_sequence_set_back_gives_again_is_waited_for() {
+    let db = shared().database();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial, v int); INSERT INTO ev (v) VALUES (1), (2), (3), (4);
+             SELECT spend_rollup_register('hand', 'ev')",
+        )
+        .unwrap();
+    let window = |client: &mut Client| {
+        let row = client.query_one("SELECT * FROM spend_rollup_window('hand')", &[]).unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    };
+    let back = "SELECT setval('ev_id_seq', (SELECT max(id) FROM ev))";
+    assert_eq!(window(&mut client), (1, 4));
+    // Those that are drawn again stay below what was remembered, or pass it.
+    for drawn in [1, 9] {
+        writer.batch_execute("BEGIN; INSERT INTO ev (v) SELECT 2 FROM generate_series(1, 6)").unwrap();
+        assert_eq!(window(&mut client), (5, 4), "they are not visible yet");
+        writer.batch_execute("ROLLBACK").unwrap();
+        client.batch_execute(back).unwrap();
+        if drawn > 6 {
+            assert_eq!(window(&mut client), (5, 4), "there is nothing new");
+        }
+        writer
+            .batch_execute(&format!("BEGIN; INSERT INTO ev (v) SELECT 3 FROM generate_series(1, {drawn})"))
+            .unwrap();
+        assert_eq!(window(&mut client), (5, 4), "{drawn} rows are not visible yet");
+        writer.batch_execute("ROLLBACK").unwrap();
+        client.batch_execute(back).unwrap();
+        assert_eq!(window(&mut client), (5, 4), "there is nothing new");
+    }
+    client.batch_execute("INSERT INTO ev (v) VALUES (4)").unwrap();
+    assert_eq!(window(&mut client), (5, 5));
+}
+
+#[test]
 fn a_window_is_refused_where_it_could_not_be_exact() {
     let db = shared().database();
     let mut client = db.connect();

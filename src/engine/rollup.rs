@@ -23,6 +23,7 @@ use crate::server::text::{SCHEMA, quoted};
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::sources::{self, CHANGE_LOG, Source};
+use crate::state::window::Window;
 use pgrx::pg_sys;
 use std::time::Instant;
 
@@ -59,12 +60,15 @@ pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
 
 /// Looks how far it is safe to merge, without waiting for anybody longer than `patience`.
 pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
+    let before = (source.window.clone(), source.nodes.clone());
     loop {
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
         //    who has ended. And before the relations that they write to, which are read as they are now:
         //    whoever drew such a value through a partition that has just been attached is found there.
         let last_value = relation::last_value(source.sequence)?.unwrap_or(source.merged_to);
         let nothing = Look { safe_end: source.merged_to, last_value };
+        source.window.forget_above(last_value);
+        source.nodes.forget_above(last_value);
         let Some(relation) = sources::relation_of(source)? else { return Ok(nothing) };
         let mut distributed = false;
         if source.name != CHANGE_LOG {
@@ -73,6 +77,7 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         }
         // Of a distributed one another node may have numbered rows.
         if last_value == source.merged_to && !distributed {
+            store_unless_same(source, &before)?;
             return Ok(nothing);
         }
         relation::check_sequence(source.sequence)?;
@@ -80,7 +85,6 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         let relations = sources::inserted_into(relation, source.sequence)?;
         let writers = sources::writers(&relations)?;
         // 3. what is safe now; the rest is remembered for the next look.
-        let before = (source.window.clone(), source.nodes.clone());
         let mut safe_end = source.window.look(last_value, &writers.holders).unwrap_or(source.merged_to);
         // 4. of that, what is safe on other nodes too, which are asked after the writers here.
         if let Some(writers) = citus::writers(relation, source.sequence, &relations)? {
@@ -88,13 +92,18 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         }
         //    A statement that called us does not end while we wait.
         let done = safe_end >= last_value || writers.ourselves || !patience.try_again();
-        if done && (&source.window, &source.nodes) != (&before.0, &before.1) {
-            sources::store_windows(source)?;
-        }
         if done {
+            store_unless_same(source, &before)?;
             return Ok(Look { safe_end, last_value });
         }
     }
+}
+
+fn store_unless_same(source: &Source, before: &(Window, Window)) -> Result<()> {
+    if (&source.window, &source.nodes) == (&before.0, &before.1) {
+        return Ok(());
+    }
+    sources::store_windows(source)
 }
 
 /// Merges the next window of rollup `name`, which ends at `safe_end` at the latest and holds at most `most`

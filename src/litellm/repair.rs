@@ -152,6 +152,7 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
         tables.extend(relation::relation_tree(relation)?);
     }
     let writers = sources::writers(&tables)?;
+    capture.window.forget_above(last);
     let safe = capture.window.look(last, &writers.holders);
     sources::store_failure_window(&capture.source, &capture.window)?;
     let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };

@@ -15,6 +15,10 @@
 //! A *candidate* is such an `S` with the holders it still waits for. It is remembered between looks, so that
 //! nobody has to wait with a transaction open, and a source that always has some writer still advances.
 //!
+//! A sequence that is set back gives values again, to transactions that no candidate waits for: at the next
+//! look candidates above its last value are void ([`Window::forget_above`]). One that it has passed again by
+//! then cannot be told from one that it never fell behind.
+//!
 //! A holder is a virtual transaction, as `pg_locks` prints it. PREPARE TRANSACTION keeps it (from PostgreSQL
 //! 14 on), but a restart recovers a prepared transaction as another one, `-1/<xid>`. So a remembered session
 //! that vanished may have become any of those: while a candidate waits for sessions, it also waits for every
@@ -75,6 +79,11 @@ impl Window {
         safe
     }
 
+    /// Voids the candidates of a sequence that was set back. `last_value` is its own, not what is safe of it.
+    pub fn forget_above(&mut self, last_value: i64) {
+        self.candidates.retain(|c| c.end <= last_value);
+    }
+
     /// An older candidate that waits for all that a newer one waits for can only become safe later.
     fn drop_dominated(&mut self) {
         let mut kept: Vec<Candidate> = Vec::with_capacity(self.candidates.len());
@@ -124,6 +133,17 @@ mod tests {
         let mut w = Window::default();
         assert_eq!(w.look(7, &holders(&["3/1"])), None);
         assert_eq!(w.look(9, &holders(&["4/1"])), Some(7));
+    }
+
+    #[test]
+    fn values_that_a_sequence_set_back_gives_again_are_waited_for() {
+        let mut w = Window::default();
+        assert_eq!(w.look(400, &holders(&["3/1"])), None);
+        assert_eq!(w.look(1000, &holders(&["3/1", "4/1"])), None);
+        w.forget_above(401);
+        assert_eq!(w.look(401, &holders(&["5/1"])), Some(400), "up to 401 there is a writer");
+        assert_eq!(w.look(1100, &holders(&["5/1"])), None);
+        assert_eq!(w.look(1100, &holders(&[])), Some(1100));
     }
 
     #[test]
