@@ -223,6 +223,56 @@ fn odd_types_collations_and_merge_functions_stay_exact() {
 }
 
 #[test]
+fn what_a_filter_keeps_out_is_not_computed() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE calls (id bigserial PRIMARY KEY, kind text, body text, n int);
+             SELECT spend_rollup_create('by_kind', 'calls', '{kind}',
+                 ARRAY['count(body::jsonb -> ''error'') FILTER (WHERE kind = ''json'') AS errors',
+                       'avg(1.0 / n) FILTER (WHERE n <> 0) AS mean'])",
+        )
+        .unwrap();
+    let ours = "TABLE litellm_spend.by_kind";
+    let theirs = "SELECT kind, count(body::jsonb -> 'error') FILTER (WHERE kind = 'json'), avg(1.0 / n) FILTER (WHERE n <> 0)
+                  FROM calls GROUP BY kind";
+    for _ in 0..2 {
+        client
+            .batch_execute(
+                r#"INSERT INTO calls (kind, body, n) VALUES ('json', '{"error": 1}', 2), ('json', '{}', 4), ('json', NULL, NULL),
+                       ('text', 'hello', 0), ('text', 'no json', 5), (NULL, 'nor this', NULL)"#,
+            )
+            .unwrap();
+        assert_same(&mut client, ours, theirs);
+        merged(&mut client, "by_kind");
+    }
+    assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_rollup_status"));
+}
+
+#[test]
+fn merge_with_in_a_literal_or_a_name_says_no_function() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE TABLE notes (id bigserial PRIMARY KEY, kind int, note text);
+               SELECT spend_rollup_create('by_kind', 'notes', '{kind}',
+                   ARRAY['count(*) FILTER (WHERE note = ''please merge with main'') AS n', 'count(note) AS "how many merge with it"',
+                         'array_agg(id) FILTER (WHERE note <> ''please merge with main'') AS "merge with array_agg" MERGE WITH array_cat']);
+               INSERT INTO notes (kind, note) VALUES (1, 'please merge with main'), (1, 'no'), (2, NULL)"#,
+        )
+        .unwrap();
+    let ours = "TABLE litellm_spend.by_kind";
+    let theirs = "SELECT kind, count(*) FILTER (WHERE note = 'please merge with main'), count(note),
+                      array_agg(id) FILTER (WHERE note <> 'please merge with main')
+                  FROM notes GROUP BY kind";
+    assert_same(&mut client, ours, theirs);
+    merged(&mut client, "by_kind");
+    assert_same(&mut client, ours, theirs);
+}
+
+#[test]
 fn a_declared_rollup_is_exact_at_every_moment_beside_copy_and_insert() {
     let (db, mut client) = page_views();
     client.batch_execute(&views(0, 20_000)).unwrap();

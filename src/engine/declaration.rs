@@ -418,6 +418,8 @@ fn split_merge_with(text: &str) -> (&str, Option<&str>) {
         let before = upper[..at].ends_with(char::is_whitespace);
         let rest = &upper[at + word.len()..];
         let function = rest.trim_start().strip_prefix("WITH").filter(|f| f.starts_with(char::is_whitespace));
+        // Where these words are in a literal or a quoted name, what follows has the quote that ends it.
+        let function = function.filter(|f| !f.contains('\'') && f.matches('"').count() % 2 == 0);
         if let Some(function) = function.filter(|_| before && rest.starts_with(char::is_whitespace)) {
             return (&text[..at], Some(text[text.len() - function.len()..].trim()));
         }
@@ -446,11 +448,16 @@ fn state_of(aggregate: &Aggregate, r#type: &str) -> String {
     }
 }
 
+/// 1 for a row that count(x) counts. Of a row that the filter keeps out, x is not computed: it may fail.
 fn one_if_counted(aggregate: &Aggregate) -> String {
-    let argument = aggregate.arguments.first().map(|a| format!("({}) IS DISTINCT FROM NULL", a.text));
-    let filter = aggregate.filter.as_ref().map(|f| format!("({}) IS TRUE", f.text));
-    let conditions: Vec<String> = argument.into_iter().chain(filter).collect();
-    if conditions.is_empty() { ONE_ROW.into() } else { format!("({})::int", conditions.join(" AND ")) }
+    let argument = aggregate.arguments.first();
+    let argument = argument.map(|a| format!("(({}) IS DISTINCT FROM NULL)::int", a.text));
+    match (argument, &aggregate.filter) {
+        (None, None) => ONE_ROW.into(),
+        (Some(argument), None) => argument,
+        (None, Some(filter)) => format!("(({}) IS TRUE)::int", filter.text),
+        (Some(argument), Some(filter)) => format!("CASE WHEN {} THEN {argument} ELSE 0 END", filter.text),
+    }
 }
 
 enum Merge {
