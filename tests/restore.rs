@@ -240,6 +240,8 @@ fn a_restore_in_pieces_is_left_alone_until_the_last() {
         "CALL spend_backfill()",
         "SELECT spend_partition_maintain('logs')",
         "SELECT spend_rollup_create('other', 'ev', '{kind}', '{count(*) AS n}')",
+        "SELECT spend_rollup_drop('by_kind')",
+        "SELECT spend_rollup_drop('hand')",
     ] {
         assert_refused(&mut client, call, "55000");
     }
@@ -398,6 +400,7 @@ fn a_restore_that_never_came_to_our_state_is_said_and_made_whole() {
         "SELECT spend_rollup_register('hand', 'byhand')",
         "SELECT spend_partition_set('logs')",
         "SELECT spend_rollup_run()",
+        "SELECT spend_rollup_drop('by_kind')",
     ] {
         assert_refused(&mut client, call, "55000");
     }

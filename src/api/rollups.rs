@@ -277,10 +277,10 @@ fn spend_rollup_drop(name: Option<&str>) -> Result<(), ErrorReport> {
     report(|| {
         require_changeable()?;
         let elevated = Elevated::enter()?;
+        restore::require_over()?;
         let name = name.ok_or(Error::Null("rollup name"))?;
         if builtin::is_report(name) {
             let elevated = elevated.impatient(guc::lock_timeout().time);
-            restore::require_over()?;
             return detach::drop_report(elevated.caller(), name);
         }
         if builtin::is_reserved(name) && !rollups::rollup_exists(name)? {
