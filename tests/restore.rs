@@ -337,6 +337,35 @@ fn a_dump_without_the_marker_waits_for_somebody_to_say_that_all_is_there() {
 }
 
 #[test]
+fn a_policy_alone_waits_for_somebody_to_say_that_all_is_there() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE logs (id bigserial, at timestamp NOT NULL) PARTITION BY RANGE (at); CREATE INDEX ON logs (at);
+             SELECT spend_partition_set('logs', 'day', 2); SELECT spend_rollup_register('hand', 'logs', 'logs_id_seq')",
+        )
+        .unwrap();
+    let (custom, database) = (dump(&db, "c"), target("alone"));
+    run("pg_restore", &["-d", &database, &custom]);
+    let_the_worker_look(&database);
+    let mut client = shared().connect(&database);
+    let said = "SELECT count(*) = 1 AND min(remedy) = 'when the restore has ended, not before: SELECT spend_restored();'
+                FROM spend_health";
+    assert!(holds(&mut client, said));
+    let maintain = "SELECT spend_partition_maintain('logs')";
+    for call in [maintain, "SELECT spend_rollup_window('hand')", "SELECT spend_rollup_drop('hand')"] {
+        assert_refused(&mut client, call, "55000");
+    }
+    assert!(holds(&mut client, "SELECT spend_restored()"));
+    client.batch_execute(maintain).unwrap();
+    client.batch_execute("SELECT spend_rollup_window('hand'); SELECT spend_rollup_drop('hand')").unwrap();
+    eventually("all is well", || holds(&mut client, "SELECT count(*) = 0 FROM spend_health"));
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+#[test]
 fn an_owner_speaks_for_the_restore_of_its_own_table_only() {
     let (db, _open) = original();
     let totals: String = value(&mut db.connect(), TOTALS);
