@@ -300,6 +300,13 @@ SELECT datname AS database, pid, backend_type AS kind, backend_start AS started_
 FROM pg_stat_activity
 WHERE backend_type IN ('litellm_spend launcher', 'litellm_spend worker', 'litellm_spend builder');
 
+-- The bound of a partition, in words that any session reads alike. As a reader's own settings write it, the
+-- zone may be an abbreviation that means another one, and day and month may change places.
+CREATE FUNCTION litellm_spend.bound(relation oid) RETURNS text
+STABLE STRICT PARALLEL SAFE SET datestyle = 'ISO' SET timezone = 'UTC'
+-- No column is in it. With the number of the relation that would be locked.
+RETURN (SELECT pg_get_expr(c.relpartbound, 0) FROM pg_class c WHERE c.oid = bound.relation);
+
 -- How many periods are covered without a gap from the one after now on; at most 366.
 CREATE FUNCTION litellm_spend.periods_ahead("interval" text, covered tsmultirange, now timestamp) RETURNS bigint
 STABLE PARALLEL SAFE
@@ -312,15 +319,15 @@ RETURN (
     CROSS JOIN LATERAL (SELECT coalesce((SELECT least(upper(part), first + 366 * step) FROM unnest(covered) AS part WHERE part @> first), first)) AS l(last)
 );
 
-REVOKE ALL ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) TO pg_monitor;
+REVOKE ALL ON FUNCTION litellm_spend.bound(oid), litellm_spend.periods_ahead(text, tsmultirange, timestamp) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION litellm_spend.bound(oid), litellm_spend.periods_ahead(text, tsmultirange, timestamp) TO pg_monitor;
+COMMENT ON FUNCTION litellm_spend.bound(oid) IS 'The bound of a partition, whatever DateStyle and TimeZone of the session';
 COMMENT ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) IS 'How many periods are covered without a gap from the one after a time on, at most 366';
 CREATE OR REPLACE VIEW @extschema@.spend_partition_status AS
 WITH parts AS (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
            coalesce(i.inhdetachpending, false) AS is_pending,
-           -- No column is in it. With the number of the relation that would be locked.
-           pg_get_expr(c.relpartbound, 0) AS bound, c.reltuples, format_type(a.atttypid, NULL) AS time_type
+           litellm_spend.bound(c.oid) AS bound, c.reltuples
     FROM litellm_spend.policy p
     JOIN pg_class t ON t.oid = p.relation AND t.relkind IN ('r', 'p')
     JOIN pg_attribute a ON a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped
@@ -336,14 +343,11 @@ WITH parts AS (
     SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
 ), ranges AS (
     SELECT bounds.*, is_partition AND bound = 'DEFAULT' AS is_default,
-           -- Bounds of a timestamp with time zone are shown in the reader's zone: back to UTC.
-           -- A date can be beyond every timestamp.
+           -- In UTC, also where that is written behind them. A date can be beyond every timestamp.
            CASE WHEN b[1] = 'MINVALUE' THEN '-infinity'
-                WHEN time_type = 'timestamp with time zone' THEN b[1]::timestamptz AT TIME ZONE 'UTC'
                 WHEN b[1]::date > '294276-12-31' THEN 'infinity'
                 ELSE b[1]::timestamp END AS range_start,
            CASE WHEN b[2] = 'MAXVALUE' THEN 'infinity'
-                WHEN time_type = 'timestamp with time zone' THEN b[2]::timestamptz AT TIME ZONE 'UTC'
                 WHEN b[2]::date > '294276-12-31' THEN 'infinity'
                 ELSE b[2]::timestamp END AS range_end
     FROM bounds
@@ -436,7 +440,7 @@ WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datn
 CREATE VIEW litellm_spend.index_survey AS
 WITH parts AS (
     SELECT s.*, t.relkind = 'p' AS partitioned, t.relowner AS owner_now, c.oid AS partition_oid, c.relkind AS kind,
-           c.relowner AS partition_owner, substring(pg_get_expr(c.relpartbound, 0) FROM ' TO \((.*)\)$') AS bound
+           c.relowner AS partition_owner, substring(litellm_spend.bound(c.oid) FROM ' TO \((.*)\)$') AS bound
     FROM litellm_spend.index_set s
     JOIN pg_class t ON t.oid = s.relation
     LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'

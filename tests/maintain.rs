@@ -1178,6 +1178,39 @@ fn bounds_are_the_same_in_every_time_zone() {
     ));
 }
 
+#[test]
+fn the_status_says_the_same_bounds_in_every_style_of_dates() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "SET TimeZone = 'UTC';
+             CREATE TABLE t (at timestamptz NOT NULL) PARTITION BY RANGE (at); CREATE INDEX ON t (at);
+             CREATE TABLE t_1 PARTITION OF t FOR VALUES FROM ('2026-07-01') TO ('2026-07-02');
+             SELECT spend_partition_set('t', 'day', 1, '9 years')",
+        )
+        .unwrap();
+    for (style, zone) in [
+        ("SQL, DMY", "Asia/Shanghai"),
+        ("German", "Asia/Kolkata"),
+        ("Postgres, MDY", "America/New_York"),
+        // Its abbreviation is none that can be read.
+        ("SQL, MDY", "<XQZ>-03"),
+        ("ISO", "Europe/Berlin"),
+    ] {
+        client.batch_execute(&format!("SET DateStyle = '{style}'; SET TimeZone = '{zone}'")).unwrap();
+        let bounds = client.query_one(
+            "SELECT to_char(range_start, 'YYYY-MM-DD HH24:MI'), to_char(range_end, 'YYYY-MM-DD HH24:MI'),
+                    to_char(expires_at, 'YYYY-MM-DD HH24:MI')
+             FROM spend_partition_status WHERE partition = 't_1'::regclass",
+            &[],
+        );
+        let bounds = bounds.unwrap_or_else(|error| panic!("{style}, {zone}: {error:?}"));
+        let bounds = [0, 1, 2].map(|i| bounds.get::<_, String>(i));
+        assert_eq!(bounds, ["2026-07-01 00:00", "2026-07-02 00:00", "2035-07-02 00:00"], "{style}, {zone}");
+    }
+}
+
 /// How the policy is stored, and what has been told.
 fn set(db: &Database, arguments: &str) -> (String, Vec<String>) {
     let told = db.notices(&format!("SELECT spend_partition_set({arguments})"));
