@@ -640,7 +640,7 @@ GROUP BY "table", partitions_ahead, precreate
 UNION ALL
 SELECT 'warning', format('rollup %s is filled by hand, and nobody has for an hour: %s numbers are waiting', rollup, tail_rows), last_merge_at, NULL,
        format('run the SQL that calls spend_rollup_window(%L)', rollup)
-FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND last_merge_at < clock_timestamp() - interval '1 hour'
+FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND coalesce(last_merge_at, '-infinity') < clock_timestamp() - interval '1 hour'
 )
 SELECT severity, problem, since, caused_by,
        -- Calls of ours as they can be typed; public is on most paths.

@@ -161,6 +161,28 @@ fn what_stands_still_is_said() {
 }
 
 #[test]
+fn who_calls_for_windows_is_not_told_that_nobody_does() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE TABLE ev (id bigserial PRIMARY KEY, kind int)").unwrap();
+    let register = "SELECT spend_rollup_register('hand', 'ev')";
+    let two_hours_pass = "UPDATE litellm_spend.rollup SET merged_at = merged_at - interval '2 hours'";
+    let insert = "INSERT INTO ev (kind) VALUES (1), (2)";
+    // 1. nobody has called since it was registered.
+    client.batch_execute(&format!("{register}; {insert}")).unwrap();
+    none(&mut client);
+    client.batch_execute(two_hours_pass).unwrap();
+    assert!(only(&mut client, "rollup hand is filled by hand").1.contains("2 numbers"));
+    // 2. somebody calls all the time, and for two hours there was nothing.
+    client.batch_execute("SELECT spend_rollup_window('hand')").unwrap();
+    client.batch_execute(&format!("{two_hours_pass}; SELECT spend_rollup_window('hand'); {insert}")).unwrap();
+    none(&mut client);
+    // 3. one of 0.1.0, of which nothing is known.
+    client.batch_execute("UPDATE litellm_spend.rollup SET merged_at = NULL").unwrap();
+    only(&mut client, "rollup hand is filled by hand");
+}
+
+#[test]
 fn a_detach_is_no_fault_unless_somebody_reads_what_stands_still() {
     let db = shared().database().attached();
     let mut client = db.connect();

@@ -226,9 +226,11 @@ fn insert_rollup(
     spi::execute(
         &format!(
             "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value,
-                 covered_from, owner, committed_to)
+                 covered_from, owner, committed_to, merged_at)
              SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity',
-                 CASE WHEN $3 IS NOT NULL THEN $7::oid END, CASE WHEN $8 THEN start END
+                 CASE WHEN $3 IS NOT NULL THEN $7::oid END, CASE WHEN $8 THEN start END,
+                 -- Its first window is awaited from now on, see Fence::note_call().
+                 CASE WHEN $3 IS NULL THEN clock_timestamp() END
              FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence
                  WHERE seqrelid = $4) AS s"
         ),
@@ -280,8 +282,9 @@ pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
     let safe = rollup::find_safe_end(&mut source, Patience::None)?.max(fence.watermark);
     let end = rollup::window_end(fence.watermark, safe, guc::max_window());
     // 3. the watermark.
-    if end > fence.watermark {
-        fence.advance(end, None, 0.0)?;
+    match end > fence.watermark {
+        true => fence.advance(end, None, 0.0)?,
+        false => fence.note_call()?,
     }
     Ok((fence.watermark + 1, end))
 }

@@ -215,6 +215,16 @@ impl Fence {
         Ok(())
     }
 
+    /// Notes that a window was asked for and was empty, once in half an hour: `spend_health` has a row for a
+    /// rollup of which nobody asks for an hour.
+    pub fn note_call(&self) -> Result<()> {
+        let sql = format!(
+            "UPDATE {SCHEMA}.rollup SET merged_at = clock_timestamp()
+             WHERE name = $1 AND coalesce(merged_at, '-infinity') < clock_timestamp() - interval '30 minutes'"
+        );
+        execute(&sql, &[self.name.as_str().into()]).map(drop)
+    }
+
     /// Notes that all that is merged of a distributed rollup is committed on all nodes.
     pub fn is_committed(&self) -> Result<()> {
         let sql = format!("UPDATE {SCHEMA}.rollup SET committed_to = watermark WHERE name = $1");
