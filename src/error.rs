@@ -714,6 +714,12 @@ errors! {
         "Days whose capture failed are rebuilt from the raw rows.";
         "It expires once that is done; SELECT spend_rollup_run(); does it.";
 
+    NotCaptured(relation: String):
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{relation} is not captured: triggers are missing or disabled";
+        "Rows that are written or deleted meanwhile may be in no total, so none expires.";
+        "SELECT spend_rollup_run(); mends the triggers, as the worker does by itself.";
+
     LockNotAvailable { relation: String, limit: LockLimit, holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         ("could not get a lock on {relation} within {} ms", limit.time.as_millis());

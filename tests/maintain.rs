@@ -975,6 +975,39 @@ fn what_a_policy_lets_expire_stays_in_the_totals_also_where_a_delete_subtracts()
     }
 }
 
+#[test]
+fn rows_are_not_deleted_one_by_one_while_capture_would_not_see_it() {
+    for partitioned in [false, true] {
+        let db = cluster().database();
+        let mut client = db.connect();
+        if partitioned {
+            client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+        }
+        client.batch_execute(&insert_rows("a", 2000, 25)).unwrap();
+        attach(&mut client);
+        wait_until_merged(&mut client);
+        client.batch_execute("SELECT spend_partition_set(retention => '10 days')").unwrap();
+        let before: String = value(&mut client, TOTALS);
+        let rows = r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#;
+        // A load, or a restore: the watch cannot mend that before it commits.
+        client.batch_execute(r#"BEGIN; ALTER TABLE "LiteLLM_SpendLogs" DISABLE TRIGGER USER"#).unwrap();
+        let actions = maintain(&mut client, r#""LiteLLM_SpendLogs""#);
+        let target = if partitioned { "LiteLLM_SpendLogs_pdefault" } else { "LiteLLM_SpendLogs" };
+        let why = |a: &(String, String, i64, String)| {
+            a.0 == "skipped" && a.1 == target && a.3.contains("triggers are missing or disabled")
+        };
+        assert!(actions.iter().any(why), "{actions:?}");
+        assert_eq!(value::<i64>(&mut client, rows), 2000, "{actions:?}");
+        client.batch_execute("COMMIT").unwrap();
+        eventually("they are captured again, and go", || {
+            maintain(&mut client, r#""LiteLLM_SpendLogs""#);
+            value::<i64>(&mut client, rows) < 1000
+        });
+        assert_eq!(value::<String>(&mut client, TOTALS), before);
+        assert_verified(&mut client);
+    }
+}
+
 // ---- beside others ------------------------------------------------------------------------------------
 
 /// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the

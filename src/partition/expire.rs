@@ -232,11 +232,21 @@ fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
         ),
         &[from.into(), to.into()],
     )?;
-    let uncaptured = missing_triggers(layout.table.oid)?
-        .iter()
-        .any(|(oid, _)| [layout.table.oid, partition.oid].contains(oid));
-    if unseen || dirty || uncaptured {
+    if unseen || dirty {
         return Err(Error::NotRepaired(partition.name.clone()));
     }
-    Ok(())
+    require_triggers(layout, partition.oid)
+}
+
+/// Refuses the captured table, or a partition of it, whose rows could come and go unseen: it or the table
+/// lacks triggers. For a caller whose lock keeps those from being dropped or disabled.
+pub fn require_triggers(layout: &Layout, relation: pg_sys::Oid) -> Result<()> {
+    if captured::capture()?.is_none_or(|state| state.relation != layout.table.oid) {
+        return Ok(());
+    }
+    let ours = [layout.table.oid, relation];
+    match missing_triggers(layout.table.oid)?.into_iter().find(|(oid, _)| ours.contains(oid)) {
+        Some((lacking, _)) => Err(Error::NotCaptured(relation::relation_name(lacking)?)),
+        None => Ok(()),
+    }
 }

@@ -1,16 +1,22 @@
 //! Deletes expired rows one by one, where no partition can be dropped instead: in DEFAULT, in a partition
 //! that spans the cutoff by more than its period (a legacy table), in a table that is not partitioned.
 //!
-//! A batch is a transaction of its own in the worker, holds ROW EXCLUSIVE like any DELETE, and never waits
-//! for a row. What rollups have not merged yet stays. Capture sees the deletions, and that they are ours:
-//! history stays, whatever on_delete says, as it does when a partition is dropped.
+//! A batch is a transaction of its own in the worker, and never waits for a row. What rollups have not merged
+//! yet stays. Capture sees the deletions, and that they are ours: history stays, whatever on_delete says, as
+//! it does when a partition is dropped.
+//!
+//! Locks: ACCESS SHARE on the table; ROW EXCLUSIVE, which the DELETE needs anyway, on what it deletes from.
+//! That is taken before our triggers are looked for: until the transaction ends nobody can drop or disable
+//! them. The look reads catalogs only, as ourselves; what reads or deletes rows runs as the table's owner.
 
 use crate::error::Result;
+use crate::guc;
 use crate::litellm::spend_log::EXPIRING;
 use crate::partition::calendar::{Interval, Moment, Range};
 use crate::partition::expire;
 use crate::partition::layout::{Layout, Partition};
 use crate::partition::times;
+use crate::server::locks;
 use crate::server::relation;
 use crate::server::spi;
 use pgrx::prelude::*;
@@ -48,7 +54,11 @@ pub const BATCH: i64 = 1000;
 /// last.
 pub fn batch(layout: &Layout, target: &Target, cutoff: Moment) -> Result<i64> {
     target.partition.iter().try_for_each(|partition| layout.require_usable(partition))?;
+    // 1. nothing goes that capture would not see.
     layout.lock()?;
+    locks::lock_all(guc::lock_timeout(), &[(target.oid, pg_sys::RowExclusiveLock)])?;
+    expire::require_triggers(layout, target.oid)?;
+    // 2. the oldest that rollups have merged.
     let (relation, time) = (relation::relation_name(target.oid)?, layout.time());
     let expired = times::condition(&time, Range { from: Moment::MIN, to: cutoff });
     let merged = expire::merged(layout, target.oid)?;
