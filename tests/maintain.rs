@@ -1761,6 +1761,73 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
     // SAFETY of the leak: the watchdog ends the server with the test binary.
 }
 
+/// A table with two expired partitions. Whoever looks at the older one first waits for so many seconds, but not
+/// in a session with this setting.
+fn slow_to_count(client: &mut Client, seconds: u32) {
+    client
+        .batch_execute(&format!(
+            "SET test.is_fast = on;
+             {WITHOUT_DEFAULT}
+             CREATE TABLE older PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-01-02')
+                 WITH (autovacuum_enabled = off);
+             CREATE TABLE newer PARTITION OF events FOR VALUES FROM ('2026-01-02') TO ('2026-01-03');
+             INSERT INTO events (at) VALUES ('2026-01-01'), ('2026-01-02');
+             CREATE FUNCTION fast(seconds int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN
+                 IF current_setting('test.is_fast', true) IS NULL THEN PERFORM pg_sleep(seconds); END IF;
+                 RETURN true;
+             END $$;
+             CREATE INDEX ON older (id) WHERE fast({seconds})"
+        ))
+        .unwrap();
+}
+
+#[test]
+fn what_takes_too_long_for_the_worker_keeps_no_other_step_and_is_tried_again() {
+    let cluster = own_cluster(&["litellm_spend.maintain_interval = '1s'"]);
+    let db = cluster.database();
+    let mut client = db.connect();
+    slow_to_count(&mut client, 3600);
+    client.batch_execute("SELECT spend_partition_set('events', 'day', 2, '30 days')").unwrap();
+    let set = Instant::now();
+    // Neither its count nor ANALYZE, which looks at it too, comes to an end.
+    let there = |client: &mut Client| {
+        let sql = "SELECT array_agg(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'events'::regclass";
+        let names: Vec<String> = value(client, sql);
+        (names.contains(&"older".into()), names.contains(&"newer".into()), names.len())
+    };
+    eventually("the others go on", || {
+        there(&mut client) == (true, false, 4) || set.elapsed() > Duration::from_secs(100)
+    });
+    assert_eq!(there(&mut client), (true, false, 4));
+    let error: String = value(&mut client, "SELECT last_error FROM spend_partition_status LIMIT 1");
+    assert_eq!(error, "older: failed or took too long; see the server's log");
+    let log = cluster.log();
+    for subject in ["maintenance of older", "statistics of events"] {
+        assert!(log.contains(&format!("{subject} failed, next try in 40s: it took longer")), "{log}");
+    }
+    client
+        .batch_execute(
+            "CREATE OR REPLACE FUNCTION fast(seconds int) RETURNS boolean IMMUTABLE LANGUAGE sql AS 'SELECT true'",
+        )
+        .unwrap();
+    let done = "SELECT bool_and(last_error IS NULL) AND (SELECT reltuples >= 0 FROM pg_class WHERE oid = 'events'::regclass)
+                FROM spend_partition_status";
+    eventually("it is done, too", || there(&mut client) == (false, false, 3) && holds(&mut client, done));
+}
+
+#[test]
+fn a_call_may_take_longer_for_a_step_than_others_would_wait() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    slow_to_count(&mut client, 61);
+    client
+        .batch_execute("SELECT spend_partition_set('events', 'day', 2, '30 days'); ANALYZE events")
+        .unwrap();
+    let actions = maintain(&mut db.connect(), "events");
+    assert_eq!(expired(&actions), ["older", "newer"], "{actions:?}");
+    assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+}
+
 #[test]
 fn pg_cron_maintains() {
     if !Path::new(&pkglibdir()).join("pg_cron.so").exists() {

@@ -52,6 +52,8 @@ pub fn tell(notices: Vec<Notice>) {
 /// The steps of a round, each in a subtransaction of the caller's.
 pub struct Subtransactions {
     patience: Patience,
+    /// How long a step may take; `None`: as long as the caller lets it.
+    limit: Option<Duration>,
     cancelled: Option<Failure>,
     /// The rollups to work on.
     pub rollups: Vec<String>,
@@ -59,8 +61,9 @@ pub struct Subtransactions {
 }
 
 impl Subtransactions {
-    pub fn of_call() -> Self {
-        Subtransactions { patience: Patience::of_call(), cancelled: None, rollups: vec![], watching: false }
+    pub fn of_call(limit: Option<Duration>) -> Self {
+        let patience = Patience::of_call();
+        Subtransactions { patience, limit, cancelled: None, rollups: vec![], watching: false }
     }
 
     /// Fails if the caller was cancelled meanwhile.
@@ -76,7 +79,7 @@ impl Runner for Subtransactions {
         }
         let outcome = attempt(|| {
             let _ourselves = Elevated::enter()?.impatient(guc::lock_timeout().time);
-            let _limit = Limit::begin(STEP_OF_CALL, false);
+            let _limit = self.limit.map(|limit| Limit::begin(limit, false));
             work()
         });
         match outcome {
@@ -115,5 +118,5 @@ impl Runner for Subtransactions {
     }
 }
 
-/// How long a step of a call may take: the call works for one owner after the other.
-const STEP_OF_CALL: Duration = Duration::from_secs(60);
+/// How long a step may take in a call that works for one owner after the other.
+pub const STEP_OF_CALL: Duration = Duration::from_secs(60);

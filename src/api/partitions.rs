@@ -301,7 +301,8 @@ fn round(
     >,
     ErrorReport,
 > {
-    let mut run = Subtransactions::of_call();
+    // One owner's table: nobody else waits for it.
+    let mut run = Subtransactions::of_call(None);
     let actions = report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;

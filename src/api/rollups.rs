@@ -1,7 +1,7 @@
 //! The SQL functions about rollups, built-in ones and others, as in `api`.
 
 use crate::api::arguments::Regclass;
-use crate::api::call::{Subtransactions, report, require_changeable, tell};
+use crate::api::call::{STEP_OF_CALL, Subtransactions, report, require_changeable, tell};
 use crate::api::litellm::require_attached;
 use crate::engine::declaration::Declaration;
 use crate::engine::declare;
@@ -27,7 +27,7 @@ use pgrx::prelude::*;
 
 /// What a call of `spend_rollup_run()` may work on, which is `name` if that is given.
 fn scope(caller: pg_sys::Oid, name: Option<&str>) -> error::Result<Subtransactions> {
-    let mut run = Subtransactions::of_call();
+    let mut run = Subtransactions::of_call(Some(STEP_OF_CALL));
     if let Some(name) = name {
         let fence = Fence::look(name)?;
         rebuild::require_right(caller, &fence)?;

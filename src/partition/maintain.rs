@@ -14,6 +14,10 @@
 //! ```
 //! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the
 //! policy's row: of two maintainers one works, and the other says that it did not.
+//!
+//! A step that takes too long for the worker, such as the count of a large partition, is cancelled, rests, and
+//! is tried again with a longer limit. The rest of the round goes on, but counts no other partition: merges
+//! wait until it ends. In a SQL call they do not, and a step has no limit.
 
 use crate::error::{Error, Result};
 use crate::guc;
@@ -32,7 +36,7 @@ use crate::server::spi;
 use crate::server::text::quoted;
 use crate::state::conversion;
 use crate::state::step::{Runner, Subject};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Something that a round did or skipped: a row of `spend_partition_maintain()`.
 pub struct Action {
@@ -59,6 +63,7 @@ pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Moment>) -> Vec
         actions: vec![],
         again: Again::Later,
         stop: false,
+        slow: false,
         blocked: None,
         failure: None,
     };
@@ -66,7 +71,7 @@ pub fn round<R: Runner>(run: &mut R, policy: Policy, now: Option<Moment>) -> Vec
     let (policy, again) = (round.policy.clone(), round.again);
     let (blocked, failure) = (round.blocked.take(), round.failure.take());
     if !round.stop {
-        let subject = round.subject();
+        let subject = round.subject(&policy.table);
         round.run.step(subject, || policy.record(again, failure.as_deref(), blocked.as_deref()));
     }
     round.actions
@@ -79,6 +84,8 @@ struct Round<'a, R: Runner> {
     again: Again,
     /// Somebody else maintains the table, or it cannot be maintained.
     stop: bool,
+    /// A step took longer than it may.
+    slow: bool,
     /// A lock was not to be had, and who has it: others waited for us meanwhile, so no more of that in this
     /// round.
     blocked: Option<String>,
@@ -121,8 +128,8 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    fn subject(&self) -> Subject {
-        Subject::Policy(self.policy.relation.to_u32(), self.policy.table.clone())
+    fn subject(&self, about: &str) -> Subject {
+        Subject::Policy(self.policy.relation.to_u32(), about.into())
     }
 
     /// In a SQL call all steps share a transaction, and locks last until its end.
@@ -130,8 +137,13 @@ impl<R: Runner> Round<'_, R> {
         matches!(self.run.patience(), Patience::Until(_))
     }
 
-    /// Does a step, if the policy is ours for it. What goes wrong is reported, and is nobody else's business.
+    /// Does a step for a table or partition.
     fn step<T>(&mut self, about: &str, work: impl FnOnce() -> Result<T>) -> Option<T> {
+        self.step_of(self.subject(about), about, work)
+    }
+
+    /// Does a step, if the policy is ours for it. What goes wrong is reported, and is nobody else's business.
+    fn step_of<T>(&mut self, subject: Subject, about: &str, work: impl FnOnce() -> Result<T>) -> Option<T> {
         if self.stop {
             return None;
         }
@@ -140,8 +152,7 @@ impl<R: Runner> Round<'_, R> {
             Failed(Failure),
             Busy,
         }
-        let policy = self.policy.clone();
-        let subject = self.subject();
+        let (policy, began) = (self.policy.clone(), Instant::now());
         let outcome = self.run.step(subject, || {
             let Some(_work) = policy.lock(Patience::None)? else { return Ok(Outcome::Busy) };
             // Takes an XID, and with it every query of the step a fresh snapshot.
@@ -157,9 +168,13 @@ impl<R: Runner> Round<'_, R> {
                 self.stop = true;
                 self.note("skipped", about, 0, "somebody else maintains the table");
             }
+            // Or it rests, since it did.
             None => {
-                self.stop = true;
-                self.note("skipped", about, 0, "failed; see the server's log");
+                self.slow |= began.elapsed() > SLICE;
+                self.soon();
+                let detail = "failed or took too long; see the server's log";
+                self.failure.get_or_insert_with(|| format!("{about}: {detail}"));
+                self.report("skipped", about, 0, detail);
             }
         }
         None
@@ -186,7 +201,12 @@ impl<R: Runner> Round<'_, R> {
         if !self.is_one_transaction() && !["next", "analyzed"].contains(&action) {
             log::now(format_args!("{action} {partition} ({rows} rows): {detail}"));
         }
-        self.actions.push(Action { action, partition: partition.into(), rows, detail });
+        self.report(action, partition, rows, detail);
+    }
+
+    /// As [`Round::note`], but not in the server's log.
+    fn report(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
+        self.actions.push(Action { action, partition: partition.into(), rows, detail: detail.into() });
     }
 
     fn soon(&mut self) {
@@ -205,7 +225,7 @@ impl<R: Runner> Round<'_, R> {
             if self.is_one_transaction() {
                 let held = self.step(&partition.name, || expire::count(layout, &partition));
                 counted.extend(held.map(|held| (partition, held)));
-            } else if self.blocked.is_none() {
+            } else if self.blocked.is_none() && !self.slow {
                 let (policy, patience) = (self.policy.clone(), self.run.patience());
                 let rows = self.step(&partition.name, || {
                     let held = expire::count(layout, &partition)?;
@@ -234,7 +254,7 @@ impl<R: Runner> Round<'_, R> {
     }
 
     fn purge(&mut self, layout: &Layout, cutoff: Moment) {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         for target in purge::targets(layout, self.policy.interval, cutoff) {
             let mut deleted = 0;
             let mut more = true;
@@ -263,7 +283,9 @@ impl<R: Runner> Round<'_, R> {
             return;
         }
         let table = layout.table.qualified();
-        let analyzed = self.step(&layout.table.name, || {
+        let name = layout.table.name.clone();
+        let subject = Subject::Statistics(layout.table.oid.to_u32(), name.clone());
+        let analyzed = self.step_of(subject, &name, || {
             let stale = spi::query(
                 "SELECT FROM pg_catalog.pg_class p
                  JOIN (SELECT inhparent, sum(greatest(c.reltuples, 0)) AS rows FROM pg_catalog.pg_inherits
@@ -300,7 +322,7 @@ impl<R: Runner> Round<'_, R> {
         let (interval, horizon) = (self.policy.interval, self.horizon(now));
         let cutoff = cutoff.unwrap_or(Moment::MIN);
         let slice = if self.is_one_transaction() { SLICE_OF_CALL } else { SLICE };
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };
             let about = layout.default.as_ref().map_or(String::new(), |d| d.name.clone());
@@ -329,7 +351,7 @@ impl<R: Runner> Round<'_, R> {
     }
 
     fn create(&mut self, now: Moment) {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };
             let wanted = self.policy.interval.periods(now, self.policy.precreate);

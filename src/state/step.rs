@@ -32,8 +32,11 @@ pub enum Subject {
     /// An index on a table or partition: its Oid, the index's name in the catalogue, and what the partition
     /// is called.
     Index(u32, String, String),
-    /// The maintenance of a table: its Oid, and what it is called.
+    /// A step of a table's maintenance: the table's Oid, and what the table or partition is called. Each rests
+    /// for itself.
     Policy(u32, String),
+    /// The statistics of a table that has a policy: its Oid, and what it is called.
+    Statistics(u32, String),
 }
 
 /// Runs a step so that its failure does not reach the others.
@@ -92,6 +95,7 @@ impl fmt::Display for Subject {
             Subject::Indexes(_, table) => write!(f, "indexes of {table}"),
             Subject::Index(_, index, partition) => write!(f, "index {index} of {partition}"),
             Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
+            Subject::Statistics(_, table) => write!(f, "statistics of {table}"),
         }
     }
 }

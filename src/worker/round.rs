@@ -293,7 +293,9 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
         Subject::Index(partition, name, _) => indexes::record((*partition).into(), name, failure),
         // It only reads catalogs: the server's log has what failed.
         Subject::Indexes(..) => Ok(()),
-        Subject::Policy(relation, _) => policy::record_error((*relation).into(), message),
+        Subject::Policy(relation, _) | Subject::Statistics(relation, _) => {
+            policy::record_error((*relation).into(), message)
+        }
         // It stops no merge: the server's log has it. A worker that it has ended tells the next one so.
         Subject::Summary(name) if message == Some(Failure::ENDLESS) => rollups::rollup_names(Some(name))?
             .iter()
@@ -313,7 +315,7 @@ pub fn record_waits_for_nobody(subject: &Subject) -> Result<bool> {
         Subject::Rollup(_) | Subject::Stray(_) | Subject::Summary(_) | Subject::Source(_) => "rollup",
         Subject::Conversion(..) | Subject::Look(..) => "conversion",
         Subject::Index(..) => "index_failure",
-        Subject::Policy(..) => "policy",
+        Subject::Policy(..) | Subject::Statistics(..) => "policy",
         Subject::Together(_) | Subject::Indexes(..) => return Ok(true),
     };
     let table = relation::find_relation(&qualified(SCHEMA, table))?;
