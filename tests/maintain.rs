@@ -653,6 +653,46 @@ fn what_is_not_rolled_up_stays() {
 }
 
 #[test]
+fn what_is_declared_while_a_partition_is_counted_keeps_its_rows() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    // Whoever looks at the newer one, in a session with that setting, waits until the test lets it.
+    client
+        .batch_execute(&format!(
+            "{WITHOUT_DEFAULT}
+             CREATE TABLE older PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             CREATE TABLE newer PARTITION OF events FOR VALUES FROM ('2026-01-02') TO ('2026-01-03');
+             INSERT INTO events (at) VALUES ('2026-01-01'), ('2026-01-02');
+             CREATE FUNCTION counted() RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN
+                 IF current_setting('test.counts', true) = 'on' THEN PERFORM pg_advisory_xact_lock(1); END IF;
+                 RETURN true;
+             END $$;
+             CREATE INDEX ON newer (id) WHERE counted();
+             SELECT spend_partition_set('events', 'day', 0, '30 days'); ANALYZE events"
+        ))
+        .unwrap();
+    client.batch_execute("SELECT pg_advisory_lock(1)").unwrap();
+    let call = |caller: &mut Client| {
+        caller.batch_execute("SET test.counts = on; SET litellm_spend.lock_timeout = '60s'").unwrap();
+        maintain(caller, "events")
+    };
+    let actions = while_it_waits(&db, call, |other, _| {
+        other
+            .batch_execute("SELECT spend_rollup_create('by_note', 'events', '{note}', '{count(*) AS n}')")
+            .unwrap();
+        client.batch_execute("SELECT pg_advisory_unlock(1)").unwrap();
+    });
+    let stays = |partition: &str| {
+        let why = |a: &&(String, String, i64, String)| a.0 == "skipped" && a.1 == partition;
+        actions.iter().find(why).is_some_and(|a| a.3.contains("by_note"))
+    };
+    assert!(stays("older") && stays("newer") && expired(&actions).is_empty(), "{actions:?}");
+    wait_until_merged(&mut client);
+    assert_eq!(expired(&maintain(&mut client, "events")), ["older", "newer"]);
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.by_note"), 2);
+}
+
+#[test]
 fn dropped_days_of_litellms_table_stay_in_the_rollups() {
     let db = cluster().database();
     let mut client = db.connect();

@@ -2,8 +2,8 @@
 //! and not without a record of what was there.
 //!
 //! The partition is counted under SHARE, so that nothing is written to it any more: rows that come that late
-//! have expired as well. Then follow the short locks. Order, as everywhere: fences, the table, its
-//! partitions.
+//! have expired as well. Then follow the short locks, under which we ask again which rollups there are: one
+//! may have been declared during the count. Order, as everywhere: fences, the table, its partitions.
 //!
 //! What reads or drops a partition runs as the table's owner; that record and the rollups' state are ours.
 //!
@@ -36,6 +36,16 @@ use pgrx::prelude::*;
 pub struct Held {
     rows: i64,
     spend: Option<AnyNumeric>,
+    /// The rollups that have merged all of it.
+    rollups: Vec<Rollup>,
+}
+
+/// A rollup over the table.
+struct Rollup {
+    name: String,
+    watermark: i64,
+    /// Numbers its rows; quoted.
+    column: String,
 }
 
 /// Whether all of the partition is before the cutoff.
@@ -49,7 +59,7 @@ pub fn count(layout: &Layout, partition: &Partition) -> Result<Held> {
     refuse_dependents(partition)?;
     layout.lock()?;
     locks::lock_all(guc::lock_timeout(), &[(partition.oid, pg_sys::ShareLock)])?;
-    require_rolled_up(layout, partition)?;
+    let rollups = require_rolled_up(layout, partition)?;
     require_captured(layout, partition)?;
     let columns = &layout.table.columns;
     let is_number = |t: &str| ["double precision", "real", "numeric", "integer", "bigint"].contains(&t);
@@ -61,8 +71,9 @@ pub fn count(layout: &Layout, partition: &Partition) -> Result<Held> {
         "NULL::numeric"
     };
     let sql = format!("SELECT count(*), {spend} FROM ONLY {}", partition.qualified());
-    let held = layout.owner.fresh(&sql, &[], |r| Ok(Held { rows: spi::value(r, 1)?, spend: r.get(2)? }))?;
-    held.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))
+    let counted = layout.owner.fresh(&sql, &[], |r| Ok((spi::value::<i64>(r, 1)?, r.get(2)?)))?;
+    let (rows, spend) = counted.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))?;
+    Ok(Held { rows, spend, rollups })
 }
 
 /// Drops or detaches a counted partition. Returns the rows, and where they are now.
@@ -93,6 +104,11 @@ pub fn finish(
     let now = layout.again()?;
     let found = now.find(partition.oid).filter(|found| found.range == partition.range);
     layout.require_usable(found.ok_or_else(|| Error::CameBetween(partition.name.clone()))?)?;
+    let has_all =
+        |now: &Rollup| held.rollups.iter().any(|r| r.name == now.name && r.watermark <= now.watermark);
+    if let Some(other) = rollups(layout, partition.oid)?.into_iter().find(|rollup| !has_all(rollup)) {
+        return Err(Error::CameBetween(other.name));
+    }
     // 3. the record, with the deed.
     let rows = held.rows;
     let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
@@ -169,8 +185,8 @@ fn refuse_dependents(partition: &Partition) -> Result<()> {
     }
 }
 
-/// The rollups over the table: name, watermark, and the column that numbers its rows.
-fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<(String, i64, String)>> {
+/// The rollups over the table, as they are now.
+fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<Rollup>> {
     let found = spi::fresh(
         &format!(
             "SELECT r.name, r.watermark, s.relation::oid, s.sequence::oid
@@ -190,7 +206,8 @@ fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<(String, i64, S
     let mut rollups = vec![];
     for (name, watermark, source, sequence) in found {
         let table = Table::find(source)?.ok_or_else(|| Error::NoTable(source.to_u32().to_string()))?;
-        rollups.push((name, watermark, quoted(&source::numbering(&table, Some(sequence))?.column)));
+        let column = quoted(&source::numbering(&table, Some(sequence))?.column);
+        rollups.push(Rollup { name, watermark, column });
     }
     Ok(rollups)
 }
@@ -198,21 +215,24 @@ fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<(String, i64, S
 /// The rows that every rollup over the table has merged, as a condition.
 pub fn merged(layout: &Layout, relation: pg_sys::Oid) -> Result<String> {
     let rollups = rollups(layout, relation)?;
-    let parts =
-        rollups.iter().map(|(_, watermark, column)| format!("({column} <= {watermark} OR {column} IS NULL)"));
+    let parts = rollups
+        .iter()
+        .map(|Rollup { watermark, column, .. }| format!("({column} <= {watermark} OR {column} IS NULL)"));
     let parts: Vec<String> = std::iter::once("true".into()).chain(parts).collect();
     Ok(parts.join(" AND "))
 }
 
-/// Refuses a partition with rows that a rollup has not merged.
-fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<()> {
-    for (rollup, watermark, column) in rollups(layout, partition.oid)? {
+/// Refuses a partition with rows that a rollup has not merged. Returns those that have.
+fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<Vec<Rollup>> {
+    let rollups = rollups(layout, partition.oid)?;
+    for Rollup { name, watermark, column } in &rollups {
         let sql = format!("SELECT FROM ONLY {} WHERE {column} > {watermark}", partition.qualified());
         if layout.owner.exists(&sql, &[])? {
-            return Err(Error::NotMerged { partition: partition.name.clone(), rollup, watermark });
+            let (partition, rollup) = (partition.name.clone(), name.clone());
+            return Err(Error::NotMerged { partition, rollup, watermark: *watermark });
         }
     }
-    Ok(())
+    Ok(rollups)
 }
 
 /// Refuses a partition of the captured table with rows that capture may have missed: what is to be repaired
