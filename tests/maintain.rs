@@ -1792,6 +1792,11 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
     // The time of three rounds of the worker: one that finds the lock leaves no trace to wait for.
     std::thread::sleep(Duration::from_secs(3));
     holder.rollback().unwrap();
+    assert!(
+        !cluster.log().contains("somebody else maintains"),
+        "a line for each look: {}",
+        cluster.log_tail()
+    );
     assert!(holds(
         &mut client,
         "SELECT bool_and(last_error IS NULL AND last_maintained_at IS NOT NULL) FROM spend_partition_status"

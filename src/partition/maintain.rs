@@ -109,7 +109,7 @@ impl<R: Runner> Round<'_, R> {
         let Some((now, cutoff, layout)) = looked else {
             // No fault: the worker comes by itself when that has ended.
             self.stop = true;
-            self.note("skipped", &table, 0, "it is being converted or reverted: see spend_progress");
+            self.report("skipped", &table, 0, "it is being converted or reverted: see spend_progress");
             return;
         };
         let counted = cutoff.map(|cutoff| self.expire(&layout, cutoff));
@@ -166,7 +166,7 @@ impl<R: Runner> Round<'_, R> {
             Some(Outcome::Failed(failure)) => self.skip(about, failure),
             Some(Outcome::Busy) => {
                 self.stop = true;
-                self.note("skipped", about, 0, "somebody else maintains the table");
+                self.report("skipped", about, 0, "somebody else maintains the table");
             }
             // Or it rests, since it did.
             None => {
@@ -204,7 +204,8 @@ impl<R: Runner> Round<'_, R> {
         self.report(action, partition, rows, detail);
     }
 
-    /// As [`Round::note`], but not in the server's log.
+    /// As [`Round::note`], but not in the server's log: a worker finds the same again in each look, once a
+    /// second, or has said it already.
     fn report(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
         self.actions.push(Action { action, partition: partition.into(), rows, detail: detail.into() });
     }
