@@ -419,6 +419,19 @@ fn what_a_crash_of_the_server_leaves_half_built_is_dropped_and_built_again() {
 }
 
 #[test]
+fn a_failure_by_a_clock_that_was_ahead_is_not_waited_for() {
+    let (_db, mut client) = partitioned(shared());
+    client
+        .batch_execute(
+            "BEGIN; SELECT spend_index_set(indexes => '{team}');
+             INSERT INTO litellm_spend.index_failure
+             VALUES ('p1', 'team', 'a failure', now() + interval '1 year', now() + interval '1 year 30 s'); COMMIT",
+        )
+        .unwrap();
+    wait_for(&mut client, "team", "p1", "built");
+}
+
+#[test]
 fn a_build_that_fails_leaves_nothing_and_keeps_no_other_from_being_built() {
     let (_db, mut client) = partitioned(shared());
     // Longer than an entry of a B-tree may be, whatever compresses it.

@@ -1861,6 +1861,19 @@ fn what_takes_too_long_for_the_worker_keeps_no_other_step_and_is_tried_again() {
 }
 
 #[test]
+fn a_round_of_a_clock_that_was_ahead_is_not_waited_for() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&format!("{EVENTS} SELECT spend_partition_set('events')")).unwrap();
+    let maintained = "SELECT maintained_at <= clock_timestamp() FROM litellm_spend.policy";
+    eventually("it is maintained", || holds(&mut client, maintained));
+    client
+        .batch_execute("UPDATE litellm_spend.policy SET maintained_at = now() + interval '1 year'")
+        .unwrap();
+    eventually("it is maintained again", || holds(&mut client, maintained));
+}
+
+#[test]
 fn a_call_may_take_longer_for_a_step_than_others_would_wait() {
     let db = cluster().database();
     let mut client = db.connect();

@@ -156,8 +156,8 @@ fn read(r: &pgrx::spi::SpiHeapTupleData) -> Result<Policy> {
     })
 }
 
-/// The policies whose turn it is, by the server's clock. A table that is being converted is left alone until
-/// that has ended.
+/// The policies whose turn it is, by the server's clock; also where that was ahead in the last round. A table
+/// that is being converted is left alone until that has ended.
 pub fn due() -> Result<Vec<Policy>> {
     let interval = guc::maintain_interval().as_secs_f64();
     if interval == 0.0 {
@@ -167,9 +167,10 @@ pub fn due() -> Result<Vec<Policy>> {
         "{POLICIES}
          WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS v WHERE v.relation = policy.relation
              AND NOT v.stopped)
-           AND least(coalesce(retry_at, 'infinity'),
-               coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
-               <= clock_timestamp()
+           AND (least(coalesce(retry_at, 'infinity'),
+                   coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
+                   <= clock_timestamp()
+               OR maintained_at > clock_timestamp())
          ORDER BY 1, 2"
     );
     spi::query(&sql, &[interval.into()], read)

@@ -121,7 +121,8 @@ pub struct Place {
     pub partition_name: String,
     pub state: String,
     pub last_error: Option<String>,
-    /// It may be tried, as far as earlier failures go.
+    /// It may be tried, as far as earlier failures go. One that is noted in the future is of a clock that was
+    /// ahead.
     pub due: bool,
 }
 
@@ -130,7 +131,8 @@ pub fn survey(relation: pg_sys::Oid) -> Result<Vec<Place>> {
     spi::current(
         &format!(
             "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error,
-                    coalesce(s.retry_at <= clock_timestamp(), s.state = 'waiting')
+                    coalesce(s.retry_at <= clock_timestamp() OR s.last_error_at > clock_timestamp(),
+                        s.state = 'waiting')
              FROM {SCHEMA}.index_survey s JOIN pg_catalog.pg_class c ON c.oid = s.partition
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE s.relation = $1 ORDER BY s.range_end DESC, c.relname, s.name"

@@ -40,9 +40,12 @@ pub fn look() -> Result<News> {
                 EXISTS (SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
                     AND c.relowner = p.owner,
                                CAST (pg_catalog.current_setting('litellm_spend.maintain_interval') AS interval) AS every
-                        WHERE every > '0' AND least(coalesce(p.retry_at, 'infinity'), coalesce(p.maintained_at, '-infinity') + every)
-                                              <= clock_timestamp()),
-                EXISTS (SELECT FROM {SCHEMA}.index_failure WHERE retry_at <= clock_timestamp()),
+                        WHERE every > '0' AND (
+                            least(coalesce(p.retry_at, 'infinity'), coalesce(p.maintained_at, '-infinity') + every)
+                                <= clock_timestamp()
+                            OR p.maintained_at > clock_timestamp())),
+                EXISTS (SELECT FROM {SCHEMA}.index_failure
+                        WHERE retry_at <= clock_timestamp() OR last_error_at > clock_timestamp()),
                 EXISTS (SELECT FROM {SCHEMA}.capture, {SCHEMA}.dirty_range WHERE repaired_at IS NULL)
                 OR EXISTS (SELECT FROM {SCHEMA}.capture c, {SCHEMA}.capture_failures f
                            WHERE f.is_called AND c.failures_seen <> f.last_value)
