@@ -1806,8 +1806,8 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
     // SAFETY of the leak: the watchdog ends the server with the test binary.
 }
 
-/// A table with two expired partitions. Whoever looks at the older one first waits for so many seconds, but not
-/// in a session with this setting.
+/// A table with two expired partitions. Whoever looks at the older one first waits for so many seconds, but
+/// not in a session with this setting.
 fn slow_to_count(client: &mut Client, seconds: u32) {
     client
         .batch_execute(&format!(

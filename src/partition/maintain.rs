@@ -15,9 +15,9 @@
 //! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the
 //! policy's row: of two maintainers one works, and the other says that it did not.
 //!
-//! A step that takes too long for the worker, such as the count of a large partition, is cancelled, rests, and
-//! is tried again with a longer limit. The rest of the round goes on, but counts no other partition: merges
-//! wait until it ends. In a SQL call they do not, and a step has no limit.
+//! A step that takes too long for the worker, such as the count of a large partition, is cancelled, rests,
+//! and is tried again with a longer limit. The rest of the round goes on, but counts no other partition:
+//! merges wait until it ends. In a SQL call they do not, and a step has no limit.
 
 use crate::error::{Error, Result};
 use crate::guc;

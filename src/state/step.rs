@@ -32,8 +32,8 @@ pub enum Subject {
     /// An index on a table or partition: its Oid, the index's name in the catalogue, and what the partition
     /// is called.
     Index(u32, String, String),
-    /// A step of a table's maintenance: the table's Oid, and what the table or partition is called. Each rests
-    /// for itself.
+    /// A step of a table's maintenance: the table's Oid, and what the table or partition is called. Each
+    /// rests for itself.
     Policy(u32, String),
     /// The statistics of a table that has a policy: its Oid, and what it is called.
     Statistics(u32, String),
