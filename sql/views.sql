@@ -70,12 +70,20 @@ SELECT r.name AS rollup,
        damage.capture_errors,
        damage.unrepairable_ranges,
        v.live_views,
-       coalesce(lost.message, r.last_error, c.last_error) AS last_error,
+       coalesce(lost.message,
+                -- The message may hold values of rows.
+                CASE WHEN pg_has_role(current_user, coalesce(r.owner, c.owner, source.relowner)::oid, 'USAGE')
+                          OR pg_has_role(current_user, 'pg_monitor', 'USAGE')
+                         THEN coalesce(r.last_error, c.last_error)
+                     WHEN coalesce(r.last_error, c.last_error) IS NOT NULL
+                         THEN 'failed: its owner and members of pg_monitor see how'
+                END) AS last_error,
        coalesce(r.last_error_at, c.last_error_at) AS last_error_at
 FROM litellm_spend.rollup r
 LEFT JOIN litellm_spend.source s ON s.name = r.source
 JOIN litellm_spend.backfill b ON b.name = r.name
 LEFT JOIN litellm_spend.capture c ON c.source = s.name
+LEFT JOIN pg_class source ON source.oid = s.relation
 CROSS JOIN LATERAL litellm_spend.tail(r.name) AS t
 CROSS JOIN LATERAL (
     SELECT array_agg(DISTINCT l.pid) FILTER (WHERE l.pid IS NOT NULL) AS pids,

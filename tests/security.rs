@@ -394,6 +394,29 @@ fn an_admin_who_owns_no_table_changes_none() {
     client.batch_execute("DROP OWNED BY ops_a; DROP ROLE ops_a").unwrap();
 }
 
+#[test]
+fn what_a_merge_failed_with_is_for_the_rollups_owner_and_monitors() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS ops_b; CREATE ROLE ops_b; SELECT * FROM spend_grant_admin('ops_b');
+             SELECT * FROM spend_grant_admin('litellm'); SET ROLE litellm;
+             CREATE TABLE notes (id bigserial PRIMARY KEY, note text);
+             SELECT spend_rollup_create('numbers', 'notes', '{note}', '{sum(note::int) AS n}'); RESET ROLE;
+             INSERT INTO notes (note) VALUES ('a secret')",
+        )
+        .unwrap();
+    let failed = "SELECT last_error LIKE '%a secret%' FROM spend_rollup_status WHERE rollup = 'numbers'";
+    eventually("it has failed", || holds(&mut client, &format!("SELECT coalesce(({failed}), false)")));
+    for (role, sees) in [("litellm", true), ("ops_b", false), ("pg_monitor", true)] {
+        client.batch_execute(&format!("SET ROLE {role}")).unwrap();
+        assert_eq!(holds(&mut client, failed), sees, "{role}");
+        client.batch_execute("RESET ROLE").unwrap();
+    }
+    client.batch_execute("DROP OWNED BY ops_b; DROP ROLE ops_b").unwrap();
+}
+
 /// What a detach has kept is for who may act for the owner of the table that was detached, and for
 /// superusers.
 #[test]
