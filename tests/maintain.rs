@@ -1861,6 +1861,36 @@ fn what_takes_too_long_for_the_worker_keeps_no_other_step_and_is_tried_again() {
 }
 
 #[test]
+fn a_call_from_within_a_step_ends_with_the_time_of_that() {
+    let cluster = own_cluster(&[]);
+    let db = cluster.database();
+    let mut client = db.connect();
+    slow_to_count(&mut client, 3600);
+    let outer = WITHOUT_DEFAULT.replace("events", "outer_events");
+    client
+        .batch_execute(&format!(
+            "{outer} CREATE TABLE outer_part PARTITION OF outer_events FOR VALUES FROM ('2026-01-01') TO ('2026-01-02')
+                 WITH (autovacuum_enabled = off);
+             CREATE FUNCTION calls() RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN
+                 IF current_setting('test.is_fast', true) IS NULL THEN
+                     PERFORM public.spend_partition_maintain('public.events');
+                 END IF;
+                 RETURN true;
+             END $$;
+             CREATE INDEX ON outer_part (id) WHERE calls();
+             SELECT spend_partition_set('events', retention => '30 days'); SELECT spend_partition_set('outer_events')"
+        ))
+        .unwrap();
+    let failed =
+        |subject: &str| format!("{subject} failed, next try in 40s: it took longer than a step may take");
+    eventually("it is cancelled", || {
+        let log = cluster.log();
+        assert!(!log.contains("terminating"), "it went on: {}", cluster.log_tail());
+        log.contains(&failed("statistics of outer_events"))
+    });
+}
+
+#[test]
 fn a_round_of_a_clock_that_was_ahead_is_not_waited_for() {
     let db = shared().database();
     let mut client = db.connect();

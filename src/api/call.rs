@@ -84,7 +84,8 @@ impl Runner for Subtransactions {
         });
         match outcome {
             Ok(value) => Some(value),
-            Err(failure) if failure.is_cancel() => {
+            // Without a limit of ours it is that of the step which has called us.
+            Err(failure) if failure.is_cancel() || self.limit.is_none() && failure.is_timeout() => {
                 self.cancelled = Some(failure);
                 None
             }
