@@ -1045,6 +1045,16 @@ fn rows_are_not_deleted_one_by_one_while_capture_would_not_see_it() {
         });
         assert_eq!(value::<String>(&mut client, TOTALS), before);
         assert_verified(&mut client);
+        // Nor where the session has triggers not fire.
+        let left = value::<i64>(&mut client, rows);
+        client.batch_execute("SELECT spend_partition_set(retention => '5 days')").unwrap();
+        client.batch_execute("SET session_replication_role = replica").unwrap();
+        eventually("they go", || {
+            maintain(&mut client, r#""LiteLLM_SpendLogs""#);
+            value::<i64>(&mut client, rows) < left
+        });
+        client.batch_execute("RESET session_replication_role").unwrap();
+        assert_verified(&mut client);
     }
 }
 

@@ -107,7 +107,7 @@ pub const PINNED_PATH: &CStr = c"pg_catalog, pg_temp";
 
 /// Nothing is looked up on the caller's path; text means the same where it is made and where it is run; and
 /// what depends on settings is the same whoever computes it.
-const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
+const PINNED_SETTINGS: [(&CStr, &CStr); 23] = [
     (c"search_path", PINNED_PATH),
     (c"client_min_messages", c"warning"),
     (c"TimeZone", c"UTC"),
@@ -128,6 +128,8 @@ const PINNED_SETTINGS: [(&CStr, &CStr); 22] = [
     (c"check_function_bodies", c"on"),
     (c"default_tablespace", c""),
     (c"default_table_access_method", c"heap"),
+    // Else what we delete would go uncaptured.
+    (c"session_replication_role", c"origin"),
     // Rows that a policy hides would silently be missing from totals, copies and proofs: an error is better.
     (c"row_security", c"off"),
     // Compiling took 0.4 to 0.7 s where the plan is only expensive because sequential scans are off, and 0.1
@@ -367,7 +369,7 @@ unsafe fn set(name: &CStr, value: &CStr) {
         pg_sys::set_config_option(
             name.as_ptr(),
             value.as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucContext::PGC_SUSET,
             pg_sys::GucSource::PGC_S_SESSION,
             pg_sys::GucAction::GUC_ACTION_SAVE,
             true,
