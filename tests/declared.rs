@@ -1340,6 +1340,14 @@ fn a_gap_that_ends_at_a_fraction_is_left_behind() {
         .unwrap();
     assert!(holds(&mut client, "SELECT n = 3 FROM litellm_spend.fractions_rollup"));
     assert!(holds(&mut client, "SELECT watermark = 30 FROM litellm_spend.rollup WHERE name = 'fractions'"));
+    // Behind the last row there is none to stop at.
+    client
+        .batch_execute("SELECT setval('numbers', 1000000000000); SELECT spend_rollup_run('fractions')")
+        .unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT watermark = 1000000000000 FROM litellm_spend.rollup WHERE name = 'fractions'"
+    ));
 }
 
 // ---- others beside it ------------------------------------------------------------------------------------

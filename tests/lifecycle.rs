@@ -686,6 +686,9 @@ fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
     dba.batch_execute("BEGIN; LOCK TABLE litellm_spend.dirty_range IN ACCESS EXCLUSIVE MODE").unwrap();
     let failed = format!(r#"in database "{}": repair failed"#, db.name);
     eventually("a repair has failed", || db.cluster.log().contains(&failed));
+    let both =
+        r#"SELECT last_error LIKE 'repair: %views "MonthlyGlobalSpend", %' FROM litellm_spend.capture"#;
+    eventually("both are said", || holds(&mut client, both));
     dba.batch_execute("COMMIT").unwrap();
     wait_for_a_round(&mut client);
     std::thread::sleep(Duration::from_secs(1));

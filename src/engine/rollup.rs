@@ -230,7 +230,8 @@ pub fn window_end(start: i64, safe_end: i64, most: i64) -> i64 {
 fn end_of_gap(definition: &Definition, end: i64, safe_end: i64) -> Result<i64> {
     let sequence = quoted(&definition.source_sequence);
     let sql = format!(
-        "SELECT greatest(min({sequence})::bigint - 1, $1) FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
+        "SELECT CASE WHEN min({sequence}) IS NOT NULL THEN greatest(min({sequence})::bigint - 1, $1) END
+         FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
         definition.source
     );
     let next = spi::fresh(&sql, &[end.into(), safe_end.into()], |r| Ok(r.get::<i64>(1)?))?;

@@ -97,7 +97,10 @@ pub fn finish(
             }
         }
     }
-    // 2. the table; what was seen before is looked at again.
+    // 2. the table; what was seen before is looked at again. What may be waited for comes before.
+    if policy.on_expire == OnExpire::Detach {
+        archive::ensure(layout.owner)?;
+    }
     let mut locks: Vec<(pg_sys::Oid, Mode)> = vec![(layout.table.oid, pg_sys::AccessExclusiveLock)];
     locks.extend(layout.default.iter().chain([partition]).map(|p| (p.oid, pg_sys::AccessExclusiveLock)));
     locks::lock_all(guc::lock_timeout(), &locks)?;
@@ -123,7 +126,6 @@ pub fn finish(
                 true => finish_detach(layout, partition)?,
                 false => detach(layout, &partition.qualified())?,
             }
-            archive::ensure(layout.owner)?;
             format!("now {}", archive::take(layout.owner, partition.oid)?)
         }
     };

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::server::relation::relation_name;
 use crate::server::session::Owner;
-use crate::server::spi::{current, query, value};
+use crate::server::spi::{current, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
 use crate::state::rollups::record;
@@ -16,12 +16,20 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
 }
 
 /// As [`record_capture_error`], of one of the steps that concern the table. What the watch has found wrong
-/// with the table stays until that is mended: what fails of the others follows from it. So does what it said
-/// of views that were replaced, until the next attach: they are forgotten, and it would not find them again.
+/// with the table stays until that is mended: what fails of the others follows from it. What it said of views
+/// that were replaced stays until the next attach, behind what fails: it would not find them again.
 pub fn record_task_error(task: &str, message: Option<&str>) -> Result<()> {
-    let condition = "($1 = 'watch' OR last_error IS NULL
-                      OR last_error NOT LIKE 'watch: %' AND last_error NOT LIKE 'view%')";
-    record("capture", condition, task, message)
+    let sql = format!(
+        "UPDATE {SCHEMA}.capture SET last_error = now.error,
+             last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp()
+                                  WHEN now.error IS NOT NULL THEN last_error_at END
+         FROM (SELECT source, nullif(concat_ws('\n', $2,
+                   substring(last_error FROM '(?:^|\\n)(views? \".*)$')), '') AS error
+               FROM {SCHEMA}.capture) AS now
+         WHERE now.source = capture.source AND capture.last_error IS DISTINCT FROM now.error
+           AND ($1 = 'watch' OR capture.last_error IS NULL OR capture.last_error NOT LIKE 'watch: %')"
+    );
+    execute(&sql, &[task.into(), message.map(str::to_string).into()]).map(drop)
 }
 
 /// What is noted of the captured table.
