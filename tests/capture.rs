@@ -1090,13 +1090,11 @@ fn a_time_that_gets_a_zone_is_not_captured_until_it_has_none_again() {
 
 #[test]
 fn rows_that_a_policy_hides_from_the_tables_owner_are_not_taken_for_deleted() {
-    let db = shared().database().attached();
+    let db = shared().database();
     let mut client = db.connect();
     if !knows_merge(&mut client) {
         return;
     }
-    let mut client = db.connect();
-    client.batch_execute("SELECT spend_detach()").unwrap();
     client
         .batch_execute(&format!(
             r#"{} INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)

@@ -300,11 +300,17 @@ fn a_restored_partitioned_table_is_captured_when_a_merge_moves_a_row() {
 /// A dump, and a list of what is in it but for the marker: so are dumps of older versions.
 fn without_marker(db: &Database) -> (String, String) {
     let marker: String = value(&mut db.connect(), "SELECT evtname::text FROM pg_event_trigger");
+    dump_without(db, &[&marker])
+}
+
+/// A dump, and a list of what is in it but for lines that contain one of these.
+fn dump_without(db: &Database, parts: &[&str]) -> (String, String) {
     let (custom, list) = (dump(db, "c"), shared().dir.join(format!("{}.list", db.name)));
     let output = shared().program("pg_restore").args(["-l", &custom]).output().unwrap();
     let lines = String::from_utf8(output.stdout).unwrap();
-    let without: Vec<&str> = lines.lines().filter(|line| !line.contains(&marker)).collect();
-    std::fs::write(&list, without.join("\n")).unwrap();
+    let kept: Vec<&str> =
+        lines.lines().filter(|line| !parts.iter().any(|part| line.contains(part))).collect();
+    std::fs::write(&list, kept.join("\n")).unwrap();
     (custom, list.to_str().unwrap().into())
 }
 
@@ -405,16 +411,10 @@ fn an_owner_speaks_for_the_restore_of_its_own_table_only() {
 #[test]
 fn a_restore_that_never_came_to_our_state_is_said_and_made_whole() {
     let (db, _open) = original();
-    let (custom, database) = (dump(&db, "c"), target("cut"));
     // Tables of rollups, live views and triggers, and no rows of ours, nor what comes last.
-    let list = shared().dir.join("without-state.list");
-    let output = shared().program("pg_restore").args(["-l", &custom]).output().unwrap();
-    let lines = String::from_utf8(output.stdout).unwrap();
     let ours = [" TABLE DATA litellm_spend ", " SEQUENCE SET litellm_spend ", "litellm_spend_restored"];
-    let without: Vec<&str> =
-        lines.lines().filter(|line| !ours.iter().any(|ours| line.contains(ours))).collect();
-    std::fs::write(&list, without.join("\n")).unwrap();
-    run("pg_restore", &["-L", list.to_str().unwrap(), "-d", &database, &custom]);
+    let ((custom, list), database) = (dump_without(&db, &ours), target("cut"));
+    run("pg_restore", &["-L", &list, "-d", &database, &custom]);
     let_the_worker_look(&database);
     let mut client = shared().connect(&database);
     let faults = |client: &mut Client| -> Vec<(String, String)> {
