@@ -268,6 +268,7 @@ fn retention_behind_a_dashboard_names_it() {
              FROM (SELECT *, last_maintained_at AS maintained FROM spend_partition_status) AS s"
         )
     ));
+    client.batch_execute("SET litellm_spend.lock_timeout = '1s'").unwrap();
     let told = format!("{blocked}; the worker, where one runs, tries again in 30 s");
     let skipped = format!(
         "SELECT count(*) = 1 FROM spend_partition_maintain('logs') WHERE action = 'skipped' AND detail = '{told}'"

@@ -123,6 +123,30 @@ fn attach_and_detach_can_be_repeated() {
 }
 
 #[test]
+fn a_worker_does_not_go_on_with_the_backfill_of_what_was_detached() {
+    let db = shared().database().with_rows("a", 100, 60);
+    let mut client = db.connect();
+    client.batch_execute("SELECT spend_attach(); SELECT spend_detach()").unwrap();
+    assert!(holds(&mut client, "SELECT bool_or(covered_from > '-infinity') FROM litellm_spend.rollup"));
+    // Each of these takes a look of the worker's, at which it would try.
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigserial, x int); SELECT spend_rollup_create('by_x', 't', '{x}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    for _ in 0..5 {
+        client.batch_execute("INSERT INTO t (x) VALUES (1)").unwrap();
+        eventually("it is merged", || {
+            holds(&mut client, "SELECT tail_rows = 0 FROM spend_rollup_status WHERE rollup = 'by_x'")
+        });
+    }
+    let name: String = value(&mut client, "SELECT current_database()");
+    let log = shared().log();
+    let failed = log.lines().find(|line| line.contains(&format!("\"{name}\": backfill failed")));
+    assert_eq!(failed, None);
+}
+
+#[test]
 fn detach_says_what_goes_on_and_may_be_called_again() {
     let db = shared().database();
     let mut client = db.connect();

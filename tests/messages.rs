@@ -228,6 +228,7 @@ fn who_attaches_beside_a_rebuild_is_told_what_is_in_the_way() {
     let rebuild = "BEGIN; SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - 1, CURRENT_DATE)";
     dba.batch_execute(&format!("SET application_name = 'a repair'; {rebuild}")).unwrap();
     let pid = backend_pid(&mut dba);
+    client.batch_execute("SET lock_timeout = '300ms'").unwrap();
     let busy = |client: &mut Client, call: &str, holder: &str| {
         let detail = format!("One merge or rebuild at a time works on a rollup. It is held by {holder}.");
         let message = "rollup \"daily_spend\" is locked by another transaction";
@@ -620,7 +621,10 @@ fn who_detaches_while_a_conversion_builds_its_index_is_told_what_ends_it() {
     wait_until_merged(&mut client);
     // An old snapshot, for which the build waits.
     reader.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class").unwrap();
-    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    // For less time than the build gives way to who waits.
+    client
+        .batch_execute("SET litellm_spend.lock_timeout = '300ms'; SELECT spend_partition_convert()")
+        .unwrap();
     eventually("the index is being built", || {
         holds(
             &mut client,

@@ -86,13 +86,33 @@ fn a_detach_gives_up_where_a_merge_is_under_way() {
     let (mut client, mut merger) = (db.connect(), db.connect());
     client.batch_execute(&insert_rows("new", 50, 5)).unwrap();
     merger.batch_execute("BEGIN; SELECT spend_rollup_run()").unwrap();
-    client.batch_execute("SET statement_timeout = '60s'").unwrap();
+    client.batch_execute("SET lock_timeout = '300ms'; SET statement_timeout = '40s'").unwrap();
     for drop_history in ["false", "true"] {
         assert_refused(&mut client, &format!("SELECT spend_detach(NULL, {drop_history})"), "55P03");
     }
     assert_exact(&mut client);
     merger.batch_execute("COMMIT").unwrap();
     client.batch_execute("SELECT spend_detach()").unwrap();
+}
+
+/// A day of a backfill may take longer than anything may keep writers waiting.
+#[test]
+fn an_attach_and_a_detach_wait_for_a_long_step_and_the_table_is_free() {
+    let db = captured();
+    let mut merger = db.connect();
+    for (call, prefix) in [("spend_attach()", "a"), ("spend_detach()", "d")] {
+        merger.batch_execute(&insert_rows(prefix, 50, 5)).unwrap();
+        merger.batch_execute("BEGIN; SELECT spend_rollup_run()").unwrap();
+        let call = format!("SET litellm_spend.lock_timeout = '100ms'; SELECT {call}");
+        let failed = error_after_waiting(&db, &call, |client, pid| {
+            assert_table_is_free(client, &format!("beside_{prefix}"));
+            let longer =
+                "SELECT bool_or(waitstart < clock_timestamp() - interval '1 s') FROM pg_locks WHERE pid =";
+            eventually("it waits longer than for the table", || holds(client, &format!("{longer} {pid}")));
+            merger.batch_execute("COMMIT").unwrap();
+        });
+        assert!(failed.is_none(), "{failed:?}");
+    }
 }
 
 #[test]

@@ -5,7 +5,6 @@ use crate::api::arguments::{Regclass, Regrole};
 use crate::api::call::{report, require_changeable, tell};
 use crate::engine::source::Notice;
 use crate::error::{self, Error};
-use crate::guc;
 use crate::litellm::admin;
 use crate::litellm::capture;
 use crate::litellm::detach;
@@ -56,7 +55,7 @@ fn spend_attach(
             Some(other) => return Err(Error::Policy(other.into())),
         };
         let source = source_or_default(source)?;
-        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
+        let elevated = Elevated::enter()?;
         session::require_owner(elevated.caller(), source)?;
         // By attaching the table that was, the caller says that a restore is over. Of another one only who
         // may speak for every owner.
@@ -97,7 +96,7 @@ fn spend_detach(
     report(|| {
         require_changeable()?;
         let drop_history = drop_history.unwrap_or(false);
-        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
+        let elevated = Elevated::enter()?;
         restore::require_over()?;
         if drop_history && source.is_none() && captured::capture()?.is_none() && detach::history_is_kept()? {
             // Detached before: only the history is left.

@@ -7,7 +7,6 @@ use crate::engine::declaration::Declaration;
 use crate::engine::declare;
 use crate::engine::rebuild;
 use crate::error::{self, Error};
-use crate::guc;
 use crate::litellm::backfill;
 use crate::litellm::builtin;
 use crate::litellm::detach;
@@ -280,7 +279,6 @@ fn spend_rollup_drop(name: Option<&str>) -> Result<(), ErrorReport> {
         restore::require_over()?;
         let name = name.ok_or(Error::Null("rollup name"))?;
         if builtin::is_report(name) {
-            let elevated = elevated.impatient(guc::lock_timeout().time);
             return detach::drop_report(elevated.caller(), name);
         }
         if builtin::is_reserved(name) && !rollups::rollup_exists(name)? {

@@ -9,6 +9,7 @@ use crate::server::log;
 use crate::server::relation;
 use crate::server::spi;
 use crate::server::text::{SCHEMA, next_midnight};
+use crate::state::captured;
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
 use crate::state::rollups;
@@ -19,11 +20,13 @@ use pgrx::datum::Timestamp;
 /// furthest behind, which as a rule are all. `false`: all is covered, or a fence is taken.
 pub fn step(patience: Patience) -> Result<bool> {
     // Before the fences, which take an XID: as a rule all is covered.
-    if !rollups::is_uncovered(CHANGE_LOG)? {
+    if !rollups::is_uncovered(CHANGE_LOG)? || captured::capture()?.is_none() {
         return Ok(false);
     }
-    require_no_foreign_partition(attached()?.relation)?;
     let Some(fences) = Fence::take_all(CHANGE_LOG, patience)? else { return Ok(false) };
+    // A detach may have come first.
+    let Some(capture) = captured::capture()? else { return Ok(false) };
+    require_no_foreign_partition(capture.relation)?;
     // What may not be recomputed is frozen before anything is.
     if repair::settle_lost(&fences)? {
         return Ok(true);

@@ -21,7 +21,7 @@
 use crate::citus;
 use crate::engine::declare;
 use crate::error::{Error, Result};
-use crate::guc::LockLimit;
+use crate::guc::{self, LockLimit};
 use crate::litellm::backfill;
 use crate::litellm::builtin;
 use crate::litellm::detach;
@@ -41,6 +41,7 @@ use crate::state::restore::{self, HERE};
 use crate::state::rollups;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
+use std::time::Duration;
 
 /// The table that a NULL source means: the attached one, or the one of LiteLLM's name that the caller's
 /// search_path finds, or the only one of that name.
@@ -152,15 +153,22 @@ pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// From here on nobody else attaches, or changes a built-in rollup, until the transaction ends.
-pub fn hold_rollups() -> Result<()> {
+/// How long the fences are waited for: a day of a backfill may take tens of seconds. Nothing of a user's is
+/// locked yet, and nobody but the workers waits behind us.
+const LONG_STEP: Duration = Duration::from_secs(60);
+
+/// From here on nobody else attaches, or changes a built-in rollup, until the transaction ends. No later lock
+/// is waited for longer than `litellm_spend.lock_timeout` while what it returns lives.
+pub fn hold_rollups() -> Result<Elevated> {
     fence::require_attachment(Patience::of_call())?;
+    let within_step = Elevated::pinned().impatient(LONG_STEP);
     for name in rollups::rollup_names(Some(CHANGE_LOG))? {
         // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge
         // the rollup.
         drop(Fence::wait(&name)?);
     }
-    Ok(())
+    drop(within_step);
+    Ok(Elevated::pinned().impatient(guc::lock_timeout().time))
 }
 
 /// Without `reports` those stay that there are.
@@ -170,7 +178,7 @@ pub fn attach(
     subtract: Option<bool>,
     reports: bool,
 ) -> Result<Vec<Action>> {
-    hold_rollups()?;
+    let _impatient = hold_rollups()?;
     take_up_history(caller, oid)?;
     let actions = attach_locked(oid, subtract, reports)?;
     restore::mark()?;

@@ -19,7 +19,7 @@ use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table};
-use crate::server::session::{self, Owner, attempt};
+use crate::server::session::{self, Elevated, Owner, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified};
 use crate::state::captured::{self, CaptureState};
@@ -37,7 +37,7 @@ const FEW: i64 = 1_000;
 const MOST: i64 = 5_000;
 
 pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
-    hold()?;
+    let _impatient = hold()?;
     let state = attached()?;
     let table = Table::find(state.relation)?;
     // 1. what is in the log, as far as that goes while it is written to, and what was not captured.
@@ -143,7 +143,7 @@ pub fn history_is_kept() -> Result<bool> {
 
 /// Drops what a detach has kept.
 pub fn forget_history() -> Result<Vec<Action>> {
-    hold()?;
+    let _impatient = hold()?;
     let locked: Vec<_> = relations_of_rollups()?.into_iter().chain(relations_of_log()?).collect();
     lock_exclusively(&locked)?;
     drop_rollups()
@@ -155,7 +155,7 @@ pub fn drop_report(caller: pg_sys::Oid, name: &str) -> Result<()> {
         Some(state) => session::require_owner(caller, state.relation)?,
         None => session::require_extension_owner(caller)?,
     }
-    hold_rollups()?;
+    let _impatient = hold_rollups()?;
     let report = reports::rollups()?.into_iter().find(|rollup| rollup.optional && rollup.name == name);
     let report = report.ok_or_else(|| Error::ReportNotMade(name.into()))?;
     lock_exclusively(&relations_of(std::slice::from_ref(&report))?)?;
@@ -166,12 +166,13 @@ pub fn drop_report(caller: pg_sys::Oid, name: &str) -> Result<()> {
 
 /// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each
 /// waited for within a limit: nothing later waits for one while it holds a table.
-fn hold() -> Result<()> {
-    hold_rollups()?;
+fn hold() -> Result<Elevated> {
+    let impatient = hold_rollups()?;
     let log = format!("WHERE name = {}", literal(CHANGE_LOG));
     [("source", log.as_str()), ("capture", ""), ("dirty_range", "")]
         .into_iter()
-        .try_for_each(|(table, condition)| lock_rows(guc::lock_timeout(), table, condition))
+        .try_for_each(|(table, condition)| lock_rows(guc::lock_timeout(), table, condition))?;
+    Ok(impatient)
 }
 
 fn lock_exclusively(relations: &[pg_sys::Oid]) -> Result<()> {

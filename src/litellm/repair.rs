@@ -31,6 +31,10 @@ pub fn step(patience: Patience) -> Result<bool> {
         return find_lost_failures(&mut capture, patience);
     }
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
+    // A detach may have come first.
+    if captured::capture()?.is_none() {
+        return Ok(false);
+    }
     // What may not be recomputed is frozen before anything is.
     if settle_lost(&fences)? {
         return Ok(true);

@@ -169,9 +169,12 @@ impl Elevated {
         Elevated::act(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), OURSELVES)
     }
 
-    /// No lock is waited for longer than `limit`, not even a row's.
+    /// No lock is waited for longer than `limit`, not even a row's, nor longer than lock_timeout has it.
     pub fn impatient(self, limit: Duration) -> Elevated {
-        let limit = CString::new(format!("{}ms", limit.as_millis().max(1))).unwrap_or_default();
+        // SAFETY: reads a variable of the session; zero is no limit.
+        let own = u128::try_from(unsafe { pg_sys::LockTimeout }).ok().filter(|own| *own > 0);
+        let limit = own.unwrap_or(u128::MAX).min(limit.as_millis().max(1));
+        let limit = CString::new(format!("{limit}ms")).unwrap_or_default();
         // SAFETY: inside the nest level of this guard, which Drop undoes.
         unsafe { set(c"lock_timeout", &limit) };
         self

@@ -146,6 +146,9 @@ impl Cluster {
     pub fn try_connect(&self, database: &str, user: &str) -> Result<Client, postgres::Error> {
         let mut config = Client::configure();
         config.host_path(&self.dir).port(PORT).user(user).dbname(database);
+        // On a machine that is busy with other tests, the worker or an autovacuum that we have cancelled may
+        // need longer than a second to let go.
+        config.options("-c litellm_spend.lock_timeout=5s -c litellm_spend.window_wait=5s");
         config.connect(NoTls)
     }
 
