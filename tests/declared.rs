@@ -1899,7 +1899,7 @@ fn of_two_sessions_that_create_the_same_rollup_one_is_refused() {
 }
 
 #[test]
-fn a_cancelled_declaration_is_no_refusal() {
+fn a_call_that_is_cancelled_is_not_refused() {
     let (_db, mut client) = page_views();
     client
         .batch_execute(

@@ -6,6 +6,7 @@ use crate::api::call::{report, require_changeable, tell};
 use crate::engine::source::Notice;
 use crate::error::{self, Error};
 use crate::litellm::admin;
+use crate::litellm::attach;
 use crate::litellm::capture;
 use crate::litellm::detach;
 use crate::litellm::reports;
@@ -63,7 +64,7 @@ fn spend_attach(
             Err(_) if !captured::captured_relations()?.contains(&source) => restore::require_over()?,
             _ => drop(restore::adopt()?),
         }
-        let actions = capture::attach(elevated.caller(), source, subtract, reports == Some(true))?;
+        let actions = attach::attach(elevated.caller(), source, subtract, reports == Some(true))?;
         let kept = if reports == Some(false) { reports::here()? } else { vec![] };
         Ok((actions, relation::relation_name(source)?, kept))
     })
@@ -75,7 +76,7 @@ fn spend_attach(
                 hint: format!("To drop them with it: {}", drops.collect::<Vec<_>>().join(" ")),
             }]);
         }
-        let locked = actions.iter().any(|(_, action)| action == capture::CAPTURING);
+        let locked = actions.iter().any(|(_, action)| action == attach::CAPTURING);
         // SAFETY: reads state of the transaction.
         if locked && unsafe { pg_sys::IsTransactionBlock() } {
             tell(vec![Notice {

@@ -3,9 +3,11 @@
 use crate::api::arguments::Regclass;
 use crate::api::call::{STEP_OF_CALL, Subtransactions, report, require_changeable, tell};
 use crate::api::litellm::require_attached;
-use crate::engine::declaration::Declaration;
-use crate::engine::declare;
+use crate::engine::create;
+use crate::engine::define::Request;
+use crate::engine::drop;
 use crate::engine::rebuild;
+use crate::engine::rollup;
 use crate::error::{self, Error};
 use crate::litellm::backfill;
 use crate::litellm::builtin;
@@ -216,7 +218,7 @@ fn spend_rollup_create(
             }
             list.into_iter().map(|text| text.ok_or(Error::Null(one))).collect::<error::Result<Vec<_>>>()
         };
-        let declaration = Declaration {
+        let request = Request {
             name: name.ok_or(Error::Null("rollup name"))?.into(),
             source: source.ok_or(Error::Null("source"))?.0,
             dimensions: texts(dimensions, "list of dimensions", "dimension")?,
@@ -226,10 +228,10 @@ fn spend_rollup_create(
             distributed,
             search_path: session::search_path(),
         };
-        if builtin::is_reserved(&declaration.name) {
-            return Err(Error::Reserved(declaration.name));
+        if builtin::is_reserved(&request.name) {
+            return Err(Error::Reserved(request.name));
         }
-        declare::create(&declaration)
+        create::create(&request)
     })
     .map(tell)
 }
@@ -247,7 +249,7 @@ fn spend_rollup_register(
         session::require_utf8()?;
         let name = name.ok_or(Error::Null("rollup name"))?;
         let Regclass(source) = source.ok_or(Error::Null("source"))?;
-        declare::register(name, source, sequence.map(|Regclass(oid)| oid), merged_to)
+        create::register(name, source, sequence.map(|Regclass(oid)| oid), merged_to)
     })
     .map(tell)
 }
@@ -265,7 +267,7 @@ fn spend_rollup_window(
         require_changeable()?;
         let elevated = Elevated::enter()?;
         restore::require_over()?;
-        declare::next_window(elevated.caller(), rollup_name.ok_or(Error::Null("rollup name"))?)
+        rollup::next_window(elevated.caller(), rollup_name.ok_or(Error::Null("rollup name"))?)
     })
     .map(|(start, end)| TableIterator::once((Some(start), Some(end))))
 }
@@ -284,6 +286,6 @@ fn spend_rollup_drop(name: Option<&str>) -> Result<(), ErrorReport> {
         if builtin::is_reserved(name) && !rollups::rollup_exists(name)? {
             return Err(Error::BuiltIn(name.into()));
         }
-        declare::drop_rollup(elevated.caller(), name)
+        drop::drop_rollup(elevated.caller(), name)
     })
 }

@@ -24,7 +24,7 @@
 //!
 //! - The watermark, here, and the groups, there, commit together: in two phases, because a merge writes to
 //!   several shards. What Citus writes over a single connection it would commit before us; so a source of one
-//!   shard gets a table of this node ([`crate::engine::declaration`]).
+//!   shard gets a table of this node ([`crate::engine::define`]).
 //! - One merge at a time, also on the nodes. The fence keeps others out until the commit here; after that
 //!   each node is asked for transactions that still hold RowExclusiveLock on a shard of the rollup, prepared
 //!   ones included ([`await_end`]). What a failed merge has prepared is there until Citus undoes it. Nothing

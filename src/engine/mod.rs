@@ -2,9 +2,11 @@
 //! recomputing, comparing. Why no row is counted twice: docs/internals.md. May call citus, state and server,
 //! and where a rebuild reads what a built-in rollup must equal, LiteLLM's room.
 
+pub mod create;
 mod decimal;
-pub mod declaration;
-pub mod declare;
+pub mod define;
+pub mod drop;
+pub mod follow;
 mod groups;
 mod key;
 pub mod rebuild;

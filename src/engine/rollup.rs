@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::server::locks::{self, Patience};
 use crate::server::relation;
-use crate::server::session::{Failure, attempt};
+use crate::server::session::{self, Failure, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::definition::Definition;
@@ -305,4 +305,26 @@ pub fn backfill_step(sources: Vec<Source>, patience: Patience) -> Result<Option<
         }
     }
     Ok(if progress.is_empty() { None } else { Some(progress.join("; ")) })
+}
+
+/// `spend_rollup_window()`: the next safe window of a registered rollup. The watermark advances in the
+/// caller's transaction, together with whatever the caller writes.
+pub fn next_window(caller: pg_sys::Oid, name: &str) -> Result<(i64, i64)> {
+    // 1. lock the state row: the window belongs to one transaction at a time.
+    let fence = Fence::wait(name)?;
+    session::require_role(caller, fence.owner, name)?;
+    if fence.definition.is_some() {
+        return Err(Error::NotByHand(name.into()));
+    }
+    // 2. what is safe; the caller's next statement takes a snapshot after it.
+    let mut source = sources::source_of(name)?.ok_or_else(|| Error::SourceDropped(name.into()))?;
+    check_not_set_back(&fence)?;
+    let safe = find_safe_end(&mut source, Patience::None)?.max(fence.watermark);
+    let end = window_end(fence.watermark, safe, guc::max_window());
+    // 3. the watermark.
+    match end > fence.watermark {
+        true => fence.advance(end, None, 0.0)?,
+        false => fence.note_call()?,
+    }
+    Ok((fence.watermark + 1, end))
 }

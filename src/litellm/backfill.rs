@@ -2,8 +2,9 @@
 
 use crate::engine::rebuild::{Shrink, rebuild_some};
 use crate::error::{Error, Result};
-use crate::litellm::capture::{attached, require_no_foreign_partition};
+use crate::litellm::capture::attached;
 use crate::litellm::repair;
+use crate::litellm::triggers::require_no_foreign_partition;
 use crate::server::locks::Patience;
 use crate::server::log;
 use crate::server::relation;

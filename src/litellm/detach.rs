@@ -10,11 +10,13 @@
 use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::litellm::attach::{grantees, hold_rollups, revoke};
 use crate::litellm::builtin;
-use crate::litellm::capture::{attached, drop_triggers, grantees, hold_rollups, lock_rows, revoke, triggers};
+use crate::litellm::capture::attached;
 use crate::litellm::repair;
 use crate::litellm::reports;
 use crate::litellm::spend_log::{self, OPERATIONS};
+use crate::litellm::triggers::{drop_triggers, lock_rows, triggers};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
 use crate::server::log;

@@ -2,6 +2,7 @@
 //! call the engine and the rooms below it.
 
 pub mod admin;
+pub mod attach;
 pub mod backfill;
 pub mod builtin;
 pub mod capture;
@@ -9,5 +10,6 @@ pub mod detach;
 pub mod repair;
 pub mod reports;
 pub mod spend_log;
+pub mod triggers;
 pub mod views;
 pub mod watch;

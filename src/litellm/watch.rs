@@ -3,17 +3,24 @@
 //!
 //! A table is followed that gets the captured one's name, if it belongs to the same owner: capture does not
 //! go on with rows of somebody else's. What is read of either table is read as the owner.
+//!
+//! Locks on the user's tables, each waited for at most `litellm_spend.lock_timeout`: those of `triggers`;
+//! when the table was replaced SHARE ROW EXCLUSIVE on the new one for as long as it takes to read the rows
+//! that it got before we noticed; when the replaced table has become a partition of it, on both, for a
+//! moment.
 
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::litellm::attach::attach_locked;
 use crate::litellm::backfill::uncover_all;
 use crate::litellm::builtin;
-use crate::litellm::capture::{
-    attach_locked, attached, captured_columns, create_functions, create_triggers, drop_triggers,
-    failing_triggers, foreign_partition, missing_triggers, require_all_rows_seen, silence, triggers,
-};
+use crate::litellm::capture::{attached, captured_columns};
 use crate::litellm::reports;
 use crate::litellm::spend_log::{Capture, MOVE};
+use crate::litellm::triggers::{
+    create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition, missing_triggers,
+    require_all_rows_seen, silence, triggers,
+};
 use crate::litellm::views::{self, PublicView, Stray};
 use crate::server::locks::{self, Patience};
 use crate::server::log;

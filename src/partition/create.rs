@@ -21,8 +21,8 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::litellm::capture::missing_triggers_within;
 use crate::litellm::spend_log::Capture;
+use crate::litellm::triggers::missing_triggers_within;
 use crate::partition::calendar::{self, Interval, Moment, Range};
 use crate::partition::dependents::revoke_default_privileges;
 use crate::partition::layout::{Layout, Partition};

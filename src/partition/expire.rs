@@ -16,7 +16,7 @@
 use crate::engine::source;
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::litellm::capture::missing_triggers;
+use crate::litellm::triggers::missing_triggers;
 use crate::partition::archive;
 use crate::partition::calendar::Moment;
 use crate::partition::create::{detach, finish_detach};

@@ -20,8 +20,8 @@
 //! name of theirs meanwhile is left alone.
 
 use crate::error::{Error, Result};
-use crate::litellm::capture;
 use crate::litellm::spend_log::Capture;
+use crate::litellm::triggers;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::copy;
 use crate::partition::create::{rename, rename_index};
@@ -343,7 +343,7 @@ impl Reversion {
         dependents.point_readers()?;
         // 4. capture and rollups go on there; what is kept out had been counted.
         let plain = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
-        capture::follow(self.relation, plain)?;
+        triggers::follow(self.relation, plain)?;
         indexes::follow(self.relation, plain)?;
         if let Some(state) = captured::capture()?.filter(|state| state.relation == plain) {
             run(Capture { columns: &state.columns }.retire(&self.duplicates(), &[]))?;

@@ -22,7 +22,7 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::litellm::capture;
+use crate::litellm::triggers;
 use crate::partition::calendar::{Moment, Range};
 use crate::partition::convert::{Conversion, LEGACY};
 use crate::partition::create::{attach, attach_default, create, inside, rename};
@@ -90,7 +90,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     // 6. whatever read the old table reads the new one.
     dependents.point_readers()?;
     // 7. capture, rollups, indexes and maintenance go on there.
-    capture::follow(conversion.relation, parent)?;
+    triggers::follow(conversion.relation, parent)?;
     indexes::follow(conversion.relation, parent)?;
     store_policy(conversion, parent)
 }
@@ -106,7 +106,7 @@ pub fn lock(
     relations
         .iter()
         .take(1)
-        .try_for_each(|oid| capture::prepare_to_follow(guc::swap_lock_timeout(), *oid))?;
+        .try_for_each(|oid| triggers::prepare_to_follow(guc::swap_lock_timeout(), *oid))?;
     let views = oids(&read()?);
     let all = views.iter().chain(relations).map(|oid| (*oid, pg_sys::AccessExclusiveLock));
     locks::lock_all(guc::swap_lock_timeout(), &all.collect::<Vec<_>>())?;

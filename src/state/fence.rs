@@ -174,7 +174,7 @@ impl Fence {
 
     /// With the rights that its own statements run with, until the guard is dropped: the owner's, or ours if
     /// everything that they mention is ours. Refused while its source is another's:
-    /// [`crate::engine::declare::settle`] comes first.
+    /// [`crate::engine::follow::settle`] comes first.
     pub fn act(&self) -> Result<Option<Elevated>> {
         if self.is_built_in() {
             return Ok(None);

@@ -3,7 +3,7 @@
 //! LiteLLM's views along; and capture makes way for a foreign partition in the statement that brings it.
 
 use crate::error::{Error, Result};
-use crate::litellm::capture;
+use crate::litellm::triggers;
 use crate::server::expression::{nodes, text};
 use crate::server::hint;
 use crate::server::relation;
@@ -146,7 +146,7 @@ unsafe extern "C-unwind" fn make_way() {
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         let outcome = attempt(|| {
             let _ours = Elevated::enter()?;
-            capture::silence_failing()
+            triggers::silence_failing()
         });
         pg_sys::PopActiveSnapshot();
         outcome

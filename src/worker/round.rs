@@ -2,7 +2,7 @@
 //! and for `spend_rollup_run()`, where each is a subtransaction of the caller's. A step that fails is
 //! recorded and does not stop the others.
 
-use crate::engine::declare;
+use crate::engine::follow;
 use crate::engine::rollup::{self, Look, Merge, Merged};
 use crate::engine::summarize;
 use crate::error::Result;
@@ -49,10 +49,10 @@ pub fn round(run: &mut impl Runner) -> Round {
     let (watching, mut more) = (run.may_watch(), false);
     if run.watch_is_due() {
         let mends = run.step(Subject::Task("restore"), restore::look).unwrap_or(false);
-        let strays = if mends { run.step(Subject::Task("sources"), declare::strays) } else { None };
+        let strays = if mends { run.step(Subject::Task("sources"), follow::strays) } else { None };
         let none = strays.as_ref().is_some_and(Vec::is_empty);
         for rollup in strays.unwrap_or_default() {
-            run.step(Subject::Stray(rollup.clone()), || declare::settle(&rollup, patience));
+            run.step(Subject::Stray(rollup.clone()), || follow::settle(&rollup, patience));
         }
         if watching && mends {
             let watched = run.step(Subject::Task("watch"), || watch::watch(patience));

@@ -16,7 +16,7 @@ use pgrx::spi::quote_identifier;
 use std::ffi::CString;
 
 /// What the user said about a rollup.
-pub struct Declaration {
+pub struct Request {
     pub name: String,
     pub source: pg_sys::Oid,
     pub dimensions: Vec<String>,
@@ -47,14 +47,14 @@ pub struct Defined {
 const MOST_DIMENSIONS: usize = pg_sys::INDEX_MAX_KEYS as usize;
 
 /// Called as ourselves: what is read of the user's is read as the table's owner.
-pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -> Result<Defined> {
-    if declaration.dimensions.len() > MOST_DIMENSIONS {
-        return Err(Error::TooManyDimensions { given: declaration.dimensions.len(), most: MOST_DIMENSIONS });
+pub fn define(request: &Request, table: &Table, numbering: &Numbering) -> Result<Defined> {
+    if request.dimensions.len() > MOST_DIMENSIONS {
+        return Err(Error::TooManyDimensions { given: request.dimensions.len(), most: MOST_DIMENSIONS });
     }
-    let path = declaration.search_path.clone();
+    let path = request.search_path.clone();
     let scope = Scope { relation: table.oid, owner: Owner::of(table.oid)?, path };
     let mut definition = Definition {
-        name: declaration.name.clone(),
+        name: request.name.clone(),
         source: table.qualified(),
         expansion: String::new(),
         source_sequence: numbering.column.clone(),
@@ -69,26 +69,26 @@ pub fn define(declaration: &Declaration, table: &Table, numbering: &Numbering) -
         distribution: None,
     };
     let (mut buckets, mut scalars, mut notices) = (vec![], vec![], vec![]);
-    for text in &declaration.dimensions {
+    for text in &request.dimensions {
         let (dimension, scalar) = dimension(table, &scope, text, &mut notices)?;
-        buckets.extend(bucket(table, &dimension, &scalar, declaration.time_column.as_deref()));
+        buckets.extend(bucket(table, &dimension, &scalar, request.time_column.as_deref()));
         definition.dimensions.push(dimension);
         scalars.push(scalar);
     }
-    if declaration.distributed != Some(false) {
-        distribute(&mut definition, table, &scalars, declaration.distributed, &mut notices)?;
+    if request.distributed != Some(false) {
+        distribute(&mut definition, table, &scalars, request.distributed, &mut notices)?;
     }
-    if let Some(column) = &declaration.time_column
+    if let Some(column) = &request.time_column
         && !table.columns.iter().any(|(name, _)| name == column)
     {
         return Err(Error::NoTimeColumn { relation: table.name.clone(), column: column.clone() });
     }
-    if declaration.time_column.is_some() && buckets.is_empty() {
-        return Err(Error::NoBucket(declaration.time_column.clone().unwrap_or_default()));
+    if request.time_column.is_some() && buckets.is_empty() {
+        return Err(Error::NoBucket(request.time_column.clone().unwrap_or_default()));
     }
     definition.bucket = buckets.into_iter().next();
     let mut merge_functions = vec![];
-    for text in &declaration.measures {
+    for text in &request.measures {
         merge_functions.extend(add_measure(&mut definition, &scope, text, &mut notices)?);
     }
     check_columns(&definition)?;

@@ -1,0 +1,230 @@
+//! The triggers that capture, and their functions.
+//!
+//! Locks on the user's table, each waited for at most `litellm_spend.lock_timeout`:
+//! - when triggers are made: SHARE ROW EXCLUSIVE on the table and each partition (writers wait, readers do
+//!   not), until the transaction ends.
+//! - when a foreign table becomes a partition, by the statement that brings it, or by the watch: the same,
+//!   for making the triggers harmless.
+//! - when a partition was detached: ACCESS EXCLUSIVE on that, for DROP TRIGGER.
+//!
+//! Whose rights: the functions belong to the owner of the captured table. Of what is done here as ourselves
+//! to that owner's table, CREATE TRIGGER and DROP TRIGGER evaluate nothing of theirs; what reads a row of it
+//! runs as its owner.
+
+use crate::citus;
+use crate::error::{Error, Result};
+use crate::guc::LockLimit;
+use crate::litellm::builtin;
+use crate::litellm::reports;
+use crate::litellm::spend_log::{self, Capture, MOVE, OPERATIONS, Replaced};
+use crate::litellm::views::Action;
+use crate::server::locks;
+use crate::server::relation::{self, Table};
+use crate::server::spi;
+use crate::server::text::{SCHEMA, qualified, quoted};
+use crate::state::captured::{self, CaptureState};
+use crate::state::fence;
+use pgrx::prelude::*;
+
+/// Makes the trigger functions of the table, for its owner.
+pub fn create_functions(state: &CaptureState) -> Result<Action> {
+    let named = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), relation::relation_name(oid)?));
+    let replaced = match state.predecessor {
+        Some(predecessor) => {
+            Some(Replaced { table: named(state.relation)?, predecessor: named(predecessor)? })
+        }
+        None => None,
+    };
+    let owner = quoted(&state.owner()?.name()?);
+    let before = functions()?;
+    let rollups = reports::rollups()?;
+    let capture = Capture { columns: &state.columns };
+    for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, replaced.as_ref()) {
+        spi::execute(&spend_log::create_function(&name, &body), &[])?;
+        fence::grant(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"))?;
+        spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
+    }
+    let text =
+        if functions()? == before { "already there" } else { "made for the table's columns and owner" };
+    Ok((format!("functions {SCHEMA}.capture_*"), text.into()))
+}
+
+/// What the trigger functions do, and whose they are.
+fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
+    let sql = format!(
+        "SELECT proname::text, prosrc, proowner FROM pg_catalog.pg_proc
+         WHERE pronamespace = '{SCHEMA}'::pg_catalog.regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1"
+    );
+    spi::query(&sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
+}
+
+/// Creates the triggers that are missing on the table and its partitions. Returns how many.
+pub fn create_triggers(state: &CaptureState) -> Result<usize> {
+    let missing = missing_triggers(state.relation)?;
+    lock_for_triggers(&missing)?;
+    require_no_foreign_partition(state.relation)?;
+    let keys = relation::partition_keys(&relation::relation_tree(state.relation)?)?;
+    put_triggers(&missing, |operation, table| Capture::trigger(operation, table, &keys))?;
+    Ok(missing.len())
+}
+
+/// Keeps the writers out of the tables of triggers, which are in a row for each table.
+fn lock_for_triggers(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
+    let mut tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
+    tables.dedup();
+    locks::lock_against_writers(&tables)
+}
+
+/// Makes triggers of operations anew, on tables that are locked.
+fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) -> String) -> Result<()> {
+    let tables: Vec<pg_sys::Oid> = triggers.iter().map(|(relation, _)| *relation).collect();
+    let names = relation::relation_names(&tables)?;
+    for (relation, operation) in triggers {
+        let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
+        spi::execute(&make(operation, name), &[])?;
+    }
+    Ok(())
+}
+
+/// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of
+/// a shard's on another node.
+pub fn require_all_rows_seen(table: &Table) -> Result<()> {
+    citus::require_not_distributed(table.oid)?;
+    let Some(parent) = relation::parent(table.oid)? else { return Ok(()) };
+    Err(Error::HasParent { table: table.qualified(), parent: relation::relation_name(parent)? })
+}
+
+/// A transition table takes no rows from a foreign partition: the statement that changes one fails.
+pub fn require_no_foreign_partition(relation: pg_sys::Oid) -> Result<()> {
+    foreign_partition(relation)?.map_or(Ok(()), Err)
+}
+
+/// Why the table cannot be captured, if it has such a partition.
+pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<Error>> {
+    let Some(foreign) = relation::foreign_partition(relation)? else { return Ok(None) };
+    let (table, foreign) = (relation::relation_name(relation)?, relation::relation_name(foreign)?);
+    Ok(Some(Error::ForeignPartition { table, foreign }))
+}
+
+/// Triggers that would make a statement fail which reaches a foreign partition: a disabled one would as well.
+/// The table before its partitions.
+pub fn failing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
+    let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
+    spi::query(
+        "WITH RECURSIVE tree(oid, n) AS (SELECT * FROM unnest($1::oid[]) WITH ORDINALITY), above(oid) AS (
+             SELECT c.oid FROM pg_catalog.pg_class c JOIN tree USING (oid) WHERE c.relkind = 'f'
+             UNION SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN above ON i.inhrelid = above.oid)
+         SELECT tree.oid, o.operation
+         FROM above JOIN tree USING (oid) JOIN pg_catalog.pg_trigger t ON t.tgrelid = tree.oid
+         JOIN unnest($2::text[]) AS o(operation) ON t.tgname = 'litellm_spend_capture_' || o.operation
+         WHERE coalesce(t.tgoldtable, t.tgnewtable) IS NOT NULL
+         ORDER BY tree.n",
+        &[relation::relation_tree(relation)?.into(), operations.into()],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
+    )
+}
+
+/// Makes such triggers harmless.
+pub fn silence(triggers: &[(pg_sys::Oid, String)]) -> Result<()> {
+    lock_for_triggers(triggers)?;
+    put_triggers(triggers, Capture::silent_trigger)
+}
+
+/// The same, if the captured table has any. What is not captured from here on is for the watch.
+pub fn silence_failing() -> Result<()> {
+    let Some(state) = captured::capture()? else { return Ok(()) };
+    let failing = failing_triggers(state.relation)?;
+    if failing.is_empty() { Ok(()) } else { silence(&failing) }
+}
+
+/// Our triggers: their tables and names.
+pub fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
+    let functions: Vec<String> = OPERATIONS.iter().map(|o| spend_log::function_name(o)).collect();
+    spi::query(
+        "SELECT tgrelid, tgname::text FROM pg_catalog.pg_trigger
+         WHERE tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)",
+        &[functions.into()],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
+    )
+}
+
+/// Drops capture triggers; one that is on none of the tables that are locked has come between.
+pub fn drop_triggers(triggers: &[(pg_sys::Oid, String)], locked: &[pg_sys::Oid]) -> Result<()> {
+    let names = relation::relation_names(locked)?;
+    for (relation, trigger) in triggers {
+        let name = names.get(relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
+        spi::execute(&format!("DROP TRIGGER {} ON {name}", quoted(trigger)), &[])?;
+    }
+    Ok(())
+}
+
+/// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock
+/// it.
+pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
+    missing_triggers_within(relation, relation)
+}
+
+/// Those that `relation`, which is a partition of the table or is to become one, and what inherits from it
+/// lack.
+pub fn missing_triggers_within(
+    table: pg_sys::Oid,
+    relation: pg_sys::Oid,
+) -> Result<Vec<(pg_sys::Oid, String)>> {
+    let operations: Vec<String> = OPERATIONS.iter().map(|o| o.to_string()).collect();
+    let tree = relation::relation_tree(relation)?;
+    let keys = match table == relation {
+        true => relation::partition_keys(&tree)?,
+        false => relation::partition_keys(&relation::relation_tree(table)?)?,
+    };
+    spi::query(
+        &format!(
+            "SELECT r.oid, o.operation
+             FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n) JOIN pg_catalog.pg_class c ON c.oid = r.oid
+             CROSS JOIN unnest($2::text[]) AS o(operation)
+             WHERE (o.operation <> '{MOVE}' OR c.relkind = 'r'
+                 AND (SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = $3))
+               AND NOT EXISTS (
+                 SELECT FROM pg_catalog.pg_trigger t
+                 WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
+                   AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
+                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation)
+                   AND (o.operation <> '{MOVE}' OR $4 = ARRAY(
+                       SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a
+                       WHERE a.attrelid = r.oid AND a.attnum = ANY (t.tgattr) ORDER BY 1)))
+             ORDER BY r.n"
+        ),
+        &[tree.into(), operations.into(), table.into(), keys.into()],
+        |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
+    )
+}
+
+/// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked:
+/// whoever has them must not keep that locked, too.
+pub fn lock_rows(limit: LockLimit, table: &str, condition: &str) -> Result<()> {
+    let name = qualified(SCHEMA, table);
+    let oid = relation::find_relation(&name)?.unwrap_or(pg_sys::InvalidOid);
+    locks::lock_within(limit, &format!("SELECT FROM {name} {condition} FOR UPDATE"), &name, oid)
+}
+
+/// What says where the rows are.
+const FOLLOWING: [&str; 3] = ["capture", "source", "policy"];
+
+/// The right to [`follow`], before the table is locked.
+pub fn prepare_to_follow(limit: LockLimit, old: pg_sys::Oid) -> Result<()> {
+    let condition = format!("WHERE relation = {}::oid", old.to_u32());
+    FOLLOWING.into_iter().try_for_each(|table| lock_rows(limit, table, &condition))
+}
+
+/// Capture and rollups go on where the rows are now.
+pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
+    for table in FOLLOWING {
+        let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
+        spi::execute(&sql, &[old.into(), new.into()])?;
+    }
+    let Some(state) = captured::capture()?.filter(|state| state.relation == new) else { return Ok(()) };
+    if state.predecessor.is_some() {
+        // The trigger functions name the table, too.
+        create_functions(&state)?;
+    }
+    create_triggers(&state).map(drop)
+}
