@@ -13,9 +13,9 @@ use crate::guc;
 use crate::litellm::attach::{grantees, hold_rollups, revoke};
 use crate::litellm::builtin;
 use crate::litellm::capture::attached;
+use crate::litellm::functions::{OPERATIONS, function_name};
 use crate::litellm::repair;
 use crate::litellm::reports;
-use crate::litellm::spend_log::{self, OPERATIONS};
 use crate::litellm::triggers::{drop_triggers, lock_rows, triggers};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
@@ -70,7 +70,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     };
     drop_triggers(&triggers()?, &locked)?;
     for operation in OPERATIONS {
-        spi::execute(&format!("DROP FUNCTION IF EXISTS {}()", spend_log::function_name(operation)), &[])?;
+        spi::execute(&format!("DROP FUNCTION IF EXISTS {}()", function_name(operation)), &[])?;
     }
     let name = qualified(&state.schema, &state.table);
     let text = if table.is_some() { "no longer captured" } else { "was dropped before" };

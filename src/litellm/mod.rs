@@ -7,6 +7,7 @@ pub mod backfill;
 pub mod builtin;
 pub mod capture;
 pub mod detach;
+pub mod functions;
 pub mod repair;
 pub mod reports;
 pub mod spend_log;

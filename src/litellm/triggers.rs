@@ -15,8 +15,9 @@ use crate::citus;
 use crate::error::{Error, Result};
 use crate::guc::LockLimit;
 use crate::litellm::builtin;
+use crate::litellm::functions::{self, MOVE, OPERATIONS, Replaced, function_name};
 use crate::litellm::reports;
-use crate::litellm::spend_log::{self, Capture, MOVE, OPERATIONS, Replaced};
+use crate::litellm::spend_log::Capture;
 use crate::litellm::views::Action;
 use crate::server::locks;
 use crate::server::relation::{self, Table};
@@ -36,21 +37,24 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
         None => None,
     };
     let owner = quoted(&state.owner()?.name()?);
-    let before = functions()?;
+    let before = trigger_functions()?;
     let rollups = reports::rollups()?;
     let capture = Capture { columns: &state.columns };
     for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, replaced.as_ref()) {
-        spi::execute(&spend_log::create_function(&name, &body), &[])?;
+        spi::execute(&functions::create_function(&name, &body), &[])?;
         fence::grant(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"))?;
         spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
     }
-    let text =
-        if functions()? == before { "already there" } else { "made for the table's columns and owner" };
+    let text = if trigger_functions()? == before {
+        "already there"
+    } else {
+        "made for the table's columns and owner"
+    };
     Ok((format!("functions {SCHEMA}.capture_*"), text.into()))
 }
 
 /// What the trigger functions do, and whose they are.
-fn functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
+fn trigger_functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
     let sql = format!(
         "SELECT proname::text, prosrc, proowner FROM pg_catalog.pg_proc
          WHERE pronamespace = '{SCHEMA}'::pg_catalog.regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1"
@@ -139,7 +143,7 @@ pub fn silence_failing() -> Result<()> {
 
 /// Our triggers: their tables and names.
 pub fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
-    let functions: Vec<String> = OPERATIONS.iter().map(|o| spend_log::function_name(o)).collect();
+    let functions: Vec<String> = OPERATIONS.iter().map(|o| function_name(o)).collect();
     spi::query(
         "SELECT tgrelid, tgname::text FROM pg_catalog.pg_trigger
          WHERE tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)",

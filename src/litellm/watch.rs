@@ -15,8 +15,9 @@ use crate::litellm::attach::attach_locked;
 use crate::litellm::backfill::uncover_all;
 use crate::litellm::builtin;
 use crate::litellm::capture::{attached, captured_columns};
+use crate::litellm::functions::MOVE;
 use crate::litellm::reports;
-use crate::litellm::spend_log::{Capture, MOVE};
+use crate::litellm::spend_log::Capture;
 use crate::litellm::triggers::{
     create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition, missing_triggers,
     require_all_rows_seen, silence, triggers,

@@ -2,7 +2,7 @@
 //! drop tables that they do not know from their own schema.
 
 use crate::error::{Error, Result};
-use crate::litellm::spend_log::{OPERATIONS, trigger_name};
+use crate::litellm::functions::{OPERATIONS, trigger_name};
 use crate::partition::create::{index_names, rename, rename_index};
 use crate::server::relation::{self, Table, free_name};
 use crate::server::session::Owner;

@@ -11,7 +11,7 @@
 
 use crate::error::Result;
 use crate::guc;
-use crate::litellm::spend_log::EXPIRING;
+use crate::litellm::functions::EXPIRING;
 use crate::partition::calendar::{Interval, Moment, Range};
 use crate::partition::expire;
 use crate::partition::layout::{Layout, Partition};
