@@ -4,7 +4,8 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 -- PL/pgSQL: STABLE gives it the caller's snapshot (so it agrees with the rest of the statement), its plans
 -- are kept for the session, and it answers even when the library cannot be loaded. Until a rollup covers the
--- days asked for, the raw rows are added up: slow, and as exact. What no double precision can be is infinite,
+-- days asked for, the raw rows are added up: slow, and as exact. Where "MonthlyGlobalSpend" is answered from
+-- it, it goes on to answer while it is computed again: rows that have expired are in it only. What no double precision can be is infinite,
 -- or 0: a cast of it fails.
 CREATE FUNCTION @extschema@.monthly_global_spend(days integer DEFAULT 30)
 RETURNS TABLE (date date, spend double precision)
@@ -21,7 +22,8 @@ BEGIN
                   HINT = 'Pass 30 for what "MonthlyGlobalSpend" shows.';
     END IF;
     IF EXISTS (SELECT FROM litellm_spend.coverage c
-               WHERE c.rollup = 'daily_spend' AND c.covered_from <= CURRENT_DATE - make_interval(days => days)) THEN
+               WHERE c.rollup = 'daily_spend' AND (c.covered_from <= CURRENT_DATE - make_interval(days => days)
+                   OR c.live AND days <= 30)) THEN
         RETURN QUERY
             SELECT d.date, CASE WHEN abs(d.spend) * 10::numeric ^ 324 < 4.9 THEN 0
                                 WHEN abs(d.spend) > 1.7976931348623158 * 10::numeric ^ 308 THEN sign(d.spend) * 'Infinity'::float8
@@ -65,7 +67,8 @@ $backfill$;
 
 -- What a reader of monthly_global_spend() has to know, without the rest of the state.
 CREATE VIEW litellm_spend.coverage AS
-SELECT r.name AS rollup, r.covered_from, c.relation AS captured
+SELECT r.name AS rollup, r.covered_from, c.relation AS captured,
+       EXISTS (SELECT FROM litellm_spend.public_view v WHERE v.rollup = r.name AND v.installed IS NOT NULL) AS live
 FROM litellm_spend.rollup r JOIN litellm_spend.capture c ON c.source = r.source;
 
 COMMENT ON SCHEMA litellm_spend IS 'State, change log and rollups of the extension litellm_spend';

@@ -831,7 +831,8 @@ COMMENT ON VIEW @extschema@.spend_health IS 'What somebody must act on, a row a 
 GRANT SELECT ON @extschema@.spend_health TO pg_monitor;
 
 CREATE OR REPLACE VIEW litellm_spend.coverage AS
-SELECT r.name AS rollup, r.covered_from, c.relation AS captured
+SELECT r.name AS rollup, r.covered_from, c.relation AS captured,
+       EXISTS (SELECT FROM litellm_spend.public_view v WHERE v.rollup = r.name AND v.installed IS NOT NULL) AS live
 FROM litellm_spend.rollup r JOIN litellm_spend.capture c ON c.source = r.source;
 
 ALTER EXTENSION litellm_spend DROP TABLE litellm_spend.policy_by_name;
@@ -853,7 +854,8 @@ BEGIN
                   HINT = 'Pass 30 for what "MonthlyGlobalSpend" shows.';
     END IF;
     IF EXISTS (SELECT FROM litellm_spend.coverage c
-               WHERE c.rollup = 'daily_spend' AND c.covered_from <= CURRENT_DATE - make_interval(days => days)) THEN
+               WHERE c.rollup = 'daily_spend' AND (c.covered_from <= CURRENT_DATE - make_interval(days => days)
+                   OR c.live AND days <= 30)) THEN
         RETURN QUERY
             SELECT d.date, CASE WHEN abs(d.spend) * 10::numeric ^ 324 < 4.9 THEN 0
                                 WHEN abs(d.spend) > 1.7976931348623158 * 10::numeric ^ 308 THEN sign(d.spend) * 'Infinity'::float8

@@ -123,6 +123,40 @@ fn attach_and_detach_can_be_repeated() {
 }
 
 #[test]
+fn monthly_spend_keeps_what_has_expired_while_all_is_computed_again() {
+    let db = shared().database().with_rows("a", 200, 20).attached();
+    let mut client = db.connect();
+    let totals = r#"SELECT (SELECT sum(spend) FROM monthly_global_spend()), (SELECT sum(spend) FROM "MonthlyGlobalSpend")"#;
+    let read = |client: &mut Client| {
+        let row = client.query_one(totals, &[]).unwrap();
+        (row.get::<_, f64>(0), row.get::<_, f64>(1))
+    };
+    let (function, view) = read(&mut client);
+    assert!((function - view).abs() < 1e-9);
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < CURRENT_DATE - 10"#).unwrap();
+    // As where a column that capture knows of has been added. The worker does not get to it.
+    client.batch_execute("BEGIN; UPDATE litellm_spend.rollup SET covered_from = 'infinity'").unwrap();
+    let (again, shown) = read(&mut client);
+    client.batch_execute("COMMIT").unwrap();
+    assert!((again - function).abs() < 1e-9 && (shown - view).abs() < 1e-9, "{again} of {function}");
+}
+
+#[test]
+fn a_view_whose_readers_would_need_rights_on_the_rollups_is_left_alone() {
+    let db = shared().database();
+    let mut client = db.connect();
+    if !knows_merge(&mut client) {
+        return;
+    }
+    for written in ["security_invoker = on", "security_invoker", "security_invoker = 1"] {
+        client.batch_execute(&format!(r#"ALTER VIEW "MonthlyGlobalSpend" SET ({written})"#)).unwrap();
+        let sql = r#"SELECT action FROM spend_attach() WHERE object LIKE '%"MonthlyGlobalSpend"'"#;
+        let said: String = value(&mut client, sql);
+        assert_eq!(said, "left alone: with security_invoker its readers would need rights on the rollups");
+    }
+}
+
+#[test]
 fn a_worker_does_not_go_on_with_the_backfill_of_what_was_detached() {
     let db = shared().database().with_rows("a", 100, 60);
     let mut client = db.connect();
@@ -169,18 +203,20 @@ fn detach_says_what_goes_on_and_may_be_called_again() {
     };
     assert_eq!(
         of(r#"policy of "public"."LiteLLM_SpendLogs""#),
-        r#"goes on: rows older than 20 days are removed; SELECT spend_partition_set('"public"."LiteLLM_SpendLogs"', retention => NULL) ends that"#
+        r#"goes on: rows older than 20 days are removed; SELECT spend_partition_set('"public"."LiteLLM_SpendLogs"', retention => '0') ends that"#
     );
     assert_eq!(of("indexes team"), "stay: SELECT spend_index_drop() drops them");
     for _ in 0..2 {
         let row = client.query_one(detach, &[]).unwrap();
         assert_eq!((row.get(0), row.get(1)), ("any table", "is not captured"));
     }
+    // What it says does end that.
     client
         .batch_execute(
-            r#"SELECT spend_partition_set('public."LiteLLM_SpendLogs"', retention => NULL); SELECT spend_index_drop(); RESET ROLE"#,
+            r#"SELECT spend_partition_set('"public"."LiteLLM_SpendLogs"', retention => '0'); SELECT spend_index_drop(); RESET ROLE"#,
         )
         .unwrap();
+    assert!(holds(&mut client, "SELECT bool_and(retention IS NULL) FROM spend_partition_status"));
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn what_goes_on(table: &Table) -> error::Result<Vec<(String, String)>> {
         let expires = match &policy.retention {
             Some(retention) => format!(
                 "goes on: rows older than {retention} are removed; \
-                 SELECT spend_partition_set({}, retention => NULL) ends that",
+                 SELECT spend_partition_set({}, retention => '0') ends that",
                 literal(&table.qualified())
             ),
             None => "goes on: partitions are made ahead".into(),

@@ -30,7 +30,7 @@ use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources::{self, CHANGE_LOG};
 use pgrx::prelude::*;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Values of the log that may be left to merge when the table's lock is asked for, and the most that are
 /// merged under it: 0.1 and 0.6 s (120 µs a row for all built-in rollups, hardly two rows of a group,
@@ -45,7 +45,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     // 1. what is in the log, as far as that goes while it is written to, and what was not captured.
     if !drop_history {
         merge_most()?;
-        repair_noted(None)?;
+        repair_noted(REPAIRS)?;
     }
     // 2. the locks, in the order in which readers and writers take them: what is ours, then the table.
     let mut locked =
@@ -61,7 +61,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     // 3. the rest, so that the rollups say what the live views said.
     if !drop_history {
         merge_rest()?;
-        repair_noted(Some(Instant::now() + guc::lock_timeout().time))?;
+        repair_noted(guc::lock_timeout().time)?;
     }
     // 4. LiteLLM's views read the table only; nothing captures it.
     let mut actions = match &table {
@@ -94,11 +94,15 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// Repairs what is noted as not captured, until a time if there is one. Afterwards nobody could: what is
+/// How long days that were noted are repaired before the table is locked: meanwhile nothing is merged.
+const REPAIRS: Duration = Duration::from_secs(60);
+
+/// Repairs what is noted as not captured, for a while. Afterwards nobody could: what is
 /// changed while nothing is captured may be retention's work, or not.
-fn repair_noted(until: Option<Instant>) -> Result<()> {
+fn repair_noted(limit: Duration) -> Result<()> {
+    let until = Instant::now() + limit;
     let noted = format!("SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL");
-    while until.is_none_or(|until| Instant::now() < until) && spi::exists(&noted, &[])? {
+    while Instant::now() < until && spi::exists(&noted, &[])? {
         match attempt(|| repair::step(Patience::of_call())) {
             Ok(true) => {}
             Ok(false) => break,

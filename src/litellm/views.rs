@@ -396,9 +396,7 @@ fn install(view: &PublicView, name: &str, schema: &str) -> Result<()> {
 fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<String>> {
     let expected = view.columns.iter().map(|(name, r#type)| (name.to_string(), r#type.to_string()));
     let reason = match found.kind.as_str() {
-        "v" if found.options.contains("security_invoker=true") => {
-            "with security_invoker its readers would need rights on the rollups"
-        }
+        "v" if is_invokers(found)? => "with security_invoker its readers would need rights on the rollups",
         "v" if !found.columns.iter().cloned().eq(expected) => "its columns are not LiteLLM's",
         "v" if is_strangers(view, found, source)? => {
             "it belongs to another role and does not read the spend log"
@@ -413,6 +411,14 @@ fn unusable(view: &PublicView, found: &Table, source: &Table) -> Result<Option<S
         _ => "it is not a view",
     };
     Ok(Some(format!("left alone: {reason}")))
+}
+
+/// Whether it has security_invoker, which is stored as it was typed: true, on, yes, 1.
+fn is_invokers(view: &Table) -> Result<bool> {
+    let sql = "SELECT o.option_value::boolean
+               FROM pg_catalog.pg_class c, pg_catalog.pg_options_to_table(c.reloptions) AS o
+               WHERE c.oid = $1 AND o.option_name = 'security_invoker'";
+    Ok(spi::query(sql, &[view.oid.into()], |r| spi::value::<bool>(r, 1))? == [true])
 }
 
 /// The query of the view uses what belongs to neither its owner nor a superuser. When it is given back its
