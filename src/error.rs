@@ -148,7 +148,8 @@ errors! {
         "rows of {relation} were numbered on another node than the coordinator";
         "There is one with {column} {number}: each node of Citus's draws from a range of its own, and those rows would \
          never be merged.";
-        "Insert through the coordinator; delete those rows and insert them there.";
+        "Insert through the coordinator; delete those rows and insert them there. Then ALTER SEQUENCE … RESTART on that \
+         node: until then each look searches all rows for more.";
 
     NotOwner(relation: String):
         ERRCODE_INSUFFICIENT_PRIVILEGE;

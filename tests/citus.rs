@@ -846,6 +846,102 @@ fn a_node_that_is_added_gets_shards_and_merges_them() {
     assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('wider')", &[]).unwrap(), "it differs");
 }
 
+#[test]
+fn a_rollup_of_the_coordinators_own_keeps_no_node_from_being_added() {
+    let Some(citus) = Citus::start() else { return };
+    let mut client = citus.connect();
+    client.batch_execute(&format!("SELECT citus_remove_node('{}', {PORT})", citus.address(2))).unwrap();
+    let mut client = events(&citus, "grows");
+    client
+        .batch_execute(
+            "CREATE TABLE plain (id bigserial, y int); INSERT INTO plain (y) VALUES (1), (2);
+             SELECT spend_rollup_create('by_y', 'plain', '{y}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    client.batch_execute(&format!("SELECT citus_add_node('{}', {PORT})", citus.address(2))).unwrap();
+    assert!(holds(&mut client, "SELECT sum(n) = 2 FROM litellm_spend.by_y"));
+    // What a node would show is not what is true.
+    for node in [1, 2] {
+        let mut client = citus.nodes[node].connect(DATABASE);
+        for view in ["litellm_spend.by_y", "litellm_spend.grows"] {
+            assert_eq!(error(&mut client, &format!("SELECT * FROM {view}")).code().code(), "42P01");
+        }
+    }
+}
+
+#[test]
+fn a_source_that_citus_takes_in_stops_its_rollup_and_does_not_end_it() {
+    let Some(citus) = Citus::start() else { return };
+    let mut client = citus.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE taken (id bigserial, y int); INSERT INTO taken (y) VALUES (1), (2);
+             SELECT spend_rollup_create('by_y', 'taken', '{y}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    client.batch_execute("SELECT citus_add_local_table_to_metadata('taken')").unwrap();
+    client.batch_execute("INSERT INTO taken (y) VALUES (3)").unwrap();
+    let said = "SELECT last_error LIKE '%is a table of Citus''s that is not distributed by hash%' AND source IS NOT NULL
+                FROM litellm_spend.rollup WHERE name = 'by_y'";
+    eventually("it says so", || holds(&mut client, said));
+}
+
+/// After a failover of the coordinator to a standby that had not got all, say.
+#[test]
+fn what_a_shard_has_merged_already_is_not_merged_again() {
+    let Some(citus) = citus() else { return };
+    let mut client = events(citus, "failover");
+    let insert = "INSERT INTO events (site, x) SELECT i % 7, i FROM generate_series(1, 100) AS i";
+    for _ in 0..2 {
+        client.batch_execute(insert).unwrap();
+        let last: i64 = value(&mut client, "SELECT last_value FROM events_id_seq");
+        eventually("all is merged", || watermark(&mut client, "failover") == last);
+    }
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.rollup SET watermark = 100, committed_to = least(committed_to, 100) WHERE name = 'failover'",
+        )
+        .unwrap();
+    client.batch_execute(insert).unwrap();
+    eventually("all is merged", || watermark(&mut client, "failover") == 300);
+    assert!(holds(&mut client, "SELECT sum(n) = 300 FROM litellm_spend.failover"));
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('failover')", &[]).unwrap(), "it differs");
+}
+
+#[test]
+fn a_node_that_cannot_prepare_fails_the_merge_and_not_the_worker() {
+    let Some(citus) = Citus::start() else { return };
+    let mut client = events(&citus, "unprepared");
+    citus.nodes[2]
+        .connect(DATABASE)
+        .batch_execute("ALTER SYSTEM SET max_prepared_transactions = 20")
+        .unwrap();
+    citus.nodes[2].crash_and_restart();
+    let mut on_node = citus.nodes[2].connect(DATABASE);
+    for i in 0..20 {
+        let prepare = format!("BEGIN; SELECT txid_current(); PREPARE TRANSACTION 'kept {i}'");
+        on_node.batch_execute(&prepare).unwrap();
+    }
+    let mut other = citus.connect();
+    other
+        .batch_execute(
+            "CREATE TABLE plain (id bigserial, y int); SELECT spend_rollup_create('zz_last', 'plain', '{y}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    let worker = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'litellm_spend worker' AND datname = current_database()";
+    let pid: i32 = value(&mut other, worker);
+    // To one shard, which takes no second phase.
+    eventually("a row is there", || {
+        client.batch_execute("INSERT INTO events (site, x) VALUES (1, 1)").is_ok()
+    });
+    let said = "SELECT last_error LIKE '%maximum number of prepared transactions%' FROM litellm_spend.rollup WHERE name = 'unprepared'";
+    eventually("it says so", || holds(&mut other, said));
+    other.batch_execute("INSERT INTO plain (y) VALUES (1)").unwrap();
+    let merged = "SELECT tail_rows = 0 FROM spend_rollup_status WHERE rollup = 'zz_last'";
+    eventually("others are merged", || holds(&mut other, merged));
+    assert_eq!(value::<i32>(&mut other, worker), pid, "the worker is the same");
+}
+
 /// The article's example on distributed tables, co-located as it says.
 fn article() -> String {
     let distributed = [

@@ -37,7 +37,7 @@ pub mod spread;
 use crate::citus::nodes::{Answer, Which, ask, nodes};
 use crate::error::{Error, Result};
 use crate::server::relation;
-use crate::server::session::Owner;
+use crate::server::session::{Elevated, Owner};
 use crate::server::spi;
 use crate::state::window::Holder;
 use pgrx::prelude::*;
@@ -67,6 +67,15 @@ fn distributed(citus: Owner, relations: &[pg_sys::Oid]) -> Result<Vec<(String, b
     )
 }
 
+/// While it lives, what is made is made on this node alone. A live view on another node would show what is
+/// there, not what is true; and Citus would make it on nodes where its tables are not.
+pub fn on_this_node() -> Result<Option<Elevated>> {
+    Ok(match citus()? {
+        None => None,
+        Some(_) => Some(Elevated::enter()?.with(c"citus.enable_ddl_propagation", c"off")),
+    })
+}
+
 /// Refuses a table of Citus's, of whatever kind.
 pub fn require_not_distributed(relation: pg_sys::Oid) -> Result<()> {
     let Some(citus) = citus()? else { return Ok(()) };
@@ -86,7 +95,13 @@ pub fn require_by_hash(relation: pg_sys::Oid) -> Result<bool> {
     let Some(citus) = citus()? else { return Ok(false) };
     let found = distributed(citus, &relation::relation_tree(relation)?)?;
     match found.into_iter().next() {
-        None => Ok(false),
+        None => {
+            // The rows' own table, where Citus has put another in its place: a local one that it took in.
+            let sql = "SELECT pg_catalog.relation_is_a_known_shard($1)";
+            let shard = citus.query(sql, &[relation.into()], |r| spi::value::<bool>(r, 1))? == [true];
+            let name = relation::cached_name(relation).filter(|_| shard);
+            name.map_or(Ok(false), |name| Err(Error::NotByHash(name)))
+        }
         Some((relation, false)) => Err(Error::NotByHash(relation)),
         Some((relation, true)) => {
             let sql = "SELECT groupid = 0 FROM pg_catalog.pg_dist_local_group";

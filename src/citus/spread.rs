@@ -30,8 +30,8 @@
 //!   ones included ([`await_end`]). What a failed merge has prepared is there until Citus undoes it. Nothing
 //!   is merged meanwhile, and the status says so.
 //!
-//! What remains: Citus copies a shard that is moved with `block_writes` without looking for what is prepared
-//! on it, and that is lost there, of the source and of the rollup.
+//! What remains: Citus moves, splits and promotes shards without looking for what is prepared on them, and
+//! that is lost there, of the source and of the rollup.
 
 use crate::citus::nodes::{Answer, Node, Which, ask, nodes, run};
 use crate::citus::{citus, distributed};

@@ -8,7 +8,7 @@
 //!
 //! Locks: ACCESS SHARE on the source until the call ends.
 
-use crate::citus::spread;
+use crate::citus::{self, spread};
 use crate::engine::define::{Defined, MergeFunction, Request, define};
 use crate::engine::source::{self, Notice, Numbering, advice, ensure_source, open_source};
 use crate::engine::statements::MERGED_VALUE;
@@ -122,6 +122,7 @@ pub fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
 pub fn make_view(definition: &Definition, owner: Owner, query: &str) -> Result<()> {
     let name = definition.live_view();
     if relation::find_relation(&name)?.is_none() {
+        let _here = citus::on_this_node()?;
         spi::execute(&format!("CREATE VIEW {name} AS {}", definition.empty_query()), &[])?;
     }
     for comment in definition.comments() {

@@ -48,7 +48,13 @@ pub fn strays() -> Result<Vec<String>> {
 /// becomes history.
 pub fn settle(name: &str, patience: Patience) -> Result<()> {
     let Some(fence) = Fence::take(name, patience)? else { return Ok(()) };
-    let Some(table) = Table::find(fence.relation)? else { return release(fence) };
+    let Some(table) = Table::find(fence.relation)? else {
+        // Citus hides its shards from queries, and makes one of a local table that it takes in.
+        return match relation::cached_name(fence.relation) {
+            Some(hidden) => Err(Error::NotByHash(hidden)),
+            None => release(fence),
+        };
+    };
     let (mut definition, known) = (fence.filled()?.clone(), Owner::role(fence.owner));
     let owner = Owner::of(table.oid)?;
     // 1. what has its names is its own. By name alone it could be another rollup's, or a user's.

@@ -69,7 +69,11 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         let nothing = Look { safe_end: source.merged_to, last_value };
         source.window.forget_above(last_value);
         source.nodes.forget_above(last_value);
-        let Some(relation) = sources::relation_of(source)? else { return Ok(nothing) };
+        let Some(relation) = sources::relation_of(source)? else {
+            // It was dropped, or Citus hides it.
+            citus::require_by_hash(source.relation)?;
+            return Ok(nothing);
+        };
         let mut distributed = false;
         if source.name != CHANGE_LOG {
             distributed = citus::require_by_hash(relation)?;

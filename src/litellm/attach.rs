@@ -44,14 +44,14 @@ const LONG_STEP: Duration = Duration::from_secs(60);
 /// is waited for longer than `litellm_spend.lock_timeout` while what it returns lives.
 pub fn hold_rollups() -> Result<Elevated> {
     fence::require_attachment(Patience::of_call())?;
-    let within_step = Elevated::pinned().impatient(LONG_STEP);
+    let within_step = Elevated::enter()?.impatient(LONG_STEP);
     for name in rollups::rollup_names(Some(CHANGE_LOG))? {
         // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge
         // the rollup.
         drop(Fence::wait(&name)?);
     }
     drop(within_step);
-    Ok(Elevated::pinned().impatient(guc::lock_timeout().time))
+    Ok(Elevated::enter()?.impatient(guc::lock_timeout().time))
 }
 
 /// Without `reports` those stay that there are.

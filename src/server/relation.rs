@@ -5,6 +5,7 @@ use crate::server::spi::{Args, current, fresh, query, value};
 use crate::server::text::{qualified, suffixed};
 use pgrx::prelude::*;
 use std::collections::HashMap;
+use std::ffi::CStr;
 
 /// The last value that `sequence` has given out, `None` if none since it was made or restarted. Not read by
 /// name, which its owner could give to something else.
@@ -235,6 +236,13 @@ pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
 pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
     // SAFETY: a function of the server's that takes a text, and returns NULL where there is no such relation.
     Ok(unsafe { pgrx::direct_function_call(pg_sys::to_regclass, &[name.into_datum()]) })
+}
+
+/// A relation's name without its schema, also of one that an extension hides from queries.
+pub fn cached_name(relation: pg_sys::Oid) -> Option<String> {
+    // SAFETY: a copy of the name, or null.
+    let name = unsafe { pg_sys::get_rel_name(relation) };
+    (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
 }
 
 /// Has all sessions of this database told, once the transaction has committed, that the relation has changed.

@@ -14,8 +14,8 @@ use crate::state::step::{Runner, Subject};
 use crate::worker::builder;
 use crate::worker::launcher;
 use crate::worker::process::{
-    attach_signals, attempt_as_owner, in_transaction, pin_settings, reload_settings, report_idle,
-    report_running,
+    attach_signals, attempt_as_owner, attempt_in_transaction, in_transaction, pin_settings, reload_settings,
+    report_idle, report_running,
 };
 use crate::worker::quiet::{self, Look};
 use crate::worker::round;
@@ -352,21 +352,18 @@ impl Runner for Steps {
         }
         let limit = self.limit(&subject);
         report_running(&subject);
-        let outcome = in_transaction(|| {
-            let outcome = {
-                AT.set(Some(subject.clone()));
-                let _limit = Limit::begin(limit, true);
-                attempt_as_owner(work)
-            };
-            AT.set(None);
-            if let Err(failure) = &outcome
-                && let rest = self.rest(&subject, failure.is_timeout())
-                && let Err(second) = attempt_as_owner(|| round::record(&subject, Some(failure), Some(rest)))
-            {
-                log::failure("could not record a failure", &second);
-            }
-            outcome
-        });
+        let outcome = {
+            AT.set(Some(subject.clone()));
+            let _limit = Limit::begin(limit, true);
+            attempt_in_transaction(work)
+        };
+        AT.set(None);
+        if let Err(failure) = &outcome
+            && let rest = self.rest(&subject, failure.is_timeout())
+            && let Err(second) = attempt_in_transaction(|| round::record(&subject, Some(failure), Some(rest)))
+        {
+            log::failure("could not record a failure", &second);
+        }
         self.judge(subject, outcome)
     }
 

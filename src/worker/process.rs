@@ -126,6 +126,29 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
+/// The same for a step, as the extension's owner: whatever fails, or is cancelled, is the step's failure. So
+/// is the commit: where Citus distributes what was written, it waits for other servers.
+pub fn attempt_in_transaction<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    // SAFETY: as above; after an error at the commit the transaction is aborted by hand.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let outcome = attempt_as_owner(work);
+        pg_sys::PopActiveSnapshot();
+        let _cancellable = Cancellable::begin();
+        let commit = std::panic::AssertUnwindSafe(|| {
+            pg_sys::CommitTransactionCommand();
+            Ok(())
+        });
+        let committed = PgTryBuilder::new(commit).catch_others(|caught| Err(Failure::from(caught))).execute();
+        if committed.is_err() {
+            pg_sys::AbortOutOfAnyTransaction();
+        }
+        committed.and(outcome)
+    }
+}
+
 /// Runs a statement that begins and ends transactions itself, such as CREATE INDEX CONCURRENTLY, as an owner.
 /// A restriction cannot outlive a transaction; the server itself restricts what an index's functions may do.
 pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {

@@ -179,14 +179,20 @@ impl Definition {
     /// What has not been merged yet, in the statement's own snapshot. Of a distributed rollup each shard says
     /// itself, for each value, up to where it is merged; what was merged on all nodes need not be read.
     fn tail_now(&self) -> String {
-        let Some(distribution) = &self.distribution else { return self.tail_above(&self.watermark()) };
-        format!(
-            "{} AND NOT EXISTS (SELECT FROM {} AS m WHERE m.{MERGED_VALUE} = r.{} AND m.watermark >= r.{})",
-            self.tail_above(&self.state("committed_to")),
+        match self.unmerged_there() {
+            None => self.tail_above(&self.watermark()),
+            Some(unmerged) => format!("{} AND {unmerged}", self.tail_above(&self.state("committed_to"))),
+        }
+    }
+
+    /// That the shard has not merged the row, as it says itself. `None`: it is not distributed.
+    fn unmerged_there(&self) -> Option<String> {
+        let column = quoted(&self.distribution.as_ref()?.column);
+        Some(format!(
+            "NOT EXISTS (SELECT FROM {} AS m WHERE m.{MERGED_VALUE} = r.{column} AND m.watermark >= r.{})",
             self.merged_table(),
-            quoted(&distribution.column),
             quoted(&self.source_sequence)
-        )
+        ))
     }
 
     /// Rows above a watermark that is not known when the statement is planned. A planner takes a third of the
