@@ -60,8 +60,8 @@ impl Definition {
     /// Merges a window `(start, end]` of a distributed rollup: each shard the rows that are beside it. No
     /// part of it has a name or returns anything, or Citus would bring the groups here.
     ///
-    /// What a shard says it has merged is left out: after a failover that lost our commit and not the shard's,
-    /// the window begins before that.
+    /// What a shard says it has merged is left out: after a failover that lost our commit and not that of the
+    /// shard, the window begins before that.
     pub fn merge_by_shard(&self, start: &str, end: &str) -> String {
         let unmerged = self.unmerged_there().map(|unmerged| format!(" AND {unmerged}")).unwrap_or_default();
         let window = format!("r.{0} > {start} AND r.{0} <= {end}{unmerged}", quoted(&self.source_sequence));
