@@ -288,3 +288,19 @@ fn a_check_that_was_never_validated_keeps_no_old_row_from_being_copied() {
     assert_eq!(value::<Vec<String>>(&mut client, checks), ["few f from now on", "small t"]);
     assert_eq!(error(&mut client, "UPDATE t SET n = 200 WHERE id = 1").code().code(), "23514");
 }
+
+#[test]
+fn a_reversion_ends_beside_a_publication_for_all_tables() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client.batch_execute("CREATE PUBLICATION everything FOR ALL TABLES").unwrap();
+    steps_until(&mut client, "t", "swap");
+    // What changed is taken from the copy, from the duplicates and from the notes.
+    client.batch_execute("UPDATE t SET status = 'changed' WHERE id = 7; DELETE FROM t WHERE id = 8").unwrap();
+    steps_until(&mut client, "t", "done");
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 299 AND count(*) FILTER (WHERE status = 'changed') = 1 FROM t"
+    ));
+}

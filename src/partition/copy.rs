@@ -104,6 +104,10 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     }
     run(format!("CREATE TABLE {duplicates} (LIKE {name} INCLUDING GENERATED)"))?;
     run(format!("CREATE TABLE {changes} AS SELECT {key} FROM {name} WHERE false"))?;
+    // A publication FOR ALL TABLES has them, too: without an identity no row could be deleted from them.
+    for table in [&duplicates, &changes] {
+        run(format!("ALTER TABLE {table} REPLICA IDENTITY FULL"))?;
+    }
     run(format!("CREATE SEQUENCE {failures}"))?;
     create_function(reversion)?;
     // From here on writers wait, until this transaction ends: what they wrote before is visible to the copy.
