@@ -304,3 +304,25 @@ fn a_reversion_ends_beside_a_publication_for_all_tables() {
         "SELECT count(*) = 299 AND count(*) FILTER (WHERE status = 'changed') = 1 FROM t"
     ));
 }
+
+#[test]
+fn a_writer_whose_note_failed_has_ended_before_the_copy_begins_anew() {
+    let db = cluster().database();
+    let (mut client, mut writer, mut holder) = (db.connect(), db.connect(), db.connect());
+    make_table(&mut client, "t");
+    steps_until(&mut client, "t", "swap");
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend_archive.t_plain_changes IN SHARE MODE").unwrap();
+    writer
+        .batch_execute(
+            "BEGIN; SET LOCAL lock_timeout = '50ms'; INSERT INTO t VALUES (1000, '2026-01-25', 'late', 1)",
+        )
+        .unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    client.batch_execute("SET litellm_spend.lock_timeout = '50ms'").unwrap();
+    // It would begin anew, and copy all that it sees.
+    let steps = [step(&mut client, "t"), step(&mut client, "t")];
+    writer.batch_execute("COMMIT").unwrap();
+    steps_until(&mut client, "t", "done");
+    assert_eq!(rows(&mut client, "t"), 301, "after {steps:?}");
+    assert!(steps.iter().all(|step| step.contains("55P03")), "{steps:?}");
+}

@@ -187,6 +187,8 @@ fn restart(reversion: &mut Reversion) -> Result<()> {
 
 /// Begins the copy anew: what the triggers missed may be anywhere.
 pub fn begin_anew(reversion: &mut Reversion) -> Result<()> {
+    // A failure is counted at once, but what its writer wrote is visible to the copy only when it has ended.
+    locks::lock_against_writers(&relation::relation_tree(reversion.relation)?)?;
     restart(reversion)?;
     lock(reversion)?;
     // Its triggers, if there are any, are the owner's.

@@ -7,6 +7,7 @@
 //!  prepare    SHARE ROW EXCLUSIVE, and on the       a moment: the new table, the triggers, about a
 //!             partitions                            millisecond for each partition
 //!  copy       none but a reader's                   a batch a transaction, in the order of time
+//!             (as to prepare, if it begins anew)
 //!  indexes    none                                  on the new table, which nobody uses yet: one a
 //!                                                   transaction
 //!  swap       ACCESS EXCLUSIVE, and on its views    the changes that are left, and the names
