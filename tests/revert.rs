@@ -326,3 +326,32 @@ fn a_writer_whose_note_failed_has_ended_before_the_copy_begins_anew() {
     assert_eq!(rows(&mut client, "t"), 301, "after {steps:?}");
     assert!(steps.iter().all(|step| step.contains("55P03")), "{steps:?}");
 }
+
+#[test]
+fn the_swap_of_a_reversion_leaves_what_comes_in_bulk_to_a_step_without_its_locks() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    steps_until(&mut client, "t", "swap");
+    for (came, rows_then, copied_then) in [
+        ("INSERT INTO t SELECT i, '2026-01-25', 's', 1 FROM generate_series(1001, 8000) AS i", 7300, 7300),
+        (
+            "SET LOCAL ROLE litellm; CREATE TABLE came (LIKE t INCLUDING ALL);
+             INSERT INTO came VALUES (9001, '2026-05-05', 's', 1);
+             ALTER TABLE t ATTACH PARTITION came FOR VALUES FROM ('2026-05-01') TO ('2026-06-01')",
+            7301,
+            7300,
+        ),
+    ] {
+        let mut writer = db.connect();
+        writer.batch_execute(&format!("BEGIN; {came}")).unwrap();
+        let next =
+            while_it_waits(&db, |caller| step(caller, "t"), |_, _| writer.batch_execute("COMMIT").unwrap());
+        // It is copied, and committed, before the swap is tried again.
+        assert_eq!((next.as_str(), rows(&mut client, "t")), ("swap", rows_then));
+        assert_eq!(rows(&mut client, "litellm_spend_archive.t_plain"), copied_then);
+    }
+    steps_until(&mut client, "t", "done");
+    assert_eq!(rows(&mut client, "t"), 7301);
+    assert!(holds(&mut client, "SELECT to_regclass('litellm_spend_archive.came') IS NOT NULL"));
+}

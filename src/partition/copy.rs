@@ -35,9 +35,13 @@ use std::time::{Duration, Instant};
 /// Rows copied in one transaction.
 const BATCH: i64 = 10_000;
 
-/// Changes that may be left for the swap's lock, and how long the last ones may have taken.
+/// Changes that there may be when the swap asks for its lock, and how long the last ones may have taken.
 const FEW: i64 = BATCH / 20;
 const SHORT: Duration = Duration::from_millis(50);
+
+/// Changes that the swap copies under its lock. More than [`FEW`]: whoever had the table until then may have
+/// changed many rows, as LiteLLM's clean-up does, which deletes a thousand with a statement.
+const LAST: i64 = BATCH / 2;
 
 /// For how long one transaction goes on catching up: far less than a step's limit of time, which would undo
 /// all of it.
@@ -383,10 +387,9 @@ pub fn batch(reversion: &mut Reversion) -> Result<()> {
 /// Rows of a partition that was attached may have come with it: no trigger saw them. `true`: there were new
 /// ones.
 pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
-    let tree = tree(reversion)?;
-    let new: Vec<u32> = tree.iter().copied().filter(|oid| !reversion.options.tree.contains(oid)).collect();
+    let new = new_partitions(reversion)?;
     if new.is_empty() {
-        reversion.options.tree = tree;
+        reversion.options.tree = tree(reversion)?;
         return Ok(false);
     }
     // The table before its partitions, as for everybody who uses them.
@@ -397,8 +400,14 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
         let changes = beside(reversion, CHANGES);
         reversion.owner.run(format!("INSERT INTO {changes} ({key}) SELECT {key} FROM ONLY {name}"))?;
     }
-    reversion.options.tree = tree;
+    reversion.options.tree.extend(new);
     Ok(true)
+}
+
+/// Those that came since the last step looked.
+pub fn new_partitions(reversion: &Reversion) -> Result<Vec<u32>> {
+    let known = |oid: &u32| reversion.options.tree.contains(oid);
+    Ok(tree(reversion)?.into_iter().filter(|oid| !known(oid)).collect())
 }
 
 /// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the
@@ -408,7 +417,8 @@ pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
     let step = Instant::now();
     for round in 0.. {
         let began = Instant::now();
-        if catch_up_some(reversion)? < FEW || began.elapsed() < SHORT {
+        let changes = catch_up_some(reversion)?;
+        if changes < FEW || changes < BATCH && began.elapsed() < SHORT {
             return Ok(round == 0);
         }
         if step.elapsed() > LONG {
@@ -418,10 +428,15 @@ pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
     Ok(false)
 }
 
-/// Copies all that has changed. Nobody else uses the table any more.
-pub fn catch_up(reversion: &Reversion) -> Result<()> {
-    while catch_up_some(reversion)? > 0 {}
-    Ok(())
+/// Copies all that has changed, for which everybody waits. `false`: it is too much for that.
+pub fn catch_up_last(reversion: &Reversion) -> Result<bool> {
+    let limit = LAST + 1;
+    let sql = format!("SELECT count(*) FROM (SELECT FROM {} LIMIT {limit}) AS n", beside(reversion, CHANGES));
+    let is_much = reversion.owner.fresh(&sql, &[], |r| value::<i64>(r, 1))? == [limit];
+    if !is_much {
+        catch_up_some(reversion)?;
+    }
+    Ok(!is_much)
 }
 
 /// Copies the rows again whose keys were noted: at most a batch of notes. Returns how many there were.

@@ -317,11 +317,12 @@ impl Reversion {
         if copy::failures(self)? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)
             || self.lacks_index(&dependents, asked_for)?
+            || !copy::new_partitions(self)?.is_empty()
+            || !copy::catch_up_last(self)?
         {
+            // The next step has time for it.
             return Err(Error::CameBetween(self.table.clone()));
         }
-        copy::note_new_partitions(self)?;
-        copy::catch_up(self)?;
         // 2. the partitioned table moves aside.
         let owner = self.owner;
         let run = |sql: String| owner.run(sql);
