@@ -355,3 +355,34 @@ fn the_swap_of_a_reversion_leaves_what_comes_in_bulk_to_a_step_without_its_locks
     assert_eq!(rows(&mut client, "t"), 7301);
     assert!(holds(&mut client, "SELECT to_regclass('litellm_spend_archive.came') IS NOT NULL"));
 }
+
+#[test]
+fn a_call_that_keeps_writers_waiting_copies_nothing() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    let copied = |client: &mut Client| rows(client, "litellm_spend_archive.t_plain");
+    // Prepared, and prepared anew.
+    for change in ["SELECT", "ALTER TABLE t ADD COLUMN newer int"] {
+        client.batch_execute(change).unwrap();
+        assert_eq!(step(&mut client, "t"), "copy", "{change}");
+        assert_eq!(copied(&mut client), 0, "{change}");
+        assert_eq!(step(&mut client, "t"), "indexes", "{change}");
+        assert_eq!(copied(&mut client), 300, "{change}");
+    }
+    // A note failed: it begins anew.
+    client.batch_execute("SELECT nextval('litellm_spend_archive.t_plain_failures')").unwrap();
+    assert_eq!(step(&mut client, "t"), "copy");
+    assert_eq!(copied(&mut client), 0);
+    // A partition comes before all is copied.
+    client
+        .batch_execute(
+            "SET ROLE litellm; CREATE TABLE came PARTITION OF t FOR VALUES FROM ('2026-05-01') TO ('2026-06-01');
+             RESET ROLE",
+        )
+        .unwrap();
+    assert_eq!(step(&mut client, "t"), "copy");
+    assert_eq!(copied(&mut client), 0);
+    steps_until(&mut client, "t", "done");
+    assert_eq!(rows(&mut client, "t"), 300);
+}

@@ -179,18 +179,17 @@ pub fn round(run: &mut impl Runner, asked_for: AskedFor) -> bool {
 const SLICE_OF_CALL: Duration = Duration::from_secs(1);
 
 impl Reversion {
-    /// Does what comes next in the caller's transaction, where no worker does it.
+    /// Does what comes next in the caller's transaction, where no worker does it. A step that locks the table
+    /// is the last one: its locks last as long as the transaction.
     pub fn by_hand(&mut self, asked_for: AskedFor) -> Result<Option<String>> {
         self.lock_in_call()?;
         let made = |options: &Options| options.indexes.iter().flatten().count() + options.without.len();
         let began = Instant::now();
         loop {
-            let (copied_all, before) = (self.options.copied_all, made(&self.options));
+            let (copied_to, before) = (self.options.copied_to.clone(), made(&self.options));
             let done = locks::insist(|| self.step(asked_for))?;
-            let goes_on = match copied_all {
-                false => !self.options.copied_all,
-                true => made(&self.options) > before && !self.options.indexed,
-            };
+            let has_copied = self.options.copied_to.is_some() && self.options.copied_to != copied_to;
+            let goes_on = has_copied || made(&self.options) > before && !self.options.indexed;
             if done.is_some() || !goes_on || began.elapsed() > SLICE_OF_CALL {
                 return Ok(done);
             }
