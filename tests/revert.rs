@@ -386,3 +386,32 @@ fn a_call_that_keeps_writers_waiting_copies_nothing() {
     steps_until(&mut client, "t", "done");
     assert_eq!(rows(&mut client, "t"), 300);
 }
+
+#[test]
+fn a_key_that_the_server_does_not_compare_by_its_own_operators_is_in_the_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            r#"CREATE EXTENSION citext; CREATE DOMAIN name_of AS citext;
+               SET ROLE litellm;
+               CREATE TABLE by_name ("the id" name_of, at timestamp, PRIMARY KEY ("the id", at)) PARTITION BY RANGE (at);
+               CREATE INDEX ON by_name (at);
+               CREATE TABLE by_name_1 PARTITION OF by_name DEFAULT; RESET ROLE"#,
+        )
+        .unwrap();
+    let refused = error(&mut client, "SELECT spend_partition_revert('by_name')");
+    assert_eq!(refused.code().code(), "55000");
+    assert_eq!(
+        refused.detail(),
+        Some(
+            "Column \"the id\" of its primary key is of type public.name_of, whose operators are not the server's own."
+        )
+    );
+    // Also one that gets such a type meanwhile.
+    steps_until(&mut client, "t", "swap");
+    client.batch_execute("ALTER TABLE t ALTER id TYPE citext USING id::text::citext").unwrap();
+    let steps: Vec<String> = (0..5).map(|_| step(&mut client, "t")).collect();
+    assert!(steps.last().is_some_and(|last| last.contains("55000") && last.contains("citext")), "{steps:?}");
+}

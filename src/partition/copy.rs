@@ -171,6 +171,19 @@ pub fn require_made(reversion: &Reversion) -> Result<()> {
     Ok(())
 }
 
+/// What is in the way of copying by the key: we write the server's own operators, and a type of an extension
+/// may have others, by which its keys are ordered and agree.
+pub fn obstacles(table: pg_sys::Oid) -> Result<Vec<String>> {
+    let sql = "SELECT format('Column %s of its primary key is of type %s, whose operators are not the server''s own.',
+                   quote_ident(a.attname), format_type(a.atttypid, a.atttypmod))
+               FROM pg_catalog.pg_index i
+               CROSS JOIN LATERAL unnest(i.indclass::oid[], i.indkey::int2[]) AS k (class, attnum)
+               JOIN pg_catalog.pg_opclass o ON o.oid = k.class
+               JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+               WHERE i.indrelid = $1 AND i.indisprimary AND o.opcnamespace <> 'pg_catalog'::regnamespace";
+    spi::query(sql, &[table.into()], |r| value(r, 1))
+}
+
 /// A partition whose owner is not the table's.
 pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
     let others = spi::query(

@@ -119,6 +119,7 @@ impl Reversion {
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
         let mut dependents = Dependents::read(table, &qualified(&self.schema, &self.renamed()), "")?;
         dependents.obstacles.extend(obstacles_of_partitions(self.relation)?);
+        dependents.obstacles.extend(copy::obstacles(self.relation)?);
         Ok(dependents)
     }
 }
