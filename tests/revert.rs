@@ -415,3 +415,27 @@ fn a_key_that_the_server_does_not_compare_by_its_own_operators_is_in_the_way() {
     let steps: Vec<String> = (0..5).map(|_| step(&mut client, "t")).collect();
     assert!(steps.last().is_some_and(|last| last.contains("55000") && last.contains("citext")), "{steps:?}");
 }
+
+#[test]
+fn what_is_granted_by_default_is_not_granted_on_what_a_reversion_makes() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            "CREATE ROLE granted_by_default;
+             ALTER DEFAULT PRIVILEGES FOR ROLE litellm GRANT ALL ON TABLES TO granted_by_default;
+             ALTER DEFAULT PRIVILEGES FOR ROLE litellm GRANT ALL ON SEQUENCES TO granted_by_default;
+             ALTER DEFAULT PRIVILEGES FOR ROLE litellm GRANT ALL ON FUNCTIONS TO granted_by_default, PUBLIC",
+        )
+        .unwrap();
+    steps_until(&mut client, "t", "swap");
+    let granted = "SELECT coalesce(array_agg(o.name ORDER BY o.name), '{}')
+        FROM (SELECT relname::text, relnamespace, relacl, relowner FROM pg_class
+              UNION ALL SELECT proname, pronamespace, proacl, proowner FROM pg_proc) AS o(name, schema, acl, owner)
+        WHERE o.schema = 'litellm_spend_archive'::regnamespace
+          AND EXISTS (SELECT FROM aclexplode(o.acl) AS x WHERE x.grantee <> o.owner)";
+    let granted: Vec<String> = value(&mut client, granted);
+    client.batch_execute("DROP OWNED BY granted_by_default; DROP ROLE granted_by_default").unwrap();
+    assert_eq!(granted, Vec::<String>::new());
+}

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::create::storage;
+use crate::partition::dependents::revoke_default_privileges;
 use crate::partition::revert::Reversion;
 use crate::server::locks;
 use crate::server::relation::{self, Table, free_name};
@@ -113,6 +114,9 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         run(format!("ALTER TABLE {table} REPLICA IDENTITY FULL"))?;
     }
     run(format!("CREATE SEQUENCE {failures}"))?;
+    for made in [&plain, &duplicates, &changes, &failures] {
+        revoke_default_privileges(owner, made)?;
+    }
     create_function(reversion)?;
     // From here on writers wait, until this transaction ends: what they wrote before is visible to the copy.
     create_triggers(reversion, &relation::relation_tree(reversion.relation)?)?;
@@ -307,7 +311,16 @@ END
          SET search_path = pg_catalog, pg_temp AS {}",
         literal(&body)
     ))?;
-    owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM PUBLIC"))
+    // It runs as the owner for whoever may make a trigger of it.
+    let grantees = spi::query(
+        "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
+         FROM pg_catalog.pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS x
+         WHERE p.oid = pg_catalog.to_regprocedure($1) AND x.grantee <> p.proowner",
+        &[format!("{function}()").into()],
+        |r| value::<String>(r, 1),
+    )?;
+    let revoke = |grantee| owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM {grantee} CASCADE"));
+    grantees.iter().try_for_each(revoke)
 }
 
 /// The statement triggers of tables, whose writers wait from here on.
