@@ -439,3 +439,24 @@ fn what_is_granted_by_default_is_not_granted_on_what_a_reversion_makes() {
     client.batch_execute("DROP OWNED BY granted_by_default; DROP ROLE granted_by_default").unwrap();
     assert_eq!(granted, Vec::<String>::new());
 }
+
+#[test]
+fn a_table_that_is_plain_again_is_stored_as_its_newest_partition() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            "CREATE ACCESS METHOD other_heap TYPE TABLE HANDLER heap_tableam_handler;
+             SET ROLE litellm;
+             ALTER TABLE t_1 SET (autovacuum_enabled = off);
+             CREATE TABLE t_3 PARTITION OF t FOR VALUES FROM ('2026-03-01') TO ('2026-04-01') WITH (fillfactor = 70);
+             CREATE TABLE t_4 PARTITION OF t FOR VALUES FROM ('2026-04-01') TO ('2026-05-01') USING other_heap;
+             RESET ROLE",
+        )
+        .unwrap();
+    steps_until(&mut client, "t", "done");
+    let stored = "SELECT concat_ws(' ', amname, reloptions) FROM pg_class c JOIN pg_am m ON m.oid = c.relam
+                  WHERE c.oid = 't'::regclass";
+    assert_eq!(value::<String>(&mut client, stored), "heap {fillfactor=70}");
+}

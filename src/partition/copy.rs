@@ -24,6 +24,7 @@ use crate::guc;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::create::storage;
 use crate::partition::dependents::revoke_default_privileges;
+use crate::partition::layout::Layout;
 use crate::partition::revert::Reversion;
 use crate::server::locks;
 use crate::server::relation::{self, Table, free_name};
@@ -99,7 +100,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     let like = "INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS INCLUDING STORAGE
         INCLUDING COMPRESSION";
     let constraint = quoted(&key_name(&reversion.options.plain));
-    let (storage, _) = storage(largest_partition(reversion)?)?;
+    let (storage, _) = storage(template(reversion)?)?;
     run(format!(
         "CREATE TABLE {plain} (LIKE {name} {like}, CONSTRAINT {constraint} PRIMARY KEY ({key})) {storage}"
     ))?;
@@ -230,14 +231,19 @@ pub fn key_name(plain: &str) -> String {
     suffixed(plain, "_pkey")
 }
 
-fn largest_partition(reversion: &Reversion) -> Result<pg_sys::Oid> {
-    let largest = spi::query(
-        "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'r'
-         ORDER BY pg_catalog.pg_relation_size(oid) DESC LIMIT 1",
-        &[relation::relation_tree(reversion.relation)?.into()],
+/// As what the plain table is stored: the newest partition that is a heap, as the old ones may be stored for
+/// good. If none is, the newest.
+fn template(reversion: &Reversion) -> Result<pg_sys::Oid> {
+    let layout = Layout::of(reversion.relation, &reversion.options.time_column)?;
+    let newest: Vec<_> = layout.partitions.iter().rev().chain(&layout.default).map(|p| p.oid).collect();
+    let heaps: Vec<pg_sys::Oid> = spi::query(
+        "SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_am m ON m.oid = c.relam
+         WHERE c.oid = ANY ($1) AND m.amname = 'heap'",
+        &[newest.clone().into()],
         |r| value(r, 1),
     )?;
-    Ok(largest.first().copied().unwrap_or(reversion.relation))
+    let heap = newest.iter().find(|oid| heaps.contains(oid));
+    Ok(heap.or(newest.first()).copied().unwrap_or(reversion.relation))
 }
 
 /// The CHECKs that rows which were there before them need not meet.
