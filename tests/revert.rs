@@ -460,3 +460,40 @@ fn a_table_that_is_plain_again_is_stored_as_its_newest_partition() {
                   WHERE c.oid = 't'::regclass";
     assert_eq!(value::<String>(&mut client, stored), "heap {fillfactor=70}");
 }
+
+#[test]
+fn whatever_a_trigger_on_a_table_on_its_way_is_called_it_stays() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    make_table(&mut client, "other");
+    client
+        .batch_execute(
+            "CREATE FUNCTION public.nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+             CREATE TRIGGER litellm_spend_revertx AFTER INSERT ON other FOR EACH STATEMENT EXECUTE FUNCTION nothing()",
+        )
+        .unwrap();
+    let names =
+        ["litellm_spend_revert X", "litellm_spend_revertx ON public.other CASCADE --", "litellm_spend_mine"];
+    for name in names {
+        let sql = format!(
+            r#"CREATE TRIGGER "{name}" AFTER INSERT ON t FOR EACH STATEMENT EXECUTE FUNCTION nothing()"#
+        );
+        client.batch_execute(&sql).unwrap();
+    }
+    let of = |client: &mut Client, table: &str| {
+        let sql = format!(
+            "SELECT coalesce(array_agg(tgname::text ORDER BY tgname), '{{}}') FROM pg_trigger
+             WHERE tgrelid = '{table}'::regclass AND NOT tgisinternal"
+        );
+        value::<Vec<String>>(client, &sql)
+    };
+    steps_until(&mut client, "t", "swap");
+    client.batch_execute("SELECT spend_partition_revert('t', abort => true)").unwrap();
+    let mut sorted = names;
+    sorted.sort();
+    assert_eq!(of(&mut client, "t"), sorted);
+    steps_until(&mut client, "t", "done");
+    assert_eq!(of(&mut client, "t"), sorted);
+    assert_eq!(of(&mut client, "other"), ["litellm_spend_revertx"]);
+}

@@ -527,12 +527,15 @@ fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
 /// Takes ACCESS EXCLUSIVE on the table and its partitions.
 pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
     let mut tables = relation::relation_tree(reversion.relation)?;
-    // Also those of a partition that was detached meanwhile: the function goes, too.
+    // By their function, also those of a partition that was detached meanwhile: that goes, too. Whatever else
+    // has such a name is not ours, unless it calls what is in the archive: an older version made it.
+    let function = format!("{}()", beside(reversion, FUNCTION));
     let triggers = spi::query(
         "SELECT t.tgrelid, t.tgname::text FROM pg_catalog.pg_trigger t
-         WHERE t.tgparentid = 0 AND t.tgname LIKE $1 || '%'
-           AND (t.tgrelid = ANY ($2) OR t.tgfoid = pg_catalog.to_regproc($3))",
-        &[TRIGGER.into(), tables.clone().into(), beside(reversion, FUNCTION).into()],
+         WHERE t.tgparentid = 0 AND (t.tgfoid = pg_catalog.to_regprocedure($1)
+             OR t.tgrelid = ANY ($2) AND starts_with(t.tgname, $3) AND t.tgfoid IN (
+                 SELECT oid FROM pg_catalog.pg_proc WHERE pronamespace = pg_catalog.to_regnamespace($4)))",
+        &[function.into(), tables.clone().into(), TRIGGER.into(), ARCHIVE.into()],
         |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?)),
     )?;
     if triggers.is_empty() {
@@ -548,7 +551,7 @@ pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
     let names = relation::relation_names(&tables)?;
     for (table, trigger) in &triggers {
         if let Some(name) = names.get(table) {
-            reversion.owner.run(format!("DROP TRIGGER IF EXISTS {trigger} ON {name}"))?;
+            reversion.owner.run(format!("DROP TRIGGER IF EXISTS {} ON {name}", quoted(trigger)))?;
         }
     }
     Ok(())

@@ -202,9 +202,17 @@ fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
     )
 }
 
+/// Triggers of ours: by their names, which anybody may give, and by where their functions are.
+macro_rules! is_ours {
+    () => {
+        "(starts_with(tgname, 'litellm_spend_') AND tgfoid IN (SELECT oid FROM pg_catalog.pg_proc
+             WHERE pronamespace IN (to_regnamespace('litellm_spend'), to_regnamespace('litellm_spend_archive'))))"
+    };
+}
+
 fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
     query(
-        "SELECT tgname::text, pg_catalog.array_remove(ARRAY[pg_catalog.pg_get_triggerdef(oid),
+        concat!("SELECT tgname::text, pg_catalog.array_remove(ARRAY[pg_catalog.pg_get_triggerdef(oid),
                 CASE WHEN tgenabled <> 'O' THEN pg_catalog.format('ALTER TABLE %s %s TRIGGER %I',
                     tgrelid::regclass,
                     CASE tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, tgname)
@@ -212,7 +220,7 @@ fn triggers(table: pg_sys::Oid) -> Result<Vec<Trigger>> {
                 'COMMENT ON TRIGGER ' || pg_catalog.quote_ident(tgname) || ' ON ' || tgrelid::regclass || ' IS '
                     || pg_catalog.quote_literal(pg_catalog.obj_description(oid, 'pg_trigger'))], NULL)
          FROM pg_catalog.pg_trigger
-         WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_') ORDER BY 1",
+         WHERE tgrelid = $1 AND NOT tgisinternal AND NOT ", is_ours!(), " ORDER BY 1"),
         &[table.into()],
         |r| Ok(Trigger { name: value(r, 1)?, sql: value(r, 2)? }),
     )
@@ -394,7 +402,7 @@ fn pieces(table: &Table, renamed: &str, queries: &[(Actor, &str)]) -> Result<Vec
 }
 
 /// What a partitioned table cannot have, or what would go on to mean the old table.
-const OBSTACLES: &str = "
+const OBSTACLES: &str = concat!("
     SELECT format('Constraint %s of %s is a foreign key.', quote_ident(conname), conrelid::regclass)
         FROM pg_constraint
     WHERE contype = 'f' AND (conrelid = $1 OR confrelid = $1)
@@ -422,7 +430,7 @@ const OBSTACLES: &str = "
     FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND connoinherit
     UNION ALL SELECT format('Trigger %s is for each row and has a transition table, which none of a partitioned table has.',
         quote_ident(tgname))
-    FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_')
+    FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal AND NOT ", is_ours!(), "
         AND tgtype & 1 = 1 AND (tgoldtable IS NOT NULL OR tgnewtable IS NOT NULL)
     UNION ALL SELECT 'Its primary key is deferrable, or includes columns that are not of the key.'
     FROM pg_index i JOIN pg_constraint k ON k.conindid = i.indexrelid AND k.conrelid = i.indrelid
@@ -467,7 +475,7 @@ const OBSTACLES: &str = "
         quote_ident(tgname),
                             c.relowner::regrole)
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
-    WHERE tgrelid = $1 AND NOT tgisinternal AND NOT starts_with(tgname, 'litellm_spend_')
+    WHERE tgrelid = $1 AND NOT tgisinternal AND NOT ", is_ours!(), "
       AND NOT has_function_privilege(c.relowner, tgfoid, 'EXECUTE')
     UNION ALL SELECT DISTINCT format('Function %s reads it, and role %s, who owns the function, may not create in schema %s.',
                                      p.oid::regprocedure, p.proowner::regrole, n.nspname)
@@ -479,7 +487,7 @@ const OBSTACLES: &str = "
         pg_describe_object(d.classid, d.objid, d.objsubid))
     FROM pg_class c JOIN pg_type t ON t.oid = c.reltype JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass
         AND d.refobjid IN (t.oid, t.typarray) AND d.deptype = 'n'
-    WHERE c.oid = $1";
+    WHERE c.oid = $1");
 
 /// The objects whose text is read again, each with its owner.
 const READ_AGAIN: &str = "
