@@ -497,3 +497,67 @@ fn whatever_a_trigger_on_a_table_on_its_way_is_called_it_stays() {
     assert_eq!(of(&mut client, "t"), sorted);
     assert_eq!(of(&mut client, "other"), ["litellm_spend_revertx"]);
 }
+
+/// What a reversion makes: tables, sequences and functions in the archive, and triggers.
+const MADE: &str = "SELECT (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%')
+         + (SELECT count(*) FROM pg_class WHERE relkind IN ('r', 'S')
+                AND relnamespace = to_regnamespace('litellm_spend_archive'))
+         + (SELECT count(*) FROM pg_proc WHERE pronamespace = to_regnamespace('litellm_spend_archive'))
+         + (SELECT count(*) FROM litellm_spend.conversion)";
+
+#[test]
+fn what_was_made_for_a_table_goes_when_another_owner_takes_it_back_or_begins_anew() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE ROLE former; CREATE ROLE heir; GRANT CREATE ON SCHEMA public TO former, heir;
+             SELECT spend_grant_admin('heir')",
+        )
+        .unwrap();
+    let give =
+        |owner: &str| ["t", "t_1", "t_2"].map(|t| format!("ALTER TABLE {t} OWNER TO {owner};")).concat();
+    for given in ["REASSIGN OWNED BY former TO heir", &give("heir")] {
+        for anew in [false, true] {
+            make_table(&mut client, "t");
+            client.batch_execute(&give("former")).unwrap();
+            steps_until(&mut client, "t", "swap");
+            client.batch_execute(given).unwrap();
+            client.batch_execute("SET ROLE heir").unwrap();
+            if anew {
+                steps_until(&mut client, "t", "done");
+                assert_eq!(rows(&mut client, "t"), 300);
+                client.batch_execute("DROP TABLE litellm_spend_archive.t_partitioned").unwrap();
+            } else {
+                let abort = "SELECT state || detail FROM spend_partition_revert('t', abort => true)";
+                assert_eq!(value::<String>(&mut client, abort), "aborted");
+            }
+            client.batch_execute("RESET ROLE").unwrap();
+            assert_eq!(value::<i64>(&mut client, MADE), 0, "{given}, {anew}");
+            client.batch_execute("DROP TABLE t").unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_partition_that_was_detached_and_given_away_does_not_keep_its_triggers() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE ROLE receiver").unwrap();
+    for aborted in [true, false] {
+        make_table(&mut client, "t");
+        steps_until(&mut client, "t", "swap");
+        client
+            .batch_execute("ALTER TABLE t DETACH PARTITION t_1; ALTER TABLE t_1 OWNER TO receiver")
+            .unwrap();
+        if aborted {
+            client.batch_execute("SELECT spend_partition_revert('t', abort => true)").unwrap();
+            assert_eq!(value::<i64>(&mut client, MADE), 0);
+        } else {
+            steps_until(&mut client, "t", "done");
+            let triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 't_1'::regclass";
+            assert_eq!(value::<i64>(&mut client, triggers), 0);
+        }
+        client.batch_execute("DROP TABLE t, t_1").unwrap();
+    }
+}

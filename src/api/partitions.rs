@@ -197,7 +197,7 @@ fn spend_partition_revert(
         }
         let pending = Reversion::of(&table)?;
         if abort.unwrap_or(false) {
-            let detail = match pending {
+            let detail = match pending.map_or_else(|| Reversion::begun_with(&table), |p| Ok(Some(p)))? {
                 Some(mut reversion) => reversion.abort().map(|()| String::new())?,
                 None if table.kind == "p" => "nothing was under way: it stays partitioned".into(),
                 None => "nothing was under way: it is a plain table".into(),

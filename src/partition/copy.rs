@@ -524,24 +524,25 @@ fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
 
 // ---- to clean up -----------------------------------------------------------------------------------------
 
-/// Takes ACCESS EXCLUSIVE on the table and its partitions.
+/// Each as whom its table belongs to by now. Takes ACCESS EXCLUSIVE on the table and its partitions.
 pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
     let mut tables = relation::relation_tree(reversion.relation)?;
     // By their function, also those of a partition that was detached meanwhile: that goes, too. Whatever else
     // has such a name is not ours, unless it calls what is in the archive: an older version made it.
     let function = format!("{}()", beside(reversion, FUNCTION));
     let triggers = spi::query(
-        "SELECT t.tgrelid, t.tgname::text FROM pg_catalog.pg_trigger t
+        "SELECT t.tgrelid, t.tgname::text, c.relowner FROM pg_catalog.pg_trigger t
+         JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
          WHERE t.tgparentid = 0 AND (t.tgfoid = pg_catalog.to_regprocedure($1)
              OR t.tgrelid = ANY ($2) AND starts_with(t.tgname, $3) AND t.tgfoid IN (
                  SELECT oid FROM pg_catalog.pg_proc WHERE pronamespace = pg_catalog.to_regnamespace($4)))",
         &[function.into(), tables.clone().into(), TRIGGER.into(), ARCHIVE.into()],
-        |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?)),
+        |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?, Owner::role(value(r, 3)?))),
     )?;
     if triggers.is_empty() {
         return Ok(());
     }
-    for (table, _) in &triggers {
+    for (table, ..) in &triggers {
         if !tables.contains(table) {
             tables.push(*table);
         }
@@ -549,9 +550,9 @@ pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
     let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
     locks::lock_all(guc::swap_lock_timeout(), &locks)?;
     let names = relation::relation_names(&tables)?;
-    for (table, trigger) in &triggers {
+    for (table, trigger, owner) in &triggers {
         if let Some(name) = names.get(table) {
-            reversion.owner.run(format!("DROP TRIGGER IF EXISTS {} ON {name}", quoted(trigger)))?;
+            owner.run(format!("DROP TRIGGER IF EXISTS {} ON {name}", quoted(trigger)))?;
         }
     }
     Ok(())
@@ -560,17 +561,62 @@ pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
 /// Drops what notes the changes. After the triggers: nobody writes to it any more.
 pub fn clean_up(reversion: &Reversion) -> Result<()> {
     let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
-    let locks = relation::find_relation(&changes)?.map(|oid| (oid, pg_sys::AccessExclusiveLock));
-    locks::lock_all(guc::lock_timeout(), locks.as_slice())?;
-    reversion.owner.run(format!("DROP TABLE IF EXISTS {changes}"))?;
-    reversion.owner.run(format!("DROP SEQUENCE IF EXISTS {failures}"))?;
-    reversion.owner.run(format!("DROP FUNCTION IF EXISTS {function}()"))
+    let made = made(reversion)?;
+    for (name, owner) in made.iter().filter(|(name, _)| *name == changes) {
+        let oid = relation::find_relation(name)?.map(|oid| (oid, pg_sys::AccessExclusiveLock));
+        locks::lock_all(guc::lock_timeout(), oid.as_slice())?;
+        drop_as(*owner, reversion, &format!("TABLE {name}"))?;
+    }
+    let beside_it = spi::query(
+        "SELECT 'SEQUENCE ' || $1, relowner FROM pg_catalog.pg_class
+         WHERE oid = pg_catalog.to_regclass($1) AND relkind = 'S'
+         UNION ALL SELECT 'FUNCTION ' || $2, proowner FROM pg_catalog.pg_proc
+         WHERE oid = pg_catalog.to_regprocedure($2)",
+        &[failures.into(), format!("{function}()").into()],
+        |r| Ok((value::<String>(r, 1)?, Owner::role(value(r, 2)?))),
+    )?;
+    for (object, owner) in beside_it {
+        // They are known by their names alone: not one that a third role has given to something else.
+        if owner == reversion.owner || made.iter().any(|(_, heir)| *heir == owner) {
+            drop_as(owner, reversion, &object)?;
+        }
+    }
+    Ok(())
 }
 
 /// Drops all that was made. After the triggers.
 pub fn drop_made(reversion: &Reversion) -> Result<()> {
     lock(reversion)?;
-    let (plain, duplicates) = (reversion.plain(), reversion.duplicates());
-    reversion.owner.run(format!("DROP TABLE IF EXISTS {plain}, {duplicates}"))?;
-    clean_up(reversion)
+    let changes = beside(reversion, CHANGES);
+    let tables: Vec<_> = made(reversion)?.into_iter().filter(|(name, _)| *name != changes).collect();
+    // While the others are there: whose they are tells whose the function may be.
+    clean_up(reversion)?;
+    tables.iter().try_for_each(|(name, owner)| drop_as(*owner, reversion, &format!("TABLE {name}")))
+}
+
+/// The tables that we made, with whom each belongs to by now. What has taken a name of theirs is not among
+/// them.
+fn made(reversion: &Reversion) -> Result<Vec<(String, Owner)>> {
+    let mut made = vec![];
+    for (i, name) in names(reversion).into_iter().enumerate() {
+        let Some(table) = Table::named(&name)? else { continue };
+        let owner = Owner::role(table.owner_oid);
+        let is_ours = match reversion.options.made.get(i) {
+            Some(oid) => table.oid.to_u32() == *oid,
+            // Out of a dump.
+            None => owner == reversion.owner,
+        };
+        if is_ours {
+            made.push((name, owner));
+        }
+    }
+    Ok(made)
+}
+
+/// Drops something in the archive, which may not be open to an owner who got it meanwhile.
+fn drop_as(owner: Owner, reversion: &Reversion, object: &str) -> Result<()> {
+    if owner != reversion.owner {
+        archive::ensure(owner)?;
+    }
+    owner.run(format!("DROP {object}"))
 }

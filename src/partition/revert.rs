@@ -130,6 +130,14 @@ pub fn request(table: &Table) -> Result<()> {
     layout::require_here(table.oid)?;
     // It is where the copy will be made.
     archive::is_there()?;
+    // What was asked for when it had another owner, or of another table of that name: what was made for it
+    // would be in the way, and nobody would know of it any more.
+    for mut earlier in Reversion::all()? {
+        let named = (&earlier.schema, &earlier.table) == (&table.schema, &table.name);
+        if named || earlier.relation == table.oid {
+            earlier.abort()?;
+        }
+    }
     let time_column = layout::partition_key(table)?;
     let mut reversion =
         Reversion::new(table, Options { time_column: time_column.clone(), ..Options::default() });
@@ -378,10 +386,10 @@ impl Reversion {
         Ok(format!("{} rows were kept out, and are in {duplicates}", rows.first().copied().unwrap_or(0)))
     }
 
-    /// Forgets a reversion before its swap: nothing was changed but the trigger and what we made.
+    /// Forgets a reversion before its swap: nothing was changed but the trigger and what we made. Whoever owns
+    /// the table by now may ask for it.
     pub fn abort(&mut self) -> Result<()> {
         self.lock_in_call()?;
-        self.require_owner()?;
         copy::drop_triggers(self)?;
         if self.options.shape.is_some() {
             copy::drop_made(self)?;

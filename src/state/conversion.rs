@@ -77,6 +77,11 @@ impl<T: Options> Pending<T> {
         Ok(found.max_by_key(begun_with))
     }
 
+    /// That which began with the table, whoever owned it then.
+    pub fn begun_with(table: &Table) -> Result<Option<Self>> {
+        Ok(Self::all()?.into_iter().find(|p| p.relation == table.oid))
+    }
+
     /// The table still belongs to whom it did.
     pub fn require_owner(&self) -> Result<()> {
         let Some(table) = Table::find(self.relation)? else { return Ok(()) };
