@@ -1442,3 +1442,42 @@ fn litellms_index_job_and_clean_up_job_work_on_the_partitioned_table() {
     assert_eq!(value::<f64>(&mut client, total), before);
     client.batch_execute(&insert_rows("new", 5, 1)).unwrap();
 }
+
+#[test]
+fn a_table_that_is_dropped_on_its_way_back_leaves_no_copy_of_its_rows() {
+    let db = shared().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    wait_for_worker(&mut client);
+    client
+        .batch_execute(
+            "SET ROLE litellm;
+             CREATE TABLE ev (id int, at timestamp NOT NULL, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             CREATE INDEX ON ev (at);
+             CREATE TABLE ev_1 PARTITION OF ev FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
+             CREATE TABLE ev_d PARTITION OF ev DEFAULT;
+             INSERT INTO ev SELECT i, '2026-01-30'::timestamp + i * interval '1 hour' FROM generate_series(1, 100) AS i;
+             RESET ROLE",
+        )
+        .unwrap();
+    // Somebody keeps the swap away.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute("SELECT spend_partition_revert('ev')").unwrap();
+    eventually("it is to be swapped", || {
+        let step = "bool_or(step = 'swap' AND state = 'next')";
+        holds(&mut client, &format!("SELECT {step} FROM spend_partition_revert('ev')"))
+    });
+    client.batch_execute("ALTER TABLE ev DETACH PARTITION ev_1; DROP TABLE ev").unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    eventually("it is forgotten", || {
+        holds(&mut client, "SELECT NOT EXISTS (SELECT FROM litellm_spend.conversion)")
+    });
+    let left = "SELECT array_agg(relname::text) FROM (
+            SELECT relname FROM pg_class WHERE relnamespace = 'litellm_spend_archive'::regnamespace
+            UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'litellm_spend_archive'::regnamespace
+            UNION ALL SELECT tgname FROM pg_trigger WHERE tgname LIKE 'litellm_spend_revert%') AS made";
+    assert_eq!(value::<Option<Vec<String>>>(&mut client, left), None);
+    let log = shared().log();
+    let says = |text: &str| log.contains(&format!("\"{}\": \"public\".\"ev\" {text}", db.name));
+    assert!(says("was dropped during its reversion, and so is its copy"));
+    assert!(!says("is a plain table again"));
+}

@@ -526,7 +526,10 @@ fn tree(reversion: &Reversion) -> Result<Vec<u32>> {
 
 /// Each as whom its table belongs to by now. Takes ACCESS EXCLUSIVE on the table and its partitions.
 pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
-    let mut tables = relation::relation_tree(reversion.relation)?;
+    let mut tables = match Table::find(reversion.relation)? {
+        Some(table) => relation::relation_tree(table.oid)?,
+        None => vec![],
+    };
     // By their function, also those of a partition that was detached meanwhile: that goes, too. Whatever else
     // has such a name is not ours, unless it calls what is in the archive: an older version made it.
     let function = format!("{}()", beside(reversion, FUNCTION));

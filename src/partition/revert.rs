@@ -211,8 +211,9 @@ impl Reversion {
             return Ok(None);
         }
         if Table::find(self.relation)?.is_none() {
-            self.forget()?;
-            return Ok(Some("it was dropped".into()));
+            self.take_back()?;
+            log::event(format_args!("{} was dropped during its reversion, and so is its copy", self.name()));
+            return Ok(None);
         }
         self.require_owner()?;
         self.require_name()?;
@@ -390,6 +391,11 @@ impl Reversion {
     /// the table by now may ask for it.
     pub fn abort(&mut self) -> Result<()> {
         self.lock_in_call()?;
+        self.take_back()
+    }
+
+    /// The table may have been dropped: partitions that were detached before still have their triggers.
+    fn take_back(&self) -> Result<()> {
         copy::drop_triggers(self)?;
         if self.options.shape.is_some() {
             copy::drop_made(self)?;
