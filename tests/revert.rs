@@ -561,3 +561,50 @@ fn a_partition_that_was_detached_and_given_away_does_not_keep_its_triggers() {
         client.batch_execute("DROP TABLE t, t_1").unwrap();
     }
 }
+
+#[test]
+fn a_primary_key_that_changes_while_the_table_is_copied_is_that_of_the_plain_one() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    let cases = [
+        (
+            "wider",
+            "ALTER TABLE wider DROP CONSTRAINT wider_pkey, ADD CONSTRAINT wider_pkey PRIMARY KEY (n, id, at);
+             INSERT INTO wider SELECT id, at + interval '1 minute', status, 500 FROM wider WHERE id = 7",
+            "PRIMARY KEY (n, id)",
+            301,
+        ),
+        (
+            "renamed",
+            "ALTER TABLE renamed RENAME at TO ts; ALTER TABLE renamed RENAME id TO number",
+            "PRIMARY KEY (number)",
+            300,
+        ),
+    ];
+    for (table, change, key, expected) in cases {
+        make_table(&mut client, table);
+        steps_until(&mut client, table, "swap");
+        client.batch_execute(change).unwrap();
+        steps_until(&mut client, table, "done");
+        let sql = format!(
+            "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = '{table}'::regclass AND contype = 'p'"
+        );
+        assert_eq!((value::<String>(&mut client, &sql).as_str(), rows(&mut client, table)), (key, expected));
+    }
+}
+
+#[test]
+fn a_primary_key_with_a_generated_column_is_in_the_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            "ALTER TABLE t ADD COLUMN twice int GENERATED ALWAYS AS (n * 2) STORED;
+             ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (twice, id, at)",
+        )
+        .unwrap();
+    let error = error(&mut client, "SELECT spend_partition_revert('t')");
+    assert_eq!(error.code().code(), "55000");
+    assert_eq!(error.detail(), Some("Column \"twice\" of its primary key is generated."));
+}

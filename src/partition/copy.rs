@@ -83,6 +83,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         drop_triggers(reversion)?;
         drop_made(reversion)?;
     }
+    reversion.read_key(&reversion.dependents()?)?;
     let free = |name: &str| free_name([&table.schema, ARCHIVE], name);
     reversion.options.duplicates = free(&suffixed(&table.name, "_duplicates"))?;
     // Others may make tables there, too: a name for which those beside it are free as well.
@@ -253,7 +254,8 @@ fn not_valid(relation: pg_sys::Oid) -> Result<Vec<String>> {
     spi::query(sql, &[relation.into()], |r| value(r, 1))
 }
 
-/// A relation's columns and CHECKs: the copy, which has them from when it was made, must have the same.
+/// A relation's columns, CHECKs and primary key: the copy, which has them from when it was made, must have the
+/// same. What the key is called does not matter.
 pub fn shape(relation: pg_sys::Oid) -> Result<String> {
     let shapes = spi::query(
         "SELECT concat_ws(', ',
@@ -263,9 +265,9 @@ pub fn shape(relation: pg_sys::Oid) -> Result<String> {
               FROM pg_catalog.pg_attribute LEFT JOIN pg_catalog.pg_attrdef ON adrelid = attrelid
                   AND adnum = attnum
               WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped),
-             (SELECT string_agg(quote_ident(conname) || ' ' || pg_get_constraintdef(oid), ', '
-                      ORDER BY conname)
-              FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype = 'c'))",
+             (SELECT string_agg(concat_ws(' ', CASE contype WHEN 'c' THEN quote_ident(conname) END,
+                      pg_get_constraintdef(oid)), ', ' ORDER BY contype, conname)
+              FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype IN ('c', 'p')))",
         &[relation.into()],
         |r| value(r, 1),
     )?;

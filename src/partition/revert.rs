@@ -51,7 +51,7 @@ pub struct Options {
     pub time_column: String,
     /// The primary key without the time.
     pub key: Vec<String>,
-    /// The columns and CHECKs that the plain table was made with. `None`: it is not made yet.
+    /// The columns, CHECKs and key that the plain table was made with. `None`: it is not made yet.
     pub shape: Option<String>,
     /// The plain table, until it has the name, and where the duplicates go: names in the archive.
     pub plain: String,
@@ -113,7 +113,24 @@ impl Reversion {
         suffixed(&self.table, "_partitioned")
     }
 
-    fn dependents(&self) -> Result<Dependents> {
+    /// The time and the rest of the primary key, as they are now.
+    pub fn read_key(&mut self, dependents: &Dependents) -> Result<()> {
+        let refuse = |reason: String| Err(Error::CannotRevert { relation: self.name(), reason });
+        let time_column = layout::partition_key(&dependents.table)?;
+        let columns = dependents.key.iter().flat_map(|(_, columns)| columns);
+        let key: Vec<String> = columns.filter(|column| **column != time_column).cloned().collect();
+        if key.is_empty() {
+            return refuse("Without the partition key nothing is left of its primary key.".into());
+        }
+        // It has no value yet where a row that moves is noted.
+        if let Some(column) = relation::generated_of(self.relation, &key)? {
+            return refuse(format!("Column {} of its primary key is generated.", quoted(&column)));
+        }
+        (self.options.time_column, self.options.key) = (time_column, key);
+        Ok(())
+    }
+
+    pub fn dependents(&self) -> Result<Dependents> {
         self.require_owner()?;
         self.require_name()?;
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
@@ -138,22 +155,17 @@ pub fn request(table: &Table) -> Result<()> {
             earlier.abort()?;
         }
     }
-    let time_column = layout::partition_key(table)?;
-    let mut reversion =
-        Reversion::new(table, Options { time_column: time_column.clone(), ..Options::default() });
+    let mut reversion = Reversion::new(table, Options::default());
     let dependents = reversion.dependents()?;
-    let columns = dependents.key.iter().flat_map(|(_, columns)| columns);
-    reversion.options.key = columns.filter(|column| **column != time_column).cloned().collect();
     if let Some(obstacle) = dependents.obstacles.first() {
         return Err(refuse(obstacle.clone()));
     }
-    if reversion.options.key.is_empty() {
-        return Err(refuse("Without the partition key nothing is left of its primary key.".into()));
-    }
+    reversion.read_key(&dependents)?;
     let renamed = qualified(&table.schema, &reversion.renamed());
     if relation::find_relation(&renamed)?.is_some() {
         return Err(refuse(format!("There is a {renamed} already, which is what it would be called.")));
     }
+    let time_column = reversion.options.time_column.clone();
     if !times::is_indexed(table.oid, &time_column)? {
         return Err(Error::NoTimeIndex { relation: table.qualified(), column: time_column });
     }
@@ -220,7 +232,7 @@ impl Reversion {
         copy::recognize(self)?;
         copy::require_made(self)?;
         if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
-            // Not made yet, or a column, a CHECK or a trigger came or went meanwhile.
+            // Not made yet, or a column, a CHECK, the key or a trigger changed meanwhile.
             copy::prepare(self)?;
         } else if copy::failures(self)? != self.options.failures {
             copy::begin_anew(self)?;

@@ -231,6 +231,17 @@ pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
     Ok(columns.into_iter().next().unwrap_or_default())
 }
 
+/// One of these columns that is generated.
+pub fn generated_of(relation: pg_sys::Oid, columns: &[String]) -> Result<Option<String>> {
+    let generated = query(
+        "SELECT attname::text FROM pg_catalog.pg_attribute
+         WHERE attrelid = $1 AND attname = ANY ($2::text[]) AND attgenerated <> '' ORDER BY attnum",
+        &[relation.into(), columns.to_vec().into()],
+        |r| value(r, 1),
+    )?;
+    Ok(generated.into_iter().next())
+}
+
 /// Finds a relation by its quoted name. One that is not qualified is looked up on the path as it is, which
 /// may be the caller's: so no statement of ours may do it.
 pub fn find_relation(name: &str) -> Result<Option<pg_sys::Oid>> {
