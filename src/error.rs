@@ -697,6 +697,12 @@ errors! {
         "What refers to it would fail, or lose rows.";
         "Drop the reference, or maintain the table by hand.";
 
+    KeptBack(partition: String):
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{partition} keeps rows that are to move to another partition";
+        "A rule, or what it calls, makes something else of it when they are deleted.";
+        "Drop the rule; maintenance goes on by itself then.";
+
     NotMerged { partition: String, rollup: String, watermark: i64 }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "partition \"{partition}\" is not rolled up: rollup \"{rollup}\" has merged up to {watermark}";

@@ -1965,3 +1965,33 @@ fn pg_cron_maintains() {
 fn pkglibdir() -> String {
     pg_config("--pkglibdir")
 }
+
+#[test]
+fn rows_that_a_rule_keeps_in_default_are_not_said_to_have_moved() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "INSERT INTO events (at) SELECT '2026-01-05'::timestamp + i * interval '1 minute' FROM generate_series(1, 50) AS i;
+             CREATE RULE soft AS ON DELETE TO events_pdefault DO INSTEAD
+                 UPDATE events_pdefault SET note = 'deleted' WHERE id = OLD.id AND at = OLD.at RETURNING events_pdefault.*;
+             SELECT spend_partition_set('events', 'day', time_column => 'at')",
+        )
+        .unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-01-08");
+    let said = "keeps rows that are to move to another partition";
+    assert!(
+        actions.iter().any(|(action, .., detail)| action == "skipped" && detail.contains(said)),
+        "{actions:?}"
+    );
+    let rows =
+        "SELECT count(*), count(note), (SELECT count(*) FROM events WHERE at < '2026-01-06') FROM events";
+    let row = client.query_one(rows, &[]).unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)), (50, 0, 50));
+    // And without the rule they move.
+    client.batch_execute("DROP RULE soft ON events_pdefault").unwrap();
+    maintain_at(&mut client, "events", "2026-01-08");
+    let row = "SELECT (SELECT count(*) = 0 FROM ONLY events_pdefault) AND (SELECT count(*) = 50 FROM events)";
+    assert!(holds(&mut client, row));
+}
