@@ -416,6 +416,7 @@ fn truncate_of_a_partition_freezes_its_days_only() {
 
 #[test]
 fn one_row_of_the_far_future_does_not_freeze_what_comes() {
+    not_at_midnight();
     for far in ["'9999-12-31 10:00'", "'infinity'"] {
         let db = shared().database();
         let mut client = db.connect();
@@ -471,6 +472,7 @@ fn rows_that_are_truncated_before_they_are_merged_stay_counted() {
 
 #[test]
 fn a_forced_rebuild_is_proposed_for_days_that_have_raw_rows_and_no_others() {
+    not_at_midnight();
     let db = shared().database();
     let mut client = db.connect();
     let at = |day: u32| format!("{TODAY} - interval '{day} days'");
@@ -498,6 +500,7 @@ fn a_forced_rebuild_is_proposed_for_days_that_have_raw_rows_and_no_others() {
 
 #[test]
 fn rows_that_are_taken_out_and_put_back_are_noticed_and_one_call_counts_them_once() {
+    not_at_midnight();
     for (take_out, kind) in [("DELETE FROM", "ledger"), ("TRUNCATE", "frozen days")] {
         let db = shared().database();
         let mut client = db.connect();

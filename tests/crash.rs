@@ -128,6 +128,7 @@ fn a_backfill_that_was_killed_goes_on_where_it_was() {
 
 #[test]
 fn a_repair_of_many_days_goes_on_where_it_was_and_keeps_no_merge_waiting() {
+    not_at_midnight();
     let db = own(&["litellm_spend.merge_interval = '10ms'", "restart_after_crash = on"]);
     let mut client = db.connect();
     client.batch_execute("CREATE EXTENSION litellm_spend").unwrap();

@@ -21,12 +21,14 @@ const SHARED: usize = 8;
 
 #[test]
 fn rows_beside_deliveries_are_captured_exactly_on_a_plain_table() {
+    not_at_midnight();
     let db = database();
     write_and_compare(&db);
 }
 
 #[test]
 fn rows_beside_deliveries_are_captured_exactly_on_a_converted_table() {
+    not_at_midnight();
     let db = database();
     let mut client = db.connect();
     client.batch_execute("SELECT spend_partition_convert(cutover => now() + interval '1 hour')").unwrap();
@@ -38,6 +40,7 @@ fn rows_beside_deliveries_are_captured_exactly_on_a_converted_table() {
 /// of the docs counts them.
 #[test]
 fn a_budget_window_is_the_report_once_all_deliveries_are_applied() {
+    not_at_midnight();
     let db = database();
     let mut proxy = Proxy::new(&db, "proxy".into());
     let requests: Vec<_> = (0..200).map(|i| (format!("request {i}"), false)).collect();

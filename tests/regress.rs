@@ -8,7 +8,7 @@ use std::process::Command;
 #[test]
 fn one_connection_behaves_as_expected() {
     // The worker would merge between two statements.
-    let cluster = own_cluster(&["shared_preload_libraries = ''", "timezone = 'UTC'"]);
+    let cluster = own_cluster(&[NO_WORKER]);
     let pgxs = Command::new(std::env::var("PG_CONFIG").unwrap_or("pg_config".into()))
         .arg("--pgxs")
         .output()

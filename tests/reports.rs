@@ -240,6 +240,7 @@ fn every_view_equals_litellms_own_definition() {
 /// Runs `compare` in each time zone: when the table is attached and backfilled; with changes that cannot be
 /// merged, since their transaction is open; when all is merged.
 fn at_three_moments(compare: impl Fn(&mut Transaction)) {
+    not_at_midnight();
     let rows = |first: &str, last: &str| ROWS.replace(":first", first).replace(":last", last);
     let db = shared().database();
     db.connect().batch_execute(&format!("{NAMES}; {MIDNIGHTS}; {}", rows("1", "3000"))).unwrap();
@@ -457,6 +458,7 @@ fn assert_whole_or_nothing(tx: &mut Transaction, unknown: &str, moment: &str) {
 /// A day that a report does not know does not keep it from knowing those that come.
 #[test]
 fn a_report_that_is_added_on_a_day_of_losses_knows_the_next_day() {
+    not_at_midnight();
     let db = shared().database().attached();
     let mut client = db.connect();
     for ago in [0, 1] {
@@ -487,6 +489,7 @@ fn a_report_that_is_added_on_a_day_of_losses_knows_the_next_day() {
 /// anybody asked for the reports.
 #[test]
 fn a_report_that_is_added_later_shows_each_day_whole_or_not_at_all() {
+    not_at_midnight();
     let db = shared().database();
     let mut client = db.connect();
     client

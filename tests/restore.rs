@@ -10,6 +10,7 @@ use std::process::Stdio;
 /// A database with all that is dumped: attached, with history that only the rollups know, a tail that is not
 /// merged, a declared rollup with a tail, one that is filled by hand, and a table with a policy.
 fn original() -> (Database, Client) {
+    not_at_midnight();
     let db = shared().litellm_database();
     let mut client = db.connect();
     client

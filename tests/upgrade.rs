@@ -331,6 +331,7 @@ fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
 
 #[test]
 fn a_server_that_pg_upgrade_brings_over_goes_on_and_nothing_of_ours_runs_meanwhile() {
+    not_at_midnight();
     let old = own_cluster(&[]);
     let db = std::mem::ManuallyDrop::new(old.database().with_rows("old", 200, 10));
     let mut client = db.connect();

@@ -12,6 +12,7 @@ mod sketches;
 
 pub use beside::*;
 pub use litellm::*;
+use postgres::error::SqlState;
 use postgres::{Client, NoTls, Row};
 pub use sketches::*;
 use std::fs;
@@ -22,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub const PORT: u16 = 54320;
 const TEMPLATE: &str = "litellm_template";
@@ -146,9 +147,8 @@ impl Cluster {
     pub fn try_connect(&self, database: &str, user: &str) -> Result<Client, postgres::Error> {
         let mut config = Client::configure();
         config.host_path(&self.dir).port(PORT).user(user).dbname(database);
-        // On a machine that is busy with other tests, the worker or an autovacuum that we have cancelled may
-        // need longer than a second to let go.
-        config.options("-c litellm_spend.lock_timeout=5s -c litellm_spend.window_wait=5s");
+        // As window_wait: the worker keeps to the default of this one.
+        config.options("-c litellm_spend.lock_timeout=5s");
         config.connect(NoTls)
     }
 
@@ -336,9 +336,14 @@ impl Drop for Database {
             eprintln!("{}", self.cluster.log_tail());
             return;
         }
-        // With its worker still connected: DROP DATABASE has to end it.
+        // With its worker still connected: DROP DATABASE has to end it. It waits for five seconds, which a
+        // process that ends may need on a busy machine.
         let sql = format!("DROP DATABASE {}", self.name);
-        self.cluster.connect("postgres").batch_execute(&sql).unwrap();
+        let mut admin = self.cluster.connect("postgres");
+        eventually(&sql, || match admin.batch_execute(&sql) {
+            Err(error) if error.code() == Some(&SqlState::OBJECT_IN_USE) => false,
+            done => done.map(|_| true).unwrap(),
+        });
     }
 }
 
@@ -408,8 +413,11 @@ fn initdb(dir: &Path, bin: &Path, user: Option<(u32, u32)>) {
 
 fn configure(dir: &Path, conf: &str) {
     let path = dir.join("data/postgresql.conf");
+    // On a machine that is busy with other tests, who is asked to let go, the worker, an autovacuum or the
+    // session that aborts a conversion, may need longer than the second that is waited by default.
     let own = format!(
-        "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n{conf}",
+        "port = {PORT}\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n\
+         timezone = 'UTC'\nlitellm_spend.window_wait = '5s'\n{conf}",
         dir.display()
     );
     fs::write(&path, fs::read_to_string(&path).unwrap() + &own).unwrap();
@@ -477,11 +485,19 @@ pub fn processes_in(dir: &Path) -> Vec<String> {
 
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     // Nothing takes that long but a reversion of a million rows beside writers, on a busy machine.
-    let deadline = Instant::now() + Duration::from_secs(600);
+    let deadline = Instant::now() + Duration::from_secs(1800);
     while !condition() {
         assert!(Instant::now() < deadline, "never: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// For a test that counts days from today more than once: waits until the day of UTC has some minutes left.
+pub fn not_at_midnight() {
+    eventually("the day has some minutes left", || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        now % 86_400 < 86_400 - 300
+    });
 }
 
 pub fn value<T: for<'a> postgres::types::FromSql<'a>>(client: &mut Client, sql: &str) -> T {
