@@ -874,7 +874,8 @@ fn the_worker_begins_with_a_small_window() {
     eventually("all is merged", || {
         holds(&mut client, "SELECT sum(n) = 150000 FROM litellm_spend.hundreds_rollup")
     });
-    // All rows of a window are of one transaction. (So few, because one that takes too long is cut.)
+    // All rows of a window are of one transaction. (So few, because one that takes too long is cut; on a busy
+    // machine these may be, too.)
     let windows: Vec<i64> = client
         .query(
             "SELECT sum(n)::bigint FROM litellm_spend.hundreds_rollup GROUP BY xmin::text ORDER BY min(hundred)",
@@ -884,7 +885,8 @@ fn the_worker_begins_with_a_small_window() {
         .iter()
         .map(|row| row.get(0))
         .collect();
-    assert_eq!(windows, [100_000, 50_000]);
+    assert!(windows.len() > 1 && windows[0] <= 100_000, "{windows:?}");
+    assert_eq!(windows.iter().sum::<i64>(), 150_000, "{windows:?}");
 }
 
 #[test]
@@ -1371,6 +1373,9 @@ fn vacuum_analyze_and_concurrent_indexes_neither_block_nor_are_cancelled() {
             }
         });
         let before: i64 = value(&mut client, "SELECT watermark FROM spend_rollup_status");
+        // Else the server cancels an autovacuum that these wait for.
+        let patient = "SET deadlock_timeout = '10min'";
+        client.batch_execute(patient).unwrap();
         for _ in 0..5 {
             client.batch_execute("VACUUM ANALYZE page_views").unwrap();
             client.batch_execute("CREATE INDEX CONCURRENTLY by_path ON page_views (path)").unwrap();
@@ -1378,6 +1383,7 @@ fn vacuum_analyze_and_concurrent_indexes_neither_block_nor_are_cancelled() {
         }
         // Nor does one that stays stop the merges: its lock is not a writer's.
         let mut other = db.connect();
+        other.batch_execute(patient).unwrap();
         other.batch_execute("BEGIN; LOCK TABLE page_views IN SHARE UPDATE EXCLUSIVE MODE").unwrap();
         let during: i64 = value(&mut client, "SELECT watermark FROM spend_rollup_status");
         eventually("it merges on", || {

@@ -5,6 +5,7 @@ mod common;
 
 use common::*;
 use postgres::Client;
+use std::time::{Duration, Instant};
 
 type Fault = (String, String, Option<String>, String);
 
@@ -19,12 +20,12 @@ fn faults(client: &mut Client) -> Vec<Fault> {
 /// Waits until there is one fault, which the text begins or contains.
 fn only(client: &mut Client, text: &str) -> Fault {
     let mut found = vec![];
-    for _ in 0..300 {
+    for _ in 0..3000 {
         found = faults(client);
         if found.len() == 1 && found[0].1.contains(text) {
             return found.remove(0);
         }
-        std::thread::sleep(std::time::Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(200));
     }
     panic!("not only {text:?}: {found:?}");
 }
@@ -257,13 +258,15 @@ fn retention_behind_a_dashboard_names_it() {
     assert!(severity == "error" && who.unwrap().contains("grafana"));
     // The status says so too, and who maintains by hand is told.
     let pid = backend_pid(&mut dashboard);
-    let blocked = format!(
-        r#"could not get a lock on "public"."logs" within 1000 ms: it is held by process {pid} (postgres, grafana)"#
-    );
+    let who = format!("process {pid} (postgres, grafana)");
+    let blocked = format!(r#"could not get a lock on "public"."logs" within 1000 ms: it is held by {who}"#);
+    // A look at the table's size is in the way for a moment, too.
+    let noted =
+        r#"logs_old: could not get a lock on "public"."logs" within 1000 ms: it is held by process %"#;
     assert!(holds(
         &mut client,
         &format!(
-            "SELECT bool_and(blocked = 'logs_old: {blocked}' AND blocked_since < now() AND retry_at > maintained
+            "SELECT bool_and(blocked LIKE '{noted}' AND blocked LIKE '%{who}%' AND blocked_since < now() AND retry_at > maintained
                              AND retry_at <= maintained + interval '30 s')
              FROM (SELECT *, last_maintained_at AS maintained FROM spend_partition_status) AS s"
         )
@@ -279,7 +282,9 @@ fn retention_behind_a_dashboard_names_it() {
     // The worker comes half a minute later.
     client.batch_execute("SELECT * FROM spend_partition_maintain('logs')").unwrap();
     none(&mut client);
-    // Also where nothing has expired, and only if it lasts.
+    // Also where nothing has expired, and only if it lasts. What is noted here stays: no round of maintenance
+    // is due, and none that had begun still runs.
+    wait_for_a_round(&mut client);
     let held_up = |since: &str| {
         format!(
             "UPDATE litellm_spend.policy SET blocked = 'logs: held by process 1', blocked_since = now() - interval '{since}'"
@@ -456,7 +461,8 @@ const WORKERS: &str = "SELECT count(*) FROM spend_worker_status WHERE database =
 
 #[test]
 fn a_worker_that_was_ended_is_not_missed_while_it_comes_back() {
-    let db = shared().database().attached();
+    // Of its own: other tests' new databases are looked into first when a worker is to come back.
+    let db = own_cluster(&[]).database().attached();
     let mut client = db.connect();
     none(&mut client);
     eventually("the server is no longer starting", || {
@@ -470,9 +476,12 @@ fn a_worker_that_was_ended_is_not_missed_while_it_comes_back() {
             "SELECT bool_and(pg_terminate_backend(pid)) FROM spend_worker_status
              WHERE kind = '{kind}' AND coalesce(database, current_database()) = current_database()"
         );
+        let ended = Instant::now();
         assert!(holds(&mut client, &sql));
         eventually("another is there, and was not missed", || {
-            assert_eq!(faults(&mut client), []);
+            let found = faults(&mut client);
+            // One that is away for longer, on a busy machine, is missed rightly.
+            assert!(found.is_empty() || ended.elapsed() > Duration::from_secs(10), "{found:?}");
             let now: Option<Vec<i32>> = value(&mut client, workers);
             now.is_some_and(|now| now.len() == 1 && now != before)
         });
@@ -615,8 +624,9 @@ fn a_retention_that_is_new_is_no_fault_and_a_swap_that_waits_is_one_after_a_whil
     let waits = "SELECT coalesce(bool_or(last_error LIKE 'could not get a lock%'), false) FROM litellm_spend.conversion";
     eventually("the swap waits", || holds(&mut client, waits));
     let since = "SELECT coalesce(min(last_error_at) > clock_timestamp() - interval '15 seconds', true) FROM litellm_spend.conversion";
-    let found = faults(&mut client);
-    assert!(!holds(&mut client, since) || found.is_empty(), "{found:?}");
+    // Another text of the error, which may come meanwhile, begins the time anew.
+    let (before, found, after) = (holds(&mut client, since), faults(&mut client), holds(&mut client, since));
+    assert!(!(before && after) || found.is_empty(), "{found:?}");
     let (severity, _, who, remedy) = only(&mut client, "could not get a lock on");
     let pid = backend_pid(&mut reader);
     assert!(severity == "warning" && who.unwrap().contains("a reader"));

@@ -50,6 +50,7 @@ fn cluster() -> &'static Cluster {
 
 #[test]
 fn a_round_says_as_many_periods_ahead_as_the_status_counts() {
+    not_at_midnight();
     let db = shared().database();
     let mut client = db.connect();
     client.batch_execute("CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at); CREATE INDEX ON logs (at)").unwrap();
@@ -125,6 +126,7 @@ fn periods_are_created_ahead_by_the_clock_whatever_rows_there_are() {
 /// What ALTER DEFAULT PRIVILEGES gave it is taken away.
 #[test]
 fn a_new_partition_is_open_to_whom_the_table_is_and_to_nobody_else() {
+    not_at_midnight();
     let db = cluster().database();
     let mut client = db.connect();
     client
@@ -827,6 +829,7 @@ const TOTALS: &str = "SELECT sum(spend)::text || ' ' || sum(requests) FROM litel
 
 #[test]
 fn a_day_of_which_a_partition_held_a_part_is_frozen_with_it() {
+    not_at_midnight();
     let db = cluster().database();
     let mut client = db.connect();
     // Of the day a row in the partition that goes, two in the one that stays; and one of the next day.
@@ -858,6 +861,7 @@ fn a_day_of_which_a_partition_held_a_part_is_frozen_with_it() {
 
 #[test]
 fn days_of_a_partition_that_had_to_stay_are_not_frozen_with_those_of_a_newer_one() {
+    not_at_midnight();
     let db = cluster().database();
     let mut client = db.connect();
     two_old_partitions(&mut client, "CURRENT_DATE - 39", &[10, 30]);
@@ -1060,12 +1064,15 @@ fn rows_are_not_deleted_one_by_one_while_capture_would_not_see_it() {
 
 // ---- beside others ------------------------------------------------------------------------------------
 
-/// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns the
-/// longest wait of any.
-fn beside_readers<T>(db: &Database, table: &str, body: impl FnOnce() -> T) -> (T, Duration) {
+/// What nobody waits for but behind a lock, or on a machine that is busy: single ones prove nothing.
+const LONG_WAIT: Duration = Duration::from_millis(900);
+
+/// Runs `body` beside readers that count the rows of `table`, which must never become fewer. Returns their
+/// long waits.
+fn beside_readers(db: &Database, table: &str, body: impl FnOnce()) -> Vec<Duration> {
     let stop = std::sync::atomic::AtomicBool::new(false);
-    let longest = std::sync::Mutex::new(Duration::ZERO);
-    let result = std::thread::scope(|scope| {
+    let waits = std::sync::Mutex::new(vec![]);
+    std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
                 let mut client = db.connect();
@@ -1073,17 +1080,16 @@ fn beside_readers<T>(db: &Database, table: &str, body: impl FnOnce() -> T) -> (T
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     let began = Instant::now();
                     let rows: i64 = value(&mut client, &format!("SELECT count(*) FROM {table}"));
-                    let mut longest = longest.lock().unwrap();
-                    *longest = (*longest).max(began.elapsed());
+                    waits.lock().unwrap().extend(Some(began.elapsed()).filter(|wait| *wait > LONG_WAIT));
                     assert!(rows >= least, "{rows} rows after {least}");
                     least = rows;
                 }
             });
         }
         let _stop = RaiseOnDrop(&stop);
-        body()
+        body();
     });
-    (result, longest.into_inner().unwrap())
+    waits.into_inner().unwrap()
 }
 
 #[test]
@@ -1095,9 +1101,10 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
     wait_until_capture_follows(&mut client);
     client.batch_execute(&insert_rows("old", 5000, 10)).unwrap();
     client.batch_execute("SELECT spend_partition_set()").unwrap();
+    client.batch_execute("SET litellm_spend.lock_timeout = '1s'").unwrap();
     let table = "\"LiteLLM_SpendLogs\"";
     beside_writers(&db, 2, 5, 12, || {
-        let (_, longest) = beside_readers(&db, table, || {
+        let waits = beside_readers(&db, table, || {
             // LiteLLM's own job has made the partition of tomorrow, so that there are two gaps; both are
             // filled again.
             for day in 1..4 {
@@ -1111,8 +1118,8 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
             });
             assert!(seen.iter().any(|a| a.0 == "drained"), "{seen:?}");
         });
-        println!("longest read beside the drain: {longest:?}");
-        assert!(longest < Duration::from_millis(1500), "{longest:?}");
+        // Behind a lock that the drain waits for, for a second at most, and behind those that it has.
+        assert!(waits.iter().all(|wait| *wait < Duration::from_secs(5)), "{waits:?}");
     });
     assert_verified(&mut client);
     assert_eq!(
@@ -1149,18 +1156,19 @@ fn a_long_reader_delays_maintenance_and_nobody_else() {
     let gives_up = r#"could not get a lock on "public"."events" within 400 ms: it is held by process"#;
     let who = format!("process {pid} (postgres, grafana)");
     let mut skipped = 0;
-    let (_, longest_read) = beside_readers(&db, "events", || {
+    let mut late_writes = 0;
+    let late_reads = beside_readers(&db, "events", || {
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| {
                 let mut client = db.connect();
-                let mut longest = Duration::ZERO;
+                let mut late = 0;
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     let began = Instant::now();
                     client.batch_execute("INSERT INTO events (at) VALUES (now())").unwrap();
-                    longest = longest.max(began.elapsed());
+                    late += usize::from(began.elapsed() > LONG_WAIT);
                 }
-                longest
+                late
             });
             let raise = RaiseOnDrop(&stop);
             let began = Instant::now();
@@ -1174,12 +1182,13 @@ fn a_long_reader_delays_maintenance_and_nobody_else() {
                 assert!(actions.iter().filter(|a| a.0 == "skipped").count() <= 1, "{actions:?}");
             }
             drop(raise);
-            let longest = writer.join().unwrap();
-            assert!(longest < Duration::from_millis(900), "{longest:?}");
+            late_writes = writer.join().unwrap();
         });
     });
     assert!(skipped > 20, "{skipped}");
-    assert!(longest_read < Duration::from_millis(900), "{longest_read:?}");
+    // Without the limit each of the tries would keep all of them waiting.
+    assert!(late_writes * 4 < skipped, "{late_writes} late writes beside {skipped} tries");
+    assert!(late_reads.len() * 4 < skipped, "{late_reads:?} beside {skipped} tries");
     assert!(holds(
         &mut client,
         &format!(
@@ -1201,6 +1210,7 @@ fn a_long_reader_delays_maintenance_and_nobody_else() {
 
 #[test]
 fn of_two_maintainers_one_says_that_it_did_nothing() {
+    not_at_midnight();
     let db = cluster().database();
     let mut client = db.connect();
     client.batch_execute(EVENTS).unwrap();
@@ -1935,6 +1945,7 @@ fn pg_cron_maintains() {
         eprintln!("SKIPPED pg_cron_maintains: no pg_cron for {version}");
         return;
     }
+    not_at_midnight();
     let cluster = own_cluster(&[
         BY_HAND,
         "shared_preload_libraries = 'pg_cron,litellm_spend'",

@@ -210,8 +210,8 @@ fn a_lock_that_is_not_to_be_had_names_who_has_it_and_the_right_setting() {
         "could not get a lock on …\"LiteLLM_SpendLogs\" within 200 ms\nDETAIL:  It is held by process {pid} (postgres, a writer).\
          \nHINT:  Try again when those transactions have ended, or raise litellm_spend.swap_lock_timeout."
     );
-    writer.batch_execute("COMMIT; BEGIN").unwrap();
-    writer.batch_execute(r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
+    // At once, so that no swap comes between.
+    writer.batch_execute(r#"COMMIT; BEGIN; SELECT count(*) FROM "LiteLLM_SpendLogs""#).unwrap();
     eventually("the swap waits", || {
         like(&value::<Option<String>>(&mut client, error).unwrap_or_default(), &expected)
     });
@@ -623,7 +623,7 @@ fn who_detaches_while_a_conversion_builds_its_index_is_told_what_ends_it() {
     reader.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class").unwrap();
     // For less time than the build gives way to who waits.
     client
-        .batch_execute("SET litellm_spend.lock_timeout = '300ms'; SELECT spend_partition_convert()")
+        .batch_execute("SET litellm_spend.lock_timeout = '100ms'; SELECT spend_partition_convert()")
         .unwrap();
     eventually("the index is being built", || {
         holds(
