@@ -193,7 +193,7 @@ fn status(client: &mut Client) -> Vec<(String, String, String)> {
 
 fn wait_for(client: &mut Client, index: &str, partition: &str, state: &str) {
     let mut found = vec![];
-    for _ in 0..600 {
+    for _ in 0..6000 {
         found = status(client);
         if found.iter().any(|(i, p, s)| (i.as_str(), p.as_str(), s.as_str()) == (index, partition, state)) {
             return;
@@ -318,10 +318,10 @@ fn a_partition_gets_its_indexes_when_it_closes() {
     client
         .batch_execute(
             r#"SELECT spend_index_set(indexes => '{team}');
-               ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION p0;
+               ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION p0; TRUNCATE p0;
                DO $$ BEGIN
                    EXECUTE format('ALTER TABLE "LiteLLM_SpendLogs" ATTACH PARTITION p0 FOR VALUES FROM (%L) TO (%L)',
-                                  (now() AT TIME ZONE 'UTC')::date, clock_timestamp() AT TIME ZONE 'UTC' + interval '4 s');
+                                  (now() AT TIME ZONE 'UTC')::date, clock_timestamp() AT TIME ZONE 'UTC' + interval '10 s');
                END $$"#,
         )
         .unwrap();

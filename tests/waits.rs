@@ -280,12 +280,16 @@ fn no_status_waits_for_what_an_owner_has_locked() {
     ));
 }
 
-/// What the server computes while it plans, and no cancel ends: seconds altogether.
+/// What the server computes while it plans, and no cancel ends: for longer than a status
+/// has time here, however busy the machine is.
 #[test]
 fn no_status_computes_what_an_owner_has_put_into_an_index() {
     let db = captured();
     let mut client = db.connect();
-    let slow = ["md5(repeat('x', 30000000)) <> '1'"; 25].join(" AND ");
+    let slow = ["translate(repeat('x', 1000000), repeat('y', 100), '') <> '1'"; 8].join(" AND ");
+    let began = std::time::Instant::now();
+    client.batch_execute(&format!("SELECT {slow}")).unwrap();
+    let limit = began.elapsed().as_millis() * 3 / 4;
     client
         .batch_execute(
             "CREATE TABLE sl (id bigserial, t int, s int);
@@ -298,7 +302,7 @@ fn no_status_computes_what_an_owner_has_put_into_an_index() {
         format!("DROP INDEX slow; ALTER TABLE sl ADD CHECK (t > 0 OR {slow})"),
     ] {
         client.batch_execute(&change).unwrap();
-        client.batch_execute("SET statement_timeout = '1s'").unwrap();
+        client.batch_execute(&format!("SET statement_timeout = '{limit}ms'")).unwrap();
         let read = client.query("SELECT * FROM spend_rollup_status WHERE rollup = 'of_sl'", &[]);
         assert!(read.is_ok(), "{}: {read:?}", &change[..50]);
         client.batch_execute("RESET statement_timeout").unwrap();
@@ -388,17 +392,19 @@ fn the_tails_of_one_owner_have_a_limit_of_time_together() {
     client
         .batch_execute(
             "CREATE TABLE wide (id bigserial, t int); INSERT INTO wide (t) SELECT 1 FROM generate_series(1, 10);
-             DO $$ BEGIN FOR i IN 1..12 LOOP
+             DO $$ BEGIN FOR i IN 1..40 LOOP
                  PERFORM spend_rollup_create('wide_' || i, 'wide', '{t}', '{count(*) AS n}');
              END LOOP; END $$;
              INSERT INTO wide (t) SELECT 1 FROM generate_series(1, 1500000)",
         )
         .unwrap();
     client.batch_execute("SET statement_timeout = '60s'").unwrap();
-    let read = "SELECT count(*) = 12 AND bool_and(tail_rows = 1000000) FROM spend_rollup_status WHERE rollup LIKE 'wide_%'";
+    // What a session reads for the first time takes longer.
+    client.batch_execute("SELECT count(*) FROM spend_rollup_status").unwrap();
+    let read = "SELECT count(*) = 40 AND bool_and(tail_rows = 1000000) FROM spend_rollup_status WHERE rollup LIKE 'wide_%'";
     let started = std::time::Instant::now();
     assert!(holds(&mut client, read));
-    assert!(started.elapsed().as_secs_f64() < 5.0, "{:?}", started.elapsed());
+    assert!(started.elapsed().as_secs_f64() < 10.0, "{:?}", started.elapsed());
     // The limit is a statement's.
     assert!(holds(&mut client, read));
 }
