@@ -254,8 +254,8 @@ fn not_valid(relation: pg_sys::Oid) -> Result<Vec<String>> {
     spi::query(sql, &[relation.into()], |r| value(r, 1))
 }
 
-/// A relation's columns, CHECKs and primary key: the copy, which has them from when it was made, must have the
-/// same. What the key is called does not matter.
+/// A relation's columns, CHECKs and primary key: the copy, which has them from when it was made, must have
+/// the same. What the key is called does not matter.
 pub fn shape(relation: pg_sys::Oid) -> Result<String> {
     let shapes = spi::query(
         "SELECT concat_ws(', ',

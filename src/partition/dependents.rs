@@ -427,15 +427,15 @@ const OBSTACLES: &str = concat!("
     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND w.ev_class <> $1 AND w.ev_type <> '1'
     UNION ALL SELECT format('Constraint %s is NO INHERIT, which none of a partitioned table is.',
         quote_ident(conname))
-    FROM pg_constraint WHERE conrelid = $1 AND contype = 'c' AND connoinherit
+    FROM pg_constraint WHERE conrelid = $1 AND contype IN ('c', 'n') AND connoinherit
     UNION ALL SELECT format('Trigger %s is for each row and has a transition table, which none of a partitioned table has.',
         quote_ident(tgname))
     FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal AND NOT ", is_ours!(), "
         AND tgtype & 1 = 1 AND (tgoldtable IS NOT NULL OR tgnewtable IS NOT NULL)
-    UNION ALL SELECT 'Its primary key is deferrable, or includes columns that are not of the key.'
+    UNION ALL SELECT 'Its primary key is deferrable, WITHOUT OVERLAPS, or includes columns that are not of the key.'
     FROM pg_index i JOIN pg_constraint k ON k.conindid = i.indexrelid AND k.conrelid = i.indrelid
         AND k.contype = 'p'
-    WHERE i.indrelid = $1 AND (k.condeferrable OR i.indnatts <> i.indnkeyatts)
+    WHERE i.indrelid = $1 AND (k.condeferrable OR i.indisexclusion OR i.indnatts <> i.indnkeyatts)
     UNION ALL SELECT DISTINCT format('It has a security label, of %s.', quote_ident(provider)) FROM pg_seclabel
     WHERE classoid = 'pg_class'::regclass AND objoid = $1
     UNION ALL SELECT format('Statistics %s are in schema %s, where role %s, who owns the table, may not create.',

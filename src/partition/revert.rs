@@ -399,7 +399,7 @@ impl Reversion {
         Ok(format!("{} rows were kept out, and are in {duplicates}", rows.first().copied().unwrap_or(0)))
     }
 
-    /// Forgets a reversion before its swap: nothing was changed but the trigger and what we made. Whoever owns
+    /// Forgets a reversion before its swap: nothing was changed but the trigger and what we made. Whoever has
     /// the table by now may ask for it.
     pub fn abort(&mut self) -> Result<()> {
         self.lock_in_call()?;
