@@ -95,13 +95,7 @@ pub fn require_by_hash(relation: pg_sys::Oid) -> Result<bool> {
     let Some(citus) = citus()? else { return Ok(false) };
     let found = distributed(citus, &relation::relation_tree(relation)?)?;
     match found.into_iter().next() {
-        None => {
-            // The rows' own table, where Citus has put another in its place: a local one that it took in.
-            let sql = "SELECT pg_catalog.relation_is_a_known_shard($1)";
-            let shard = citus.query(sql, &[relation.into()], |r| spi::value::<bool>(r, 1))? == [true];
-            let name = relation::cached_name(relation).filter(|_| shard);
-            name.map_or(Ok(false), |name| Err(Error::NotByHash(name)))
-        }
+        None => Ok(false),
         Some((relation, false)) => Err(Error::NotByHash(relation)),
         Some((relation, true)) => {
             let sql = "SELECT groupid = 0 FROM pg_catalog.pg_dist_local_group";
@@ -109,6 +103,13 @@ pub fn require_by_hash(relation: pg_sys::Oid) -> Result<bool> {
             if here == [true] { Ok(true) } else { Err(Error::NotCoordinator(relation)) }
         }
     }
+}
+
+/// Refuses a relation that is there, and that Citus hides from queries as it does its shards: a local table
+/// that it took in, in whose place it has put another.
+pub fn require_not_hidden(relation: pg_sys::Oid) -> Result<()> {
+    let Some(hidden) = relation::cached_name(relation) else { return Ok(()) };
+    if citus()?.is_some() { Err(Error::NotByHash(hidden)) } else { Ok(()) }
 }
 
 /// The transactions that hold RowExclusiveLock on a shard of `relations`, or wait for it. `None`: Citus

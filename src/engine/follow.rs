@@ -3,6 +3,7 @@
 //!
 //! What is changed is handed over as in `create`: nothing of an owner's is evaluated as ourselves.
 
+use crate::citus;
 use crate::engine::create::{give_to_owner, make_view};
 use crate::engine::define::{IS_OLD, bring_over};
 use crate::engine::source;
@@ -49,11 +50,8 @@ pub fn strays() -> Result<Vec<String>> {
 pub fn settle(name: &str, patience: Patience) -> Result<()> {
     let Some(fence) = Fence::take(name, patience)? else { return Ok(()) };
     let Some(table) = Table::find(fence.relation)? else {
-        // Citus hides its shards from queries, and makes one of a local table that it takes in.
-        return match relation::cached_name(fence.relation) {
-            Some(hidden) => Err(Error::NotByHash(hidden)),
-            None => release(fence),
-        };
+        citus::require_not_hidden(fence.relation)?;
+        return release(fence);
     };
     let (mut definition, known) = (fence.filled()?.clone(), Owner::role(fence.owner));
     let owner = Owner::of(table.oid)?;

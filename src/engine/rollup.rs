@@ -16,7 +16,7 @@ use crate::engine::source;
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::server::locks::{self, Patience};
-use crate::server::relation;
+use crate::server::relation::{self, Table};
 use crate::server::session::{self, Failure, attempt};
 use crate::server::spi;
 use crate::server::text::{SCHEMA, quoted};
@@ -70,8 +70,10 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
         source.window.forget_above(last_value);
         source.nodes.forget_above(last_value);
         let Some(relation) = sources::relation_of(source)? else {
-            // It was dropped, or Citus hides it.
-            citus::require_by_hash(source.relation)?;
+            // It was dropped, another sequence numbers it now, or Citus hides it.
+            if Table::find(source.relation)?.is_none() {
+                citus::require_not_hidden(source.relation)?;
+            }
             return Ok(nothing);
         };
         let mut distributed = false;
