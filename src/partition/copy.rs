@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::create::storage;
-use crate::partition::dependents::revoke_default_privileges;
+use crate::partition::dependents::{revoke_default_privileges, revoke_execute};
 use crate::partition::layout::Layout;
 use crate::partition::revert::Reversion;
 use crate::server::locks;
@@ -320,15 +320,7 @@ END
         literal(&body)
     ))?;
     // It runs as the owner for whoever may make a trigger of it.
-    let grantees = spi::query(
-        "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
-         FROM pg_catalog.pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS x
-         WHERE p.oid = pg_catalog.to_regprocedure($1) AND x.grantee <> p.proowner",
-        &[format!("{function}()").into()],
-        |r| value::<String>(r, 1),
-    )?;
-    let revoke = |grantee| owner.run(format!("REVOKE ALL ON FUNCTION {function}() FROM {grantee} CASCADE"));
-    grantees.iter().try_for_each(revoke)
+    revoke_execute(owner, &format!("{function}()"))
 }
 
 /// The statement triggers of tables, whose writers wait from here on.
@@ -421,9 +413,10 @@ pub fn batch(reversion: &mut Reversion) -> Result<()> {
 /// Rows of a partition that was attached may have come with it: no trigger saw them. `true`: there were new
 /// ones.
 pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
-    let new = new_partitions(reversion)?;
+    let tree = tree(reversion)?;
+    let new = unknown(reversion, &tree);
     if new.is_empty() {
-        reversion.options.tree = tree(reversion)?;
+        reversion.options.tree = tree;
         return Ok(false);
     }
     // The table before its partitions, as for everybody who uses them.
@@ -434,14 +427,17 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
         let changes = beside(reversion, CHANGES);
         reversion.owner.run(format!("INSERT INTO {changes} ({key}) SELECT {key} FROM ONLY {name}"))?;
     }
-    reversion.options.tree.extend(new);
+    reversion.options.tree = tree;
     Ok(true)
 }
 
-/// Those that came since the last step looked.
-pub fn new_partitions(reversion: &Reversion) -> Result<Vec<u32>> {
-    let known = |oid: &u32| reversion.options.tree.contains(oid);
-    Ok(tree(reversion)?.into_iter().filter(|oid| !known(oid)).collect())
+/// Whether there are any that came since the last step looked.
+pub fn has_new_partitions(reversion: &Reversion) -> Result<bool> {
+    Ok(!unknown(reversion, &tree(reversion)?).is_empty())
+}
+
+fn unknown(reversion: &Reversion, tree: &[u32]) -> Vec<u32> {
+    tree.iter().copied().filter(|oid| !reversion.options.tree.contains(oid)).collect()
 }
 
 /// Copies what has changed, some at a time. `true`: there was little. Else it is to be committed before the

@@ -156,14 +156,26 @@ impl Dependents {
 /// Takes from a new table what ALTER DEFAULT PRIVILEGES granted on it: it gets the grants of the table that
 /// it is made for instead.
 pub fn revoke_default_privileges(owner: Owner, table: &str) -> Result<()> {
-    let grantees = query(
+    let acl = "SELECT relacl, relowner FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1)";
+    revoke_from_others(owner, "TABLE", table, acl)
+}
+
+/// Takes EXECUTE on a function from everybody but its owner, PUBLIC included.
+pub fn revoke_execute(owner: Owner, signature: &str) -> Result<()> {
+    let acl = "SELECT coalesce(proacl, acldefault('f', proowner)), proowner FROM pg_catalog.pg_proc
+               WHERE oid = pg_catalog.to_regprocedure($1)";
+    revoke_from_others(owner, "FUNCTION", signature, acl)
+}
+
+/// `acl` gives the privileges on the object and its owner.
+fn revoke_from_others(owner: Owner, kind: &str, object: &str, acl: &str) -> Result<()> {
+    let sql = format!(
         "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
-         FROM pg_catalog.pg_class c, aclexplode(c.relacl) AS x
-         WHERE c.oid = pg_catalog.to_regclass($1) AND x.grantee <> c.relowner",
-        &[table.into()],
-        |r| value::<String>(r, 1),
-    )?;
-    grantees.iter().try_for_each(|grantee| owner.run(format!("REVOKE ALL ON {table} FROM {grantee} CASCADE")))
+         FROM ({acl}) AS o(acl, owner), aclexplode(o.acl) AS x WHERE x.grantee <> o.owner"
+    );
+    let grantees = query(&sql, &[object.into()], |r| value::<String>(r, 1))?;
+    let revoke = |grantee| owner.run(format!("REVOKE ALL ON {kind} {object} FROM {grantee} CASCADE"));
+    grantees.iter().try_for_each(revoke)
 }
 
 fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {

@@ -338,7 +338,7 @@ impl Reversion {
         if copy::failures(self)? != self.options.failures
             || self.options.shape != Some(copy::shape(self.relation)?)
             || self.lacks_index(&dependents, asked_for)?
-            || !copy::new_partitions(self)?.is_empty()
+            || copy::has_new_partitions(self)?
             || !copy::catch_up_last(self)?
         {
             // The next step has time for it.

@@ -15,7 +15,7 @@ use crate::server::spi;
 use crate::state::conversion::Pending;
 use crate::state::step::Subject;
 use crate::worker::process::{
-    attach_signals, attempt_as_owner, in_transaction, pin_settings, report_running, utility,
+    attach_signals, attempt_in_transaction, in_transaction, pin_settings, report_running, utility,
 };
 use crate::worker::round;
 use pgrx::bgworkers::*;
@@ -53,21 +53,21 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
 
 /// `false`: nothing is left to do, or it failed, and it is for the worker to say when it is tried again.
 fn build_one(relation: pg_sys::Oid) -> bool {
-    let found = in_transaction(|| attempt_as_owner(|| statement(relation)));
+    let found = attempt_in_transaction(|| statement(relation));
     let Ok(Some((subject, owner, sql))) = found else { return false };
     log::now(&sql);
     report_running(&subject);
     let mut outcome = utility(owner, &sql);
     // Who takes the conversion back has cancelled it: that is no failure.
     if outcome.as_ref().is_err_and(Failure::is_cancel)
-        && in_transaction(|| attempt_as_owner(|| is_aborted(relation))).is_ok_and(|aborted| aborted)
+        && attempt_in_transaction(|| is_aborted(relation)).is_ok_and(|aborted| aborted)
     {
         outcome = Ok(());
     }
     if let Err(failure) = &outcome {
         log::failure(format_args!("{subject} failed"), failure);
     }
-    in_transaction(|| drop(attempt_as_owner(|| round::record(&subject, outcome.as_ref().err(), None))));
+    drop(attempt_in_transaction(|| round::record(&subject, outcome.as_ref().err(), None)));
     outcome.is_ok()
 }
 

@@ -176,7 +176,7 @@ impl Steps {
         if !self.resting.iter().any(|(subject, (until, _))| is_merge(subject) && *until <= now) {
             return false;
         }
-        let Ok(there) = in_transaction(|| attempt_as_owner(rollups::merged)) else { return true };
+        let Ok(there) = attempt_in_transaction(rollups::merged) else { return true };
         self.resting.retain(|subject, _| match subject {
             Subject::Source(name) => there.iter().any(|(_, source)| source == name),
             Subject::Rollup(name) => there.iter().any(|(rollup, _)| rollup == name),
@@ -210,7 +210,7 @@ impl Steps {
     }
 
     fn take_back(&self, subject: &Subject) {
-        in_transaction(|| drop(attempt_as_owner(|| round::record(subject, None, None))));
+        drop(attempt_in_transaction(|| round::record(subject, None, None)));
     }
 
     fn rests(&self, subject: &Subject) -> bool {
@@ -219,7 +219,7 @@ impl Steps {
 
     /// The last worker may have been terminated in a step: then somebody else's turn comes first.
     fn rest_after_crash(&mut self) {
-        let failed = in_transaction(|| attempt_as_owner(|| round::endless_within(LONGEST_REST)));
+        let failed = attempt_in_transaction(|| round::endless_within(LONGEST_REST));
         for subject in failed.unwrap_or_default() {
             self.resting.insert(subject, (Instant::now() + LONGEST_REST, LONGEST_REST));
         }

@@ -112,13 +112,20 @@ pub fn reload_settings() {
     }
 }
 
-pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
-    // SAFETY: the frame that PostgreSQL's own workers use. An error that `work` lets through ends the
-    // process.
+/// As the server does for a command, outside of any transaction.
+unsafe fn begin_transaction() {
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
         pg_sys::StartTransactionCommand();
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+    }
+}
+
+pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: the frame that PostgreSQL's own workers use. An error that `work` lets through ends the
+    // process.
+    unsafe {
+        begin_transaction();
         let result = work();
         pg_sys::PopActiveSnapshot();
         pg_sys::CommitTransactionCommand();
@@ -131,9 +138,7 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
 pub fn attempt_in_transaction<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
     // SAFETY: as above; after an error at the commit the transaction is aborted by hand.
     unsafe {
-        pg_sys::SetCurrentStatementStartTimestamp();
-        pg_sys::StartTransactionCommand();
-        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        begin_transaction();
         let outcome = attempt_as_owner(work);
         pg_sys::PopActiveSnapshot();
         let _cancellable = Cancellable::begin();
