@@ -53,6 +53,8 @@ CREATE TABLE litellm_spend.rollup (
     -- Of a report that was added later: what it does not know, because raw rows of these days are gone or are
     -- not read yet. Its views show nothing of it.
     unknown_days    tsmultirange,
+    -- Of an hourly report: the hours of the days before have been added up to days. A midnight.
+    hours_from      timestamp NOT NULL DEFAULT '-infinity',
     -- Oldest and newest bucket when backfill began: its progress is measured against them.
     backfill_first  timestamp,
     backfill_last   timestamp,

@@ -78,7 +78,8 @@ SELECT r.name AS rollup,
                      WHEN coalesce(r.last_error, c.last_error) IS NOT NULL
                          THEN 'failed: its owner and members of pg_monitor see how'
                 END) AS last_error,
-       coalesce(r.last_error_at, c.last_error_at) AS last_error_at
+       coalesce(r.last_error_at, c.last_error_at) AS last_error_at,
+       CASE WHEN isfinite(r.hours_from) THEN r.hours_from END AS hours_from
 FROM litellm_spend.rollup r
 LEFT JOIN litellm_spend.source s ON s.name = r.source
 JOIN litellm_spend.backfill b ON b.name = r.name
@@ -139,7 +140,7 @@ SELECT rollup, 'lost', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NUL
        CASE WHEN rollup IN ('daily_spend', 'daily_spend_by_key', 'daily_spend_by_model', 'daily_spend_by_end_user',
                             'daily_spend_by_tag', 'hourly_usage', 'hourly_usage_by_end_user', 'hourly_usage_by_tag')
            THEN E'its state is lost\nHINT:  SELECT * FROM spend_attach();'
-           ELSE format(E'its state is lost\nHINT:  SELECT spend_rollup_drop(%L);  -- and create it again', rollup) END, NULL
+           ELSE format(E'its state is lost\nHINT:  SELECT spend_rollup_drop(%L);  -- and create it again', rollup) END, NULL, NULL
 FROM litellm_spend.leftover
 -- A restore makes it last of all: until then state is not lost, but still to come.
 WHERE EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored');

@@ -10,6 +10,7 @@ static SWAP_LOCK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static WINDOW_WAIT: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static MAX_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(10_000_000);
 static HASH_GROUPS: GucSetting<bool> = GucSetting::<bool>::new(true);
+static HOURLY_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(400);
 static MAINTAIN_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(600);
 static DISCOVERY_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
 
@@ -58,6 +59,12 @@ pub fn window_wait() -> Duration {
 /// fewer, and comes here only where that many are merged within a second.
 pub fn max_window() -> i64 {
     i64::from(MAX_WINDOW.get())
+}
+
+/// For how many days the reports keep hours, which then become days; 0: for ever. By default a year and a
+/// month, so that last year's can be compared.
+pub fn hourly_retention() -> i32 {
+    HOURLY_RETENTION.get()
 }
 
 /// Time between two rounds of a worker over the partitions of a table; 0: it leaves them alone. Partitions
@@ -150,6 +157,16 @@ pub fn register() {
         c"Off: PostgreSQL's aggregation groups them, which takes longer.",
         &HASH_GROUPS,
         GucContext::Suset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"litellm_spend.hourly_retention",
+        c"Days for which the hourly reports keep hours.",
+        c"Then each day's hours are added up to the day. Zero keeps them for ever.",
+        &HOURLY_RETENTION,
+        0,
+        36_500,
+        GucContext::Sighup,
         GucFlags::default(),
     );
     GucRegistry::define_int_guc(

@@ -766,3 +766,135 @@ fn reports_that_are_added_wait_for_who_captured_without_them() {
     let counted = "SELECT sum(requests)::bigint FROM litellm_spend.hourly_usage WHERE team_id = 'team'";
     assert_eq!(value::<i64>(&mut client, counted), 2);
 }
+
+// ---- hours become days -----------------------------------------------------------------------------------
+
+/// Has the hours that are old enough added up, and says from when on there are hours.
+fn add_up_hours(client: &mut Client) -> String {
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.rollup SET hours_from = hours_from - interval '1 day'
+             WHERE (definition ->> 'optional')::boolean;
+             SELECT spend_rollup_run()",
+        )
+        .unwrap();
+    value(client, "SELECT string_agg(DISTINCT hours_from::text, ' ') FROM spend_rollup_status")
+}
+
+/// What the reports by day show, whatever the order.
+const DAYS: &str = "SELECT jsonb_agg(d ORDER BY d)::text FROM (
+    SELECT to_jsonb(u) AS d FROM litellm_spend.daily_usage u
+    UNION ALL SELECT to_jsonb(u) FROM litellm_spend.daily_usage_by_end_user u
+    UNION ALL SELECT to_jsonb(u) FROM litellm_spend.daily_usage_by_tag u) AS days";
+
+/// How many hours the tables know of a day.
+fn hours_of_day(client: &mut Client, ago: i32) -> Vec<i64> {
+    let hours = |report: &str| {
+        format!(
+            "SELECT count(DISTINCT hour) FROM litellm_spend.{report}_rollup WHERE hour::date = CURRENT_DATE - {ago}"
+        )
+    };
+    REPORT_VIEWS[..3].iter().map(|report| value(client, &hours(report))).collect()
+}
+
+#[test]
+fn hours_become_days_and_no_day_changes() {
+    not_at_midnight();
+    let db = shared().database().attached_with_reports();
+    let mut client = db.connect();
+    for ago in [450, 401, 400, 0] {
+        client.batch_execute(&rows_of_day("a", ago)).unwrap();
+    }
+    // One before all others, and none of any hour at the end of time.
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", request_tags)
+               VALUES ('first', 'x', 1, '-infinity', now(), '["a"]'), ('second', 'x', 1, '0044-03-15 12:00 BC', now(), '["a"]'),
+                   ('last', 'x', 1, 'infinity', now(), '["a"]')"#,
+        )
+        .unwrap();
+    wait_until_merged(&mut client);
+    let before: String = value(&mut client, DAYS);
+    let groups =
+        "SELECT count(*) FROM litellm_spend.hourly_usage_rollup WHERE hour::date = CURRENT_DATE - 450";
+    let hourly: i64 = value(&mut client, groups);
+    assert_eq!(hours_of_day(&mut client, 450), [24; 3]);
+
+    let first: String = value(&mut client, "SELECT (CURRENT_DATE - 400)::timestamp::text");
+    assert_eq!(add_up_hours(&mut client), first);
+    for (ago, hours) in [(450, 1), (401, 1), (400, 24), (0, 24)] {
+        assert_eq!(hours_of_day(&mut client, ago), [hours; 3], "{ago} days ago");
+    }
+    assert!(value::<i64>(&mut client, groups) < hourly);
+    assert_eq!(value::<String>(&mut client, DAYS), before);
+    assert_exact(&mut client);
+    assert!(holds(
+        &mut client,
+        "SELECT hours_from IS NULL FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
+
+    // What comes late is exact in the tail, merged by its hour, and in the end added up, too.
+    let late = r#"
+        UPDATE "LiteLLM_SpendLogs" SET spend = spend + 1, model = 'other' WHERE request_id LIKE 'a450-1%';
+        DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'a450-7'"#;
+    client.batch_execute(&rows_of_day("late", 450)).unwrap();
+    client.batch_execute(late).unwrap();
+    assert_exact(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    let before: String = value(&mut client, DAYS);
+    assert_eq!(add_up_hours(&mut client), first);
+    assert_eq!(hours_of_day(&mut client, 450), [1; 3]);
+    assert_eq!(value::<String>(&mut client, DAYS), before);
+    assert_exact(&mut client);
+
+    // A day that is computed again has hours for a while.
+    client
+        .batch_execute("SELECT spend_rollup_rebuild(NULL, CURRENT_DATE - 450, CURRENT_DATE - 449)")
+        .unwrap();
+    assert_eq!(hours_of_day(&mut client, 450), [24; 3]);
+    assert_eq!(value::<String>(&mut client, DAYS), before);
+    assert_exact(&mut client);
+    add_up_hours(&mut client);
+    assert_eq!(hours_of_day(&mut client, 450), [1; 3]);
+    assert_eq!(value::<String>(&mut client, DAYS), before);
+    // That something is wrong with a day is found as before.
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.hourly_usage_rollup SET spend = spend + 1 WHERE hour = CURRENT_DATE - 450",
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT count(*) > 0 FROM spend_rollup_verify('hourly_usage')"));
+}
+
+#[test]
+fn hours_become_days_beside_writers_and_merges() {
+    let db = own_cluster(&["litellm_spend.hourly_retention = 1"])
+        .database()
+        .with_rows("a", 300, 6)
+        .attached_with_reports();
+    beside_writers(&db, 2, 5, 6, || {
+        let mut client = db.connect();
+        for _ in 0..5 {
+            client
+                .batch_execute(
+                    "UPDATE litellm_spend.rollup SET hours_from = '-infinity'; SELECT spend_rollup_run()",
+                )
+                .unwrap();
+            assert_exact(&mut client);
+        }
+    });
+    let mut client = db.connect();
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    // The worker does it by itself, as soon as a minute is over.
+    client.batch_execute("UPDATE litellm_spend.rollup SET hours_from = '-infinity'").unwrap();
+    eventually("the worker has added up the hours", || {
+        holds(
+            &mut client,
+            "SELECT count(*) = 3 FROM spend_rollup_status WHERE hours_from >= CURRENT_DATE - 2",
+        )
+    });
+    assert_eq!(hours_of_day(&mut client, 3), [1; 3]);
+    assert_exact(&mut client);
+}

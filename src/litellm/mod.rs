@@ -8,6 +8,7 @@ pub mod builtin;
 pub mod capture;
 pub mod detach;
 pub mod functions;
+pub mod hours;
 pub mod repair;
 pub mod reports;
 pub mod spend_log;

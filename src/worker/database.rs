@@ -187,7 +187,7 @@ impl Steps {
 
     /// Until the next look: longer where nothing has happened for a while.
     fn pause(&self) -> Duration {
-        guc::merge_interval() * if self.last_news.elapsed() > quiet::LONGEST { 2 } else { 1 }
+        guc::merge_interval() * if self.last_news.elapsed() > quiet::LONGEST { 4 } else { 1 }
     }
 
     /// Rests while the extension is at another version than the library. `false`: the worker is to leave.

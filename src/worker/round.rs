@@ -8,6 +8,7 @@ use crate::engine::summarize;
 use crate::error::Result;
 use crate::index::build;
 use crate::litellm::backfill;
+use crate::litellm::hours;
 use crate::litellm::repair;
 use crate::litellm::views;
 use crate::litellm::watch;
@@ -97,8 +98,19 @@ pub fn tidy(run: &mut impl Runner) {
     let patience = run.patience();
     if run.may_watch() {
         run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
+        add_up_hours(run);
     }
 }
+
+fn add_up_hours(run: &mut impl Runner) {
+    let (patience, started) = (run.patience(), Instant::now());
+    while run.step(Subject::Task("hours"), || hours::step(patience)) == Some(true)
+        && started.elapsed() < HOURS_OF_ROUND
+    {}
+}
+
+/// How long a round goes on to begin another day: merges wait meanwhile.
+const HOURS_OF_ROUND: Duration = Duration::from_secs(1);
 
 /// Maintains the tables whose turn it is.
 pub fn maintain(run: &mut impl Runner) {

@@ -47,7 +47,7 @@ impl Definition {
     }
 
     /// Adds partial rows, one for each group, to the table.
-    fn add(&self, rows: &str) -> String {
+    pub(super) fn add(&self, rows: &str) -> String {
         format!(
             "INSERT INTO {} AS r ({}) {rows} ON CONFLICT ({}) DO UPDATE SET {}",
             self.table(),

@@ -8,6 +8,7 @@
 //! source rows. The table's own rows are partial rows too, so merged rows and the tail combine like any
 //! others. All statements share these two steps, so they cannot drift apart.
 
+mod days;
 mod merge;
 mod rebuild;
 
