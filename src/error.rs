@@ -143,6 +143,12 @@ errors! {
          and nothing lost.";
         "SELECT recover_prepared_transactions();";
 
+    NodesAhead { rollup: String, merged: i64, known: i64 }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "the nodes have merged more of rollup \"{rollup}\" than the coordinator knows of";
+        "They say {merged}, and here it is {known}: the coordinator has failed over, or was restored from a backup.";
+        "SELECT * FROM spend_rollup_run(); brings it there, and counts nothing twice. Then call this again.";
+
     NumberedOnNode { relation: String, column: String, number: i64 }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "rows of {relation} were numbered on another node than the coordinator";

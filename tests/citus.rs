@@ -908,6 +908,46 @@ fn what_a_shard_has_merged_already_is_not_merged_again() {
     assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('failover')", &[]).unwrap(), "it differs");
 }
 
+/// The same where the lost merge was larger than the windows are now, and numbers were lost, too.
+#[test]
+fn what_the_nodes_know_and_a_new_coordinator_does_not_is_neither_counted_twice_nor_lost() {
+    let Some(citus) = Citus::start_with(&["litellm_spend.merge_interval = '1h'"]) else { return };
+    let mut client = events(&citus, "behind");
+    client
+        .batch_execute("INSERT INTO events (site, x) SELECT i % 7, i FROM generate_series(1, 300) AS i")
+        .unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_eq!(watermark(&mut client, "behind"), 300);
+    let behind = "UPDATE litellm_spend.rollup SET watermark = 100, committed_to = 100 WHERE name = 'behind'";
+    client.batch_execute(&format!("{behind}; SELECT setval('events_id_seq', 150)")).unwrap();
+
+    // 1. numbers that it would give again.
+    let mut other = citus.connect();
+    let outcome = "SELECT outcome FROM spend_rollup_run('behind')";
+    assert_eq!(value::<String>(&mut other, outcome), "failed");
+    let said = "SELECT last_error LIKE 'sequence%was set back%up to 300%setval%300%' FROM litellm_spend.rollup WHERE name = 'behind'";
+    assert!(holds(&mut other, said));
+    client.batch_execute("SELECT setval('events_id_seq', 300)").unwrap();
+
+    // 2. a rebuild would take what it does not know for unmerged.
+    for force in ["false", "true"] {
+        let rebuild = format!("SELECT spend_rollup_rebuild('behind', force => {force})");
+        assert_refused(&mut other, &rebuild, "55000");
+        assert!(error(&mut other, &rebuild).hint().unwrap().contains("spend_rollup_run()"));
+    }
+
+    // 3. smaller windows than the one that was lost.
+    let n = "SELECT sum(n)::bigint FROM litellm_spend.behind";
+    for _ in 0..5 {
+        other.batch_execute("SET litellm_spend.max_window = 50; SELECT spend_rollup_run('behind')").unwrap();
+        assert_eq!(value::<i64>(&mut client, n), 300);
+    }
+    assert_eq!(watermark(&mut client, "behind"), 300);
+    client.batch_execute("SELECT spend_rollup_rebuild('behind')").unwrap();
+    assert_eq!(value::<i64>(&mut client, n), 300);
+    assert_no_rows(client.query("SELECT * FROM spend_rollup_verify('behind')", &[]).unwrap(), "it differs");
+}
+
 #[test]
 fn a_node_that_cannot_prepare_fails_the_merge_and_not_the_worker() {
     let Some(citus) = Citus::start() else { return };

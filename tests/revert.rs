@@ -608,3 +608,119 @@ fn a_primary_key_with_a_generated_column_is_in_the_way() {
     assert_eq!(error.code().code(), "55000");
     assert_eq!(error.detail(), Some("Column \"twice\" of its primary key is generated."));
 }
+
+#[test]
+fn a_table_that_is_partitioned_by_a_number_becomes_plain_too() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id int, n bigint, PRIMARY KEY (id, n)) PARTITION BY RANGE (n);
+             CREATE TABLE t_1 PARTITION OF t FOR VALUES FROM (0) TO (100) WITH (fillfactor = 70);
+             CREATE TABLE t_2 PARTITION OF t DEFAULT;
+             CREATE INDEX ON t (n); INSERT INTO t SELECT i, i FROM generate_series(1, 300) AS i",
+        )
+        .unwrap();
+    steps_until(&mut client, "t", "done");
+    assert_eq!(rows(&mut client, "t"), 300);
+    assert!(holds(
+        &mut client,
+        "SELECT reloptions = '{fillfactor=70}' FROM pg_class WHERE oid = 't'::regclass"
+    ));
+}
+
+#[test]
+fn a_trigger_that_is_replaced_by_another_of_its_name_is_missed() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        )
+        .unwrap();
+    for (table, when, function) in
+        [("t", "", "nothing()"), ("u", "WHEN (false)", "litellm_spend_archive.u_plain_note()")]
+    {
+        make_table(&mut client, table);
+        steps_until(&mut client, table, "swap");
+        client
+            .batch_execute(&format!(
+                "CREATE OR REPLACE TRIGGER litellm_spend_revert_delete AFTER DELETE ON {table}
+                     {} FOR EACH STATEMENT {when} EXECUTE FUNCTION {function};
+                 DELETE FROM {table} WHERE id <= 10",
+                if when.is_empty() { "" } else { "REFERENCING OLD TABLE AS old_rows" }
+            ))
+            .unwrap();
+        steps_until(&mut client, table, "done");
+        assert_eq!(rows(&mut client, table), 290, "{table}");
+    }
+}
+
+#[test]
+fn what_keeps_a_reversion_from_beginning_anew_is_said_before_anybody_is_locked_out() {
+    let db = cluster().database();
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    make_table(&mut client, "t");
+    steps_until(&mut client, "t", "swap");
+    client.batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey").unwrap();
+    reader.batch_execute("BEGIN; SELECT FROM t").unwrap();
+    let error = error(&mut client, "SELECT spend_partition_revert('t')");
+    assert_eq!(error.code().code(), "55000", "{error:?}");
+    assert_eq!(error.detail(), Some("Without the partition key nothing is left of its primary key."));
+}
+
+#[test]
+fn another_table_of_the_name_does_not_take_the_place_of_one_on_its_way() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute("CREATE ROLE bob; GRANT CREATE ON SCHEMA public TO bob").unwrap();
+    make_table(&mut client, "t");
+    steps_until(&mut client, "t", "swap");
+    client
+        .batch_execute(
+            "ALTER TABLE t RENAME TO t_old;
+             CREATE TABLE t (id int, at timestamp NOT NULL, PRIMARY KEY (id, at)); CREATE INDEX ON t (at); ALTER TABLE t OWNER TO bob",
+        )
+        .unwrap();
+    let convert = "SELECT spend_partition_convert('t', time_column => 'at')";
+    let refused = error(&mut client, convert);
+    assert_eq!(refused.code().code(), "55000", "{refused:?}");
+    assert!(
+        refused.hint().unwrap().contains("spend_partition_revert('public.t_old', abort => true)"),
+        "{refused:?}"
+    );
+    client.batch_execute("SELECT spend_partition_revert('t_old', abort => true)").unwrap();
+    assert_eq!(value::<i64>(&mut client, MADE), 0);
+    client.batch_execute(convert).unwrap();
+    // The other way round.
+    client.batch_execute("ALTER TABLE t RENAME TO t_new").unwrap();
+    make_table(&mut client, "v");
+    client.batch_execute("ALTER TABLE v RENAME TO t").unwrap();
+    let refused = error(&mut client, "SELECT spend_partition_revert('t')");
+    assert_eq!(refused.code().code(), "55000", "{refused:?}");
+    client.batch_execute("SELECT spend_partition_revert('t_new', abort => true)").unwrap();
+    steps_until(&mut client, "t", "done");
+}
+
+#[test]
+fn a_conversion_whose_table_is_given_away_is_for_the_new_owner_to_take_back() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE ROLE giver; CREATE ROLE taker; GRANT CREATE ON SCHEMA public TO giver, taker; SELECT spend_grant_admin('taker');
+             CREATE TABLE t (id int, at timestamp NOT NULL, PRIMARY KEY (id, at)); CREATE INDEX ON t (at); ALTER TABLE t OWNER TO giver;
+             INSERT INTO t VALUES (1, '2020-01-01'); SELECT spend_partition_convert('t', time_column => 'at')",
+        )
+        .unwrap();
+    client.batch_execute("ALTER TABLE t OWNER TO taker; SET ROLE taker").unwrap();
+    // It keeps nothing of the new owner's from being done.
+    client
+        .batch_execute("SELECT spend_partition_set('t', retention => '1 year', time_column => 'at'); SELECT spend_partition_maintain('t')")
+        .unwrap();
+    assert_eq!(rows(&mut client, "t"), 0);
+    let abort = "SELECT step || state FROM spend_partition_revert('t', abort => true)";
+    assert_eq!(value::<String>(&mut client, abort), "conversionaborted");
+    client.batch_execute("RESET ROLE").unwrap();
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM litellm_spend.conversion"));
+}

@@ -191,7 +191,12 @@ fn spend_partition_revert(
     report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
-        if let Some(mut conversion) = Conversion::of(&table)? {
+        let conversion = match Conversion::of(&table)? {
+            None => Conversion::begun_with(&table)?,
+            found => found,
+        };
+        if let Some(mut conversion) = conversion {
+            conversion.take_over(&table)?;
             let left_to_do = conversion.abort()?.unwrap_or_default();
             return Ok(vec![row("conversion", "aborted", left_to_do)]);
         }

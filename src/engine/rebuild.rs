@@ -14,6 +14,7 @@
 
 use crate::citus::{self, spread};
 use crate::engine::groups;
+use crate::engine::rollup;
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
 use crate::litellm::capture::attached;
@@ -92,6 +93,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     let distributed = first.filled()?.distribution.is_some();
     if distributed {
         spread::await_end(&first.name, &first.filled()?.table(), Patience::of_call())?;
+        require_nodes_not_ahead(first)?;
     }
     // 1. a read lock on the raw rows: from here to the commit nobody can truncate the table or drop a
     //    partition.
@@ -143,6 +145,15 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         rollups::know(&fences.iter().map(|fence| fence.name.clone()).collect::<Vec<_>>(), range)?;
     }
     Ok(groups)
+}
+
+/// What nodes have merged beyond our watermark is not in the tail: it would be in neither.
+fn require_nodes_not_ahead(fence: &Fence) -> Result<()> {
+    let known = fence.watermark;
+    match rollup::merged_on_nodes(fence, fence.filled()?)?.filter(|merged| *merged > known) {
+        None => Ok(()),
+        Some(merged) => Err(Error::NodesAhead { rollup: fence.name.clone(), merged, known }),
+    }
 }
 
 /// Inserts truth − tail in SQL, which reads the truth once. Returns the number of groups.

@@ -25,6 +25,8 @@ use crate::state::fence::Fence;
 use crate::state::sources::{self, CHANGE_LOG, Source};
 use crate::state::window::Window;
 use pgrx::pg_sys;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 /// What one merge did.
@@ -134,6 +136,7 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     let note_merged = definition.note_merged();
     if note_merged.is_some() {
         spread::await_end(&fence.name, &definition.table(), patience)?;
+        check_nodes_not_ahead(&fence, definition)?;
     }
     // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
     let rights = fence.act()?;
@@ -244,19 +247,48 @@ fn end_of_gap(definition: &Definition, end: i64, safe_end: i64) -> Result<i64> {
     Ok(next.first().copied().flatten().unwrap_or(safe_end))
 }
 
+thread_local! {
+    /// The distributed rollups whose nodes this process has asked how far they are.
+    static ASKED: RefCell<BTreeSet<String>> = RefCell::default();
+}
+
+/// A failover of the coordinator can lose numbers that its sequence gave, and that the nodes have merged.
+/// Rows that get them again would never be merged. It ends every process, so one question a process will do.
+fn check_nodes_not_ahead(fence: &Fence, definition: &Definition) -> Result<()> {
+    if ASKED.with_borrow(|asked| asked.contains(&fence.name)) {
+        return Ok(());
+    }
+    if let Some(merged) = merged_on_nodes(fence, definition)? {
+        check_sequence_has_given(fence, merged)?;
+    }
+    ASKED.with_borrow_mut(|asked| asked.insert(fence.name.clone()));
+    Ok(())
+}
+
+/// How far the nodes of a distributed rollup have merged, as they say.
+pub fn merged_on_nodes(fence: &Fence, definition: &Definition) -> Result<Option<i64>> {
+    let Some(sql) = definition.furthest_merged() else { return Ok(None) };
+    let _rights = fence.act()?;
+    Ok(spi::fresh(&sql, &[], |r| Ok(r.get::<i64>(1)?))?.pop().flatten())
+}
+
 /// A sequence behind the watermark would number rows that are never merged.
 pub fn check_not_set_back(fence: &Fence) -> Result<()> {
+    check_sequence_has_given(fence, fence.watermark)
+}
+
+fn check_sequence_has_given(fence: &Fence, merged: i64) -> Result<()> {
     let sequences = spi::query(
         &format!("SELECT sequence::oid, sequence::text FROM {SCHEMA}.source WHERE name = $1"),
         &[fence.source.clone().into()],
         |r| Ok((spi::value::<pg_sys::Oid>(r, 1)?, spi::value::<String>(r, 2)?)),
     )?;
     let Some((oid, sequence)) = sequences.into_iter().next() else { return Ok(()) };
-    match relation::last_value(oid)?.filter(|last_value| *last_value < fence.watermark) {
+    match relation::last_value(oid)?.filter(|last_value| *last_value < merged) {
         None => Ok(()),
         Some(last_value) => {
             let by_hand = fence.definition.is_none();
-            Err(Error::SequenceSetBack { sequence, last_value, watermark: fence.watermark, by_hand })
+            Err(Error::SequenceSetBack { sequence, last_value, watermark: merged, by_hand })
         }
     }
 }

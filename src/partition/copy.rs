@@ -24,7 +24,6 @@ use crate::guc;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::create::storage;
 use crate::partition::dependents::{revoke_default_privileges, revoke_execute};
-use crate::partition::layout::Layout;
 use crate::partition::revert::Reversion;
 use crate::server::locks;
 use crate::server::relation::{self, Table, free_name};
@@ -79,11 +78,14 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
     let owner = reversion.owner;
     let run = |sql: String| owner.run(sql);
     archive::ensure(owner)?;
+    // Read first: what changes before the writers wait is found by the next step.
+    let shape = shape(reversion.relation)?;
+    // And so is what is in the way, before anybody is.
+    reversion.read_key(&reversion.dependents()?)?;
     if reversion.options.shape.is_some() {
         drop_triggers(reversion)?;
         drop_made(reversion)?;
     }
-    reversion.read_key(&reversion.dependents()?)?;
     let free = |name: &str| free_name([&table.schema, ARCHIVE], name);
     reversion.options.duplicates = free(&suffixed(&table.name, "_duplicates"))?;
     // Others may make tables there, too: a name for which those beside it are free as well.
@@ -127,7 +129,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         "CREATE OR REPLACE TRIGGER {TRIGGER}_{MOVE} BEFORE UPDATE ON {name} FOR EACH ROW
          WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
     ))?;
-    reversion.options.shape = Some(shape(reversion.relation)?);
+    reversion.options.shape = Some(shape);
     (reversion.options.indexes, reversion.options.indexed, reversion.options.without) = (None, false, vec![]);
     remember(reversion)?;
     restart(reversion)
@@ -155,13 +157,14 @@ fn remember(reversion: &mut Reversion) -> Result<()> {
 
 /// Knows what came out of a dump by its names, for the last time. What changed before its triggers were
 /// there again is not noted: the copy begins anew.
-pub fn recognize(reversion: &mut Reversion) -> Result<()> {
-    if reversion.options.shape.is_some() && reversion.options.made.is_empty() {
-        remember(reversion)?;
-        require_made(reversion)?;
-        begin_anew(reversion)?;
+pub fn recognize(reversion: &mut Reversion) -> Result<bool> {
+    if reversion.options.shape.is_none() || !reversion.options.made.is_empty() {
+        return Ok(false);
     }
-    Ok(())
+    remember(reversion)?;
+    require_made(reversion)?;
+    begin_anew(reversion)?;
+    Ok(true)
 }
 
 /// Fails if what we made has been replaced, or given to somebody else.
@@ -235,16 +238,16 @@ pub fn key_name(plain: &str) -> String {
 /// As what the plain table is stored: the newest partition that is a heap, as the old ones may be stored for
 /// good. If none is, the newest.
 fn template(reversion: &Reversion) -> Result<pg_sys::Oid> {
-    let layout = Layout::of(reversion.relation, &reversion.options.time_column)?;
-    let newest: Vec<_> = layout.partitions.iter().rev().chain(&layout.default).map(|p| p.oid).collect();
-    let heaps: Vec<pg_sys::Oid> = spi::query(
-        "SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_am m ON m.oid = c.relam
-         WHERE c.oid = ANY ($1) AND m.amname = 'heap'",
-        &[newest.clone().into()],
+    let partitions = spi::query(
+        "SELECT c.oid FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
+         JOIN pg_catalog.pg_am m ON m.oid = c.relam
+         WHERE i.inhparent = $1
+         ORDER BY m.amname = 'heap' DESC, pg_catalog.pg_get_expr(c.relpartbound, 0) = 'DEFAULT', c.oid DESC
+         LIMIT 1",
+        &[reversion.relation.into()],
         |r| value(r, 1),
     )?;
-    let heap = newest.iter().find(|oid| heaps.contains(oid));
-    Ok(heap.or(newest.first()).copied().unwrap_or(reversion.relation))
+    Ok(partitions.into_iter().next().unwrap_or(reversion.relation))
 }
 
 /// The CHECKs that rows which were there before them need not meet.
@@ -338,20 +341,22 @@ fn create_triggers(reversion: &Reversion, tables: &[pg_sys::Oid]) -> Result<()> 
     Ok(())
 }
 
-/// Whether the table or a partition that we know of lacks one: somebody dropped or disabled it, or an older
-/// version made others.
+/// Whether the table or a partition that we know of lacks one: somebody dropped, disabled or replaced it, or
+/// an older version made others.
 pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
     let tree: Vec<pg_sys::Oid> = reversion.options.tree.iter().map(|oid| (*oid).into()).collect();
     // (That of a row is each partition's, too: the server makes it there.)
     let events: Vec<String> =
         EVENTS.iter().map(|(event, _)| *event).chain([MOVE]).map(String::from).collect();
+    let function = format!("{}()", beside(reversion, FUNCTION));
     let lacking = spi::query(
         "SELECT FROM pg_catalog.pg_class c, unnest($2::text[]) AS e(event)
          WHERE c.oid = ANY ($1) AND NOT EXISTS (
              SELECT FROM pg_catalog.pg_trigger t
-             WHERE t.tgrelid = c.oid AND t.tgname = $3 || '_' || e.event AND t.tgenabled IN ('O', 'A'))
+             WHERE t.tgrelid = c.oid AND t.tgname = $3 || '_' || e.event AND t.tgenabled IN ('O', 'A')
+                 AND t.tgfoid = pg_catalog.to_regprocedure($4) AND (t.tgqual IS NULL OR e.event = $5))
                  LIMIT 1",
-        &[tree.into(), events.into(), TRIGGER.into()],
+        &[tree.into(), events.into(), TRIGGER.into(), function.into(), MOVE.into()],
         |_| Ok(()),
     )?;
     Ok(!lacking.is_empty())

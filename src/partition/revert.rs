@@ -229,9 +229,10 @@ impl Reversion {
         }
         self.require_owner()?;
         self.require_name()?;
-        copy::recognize(self)?;
         copy::require_made(self)?;
-        if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
+        if copy::recognize(self)? {
+            // Its locks end with this step.
+        } else if self.options.shape != Some(copy::shape(self.relation)?) || copy::lacks_triggers(self)? {
             // Not made yet, or a column, a CHECK, the key or a trigger changed meanwhile.
             copy::prepare(self)?;
         } else if copy::failures(self)? != self.options.failures {

@@ -82,6 +82,17 @@ impl<T: Options> Pending<T> {
         Ok(Self::all()?.into_iter().find(|p| p.relation == table.oid))
     }
 
+    /// What another owner had begun is for the present one to take back.
+    pub fn take_over(&mut self, table: &Table) -> Result<()> {
+        let owner = Owner::role(table.owner_oid);
+        if self.owner == owner {
+            return Ok(());
+        }
+        self.lock_in_call()?;
+        self.owner = owner;
+        self.request()
+    }
+
     /// The table still belongs to whom it did.
     pub fn require_owner(&self) -> Result<()> {
         let Some(table) = Table::find(self.relation)? else { return Ok(()) };
@@ -106,8 +117,22 @@ impl<T: Options> Pending<T> {
         [self.schema.as_str().into(), self.table.as_str().into()]
     }
 
-    /// Stores what was asked for. One that is on its way gets the new options.
+    /// Stores what was asked for. One that is on its way gets the new options. Refused while another table is
+    /// that had the name: nobody would know any more of what was made for it.
     pub fn request(&self) -> Result<()> {
+        let [schema, table] = self.key();
+        let others = spi::fresh(
+            &format!(
+                "SELECT relation::text FROM {SCHEMA}.conversion
+                 JOIN pg_catalog.pg_class c ON c.oid = relation
+                 WHERE table_schema = $1::name AND table_name = $2::name AND relation <> $3 AND origin = {HERE}"
+            ),
+            &[schema, table, self.relation.into()],
+            |r| value::<String>(r, 1),
+        )?;
+        if let Some(now) = others.into_iter().next() {
+            return Err(Error::Renamed { was: self.name(), now });
+        }
         let [schema, table] = self.key();
         spi::execute(
             &format!(
@@ -191,9 +216,13 @@ pub fn any() -> Result<bool> {
 }
 
 /// Whether the table is on its way, and nothing keeps it from arriving. Whatever it is called by now: another
-/// may have its name.
+/// may have its name. What a former owner asked for goes no further.
 pub fn is_under_way(relation: pg_sys::Oid) -> Result<bool> {
-    let sql = format!("SELECT FROM {SCHEMA}.conversion WHERE relation = $1 AND NOT stopped");
+    let sql = format!(
+        "SELECT FROM {SCHEMA}.conversion v JOIN pg_catalog.pg_class c ON c.oid = v.relation
+             AND c.relowner = v.owner
+         WHERE v.relation = $1 AND NOT v.stopped"
+    );
     Ok(!spi::query(&sql, &[relation.into()], |_| Ok(()))?.is_empty())
 }
 

@@ -69,16 +69,23 @@ impl Definition {
     }
 
     /// Notes with each value of the window how far it is merged. By the shard's own connection of the merge,
-    /// so that a shard has both or neither. `None`: it is not distributed.
+    /// so that a shard has both or neither. Never lower: after a failover the nodes may have merged more than
+    /// we know of. `None`: it is not distributed.
     pub fn note_merged(&self) -> Option<String> {
         let column = quoted(&self.distribution.as_ref()?.column);
         Some(format!(
             "INSERT INTO {} AS m ({MERGED_VALUE}, watermark)
              SELECT r.{column}, $2::bigint FROM {} AS r WHERE {} GROUP BY r.{column}
-             ON CONFLICT ({MERGED_VALUE}) DO UPDATE SET watermark = excluded.watermark",
+             ON CONFLICT ({MERGED_VALUE}) DO UPDATE SET watermark = greatest(m.watermark, excluded.watermark)",
             self.merged_table(),
             self.source,
             self.in_window()
         ))
+    }
+
+    /// How far its nodes have merged, as they say. `None`: it is not distributed.
+    pub fn furthest_merged(&self) -> Option<String> {
+        self.distribution.as_ref()?;
+        Some(format!("SELECT max(watermark) FROM {}", self.merged_table()))
     }
 }
