@@ -280,8 +280,8 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
         triggers.extend(self::triggers(to)?);
     }
     let owner = layout.owner;
-    // As ourselves, which calls nothing of the owner's: before PostgreSQL 15 only a superuser may disable those
-    // that a partition has from its table.
+    // As ourselves, which calls nothing of the owner's: before PostgreSQL 15 only a superuser may disable
+    // those that a partition has from its table.
     for (table, trigger, _) in &triggers {
         spi::execute(&format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}"), &[])?;
     }
