@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What a merge costs by the number of groups: two million narrow page views in one window into an empty rollup of 100 to a
-million groups, which each have a whole number as their key.
+"""What a merge costs by the number of groups: five million narrow page views in one window into an empty rollup of 100 to
+five million groups, which each have a whole number as their key.
 
     article       the statement of merge.py, all rows at once
     ours          a declared rollup
@@ -14,8 +14,8 @@ import merge
 from harness import QUICK, Results, Session, say
 
 RUNS = 2 if QUICK else 5
-ROWS = 40_000 if QUICK else 2_000_000
-GROUPS = [100, 10_000, 100_000, 1_000_000]
+ROWS = 40_000 if QUICK else 5_000_000
+GROUPS = [100, 10_000, 100_000, 1_000_000, 5_000_000]
 
 
 class InSql(merge.Ours):

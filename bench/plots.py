@@ -78,7 +78,7 @@ def merge_by_groups():
     for variant, rate in medians("groups", "rate").items():
         case, variant = variant.split(": ")
         lines[variant].append((int(case.split()[0]), rate / 1e6))
-    draw("groups", "A merge of two million rows", "groups", "million rows a second", lines, "x")
+    draw("groups", "A merge of five million rows", "groups", "million rows a second", lines, "x")
 
 
 def pipeline_lag():
@@ -105,7 +105,8 @@ def disk_by_month():
     log = dict(lines.pop("spend log", []))
     labelled = {"spend log, all of it": list(log.items()),
                 "spend log, the last 30 days": [(month, size - log.get(month - 1, 0)) for month, size in log.items()],
-                "rollups of the reports": lines["reports"], "rollups by default": lines["by default"]}
+                "rollups of the reports": lines["reports"],
+                "rollups of the reports, hours for 90 days": lines["reports, hours for 90 days"], "rollups by default": lines["by default"]}
     draw("months", "Disk, of 2,000 requests a day", "months", "MiB with indexes", labelled, "y")
 
 

@@ -71,7 +71,8 @@ RATIOS = {
         for variant in whole.ATTACHED for kind in whole.KINDS for metric in ("cpu", "wal", "disk")
     ],
     "months": [("disk", [f"month {month}: {what}"], f"month {month}: spend log")
-               for what in ("by default", "reports") for month in ("01", "06", "12")],
+               for what in ("by default", "reports", "reports, hours for 90 days")
+               for month in ("01", "06", "12")],
     "stall": [(metric, [variant], "plain") for variant in ("ours", "lock") for metric in ("longest", "p99.9", "median")],
     "backfill": [("attach + backfill", ["ours"], "scan")],
     "merge": [
