@@ -646,3 +646,44 @@ fn who_detaches_while_a_conversion_builds_its_index_is_told_what_ends_it() {
     reader.batch_execute("COMMIT").unwrap();
     eventually("it detaches", || client.batch_execute("SELECT spend_detach()").is_ok());
 }
+
+/// An error at this point, after the commit was written, would be a PANIC of the server.
+#[test]
+fn what_is_logged_at_a_commit_is_sent_to_no_client_whose_encoding_has_not_its_letters() {
+    let cluster = own_cluster(&[NO_WORKER]);
+    let db = cluster.database();
+    db.connect()
+        .batch_execute(r#"CREATE SCHEMA "Ж"; ALTER TABLE "LiteLLM_SpendLogs" SET SCHEMA "Ж""#)
+        .unwrap();
+    let attach = r#"SELECT count(*) FROM spend_attach(U&'"\0416"."LiteLLM_SpendLogs"')"#;
+    let settings = ["-c", "SET client_encoding = 'LATIN1'", "-c", "SET client_min_messages = log"];
+    cluster.psql(&db.name, &[&settings[..], &["-c", attach]].concat());
+    assert!(!cluster.log().contains("PANIC"), "{}", cluster.log_tail());
+    wait_for_log(&db, r#""Ж"."LiteLLM_SpendLogs" is captured from now on"#);
+}
+
+#[test]
+fn the_log_does_not_say_what_a_savepoint_took_back_nor_what_is_only_prepared() {
+    let db = shared().database();
+    let mut client = db.connect();
+    let said = |text: &str| {
+        let line = format!("litellm_spend in database \"{}\": {text}", db.name);
+        db.cluster.log().matches(&line).count()
+    };
+    let captured = r#""public"."LiteLLM_SpendLogs" is captured from now on"#;
+    let detached = r#""public"."LiteLLM_SpendLogs": no longer captured"#;
+    client.batch_execute("BEGIN; SAVEPOINT s; SELECT spend_attach(); ROLLBACK TO s; COMMIT").unwrap();
+    assert_eq!(said(captured), 0, "{}", db.cluster.log_tail());
+    let by_hand = "DO $$ BEGIN BEGIN PERFORM spend_attach(); RAISE 'no'; EXCEPTION WHEN raise_exception THEN NULL; END; END $$";
+    client.batch_execute(by_hand).unwrap();
+    assert_eq!(said(captured), 0, "{}", db.cluster.log_tail());
+    let prepared = format!("attach_{}", db.name);
+    client.batch_execute(&format!("BEGIN; SELECT spend_attach(); PREPARE TRANSACTION '{prepared}'")).unwrap();
+    client.batch_execute("BEGIN; SELECT 1; COMMIT").unwrap();
+    assert_eq!(said(captured), 0, "{}", db.cluster.log_tail());
+    client.batch_execute(&format!("COMMIT PREPARED '{prepared}'")).unwrap();
+    // What a subtransaction did that was kept is said, once.
+    let nested = "BEGIN; SAVEPOINT a; SAVEPOINT b; SELECT spend_detach(); RELEASE b; RELEASE a; SAVEPOINT c; ROLLBACK TO c; COMMIT";
+    client.batch_execute(nested).unwrap();
+    assert_eq!(said(detached), 1, "{}", db.cluster.log_tail());
+}
