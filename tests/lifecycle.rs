@@ -1527,3 +1527,67 @@ fn names_are_granted_only_where_the_caller_may_and_only_the_columns_there_are() 
     drop((reader, litellm));
     client.batch_execute("DROP OWNED BY other_r, reader_r CASCADE; DROP ROLE other_r, reader_r").unwrap();
 }
+
+/// Who drops what is theirs, however they name themselves.
+#[test]
+fn drop_owned_by_current_user_is_refused_to_nobody_who_owns_not_the_extension() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    let role =
+        "DROP ROLE IF EXISTS passer_c; CREATE ROLE passer_c LOGIN; CREATE SCHEMA AUTHORIZATION passer_c";
+    client.batch_execute(role).unwrap();
+    for name in ["CURRENT_USER", "SESSION_USER", "CURRENT_ROLE", "passer_c"] {
+        let mut passer = db.cluster.connect_as(&db.name, "passer_c");
+        passer.batch_execute("CREATE TABLE IF NOT EXISTS passer_c.t (i int)").unwrap();
+        passer.batch_execute(&format!("DROP OWNED BY {name} CASCADE")).unwrap();
+        client.batch_execute("CREATE SCHEMA AUTHORIZATION passer_c").unwrap();
+    }
+    client.batch_execute("DROP SCHEMA passer_c").unwrap();
+    for name in ["CURRENT_USER", "SESSION_USER", "CURRENT_ROLE", "postgres"] {
+        assert_refused(&mut client, &format!("DROP OWNED BY {name} CASCADE"), "2BP01");
+    }
+    // The table would go with its owner's: nothing is to be kept. The server refuses it what others granted.
+    let mut litellm = db.cluster.connect_as(&db.name, LITELLM);
+    assert_eq!(error(&mut litellm, "DROP OWNED BY CURRENT_USER CASCADE").code().code(), "42501");
+    drop_role(&mut client, "passer_c");
+}
+
+#[test]
+fn only_a_statement_that_needs_the_database_empty_ends_its_worker() {
+    let db = shared().database();
+    let mut admin = db.cluster.connect("postgres");
+    let name = &db.name;
+    let pids = format!(
+        "SELECT array_agg(pid) FROM pg_stat_activity WHERE datname = '{name}' AND backend_type = 'litellm_spend worker'"
+    );
+    let worker = |admin: &mut Client| value::<Option<Vec<i32>>>(admin, &pids);
+    eventually("it has a worker", || worker(&mut admin).is_some());
+    let before = worker(&mut admin);
+    let role = "DROP ROLE IF EXISTS passer_e; CREATE ROLE passer_e LOGIN";
+    admin.batch_execute(role).unwrap();
+    let mut passer = db.cluster.connect_as("postgres", "passer_e");
+    admin
+        .batch_execute(&format!(
+            "ALTER DATABASE {name} CONNECTION LIMIT 200; ALTER DATABASE {name} IS_TEMPLATE true;
+             ALTER DATABASE {name} ALLOW_CONNECTIONS true"
+        ))
+        .unwrap();
+    assert_eq!(error(&mut passer, &format!("CREATE DATABASE mine TEMPLATE {name}")).code().code(), "42501");
+    assert_eq!(error(&mut passer, &format!("DROP DATABASE {name}")).code().code(), "42501");
+    for statement in [
+        format!("DROP DATABASE {name}"),
+        format!("ALTER DATABASE {name} SET TABLESPACE pg_default"),
+        format!("CREATE DATABASE mine TEMPLATE {name}"),
+    ] {
+        assert_eq!(error(&mut admin, &format!("BEGIN; {statement}")).code().code(), "25001");
+        admin.batch_execute("ROLLBACK").unwrap();
+    }
+    // There is no event to wait for: a worker that was told to end does so at once.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(worker(&mut admin), before);
+    admin.batch_execute(&format!("ALTER DATABASE {name} IS_TEMPLATE false")).unwrap();
+    admin.batch_execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false")).unwrap();
+    eventually("its worker has left", || worker(&mut admin).is_none());
+    admin.batch_execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS true")).unwrap();
+    drop_role(&mut admin, "passer_e");
+}

@@ -53,7 +53,7 @@ unsafe extern "C-unwind" fn on_utility(
 ) {
     // SAFETY: the server's own arguments, passed on unchanged.
     unsafe {
-        on_statement((*statement).utilityStmt);
+        on_statement((*statement).utilityStmt, context);
         let may_bring_foreign_partition = may_bring_foreign_partition((*statement).utilityStmt);
         let next = PREVIOUS.unwrap_or(standard_ProcessUtility);
         next(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
@@ -64,13 +64,19 @@ unsafe extern "C-unwind" fn on_utility(
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn on_statement(node: *mut pg_sys::Node) {
-    unsafe { look(node) }
+unsafe extern "C-unwind" fn on_statement(
+    node: *mut pg_sys::Node,
+    context: pg_sys::ProcessUtilityContext::Type,
+) {
+    unsafe { look(node, context == pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL) }
 }
 
 /// SAFETY: `node` is a utility statement; its tag says which.
-unsafe fn look(node: *mut pg_sys::Node) {
+unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
     use pg_sys::NodeTag::*;
+    // The server refuses most statements about a database there.
+    // SAFETY: reads state of the transaction.
+    let in_block = unsafe { pg_sys::IsInTransactionBlock(top_level) };
     unsafe {
         match (*node).type_ {
             T_CreateExtensionStmt => {
@@ -79,14 +85,19 @@ unsafe fn look(node: *mut pg_sys::Node) {
                     announce();
                 }
             }
-            T_DropdbStmt => end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname),
+            T_DropdbStmt if !in_block => end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname, Use::Change),
             T_RenameStmt => {
                 let statement = node as *mut pg_sys::RenameStmt;
                 if (*statement).renameType == pg_sys::ObjectType::OBJECT_DATABASE {
-                    end_worker((*statement).subname);
+                    end_worker((*statement).subname, Use::Change);
                 }
             }
-            T_AlterDatabaseStmt => end_worker((*(node as *mut pg_sys::AlterDatabaseStmt)).dbname),
+            T_AlterDatabaseStmt => {
+                let statement = &*(node as *mut pg_sys::AlterDatabaseStmt);
+                if nodes(statement.options).into_iter().any(|option| closes(option.cast(), in_block)) {
+                    end_worker(statement.dbname, Use::Change);
+                }
+            }
             T_DropStmt => {
                 let statement = &*(node as *mut pg_sys::DropStmt);
                 let names = || nodes(statement.objects).into_iter().filter_map(|name| text(name)).collect();
@@ -106,7 +117,7 @@ unsafe fn look(node: *mut pg_sys::Node) {
                     keep_views(Dropped::OwnedBy(statement.roles));
                 }
             }
-            T_CreatedbStmt => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
+            T_CreatedbStmt if !in_block => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
             _ => {}
         }
     }
@@ -164,6 +175,18 @@ unsafe extern "C-unwind" fn make_way() {
     }
 }
 
+/// Whether an option of ALTER DATABASE needs the database empty, as a move to another tablespace does, or has
+/// nobody connect to it any more.
+unsafe fn closes(option: *mut pg_sys::DefElem, in_block: bool) -> bool {
+    unsafe {
+        match CStr::from_ptr((*option).defname).to_bytes() {
+            b"tablespace" => !in_block,
+            b"allow_connections" => !(*option).arg.is_null() && !pg_sys::defGetBoolean(option),
+            _ => false,
+        }
+    }
+}
+
 unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
     unsafe {
         let mut named = false;
@@ -171,12 +194,12 @@ unsafe fn end_worker_of_template(statement: *mut pg_sys::CreatedbStmt) {
             let option = option as *mut pg_sys::DefElem;
             let is_template = CStr::from_ptr((*option).defname).to_bytes() == b"template";
             if is_template && !(*option).arg.is_null() {
-                end_worker(pg_sys::defGetString(option));
+                end_worker(pg_sys::defGetString(option), Use::Copy);
                 named = true;
             }
         }
         if !named {
-            end_worker(c"template1".as_ptr());
+            end_worker(c"template1".as_ptr(), Use::Copy);
         }
     }
 }
@@ -232,6 +255,11 @@ fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
         Dropped::Extensions(names) if names.iter().all(|name| name != EXTENSION) => return Ok(None),
         _ => {}
     }
+    // Asked as the session: CURRENT_USER is whoever acts.
+    let roles = match dropped {
+        Dropped::OwnedBy(roles) => oids(*roles),
+        _ => vec![],
+    };
     let _ourselves = Elevated::enter()?;
     let sql = format!(
         "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
@@ -245,8 +273,7 @@ fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
         let goes = match dropped {
             Dropped::Extensions(_) => true,
             Dropped::Schemas(names) => names.contains(&spi::value(r, 3)?) && !names.contains(&schema),
-            Dropped::OwnedBy(roles) => {
-                let roles = oids(*roles);
+            Dropped::OwnedBy(_) => {
                 let stays = r.get::<pg_sys::Oid>(5)?.is_none_or(|owner| !roles.contains(&owner));
                 roles.contains(&spi::value(r, 4)?) && stays
             }
@@ -266,16 +293,23 @@ fn oids(roles: *mut pg_sys::List) -> Vec<pg_sys::Oid> {
     }
 }
 
-/// Asks the worker of a database to end, if the caller owns the database or may copy it; the statement itself
-/// waits for it.
-unsafe fn end_worker(database: *const c_char) {
+/// What somebody wants a database for who needs it empty.
+#[derive(PartialEq)]
+enum Use {
+    Change,
+    Copy,
+}
+
+/// Asks the worker of a database to end, if the caller may do that with it; the statement itself waits for
+/// the worker.
+unsafe fn end_worker(database: *const c_char, wanted: Use) {
     if database.is_null() {
         return;
     }
     let name = unsafe { CStr::from_ptr(database) }.to_string_lossy().into_owned();
     // SAFETY: the statement runs in a transaction, but without a snapshot.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
-    let pids = worker_pids(&name);
+    let pids = worker_pids(&name, wanted);
     unsafe { pg_sys::PopActiveSnapshot() };
     for pid in pids.unwrap_or_default() {
         // SAFETY: a signal to a process of this server. pg_terminate_backend() would refuse a database owner.
@@ -286,15 +320,18 @@ unsafe fn end_worker(database: *const c_char) {
 /// We run in every database of the server, whoever owns it, with or without the extension: not even the first
 /// query may look anything up on the session's own path. And only a superuser sees what kind of process
 /// another's is.
-fn worker_pids(database: &str) -> Result<Vec<i32>> {
+fn worker_pids(database: &str, wanted: Use) -> Result<Vec<i32>> {
     let superuser = Elevated::superuser();
-    let owned = spi::query(
-        "SELECT FROM pg_catalog.pg_database
-         WHERE datname = $1 AND (datistemplate OR pg_catalog.pg_has_role($2, datdba, 'USAGE'))",
-        &[database.into(), superuser.caller().into()],
+    let may = spi::query(
+        "SELECT FROM pg_catalog.pg_database d, pg_catalog.pg_roles r
+         WHERE d.datname = $1 AND r.oid = $2 AND CASE
+             WHEN $3 THEN (r.rolcreatedb OR r.rolsuper)
+                 AND (d.datistemplate OR pg_catalog.pg_has_role(r.oid, d.datdba, 'USAGE'))
+             ELSE pg_catalog.pg_has_role(r.oid, d.datdba, 'USAGE') END",
+        &[database.into(), superuser.caller().into(), (wanted == Use::Copy).into()],
         |_| Ok(()),
     )?;
-    if owned.is_empty() {
+    if may.is_empty() {
         return Ok(vec![]);
     }
     spi::query(
