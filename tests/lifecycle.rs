@@ -1591,3 +1591,36 @@ fn only_a_statement_that_needs_the_database_empty_ends_its_worker() {
     admin.batch_execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS true")).unwrap();
     drop_role(&mut admin, "passer_e");
 }
+
+#[test]
+fn a_view_that_changes_before_it_is_live_is_noticed_and_waited_for_no_longer() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    let count = "SELECT count(*) FROM litellm_spend.public_view WHERE installed IS NULL";
+    assert_eq!(value::<i64>(&mut client, count), 7);
+    client
+        .batch_execute(
+            r#"DROP VIEW "DailyTagSpend";
+               CREATE ROLE owner_w; ALTER VIEW "Last30dTopEndUsersSpend" OWNER TO owner_w;
+               SET ROLE litellm;
+               CREATE OR REPLACE VIEW "Last30dModelsBySpend" AS SELECT 'mine'::text AS model, 7::float8 AS total_spend;
+               RESET ROLE"#,
+        )
+        .unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<i64>(&mut client, count), 0);
+    let error: String = value(&mut client, "SELECT last_error FROM litellm_spend.capture");
+    assert!(error.contains(r#"view "DailyTagSpend" was dropped"#), "{error}");
+    let left = r#"view "Last30dTopEndUsersSpend" is left alone: its owner may not read the spend log"#;
+    assert!(error.contains(left), "{error}");
+    // The others are live; and the last body that it had is what is given back.
+    assert!(holds(
+        &mut client,
+        r#"SELECT (SELECT count(*) FROM litellm_spend.public_view) = 5
+               AND NOT EXISTS (SELECT FROM "Last30dModelsBySpend" WHERE model = 'mine')"#
+    ));
+    client.batch_execute("SELECT spend_detach()").unwrap();
+    assert_eq!(value::<f64>(&mut client, r#"SELECT total_spend FROM "Last30dModelsBySpend""#), 7.0);
+}

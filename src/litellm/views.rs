@@ -104,14 +104,23 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
     let (ready, source) = (ready()?, Table::find(capture.relation)?);
     for view in VIEWS.iter().filter(|view| ready.iter().any(|name| name == view.name)) {
         let name = qualified(&capture.schema, view.name);
+        // What is not there any more, or not usable, is for the watch.
         let (Some(found), Some(source)) = (Table::named(&name)?, &source) else { continue };
         if unusable(view, &found, source)?.is_none() {
             grant(view, &found, source)?;
+            note_original(view, &found)?;
             install(view, &name, &capture.schema)?;
             log::event(format_args!("{name} reads the rollups from now on"));
         }
     }
     Ok(())
+}
+
+/// Somebody may have given the view another query since it was adopted: what is given back is that one.
+fn note_original(view: &PublicView, found: &Table) -> Result<()> {
+    locks::lock_all(guc::lock_timeout(), &[(found.oid, pg_sys::AccessExclusiveLock)])?;
+    let sql = format!("UPDATE {SCHEMA}.public_view SET original = $2 WHERE name = $1");
+    spi::execute(&sql, &[view.name.into(), definition(found)?.into()]).map(drop)
 }
 
 /// The views that are LiteLLM's still, and whose rollup covers what they show and a day more: CURRENT_DATE
@@ -200,7 +209,7 @@ fn show_nothing(view: &PublicView, found: &Table) -> Result<()> {
     rewrite::replace(guc::lock_timeout(), found.oid, &nothing)
 }
 
-/// Why a view that is ours by our notes is not, in fact.
+/// Why a view that is ours by our notes, or is to be, is not, in fact.
 pub enum Stray {
     /// Somebody has replaced or dropped it.
     Gone,
@@ -208,24 +217,30 @@ pub enum Stray {
     Changed,
 }
 
-/// Views that are ours by our notes, and not in fact.
+/// Views that are ours by our notes, or wait to be, and cannot be.
 pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
     let mut strays = vec![];
-    for view in &VIEWS {
-        if installed(view)?.is_none() {
-            continue;
-        }
+    for (view, is_live) in noted()? {
         let Some(found) = Table::named(&qualified(&source.schema, view.name))? else {
             strays.push((view, Stray::Gone));
             continue;
         };
-        if !is_ours(view, &found)? {
+        let changed = || Ok::<_, Error>(unusable(view, &found, source)?.is_some());
+        if is_live && !is_ours(view, &found)? {
             strays.push((view, Stray::Gone));
-        } else if owner_noted(view)? != Some(found.owner_oid) || unusable(view, &found, source)?.is_some() {
+        } else if is_live && owner_noted(view)? != Some(found.owner_oid) || changed()? {
             strays.push((view, Stray::Changed));
         }
     }
     Ok(strays)
+}
+
+/// The adopted views, and whether each is live.
+fn noted() -> Result<Vec<(&'static PublicView, bool)>> {
+    let sql = format!("SELECT name, installed IS NOT NULL FROM {SCHEMA}.public_view");
+    let noted = spi::query(&sql, &[], |r| Ok((spi::value::<String>(r, 1)?, spi::value::<bool>(r, 2)?)))?;
+    let is_live = |view: &PublicView| noted.iter().find(|(name, _)| name == view.name).map(|(_, live)| *live);
+    Ok(VIEWS.iter().filter_map(|view| Some((view, is_live(view)?))).collect())
 }
 
 /// A view that is not ours any more.
@@ -276,6 +291,10 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
             None => {
                 grant(view, &found, source)?;
                 Ok(None)
+            }
+            Some(reason) if installed(view)?.is_none() => {
+                forget(view)?;
+                Ok(Some(Lost::LetGo(format!("view \"{}\" is {reason}", view.name))))
             }
             Some(reason) => {
                 let what = let_go(view, &found)?.unwrap_or(format!("LiteLLM's own again: {reason}"));
