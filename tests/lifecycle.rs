@@ -1624,3 +1624,56 @@ fn a_view_that_changes_before_it_is_live_is_noticed_and_waited_for_no_longer() {
     client.batch_execute("SELECT spend_detach()").unwrap();
     assert_eq!(value::<f64>(&mut client, r#"SELECT total_spend FROM "Last30dModelsBySpend""#), 7.0);
 }
+
+#[test]
+fn a_database_that_takes_no_connections_for_a_while_has_no_worker_and_then_one() {
+    let cluster = own_cluster(&["litellm_spend.discovery_interval = '1s'"]);
+    let db = cluster.database();
+    let mut admin = cluster.connect("postgres");
+    let workers = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND backend_type = 'litellm_spend worker'",
+        db.name
+    );
+    eventually("it has a worker", || value::<i64>(&mut admin, &workers) == 1);
+    let allow =
+        |to: bool| format!("UPDATE pg_database SET datallowconn = {to} WHERE datname = '{}'", db.name);
+    admin.batch_execute(&allow(false)).unwrap();
+    eventually("its worker leaves", || value::<i64>(&mut admin, &workers) == 0);
+    admin.batch_execute(&allow(true)).unwrap();
+    eventually("one comes", || value::<i64>(&mut admin, &workers) == 1);
+    // There is no event to wait for: two searches bring no second one.
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(value::<i64>(&mut admin, &workers), 1);
+}
+
+#[test]
+fn a_search_leaves_nothing_in_the_launchers_memory() {
+    let cluster = own_cluster(&["litellm_spend.discovery_interval = '1s'", "autovacuum = off"]);
+    let mut admin = cluster.connect("postgres");
+    for n in 0..20 {
+        admin.batch_execute(&format!("CREATE DATABASE empty_{n} TEMPLATE template0")).unwrap();
+    }
+    let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'litellm_spend launcher'";
+    let pid: i32 = value(&mut admin, launcher);
+    let mut used = || {
+        let begins = cluster.log().len();
+        admin.batch_execute(&format!("SELECT pg_log_backend_memory_contexts({pid})")).unwrap();
+        let mut bytes = None;
+        eventually("it says what it uses", || {
+            let log = cluster.log()[begins..].to_string();
+            let line =
+                log.lines().find(|line| line.contains(" TopMemoryContext: ") && line.ends_with(" used"));
+            let words =
+                line.map(|line| line.split_whitespace().rev().nth(1).unwrap().parse::<i64>().unwrap());
+            bytes = words;
+            bytes.is_some()
+        });
+        bytes.unwrap()
+    };
+    std::thread::sleep(Duration::from_secs(4));
+    let before = used();
+    // There is no event to wait for: ten searches of 23 databases.
+    std::thread::sleep(Duration::from_secs(15));
+    let grown = used() - before;
+    assert!(grown < 1500, "{grown} bytes more");
+}

@@ -79,19 +79,66 @@ const PROBE_LIMIT: Duration = Duration::from_secs(10);
 enum Tenant {
     /// It has no extension, as far as a worker could see.
     Empty,
-    Served(DynamicBackgroundWorker),
+    Served {
+        worker: DynamicBackgroundWorker,
+        _memory: Memory,
+    },
     /// Its worker ended, or could not be started.
     Unserved(Instant),
+}
+
+/// What the server allocates for a worker, which neither it nor pgrx ever frees.
+struct Memory(pg_sys::MemoryContext);
+
+impl Memory {
+    fn new() -> Memory {
+        // SAFETY: outside of a transaction, where the parent lives as long as the process.
+        Memory(unsafe {
+            pg_sys::AllocSetContextCreateInternal(
+                pg_sys::TopMemoryContext,
+                c"litellm_spend worker".as_ptr(),
+                pg_sys::ALLOCSET_SMALL_MINSIZE as usize,
+                pg_sys::ALLOCSET_SMALL_INITSIZE as usize,
+                pg_sys::ALLOCSET_SMALL_MAXSIZE as usize,
+            )
+        })
+    }
+
+    fn within<T>(&self, work: impl FnOnce() -> T) -> T {
+        // SAFETY: the context of before comes back.
+        let before = unsafe { pg_sys::MemoryContextSwitchTo(self.0) };
+        let result = work();
+        unsafe { pg_sys::MemoryContextSwitchTo(before) };
+        result
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: nobody has what is in it any more.
+        unsafe { pg_sys::MemoryContextDelete(self.0) };
+    }
 }
 
 impl Tenant {
     fn note_end(&mut self) {
         use BackgroundWorkerStatus::*;
-        if let Tenant::Served(worker) = self
+        if let Tenant::Served { worker, .. } = self
             && matches!(worker.pid(), Err(Stopped | PostmasterDied))
         {
             *self = Tenant::Unserved(Instant::now());
         }
+    }
+
+    /// Asks the worker of a database that accepts no connections any more to end. Until it has, it is known:
+    /// else another would come beside it where the database accepts them again.
+    fn leaves(&self) -> bool {
+        let Tenant::Served { worker, .. } = self else { return false };
+        if let Ok(pid) = worker.pid() {
+            // SAFETY: a signal to a process of ours.
+            unsafe { libc::kill(pid, libc::SIGTERM) };
+        }
+        true
     }
 
     fn is_due(&self) -> bool {
@@ -123,7 +170,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
         tenants.values_mut().for_each(Tenant::note_end);
         if search || tenants.values().any(Tenant::is_due) {
             let databases = databases();
-            tenants.retain(|oid, _| databases.contains_key(oid));
+            tenants.retain(|oid, tenant| databases.contains_key(oid) || tenant.leaves());
             for (oid, name) in databases {
                 let probe = match tenants.get(&oid) {
                     None => true,
@@ -146,7 +193,8 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
 /// Starts a worker in a database and waits until it has found the extension there, or has left.
 fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant {
     let found = FOUND.get().load(Ordering::Relaxed);
-    let worker = BackgroundWorkerBuilder::new("litellm_spend worker")
+    let memory = Memory::new();
+    let builder = BackgroundWorkerBuilder::new("litellm_spend worker")
         .set_type("litellm_spend worker")
         .set_library(LIBRARY)
         .set_function("litellm_spend_worker")
@@ -154,8 +202,8 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
         .set_argument(pg_sys::Oid::from(database).into_datum())
         // SAFETY: reads this process's pid.
         .set_notify_pid(unsafe { pg_sys::MyProcPid })
-        .set_restart_time(None)
-        .load_dynamic();
+        .set_restart_time(None);
+    let worker = memory.within(|| builder.load_dynamic());
     let Ok(worker) = worker else {
         // Once an hour: it is tried again every few seconds.
         if noted.get(&database).is_none_or(|at| at.elapsed() > NOTED_FOR) {
@@ -169,7 +217,7 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
     let started = Instant::now();
     while started.elapsed() < PROBE_LIMIT {
         if FOUND.get().load(Ordering::Relaxed) != found {
-            return Tenant::Served(worker);
+            return Tenant::Served { worker, _memory: memory };
         }
         if matches!(worker.pid(), Err(BackgroundWorkerStatus::Stopped)) {
             return Tenant::Empty;
@@ -179,7 +227,7 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
         }
         pgrx::check_for_interrupts!();
     }
-    Tenant::Served(worker)
+    Tenant::Served { worker, _memory: memory }
 }
 
 /// The limit of connections by which the server marks what an interrupted DROP DATABASE has left.
