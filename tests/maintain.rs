@@ -1208,6 +1208,8 @@ fn a_long_reader_delays_maintenance_and_nobody_else() {
     );
 }
 
+const BUSY: &str = "somebody else maintains the table, or has just set another policy";
+
 #[test]
 fn of_two_maintainers_one_says_that_it_did_nothing() {
     not_at_midnight();
@@ -1219,7 +1221,7 @@ fn of_two_maintainers_one_says_that_it_did_nothing() {
     let mut first = other.transaction().unwrap();
     first.batch_execute("SELECT spend_partition_maintain('events')").unwrap();
     let actions = maintain(&mut client, "events");
-    assert_eq!(actions, [("skipped".into(), "events".into(), 0, "somebody else maintains the table".into())]);
+    assert_eq!(actions, [("skipped".into(), "events".into(), 0, BUSY.into())]);
     first.commit().unwrap();
     assert_eq!(maintain(&mut client, "events").len(), 1);
     assert_eq!(partitions(&mut client, "events").len(), 9);
@@ -1824,6 +1826,98 @@ fn the_worker_maintains_and_goes_on_after_a_crash() {
     drop((client, other));
     drop(db);
     // SAFETY of the leak: the watchdog ends the server with the test binary.
+}
+
+/// A table with two expired partitions, `…_1` and `…_2`. Nothing is made ahead.
+fn expired_twice(client: &mut Client, table: &str) {
+    client
+        .batch_execute(&format!(
+            "CREATE TABLE {table} (id bigserial, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE TABLE {table}_1 PARTITION OF {table} FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             CREATE TABLE {table}_2 PARTITION OF {table} FOR VALUES FROM ('2026-01-02') TO ('2026-01-03');
+             INSERT INTO {table} (at) VALUES ('2026-01-01'), ('2026-01-02')"
+        ))
+        .unwrap();
+}
+
+fn left(client: &mut Client, table: &str) -> Vec<String> {
+    let sql = format!(
+        "SELECT relname::text FROM pg_class JOIN pg_inherits ON inhrelid = oid
+         WHERE inhparent = '{table}'::regclass AND relname IN ('{table}_1', '{table}_2') ORDER BY 1"
+    );
+    client.query(&sql, &[]).unwrap().iter().map(|r| r.get(0)).collect()
+}
+
+/// While it runs the worker waits in its round for a reader of this partition. The round of that table goes
+/// on afterwards, and then come the other tables that are due.
+fn while_the_worker_waits_for(db: &Database, partition: &str, start: &str, body: impl FnOnce(&mut Client)) {
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    reader.batch_execute(&format!("BEGIN; LOCK TABLE {partition} IN ACCESS SHARE MODE")).unwrap();
+    client.batch_execute(start).unwrap();
+    let waits = "SELECT bool_or(wait_event_type = 'Lock') FROM pg_stat_activity
+                 WHERE backend_type = 'litellm_spend worker' AND datname = current_database()";
+    eventually("the worker waits", || holds(&mut client, waits));
+    body(&mut client);
+    reader.batch_execute("COMMIT").unwrap();
+}
+
+#[test]
+fn what_is_set_while_a_round_is_under_way_holds_for_its_next_step() {
+    let cluster =
+        own_cluster(&["litellm_spend.maintain_interval = '1h'", "litellm_spend.lock_timeout = '60s'"]);
+    let db = cluster.database();
+    let mut client = db.connect();
+    for table in ["a", "b", "c"] {
+        expired_twice(&mut client, table);
+    }
+    let set = |table: &str| {
+        format!("SELECT spend_partition_set('{table}', precreate => 0, retention => '30 days');")
+    };
+    let all = ["BEGIN;".to_string(), set("a"), set("b"), set("c"), "COMMIT".into()].concat();
+    while_the_worker_waits_for(&db, "a_1", &all, |client| {
+        client
+            .batch_execute(
+                "SELECT spend_partition_set('b', retention => '0');
+                 SELECT spend_partition_set('c', on_expire => 'detach')",
+            )
+            .unwrap();
+    });
+    let maintained = "SELECT bool_and(last_maintained_at IS NOT NULL) FROM spend_partition_status";
+    eventually("each has had its round", || holds(&mut client, maintained));
+    assert!(left(&mut client, "a").is_empty());
+    assert_eq!(left(&mut client, "b"), ["b_1", "b_2"]);
+    assert!(left(&mut client, "c").is_empty());
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) = 2 AND bool_and(relnamespace::regnamespace::text = 'litellm_spend_archive')
+         FROM pg_class WHERE relname IN ('c_1', 'c_2')"
+    ));
+}
+
+#[test]
+fn an_interval_of_zero_ends_the_round_that_is_under_way() {
+    let cluster =
+        own_cluster(&["litellm_spend.maintain_interval = '1h'", "litellm_spend.lock_timeout = '60s'"]);
+    let db = cluster.database();
+    let mut client = db.connect();
+    expired_twice(&mut client, "events");
+    let set = "SELECT spend_partition_set('events', precreate => 0, retention => '30 days')";
+    let reload = |client: &mut Client, sql: &str| {
+        client.batch_execute(sql).unwrap();
+        client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    };
+    while_the_worker_waits_for(&db, "events_1", set, |client| {
+        reload(client, "ALTER SYSTEM SET litellm_spend.maintain_interval = 0");
+        // The signal goes through the postmaster.
+        std::thread::sleep(Duration::from_millis(500));
+    });
+    let gone = "SELECT to_regclass('events_1') IS NULL";
+    eventually("the step that was under way ends", || holds(&mut client, gone));
+    wait_for_a_round(&mut client);
+    assert_eq!(left(&mut client, "events"), ["events_2"]);
+    // The next one does not wait for the interval.
+    reload(&mut client, "ALTER SYSTEM RESET litellm_spend.maintain_interval");
+    eventually("the rest goes", || left(&mut client, "events").is_empty());
 }
 
 /// A table with two expired partitions. Whoever looks at the older one first waits for so many seconds, but

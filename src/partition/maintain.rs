@@ -13,7 +13,9 @@
 //!  finish a DETACH            SHARE UPDATE EXCLUSIVE, ACCESS EXCLUSIVE on the partition
 //! ```
 //! In the worker each step is a transaction, in a SQL call a subtransaction of the caller's. Each takes the
-//! policy's row: of two maintainers one works, and the other says that it did not.
+//! policy's row, as the round has read it: of two maintainers one works, and the other says that it did not;
+//! and a policy that is set meanwhile ends the round, so that nothing goes by the one before. The worker's
+//! round also ends when `litellm_spend.maintain_interval` becomes zero.
 //!
 //! A step that takes too long for the worker, such as the count of a large partition, is cancelled, rests,
 //! and is tried again with a longer limit. The rest of the round goes on, but counts no other partition:
@@ -45,6 +47,8 @@ pub struct Action {
     pub rows: i64,
     pub detail: String,
 }
+
+const BUSY: &str = "somebody else maintains the table, or has just set another policy";
 
 /// How long a round deletes, and how long it drains, before others get their turn: the worker has more to do.
 const SLICE: Duration = Duration::from_secs(2);
@@ -82,7 +86,7 @@ struct Round<'a, R: Runner> {
     policy: Policy,
     actions: Vec<Action>,
     again: Again,
-    /// Somebody else maintains the table, or it cannot be maintained.
+    /// Somebody else maintains the table, or it cannot be maintained, or not by this policy any more.
     stop: bool,
     /// A step took longer than it may.
     slow: bool,
@@ -144,6 +148,7 @@ impl<R: Runner> Round<'_, R> {
 
     /// Does a step, if the policy is ours for it. What goes wrong is reported, and is nobody else's business.
     fn step_of<T>(&mut self, subject: Subject, about: &str, work: impl FnOnce() -> Result<T>) -> Option<T> {
+        self.stop |= !self.run.may_maintain();
         if self.stop {
             return None;
         }
@@ -154,7 +159,7 @@ impl<R: Runner> Round<'_, R> {
         }
         let (policy, began) = (self.policy.clone(), Instant::now());
         let outcome = self.run.step(subject, || {
-            let Some(_work) = policy.lock(Patience::None)? else { return Ok(Outcome::Busy) };
+            let Some(_work) = policy.lock()? else { return Ok(Outcome::Busy) };
             // Takes an XID, and with it every query of the step a fresh snapshot.
             match attempt(|| spi::execute("SELECT 1", &[]).and_then(|_| work())) {
                 Ok(value) => Ok(Outcome::Done(value)),
@@ -166,7 +171,7 @@ impl<R: Runner> Round<'_, R> {
             Some(Outcome::Failed(failure)) => self.skip(about, failure),
             Some(Outcome::Busy) => {
                 self.stop = true;
-                self.report("skipped", about, 0, "somebody else maintains the table");
+                self.report("skipped", about, 0, BUSY);
             }
             // Or it rests, since it did.
             None => {

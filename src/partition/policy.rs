@@ -9,7 +9,6 @@ use crate::guc;
 use crate::litellm::spend_log;
 use crate::partition::calendar::{Interval, Moment};
 use crate::partition::layout::{self, Layout};
-use crate::server::locks::Patience;
 use crate::server::relation::Table;
 use crate::server::session::{Owner, advised};
 use crate::server::spi;
@@ -68,27 +67,34 @@ impl Policy {
     }
 
     /// The right to maintain the table, until the transaction ends. `None`: somebody else is at it, be it a
-    /// step of this session that has called us, or the table is another's now.
-    pub fn lock(&self, patience: Patience) -> Result<Option<Work>> {
+    /// step of this session that has called us, or the table is another's now, or the policy is not the one
+    /// that was read any more. Retentions are compared as text: as intervals '30 days' equals '1 mon'.
+    pub fn lock(&self) -> Result<Option<Work>> {
         let Some(work) = Work::begin(&format!("policy {}", self.relation.to_u32())) else { return Ok(None) };
         let sql = format!(
             "SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
                  AND c.relowner = p.owner
-             WHERE p.relation = $1 FOR UPDATE OF p SKIP LOCKED"
+             WHERE p.relation = $1 AND p.owner = $2
+               AND (p.time_column::text, p.\"interval\", p.precreate, p.retention::text, p.on_expire)
+                   IS NOT DISTINCT FROM ($3, $4, $5, $6::interval::text, $7)
+             FOR UPDATE OF p SKIP LOCKED"
         );
-        loop {
-            if !spi::fresh(&sql, &[self.relation.into()], |_| Ok(()))?.is_empty() {
-                return Ok(Some(work));
-            }
-            if !patience.try_again() {
-                return Ok(None);
-            }
-        }
+        let args = [
+            self.relation.into(),
+            self.owner.oid().into(),
+            self.time_column.as_str().into(),
+            self.interval.name().into(),
+            (self.precreate as i32).into(),
+            self.retention.clone().into(),
+            self.on_expire.name().into(),
+        ];
+        Ok((!spi::fresh(&sql, &args, |_| Ok(()))?.is_empty()).then_some(work))
     }
 
-    /// Notes the end of a round. `again`: the next one does not wait for the whole interval. `blocked`: what
-    /// it left undone because somebody was in the way.
+    /// Notes the end of a round, unless the policy is another by now. `again`: the next one does not wait for
+    /// the whole interval. `blocked`: what it left undone because somebody was in the way.
     pub fn record(&self, again: Again, error: Option<&str>, blocked: Option<&str>) -> Result<()> {
+        let Some(_work) = self.lock()? else { return Ok(()) };
         let wait = match again {
             Again::AtOnce => Some(0.0),
             Again::Soon => Some(retry().as_secs_f64()),

@@ -71,6 +71,10 @@ pub trait Runner {
     fn may_watch(&self) -> bool {
         true
     }
+    /// Whether it still may maintain tables: asked before each step of that.
+    fn may_maintain(&mut self) -> bool {
+        true
+    }
     /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
     fn watch_is_due(&mut self) -> bool;
     /// That look found nothing wrong.

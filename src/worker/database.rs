@@ -404,6 +404,12 @@ impl Runner for Steps {
         self.waiting.remove(source);
     }
 
+    fn may_maintain(&mut self) -> bool {
+        // A round may take hours: whoever ends it now does not wait for that.
+        reload_settings();
+        !guc::maintain_interval().is_zero()
+    }
+
     fn watch_is_due(&mut self) -> bool {
         self.watch.begins()
     }
