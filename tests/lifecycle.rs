@@ -430,6 +430,109 @@ fn a_table_that_is_dropped_and_made_again_goes_on() {
     assert!((3.0 * before - after).abs() < 1e-9, "{before} {after}");
 }
 
+/// A table that has come with copies of the rows is captured, and each row is counted once.
+fn assert_rows_count_once(client: &mut Client) {
+    wait_until_capture_follows(client);
+    eventually("what came with it is computed", || {
+        holds(client, "SELECT NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)")
+    });
+    let counted = format!(r#"SELECT count(*) = ({REQUESTS}) FROM "LiteLLM_SpendLogs""#);
+    assert!(holds(client, &counted));
+    assert_exact(client);
+    assert!(holds(
+        client,
+        "SELECT unrepairable_ranges = 0 FROM spend_rollup_status WHERE rollup = 'daily_spend'"
+    ));
+}
+
+#[test]
+fn upstreams_script_back_to_a_plain_table_counts_no_row_twice_and_keeps_the_policy() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute(&insert_rows("a", 2000, 25)).unwrap();
+    client.batch_execute(r#"DROP TABLE "LiteLLM_SpendLogs_legacy" CASCADE"#).unwrap();
+    attach(&mut client);
+    let live = r#"SELECT count(*) FROM litellm_spend.public_view WHERE installed IS NOT NULL"#;
+    assert_eq!(value::<i64>(&mut client, live), 7);
+    client.batch_execute("SELECT spend_partition_set(retention => '90 days')").unwrap();
+    // What retention has deleted stays counted.
+    let before: i64 = value(&mut client, REQUESTS);
+    beside_writers(&db, 2, 5, 3, || {
+        wait_for_rows(&mut client, 100);
+        client.batch_execute(UPSTREAM_SCRIPT_BACK).unwrap();
+        wait_until_capture_follows(&mut client);
+        wait_for_rows(&mut client, 100);
+    });
+    assert_rows_count_once(&mut client);
+    assert!(value::<i64>(&mut client, REQUESTS) > before);
+    assert_eq!(value::<i64>(&mut client, live), 7);
+    assert!(holds(
+        &mut client,
+        r#"SELECT count(*) = 1 AND bool_and(relation = '"LiteLLM_SpendLogs"'::regclass AND retention = '90 days')
+           FROM litellm_spend.policy"#
+    ));
+}
+
+#[test]
+fn a_copy_that_takes_the_tables_name_counts_no_row_twice() {
+    let copy = r#"CREATE TABLE copy (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
+                  INSERT INTO copy SELECT * FROM "LiteLLM_SpendLogs";"#;
+    let name = r#"DROP TABLE "LiteLLM_SpendLogs"; ALTER TABLE copy RENAME TO "LiteLLM_SpendLogs";"#;
+    for script in [format!("BEGIN; {copy} {name} COMMIT"), format!("{copy} BEGIN; {name} COMMIT")] {
+        let db = shared().database().with_rows("a", 500, 5).attached();
+        let mut client = db.connect();
+        client.batch_execute(&format!("SET ROLE litellm; {script}; RESET ROLE")).unwrap();
+        client.batch_execute(&insert_rows("gap", 10, 3)).unwrap();
+        client.batch_execute(r#"GRANT SELECT ON "LiteLLM_SpendLogs" TO PUBLIC"#).unwrap();
+        assert_rows_count_once(&mut client);
+        client.batch_execute(&insert_rows("after", 10, 3)).unwrap();
+        assert_rows_count_once(&mut client);
+        // One that leaves rows out: those of before stay counted.
+        let before: i64 = value(&mut client, REQUESTS);
+        let recent = script.replace(
+            r#"SELECT * FROM "LiteLLM_SpendLogs";"#,
+            r#"SELECT * FROM "LiteLLM_SpendLogs" WHERE "startTime" >= CURRENT_DATE - 2;"#,
+        );
+        client.batch_execute(&format!("SET ROLE litellm; {recent}; RESET ROLE")).unwrap();
+        wait_until_capture_follows(&mut client);
+        eventually("what came with it is computed", || {
+            holds(
+                &mut client,
+                "SELECT NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)",
+            )
+        });
+        client.batch_execute(&insert_rows("last", 10, 1)).unwrap();
+        assert_eq!(value::<i64>(&mut client, REQUESTS), before + 10);
+        assert_verified(&mut client);
+    }
+}
+
+#[test]
+fn a_policy_goes_along_also_where_maintenance_finds_the_table_gone_first() {
+    let db = shared().database().with_rows("a", 50, 5).attached();
+    let (mut client, mut other) = (db.connect(), db.connect());
+    client.batch_execute("SELECT spend_partition_set(retention => '90 days')").unwrap();
+    other.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client
+        .batch_execute(
+            r#"BEGIN; SET LOCAL ROLE litellm; CREATE TABLE copy (LIKE "LiteLLM_SpendLogs" INCLUDING ALL);
+               DROP TABLE "LiteLLM_SpendLogs"; ALTER TABLE copy RENAME TO "LiteLLM_SpendLogs"; COMMIT;
+               CREATE TABLE events (id bigserial, at timestamp NOT NULL) PARTITION BY RANGE (at);
+               SELECT spend_partition_set('events')"#,
+        )
+        .unwrap();
+    let maintained =
+        "SELECT maintained_at IS NOT NULL FROM litellm_spend.policy WHERE relation = 'events'::regclass";
+    eventually("maintenance has looked", || holds(&mut client, maintained));
+    other.batch_execute("COMMIT").unwrap();
+    wait_until_capture_follows(&mut client);
+    assert!(holds(
+        &mut client,
+        r#"SELECT retention = '90 days' FROM litellm_spend.policy WHERE relation = '"LiteLLM_SpendLogs"'::regclass"#
+    ));
+}
+
 /// All of it was captured, and nothing else.
 fn assert_counted(client: &mut Client, requests: i64) {
     assert_eq!(value::<i64>(client, REQUESTS), requests);

@@ -266,11 +266,12 @@ fn last_known_day(
     Ok(days.into_iter().next().flatten())
 }
 
-/// A day of which rows were not captured may have lost as many as it seems to have too many.
+/// A day of which rows were not captured may have lost as many as it seems to have too many. Not so if they
+/// came with a table: as a rule that brought all of the day, which the rebuild to come computes again.
 fn may_have_lost_rows(fence: &Fence, definition: &Definition, day: Range) -> Result<bool> {
     let uncaptured = format!(
         "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
-         AND range_start < coalesce($2, 'infinity') AND range_end > $1"
+         AND operation <> 'ATTACH' AND range_start < coalesce($2, 'infinity') AND range_end > $1"
     );
     Ok(has_lost_rows(fence, definition, day)?
         || spi::exists(&uncaptured, &[day.start.into(), day.end.into()])?)

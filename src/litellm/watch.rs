@@ -266,16 +266,18 @@ fn note_days_of(table: &str, owner: Owner) -> Result<()> {
         next_midnight("max(\"startTime\")")
     );
     let ends = owner.fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
-    for (first, end) in ends.into_iter().flatten() {
-        spi::execute(
-            &format!(
-                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-                 VALUES ($1, $2, 'rebuild', 'ATTACH')"
-            ),
-            &[first.into(), end.into()],
-        )?;
-    }
-    Ok(())
+    ends.into_iter().flatten().try_for_each(|(first, end)| note_attached(first, end))
+}
+
+fn note_attached(first: Timestamp, end: Timestamp) -> Result<()> {
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+             VALUES ($1, $2, 'rebuild', 'ATTACH')"
+        ),
+        &[first.into(), end.into()],
+    )
+    .map(drop)
 }
 
 /// The replaced table is a partition of the captured one, whose rows are the truth without it. Rows that have
@@ -294,7 +296,12 @@ fn take_in(state: &CaptureState) -> Result<()> {
 /// moves there; the rows that it got meanwhile, except copies from the old table, go to the change log as one
 /// batch. If some of its rows were captured before, because the old table is a partition of it, say, or it
 /// had the name before, nobody can say which those are, and everything is computed again.
+///
+/// Where the old table is gone, it cannot be asked which rows are copies. Those that came with the new one
+/// are, as after upstream's script that makes the table plain again: then its days are computed again, but
+/// for those of which rows were left out.
 fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
+    let before = state.relation;
     let table = open(replacement)?;
     require_all_rows_seen(&table)?;
     let columns = captured_columns(&table)?;
@@ -341,29 +348,61 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
     if was_captured {
         uncover_all(&state.source)?;
     }
-    // 2. no writer from here on, so that each row is either in the gap or captured. They do not wait until
+    // 2. its days, if it came with rows. Writers do not wait for that.
+    let came_with_rows = old.is_none() && !was_captured && has_rows_from_before(replacement, owner)?;
+    if came_with_rows {
+        note_days_from_first(&table.qualified(), owner)?;
+    }
+    // 3. no writer from here on, so that each row is either in the gap or captured. They do not wait until
     //    many rows are read, as where copies of the old ones have come with the table.
     create_triggers(&state)?;
-    if beside.is_some() && !was_captured && size_of(&tree)? > LARGE_GAP {
+    if came_with_rows {
+        // The gap is of those days.
+    } else if beside.is_some() && !was_captured && size_of(&tree)? > LARGE_GAP {
         note_days_of(&table.qualified(), owner)?;
     } else if !was_captured {
         let capture = Capture { columns: &state.columns };
         owner.run(capture.insert_gap(&table.qualified(), beside_name.as_deref()))?;
     }
-    // 3. and the policy of the name goes along, unless the new table has got its own.
-    let old = old.map_or(pg_sys::InvalidOid, |old| old.oid);
+    // 4. and the policy of the name goes along, unless the new table has got its own.
     spi::execute(
         &format!(
             "DELETE FROM {SCHEMA}.policy
              WHERE relation = $1 AND EXISTS (SELECT FROM {SCHEMA}.policy WHERE relation = $2)"
         ),
-        &[old.into(), replacement.into()],
+        &[before.into(), replacement.into()],
     )?;
     spi::execute(
         &format!("UPDATE {SCHEMA}.policy SET relation = $2 WHERE relation = $1"),
-        &[old.into(), replacement.into()],
+        &[before.into(), replacement.into()],
     )?;
     Ok(())
+}
+
+/// Whether a table has rows that are no younger than its name: written by the transaction that made or
+/// renamed it, or before that. Its row type is renamed with it and, unlike its row of pg_class, not written
+/// for grants or triggers. The first row answers as a rule; all are read where there is none.
+fn has_rows_from_before(table: pg_sys::Oid, owner: Owner) -> Result<bool> {
+    let named = spi::query(
+        "SELECT t.xmin::text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_type t ON t.oid = c.reltype
+         WHERE c.oid = $1",
+        &[table.into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    let Some(named) = named.into_iter().next() else { return Ok(false) };
+    let sql = format!(
+        "SELECT FROM {} WHERE pg_catalog.age(xmin) >= pg_catalog.age($1::pg_catalog.xid) LIMIT 1",
+        relation::relation_name(table)?
+    );
+    owner.exists(&sql, &[named.into()])
+}
+
+/// Notes the days of a table's rows, as [`note_days_of`] does, and those to come, of which it may have rows
+/// before they are captured.
+fn note_days_from_first(table: &str, owner: Owner) -> Result<()> {
+    let sql = format!("SELECT date_trunc('day', min(\"startTime\")) FROM {table}");
+    let firsts = owner.fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?;
+    firsts.into_iter().flatten().try_for_each(|first| note_attached(first, Timestamp::positive_infinity()))
 }
 
 /// The bytes of its rows that a table which replaces the captured one may have for the gap to be read while

@@ -188,12 +188,14 @@ pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
     Ok(spi::query(&sql, &[relation.into()], read)?.pop())
 }
 
-/// Forgets the policies of tables that were dropped, and says of those whose table has another owner, who has
+/// Forgets the policies of tables that were dropped, except that of the captured one, which goes along when
+/// another table has replaced it; and says of those whose table has another owner, who has
 /// not asked for it, that they rest.
 pub fn look_after() -> Result<()> {
     let sql = format!(
         "DELETE FROM {SCHEMA}.policy p WHERE p.origin = {HERE}
-             AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = p.relation)"
+             AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = p.relation)
+             AND NOT EXISTS (SELECT FROM {SCHEMA}.capture c WHERE c.relation = p.relation)"
     );
     spi::execute(&sql, &[])?;
     let rest = format!(

@@ -36,6 +36,19 @@ pub const UPSTREAM_SCRIPT: &str = r#"
     CREATE TABLE "LiteLLM_SpendLogs_pdefault" PARTITION OF "LiteLLM_SpendLogs" DEFAULT;
     COMMIT"#;
 
+/// What upstream's unpartition_spend_logs.sql does: RENAME, CREATE, INSERT … SELECT, DROP.
+pub const UPSTREAM_SCRIPT_BACK: &str = r#"
+    BEGIN; SET LOCAL ROLE litellm;
+    ALTER TABLE "LiteLLM_SpendLogs" RENAME TO "LiteLLM_SpendLogs_partitioned";
+    ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO "LiteLLM_SpendLogs_partitioned_pkey";
+    ALTER INDEX "LiteLLM_SpendLogs_startTime_idx" RENAME TO "LiteLLM_SpendLogs_partitioned_startTime_idx";
+    CREATE TABLE "LiteLLM_SpendLogs" (LIKE "LiteLLM_SpendLogs_partitioned" INCLUDING DEFAULTS INCLUDING GENERATED);
+    ALTER TABLE "LiteLLM_SpendLogs" ADD PRIMARY KEY (request_id);
+    CREATE INDEX "LiteLLM_SpendLogs_startTime_idx" ON "LiteLLM_SpendLogs" ("startTime");
+    INSERT INTO "LiteLLM_SpendLogs" SELECT * FROM "LiteLLM_SpendLogs_partitioned" ON CONFLICT (request_id) DO NOTHING;
+    DROP TABLE "LiteLLM_SpendLogs_partitioned";
+    COMMIT"#;
+
 /// What the built-in rollups have counted.
 pub const REQUESTS: &str = "SELECT sum(requests)::bigint FROM litellm_spend.daily_spend";
 
