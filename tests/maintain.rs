@@ -1062,6 +1062,38 @@ fn rows_are_not_deleted_one_by_one_while_capture_would_not_see_it() {
     }
 }
 
+#[test]
+fn rows_are_not_deleted_one_by_one_while_the_ledger_cannot_be_written() {
+    for on_delete in ["keep", "subtract"] {
+        let db = cluster().database().with_rows("a", 2000, 25);
+        let mut client = db.connect();
+        client.batch_execute(&format!("SELECT spend_attach(on_delete => '{on_delete}')")).unwrap();
+        wait_until_live(&mut client);
+        wait_until_merged(&mut client);
+        let before: String = value(&mut client, TOTALS);
+        make_unwritable(&mut client, "retired");
+        client.batch_execute("SELECT spend_partition_set(retention => '10 days')").unwrap();
+        let actions = maintain(&mut client, r#""LiteLLM_SpendLogs""#);
+        let why =
+            |a: &(String, String, i64, String)| a.0 == "skipped" && a.3.contains("violates check constraint");
+        assert!(actions.iter().any(why), "{actions:?}");
+        assert_eq!(value::<i64>(&mut client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs""#), 2000);
+        // Nothing that would have to be computed again.
+        assert_eq!(
+            value::<Option<i64>>(
+                &mut client,
+                "SELECT pg_sequence_last_value('litellm_spend.capture_failures')"
+            ),
+            None
+        );
+        make_writable(&mut client, "retired");
+        let actions = maintain(&mut client, r#""LiteLLM_SpendLogs""#);
+        assert!(actions.iter().any(|a| a.0 == "deleted"), "{actions:?}");
+        assert_eq!(value::<String>(&mut client, TOTALS), before);
+        assert_verified(&mut client);
+    }
+}
+
 // ---- beside others ------------------------------------------------------------------------------------
 
 /// What nobody waits for but behind a lock, or on a machine that is busy: single ones prove nothing.

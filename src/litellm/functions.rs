@@ -12,7 +12,8 @@ impl Capture<'_> {
     /// write; hence the pinned search_path. Whatever they call of the owner's (a cast, say, after a column
     /// has changed its type) runs as the owner, who may insert into the change log, the ledger and the notes
     /// of failures, and no more. A failure is caught, counted in a sequence (which no rollback takes back)
-    /// and, if that can be written, its days are marked dirty; the user's statement succeeds.
+    /// and, if that can be written, its days are marked dirty; the user's statement succeeds. Only the DELETE
+    /// by which we let rows expire fails: they would be in no total.
     pub fn functions(
         &self,
         read: &[&str],
@@ -50,9 +51,15 @@ impl Capture<'_> {
             (unless_held(&|conditions| self.retire_deleted(conditions)), "'keep'".into())
         };
         vec![
-            self.function("insert", &insert, "new_rows", "'rebuild'"),
-            self.function("update", &update, "both", "'rebuild'"),
-            self.function("delete", &delete, "old_rows", &delete_repair),
+            self.function("insert", &insert, "new_rows", "'rebuild'", ""),
+            self.function("update", &update, "both", "'rebuild'", ""),
+            self.function(
+                "delete",
+                &delete,
+                "old_rows",
+                &delete_repair,
+                &format!("IF {expiring} THEN RAISE; END IF;"),
+            ),
             (function_name("move"), move_function()),
             (function_name("truncate"), truncate_function()),
         ]
@@ -76,7 +83,15 @@ impl Capture<'_> {
         )
     }
 
-    fn function(&self, operation: &str, body: &str, rows: &str, repair: &str) -> (String, String) {
+    /// `unless` comes first where the body has failed, and may let it fail.
+    fn function(
+        &self,
+        operation: &str,
+        body: &str,
+        rows: &str,
+        repair: &str,
+        unless: &str,
+    ) -> (String, String) {
         let time = quoted(TIME);
         let rows = match rows {
             "both" => format!("(SELECT {time} FROM old_rows UNION ALL SELECT {time} FROM new_rows)"),
@@ -91,6 +106,7 @@ BEGIN
     {body}
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
+    {unless}
     BEGIN
         failure := nextval('{SCHEMA}.capture_failures');
         INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate,
