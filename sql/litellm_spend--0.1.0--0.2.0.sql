@@ -138,6 +138,8 @@ CREATE TABLE litellm_spend.index_failure (
     last_error     text NOT NULL,
     last_error_at  timestamptz NOT NULL,
     retry_at       timestamptz NOT NULL,
+    -- It was to be dropped; else built.
+    dropping       boolean NOT NULL DEFAULT false,
     PRIMARY KEY (partition, name)
 );
 
@@ -429,7 +431,8 @@ LEFT JOIN pg_inherits i ON i.inhrelid = l.relation
 WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
--- Who builds an index on a table or, for a conversion, drops one; and for whom that waits.
+-- Who builds an index on a table or, for a conversion, drops one; and for whom that waits. Who reindexes a
+-- table is at work on it also while its TOAST table's index is built.
 CREATE VIEW litellm_spend.index_work AS
 SELECT l.relation, a.query_start AS started_at, nullif(p.index_relid, 0) AS index, p.phase,
        CASE WHEN p.tuples_total > 0 THEN round(100.0 * p.tuples_done / p.tuples_total, 1)
@@ -444,7 +447,8 @@ CROSS JOIN LATERAL (
 ) AS blockers
 WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datname = current_database()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND (a.backend_type = 'litellm_spend builder' OR p.pid IS NOT NULL);
+  AND (a.backend_type = 'litellm_spend builder'
+       OR EXISTS (SELECT FROM pg_stat_progress_create_index any_table WHERE any_table.pid = l.pid));
 
 -- What became of each index that was asked for, on its table or on each partition.
 CREATE VIEW litellm_spend.index_survey AS
@@ -467,7 +471,8 @@ WITH parts AS (
     SELECT DISTINCT ON (relation) * FROM litellm_spend.index_work ORDER BY relation, index
 ), found AS (
     SELECT r.*, coalesce(ours.indexrelid, theirs.indexrelid) AS index_oid, coalesce(ours.indisvalid, theirs.indexrelid IS NOT NULL) AS is_valid,
-           ours.indexrelid IS NOT NULL AND w.index = ours.indexrelid AS is_building, w.started_at, w.percent, w.waits_for, w.remedy
+           ours.indexrelid IS NOT NULL AND w.index = ours.indexrelid AS is_building, w.started_at, w.percent, w.waits_for, w.remedy,
+           readable.free IS FALSE AS is_unknown
     FROM ranges r
     LEFT JOIN work w ON w.relation = r.partition_oid
     LEFT JOIN LATERAL (
@@ -475,22 +480,30 @@ WITH parts AS (
         WHERE x.indrelid = r.partition_oid AND starts_with(o.relname, 'litellm_spend_' || r.name || '_')
         ORDER BY x.indisvalid DESC, 1 LIMIT 1
     ) AS ours ON true
+    -- The definition of an index locks its table.
+    LEFT JOIN LATERAL (
+        SELECT litellm_spend.is_free(r.partition_oid) AS free WHERE ours.indexrelid IS NULL AND NOT r.dropped AND r.keys <> '{}'
+    ) AS readable ON true
     -- LiteLLM's own, or somebody's.
     LEFT JOIN LATERAL (
         SELECT x.indexrelid FROM pg_index x JOIN pg_class o ON o.oid = x.indexrelid JOIN pg_am m ON m.oid = o.relam
-        WHERE x.indrelid = r.partition_oid AND x.indisvalid AND x.indpred IS NULL AND m.amname = 'btree' AND r.keys <> '{}'
-          -- The definition of an index locks its table.
-          AND CASE WHEN litellm_spend.is_free(r.partition_oid)
+        WHERE x.indrelid = r.partition_oid AND x.indisvalid AND x.indpred IS NULL AND m.amname = 'btree'
+          AND x.indnkeyatts >= cardinality(r.keys)
+          AND NOT EXISTS (SELECT FROM generate_series(0, cardinality(r.keys) - 1) AS n JOIN pg_attribute a
+                          ON a.attrelid = x.indrelid AND a.attnum = x.indkey[n] WHERE a.attcollation <> x.indcollation[n])
+          AND CASE WHEN readable.free
                   THEN r.keys = ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, cardinality(r.keys)) AS n)
                        AND r.included <@ ARRAY(SELECT pg_get_indexdef(o.oid, n, false) FROM generate_series(1, x.indnatts) AS n) END
         ORDER BY 1 LIMIT 1
-    ) AS theirs ON ours.indexrelid IS NULL AND NOT r.dropped
+    ) AS theirs ON readable.free
 )
 SELECT f.relation, f.name, f.partition_oid::regclass AS partition, f.range_end, f.index_oid::regclass AS index,
        CASE WHEN f.dropped THEN 'to drop'
             WHEN f.is_building THEN 'building'
             WHEN f.is_valid THEN 'built'
             WHEN wrong.message IS NOT NULL THEN 'failed'
+            -- Another may stand for ours: somebody keeps everybody from looking.
+            WHEN f.is_unknown THEN 'unknown'
             WHEN f.range_end > clock_timestamp() AT TIME ZONE 'UTC' AND NOT f.hot THEN 'open partition'
             -- Somebody was in the way: it is tried again at once.
             WHEN e.retry_at > e.last_error_at + interval '1 minute' THEN 'failed'
@@ -640,7 +653,9 @@ WITH status AS (
     FROM litellm_spend.conversion WHERE last_error IS NOT NULL
     UNION ALL
     SELECT last_error, min(last_error_at), format('index %s of %s', name, string_agg(partition::text, ', ' ORDER BY range_end DESC))
-    FROM litellm_spend.index_survey WHERE state = 'failed' GROUP BY relation, name, last_error
+    FROM litellm_spend.index_survey
+    WHERE state = 'failed' OR state = 'to drop' AND last_error IS NOT NULL AND coalesce(retry_at > last_error_at + interval '1 minute', true)
+    GROUP BY relation, name, last_error
 ), tails AS (
     SELECT source, max(lag_seconds) AS lag_seconds, max(tail_rows) AS tail_rows,
            (SELECT array_agg(DISTINCT pid) FROM status b, unnest(b.blocked_by_pids) AS pid WHERE b.source = s.source) AS pids,

@@ -202,6 +202,8 @@ CREATE TABLE litellm_spend.index_failure (
     last_error     text NOT NULL,
     last_error_at  timestamptz NOT NULL,
     retry_at       timestamptz NOT NULL,
+    -- It was to be dropped; else built.
+    dropping       boolean NOT NULL DEFAULT false,
     PRIMARY KEY (partition, name)
 );
 

@@ -524,6 +524,181 @@ fn what_is_dropped_while_it_is_built_is_gone() {
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.index_set"), 1);
 }
 
+/// It goes on to the TOAST table, and until it is done there are indexes whose names begin as ours.
+#[test]
+fn a_reindex_of_a_partition_is_left_alone_until_it_is_done() {
+    let (db, mut client) = partitioned(shared());
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_for(&mut client, "team", "p2", "built");
+    let mut writer = db.connect();
+    writer.batch_execute("BEGIN; LOCK TABLE p1 IN ROW EXCLUSIVE MODE").unwrap();
+    while_it_waits(
+        &db,
+        |session| session.batch_execute("REINDEX TABLE CONCURRENTLY p1"),
+        |_, _| {
+            assert!(ours(&mut client).contains(&("litellm_spend_team_p1_ccnew".into(), false)));
+            client.batch_execute("SELECT spend_index_set(indexes => '{user}')").unwrap();
+            // Longer than the worker takes to look, and than the server takes to see a deadlock.
+            std::thread::sleep(Duration::from_secs(4));
+            writer.batch_execute("COMMIT").unwrap();
+        },
+    )
+    .unwrap();
+    wait_for(&mut client, "user", "p2", "built");
+    let names = ["team_p1", "team_p2", "user_p1", "user_p2"].map(|n| (format!("litellm_spend_{n}"), true));
+    assert_eq!(ours(&mut client), names);
+}
+
+/// The Oid of the index that a process of ours builds at the moment.
+fn being_built(client: &mut Client) -> i64 {
+    let sql = "SELECT coalesce(max(p.index_relid::bigint), 0) FROM pg_stat_progress_create_index p
+               JOIN pg_stat_activity a USING (pid)
+               WHERE a.backend_type = 'litellm_spend builder' AND p.datname = current_database()";
+    value(client, sql)
+}
+
+#[test]
+fn a_drop_ends_no_build_but_that_of_what_it_drops_and_none_when_it_is_rolled_back() {
+    let (db, mut client) = partitioned(shared());
+    let mut dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team, user}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    let first = being_built(&mut client);
+    client.batch_execute("SELECT spend_index_drop(indexes => '{user}')").unwrap();
+    client.batch_execute("BEGIN; SELECT spend_index_drop(); ROLLBACK").unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(being_built(&mut client), first, "it goes on");
+    client.batch_execute("SELECT spend_index_drop(indexes => '{team}')").unwrap();
+    eventually("it is gone", || status(&mut client).is_empty());
+    assert_eq!(ours(&mut client), []);
+    dump.batch_execute("COMMIT").unwrap();
+}
+
+#[test]
+fn a_drop_does_not_end_the_build_of_a_conversion() {
+    let (db, mut client) = with_rows();
+    let mut dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("its index waits", || {
+        holds(&mut client, "SELECT bool_or(step LIKE 'index%' AND waits_for IS NOT NULL) FROM spend_progress")
+    });
+    let first = being_built(&mut client);
+    assert!(first > 0);
+    client.batch_execute("SELECT spend_index_drop()").unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{user}')").unwrap();
+    client.batch_execute("SELECT spend_index_drop(indexes => '{user}')").unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(being_built(&mut client), first, "it goes on");
+    dump.batch_execute("COMMIT").unwrap();
+    wait_until_converted(&mut client);
+}
+
+/// The definition that a plan says, typed on the partitioned table, takes our indexes for its own.
+#[test]
+fn a_drop_that_fails_keeps_no_other_index_from_being_built_and_is_said() {
+    let (_db, mut client) = partitioned(shared());
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_for(&mut client, "team", "p2", "built");
+    let definition: String = planned(&mut client, "definition", "team");
+    client.batch_execute(&format!(r#"CREATE INDEX by_team ON "LiteLLM_SpendLogs" {definition}"#)).unwrap();
+    client
+        .batch_execute(
+            "SELECT spend_index_drop(indexes => '{team}'); SELECT spend_index_set(indexes => '{user}')",
+        )
+        .unwrap();
+    let began = Instant::now();
+    while !status(&mut client).contains(&("user".into(), "p2".into(), "built".into())) {
+        assert!(began.elapsed() < Duration::from_secs(60), "{:?}", status(&mut client));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Each is tried once, and then after an hour.
+    let failures =
+        "SELECT string_agg(partition::text || last_error_at, ' ' ORDER BY partition) FROM spend_index_status
+        WHERE last_error LIKE 'cannot drop index %litellm_spend_team_p_ because index %by_team requires it%'
+            AND retry_at > now() + interval '30 min'";
+    let both = |client: &mut Client| {
+        value::<Option<String>>(client, failures).filter(|found| found.contains("p1") && found.contains("p2"))
+    };
+    eventually("both have failed", || both(&mut client).is_some());
+    let first = both(&mut client);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(both(&mut client), first);
+    let problem: String =
+        value(&mut client, "SELECT min(problem) FROM spend_health WHERE severity = 'error'");
+    assert!(problem.starts_with("index team of p1: cannot drop index"), "{problem}");
+    // Asked for again, it is tried again.
+    client.batch_execute("SELECT spend_index_drop(indexes => '{team}')").unwrap();
+    eventually("they have failed once more", || both(&mut client).is_some_and(|found| Some(found) > first));
+    client.batch_execute("DROP INDEX by_team").unwrap();
+    eventually("it is forgotten", || !status(&mut client).iter().any(|(index, ..)| index == "team"));
+}
+
+#[test]
+fn that_there_is_no_slot_for_a_build_is_not_said_each_second() {
+    // The launcher, the server's own for replication, and the worker of this database.
+    let cluster = own_cluster(&["max_worker_processes = 3"]);
+    let (_db, mut client) = partitioned(cluster);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    let said = || cluster.log().matches("no slot to build an index").count();
+    eventually("it is said", || said() > 0);
+    std::thread::sleep(Duration::from_secs(12));
+    assert!(said() <= 6, "{} times", said());
+}
+
+/// Whether one stands for ours cannot be seen while nobody may look: then none is built.
+#[test]
+fn an_index_that_stands_for_ours_is_not_doubled_because_somebody_locks_the_table() {
+    let (db, mut client) = with_rows();
+    client.batch_execute(r#"CREATE INDEX by_call ON "LiteLLM_SpendLogs" (litellm_call_id)"#).unwrap();
+    client.batch_execute("SELECT spend_index_set(indexes => '{call_id}')").unwrap();
+    wait_for(&mut client, "call_id", r#""LiteLLM_SpendLogs""#, "built");
+    let mut other = db.connect();
+    other.batch_execute(r#"BEGIN; LOCK TABLE "LiteLLM_SpendLogs" IN ACCESS EXCLUSIVE MODE"#).unwrap();
+    let state = |state: &str| vec![("call_id".into(), r#""LiteLLM_SpendLogs""#.into(), state.to_string())];
+    assert_eq!(status(&mut client), state("unknown"));
+    // The worker is told that something has changed.
+    client.batch_execute("CREATE TABLE something ()").unwrap();
+    std::thread::sleep(Duration::from_secs(8));
+    other.batch_execute("COMMIT").unwrap();
+    assert_eq!(status(&mut client), state("built"));
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(ours(&mut client), []);
+}
+
+#[test]
+fn an_index_that_serves_less_stands_for_none_of_ours() {
+    let (_db, mut client) = with_rows();
+    client
+        .batch_execute(
+            r#"CREATE INDEX by_user ON "LiteLLM_SpendLogs" ("user") INCLUDE ("startTime");
+               CREATE INDEX by_call ON "LiteLLM_SpendLogs" (litellm_call_id COLLATE "C")"#,
+        )
+        .unwrap();
+    assert_eq!(planned::<String>(&mut client, "state", "user"), r#"not there; "by_user" begins alike"#);
+    assert_eq!(planned::<String>(&mut client, "state", "call_id"), "not there");
+    client.batch_execute("SELECT spend_index_set(indexes => '{user, call_id}')").unwrap();
+    wait_for(&mut client, "call_id", r#""LiteLLM_SpendLogs""#, "built");
+    wait_for(&mut client, "user", r#""LiteLLM_SpendLogs""#, "built");
+    let names =
+        ["call_id", "user"].map(|name| (format!(r#""litellm_spend_{name}_LiteLLM_SpendLogs""#), true));
+    assert_eq!(ours(&mut client), names);
+}
+
+#[test]
+fn an_open_partition_is_not_indexed_because_that_failed_before() {
+    let (_db, mut client) = partitioned(shared());
+    client
+        .batch_execute(
+            "BEGIN; SELECT spend_index_set(indexes => '{team}');
+             INSERT INTO litellm_spend.index_failure
+             VALUES ('p0', 'team', 'a failure', now() - interval '1 min', now() - interval '30 s'); COMMIT",
+        )
+        .unwrap();
+    // The newest comes first.
+    wait_for(&mut client, "team", "p2", "built");
+    assert_eq!(ours(&mut client), ["p1", "p2"].map(|p| (format!("litellm_spend_team_{p}"), true)));
+}
+
 #[test]
 fn without_a_worker_the_statements_are_said_and_called_again_it_is_done() {
     let (_db, mut client) = partitioned(without_worker());

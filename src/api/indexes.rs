@@ -138,7 +138,6 @@ fn spend_index_drop(
         let named = named(indexes)?;
         let names = named.map(|named| named.iter().map(|index| index.name.to_string()).collect::<Vec<_>>());
         let dropped = indexes::request_drop(&table, names.as_deref())?;
-        build::cancel(table.oid)?;
         let mut rows = rows(&table)?;
         rows.retain(|(index, ..)| dropped.contains(index));
         // Indexes that are on no table any more, or never were.

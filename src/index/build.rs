@@ -31,18 +31,9 @@ use std::time::Duration;
 
 /// A statement for top level.
 pub struct Work {
-    /// The index's name in the catalogue.
-    pub name: String,
-    pub partition: pg_sys::Oid,
-    pub partition_name: String,
+    pub subject: Subject,
     pub owner: Owner,
     pub sql: String,
-}
-
-impl Work {
-    pub fn subject(&self) -> Subject {
-        Subject::Index(self.partition.to_u32(), self.name.clone(), self.partition_name.clone())
-    }
 }
 
 /// The next thing to do on a table.
@@ -55,10 +46,8 @@ pub enum Next {
 
 pub fn next(relation: pg_sys::Oid) -> Result<Next> {
     let Some(subject) = indexes::subject_of(relation)? else { return Ok(Next::Nothing) };
-    if indexes::is_at_work(relation)? {
-        return Ok(Next::Wait);
-    }
-    if let Some(leftover) = leftovers(relation)?.into_iter().next() {
+    let Some(leftovers) = leftovers(relation)? else { return Ok(Next::Wait) };
+    if let Some(leftover) = leftovers.into_iter().find(|leftover| !leftover.rests) {
         return Ok(Next::Do(drop_of(leftover, subject.owner)));
     }
     indexes::forget_dropped(relation)?;
@@ -73,31 +62,30 @@ pub fn next(relation: pg_sys::Oid) -> Result<Next> {
         match create_of(&place, subject.owner) {
             Ok(Some(work)) => return Ok(Next::Do(work)),
             Ok(None) => {}
-            Err(error) => indexes::record(place.partition, &place.name, Some(&Failure::from(error)))?,
+            Err(error) => indexes::record_build(place.partition, &place.name, Some(&Failure::from(error)))?,
         }
     }
     Ok(Next::Nothing)
 }
 
-/// A build may end between the snapshot and the look at who builds: so what seems left half built is looked
-/// at twice.
-fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
+/// `None`: somebody is at work on the table, and what is half built may be theirs. Who was at work when it was
+/// seen is so still, or has ended, and then it is gone or valid: so it is looked at before and after.
+fn leftovers(relation: pg_sys::Oid) -> Result<Option<Vec<Leftover>>> {
     let first = indexes::leftovers(relation)?;
+    if indexes::is_at_work(relation)? {
+        return Ok(None);
+    }
     if first.is_empty() {
-        return Ok(first);
+        return Ok(Some(first));
     }
     let again = indexes::leftovers(relation)?;
-    Ok(first.into_iter().filter(|leftover| again.contains(leftover)).collect())
+    Ok(Some(first.into_iter().filter(|leftover| again.contains(leftover)).collect()))
 }
 
 fn drop_of(leftover: Leftover, owner: Owner) -> Work {
-    Work {
-        sql: format!("DROP INDEX CONCURRENTLY IF EXISTS {}", leftover.index),
-        name: leftover.name,
-        partition: leftover.partition,
-        partition_name: leftover.partition_name,
-        owner,
-    }
+    let Leftover { name, partition, partition_name, index, .. } = leftover;
+    let subject = Subject::IndexDrop(partition.to_u32(), name, partition_name);
+    Work { subject, owner, sql: format!("DROP INDEX CONCURRENTLY IF EXISTS {index}") }
 }
 
 /// `None`: another version of ours knows that index.
@@ -105,13 +93,9 @@ fn create_of(place: &Place, owner: Owner) -> Result<Option<Work>> {
     let Some(index) = catalogue::find(&place.name) else { return Ok(None) };
     let schema = &place.partition_schema;
     let name = free_name([schema, schema], &index.name_on(&place.partition_name))?;
-    Ok(Some(Work {
-        sql: index.create(&name, schema, &place.partition_name)?,
-        name: place.name.clone(),
-        partition: place.partition,
-        partition_name: place.partition_name.clone(),
-        owner,
-    }))
+    let sql = index.create(&name, schema, &place.partition_name)?;
+    let subject = Subject::Index(place.partition.to_u32(), place.name.clone(), place.partition_name.clone());
+    Ok(Some(Work { subject, owner, sql }))
 }
 
 /// What a table that is being reverted is asked for, as its copy is to have it. What is not possible now is
@@ -140,7 +124,7 @@ pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<
     let statement = |work: Work| format!("{};", work.sql);
     let mut rows = vec![];
     if by_hand {
-        for leftover in leftovers(relation)? {
+        for leftover in leftovers(relation)?.unwrap_or_default() {
             let (name, partition) = (leftover.name.clone(), leftover.partition_name.clone());
             rows.push((name, partition, "to drop".into(), statement(drop_of(leftover, owner))));
         }
@@ -172,11 +156,12 @@ const SOON: Duration = Duration::from_secs(30);
 pub fn round(run: &mut impl Runner) -> bool {
     let mut more = false;
     for table in run.step(Subject::Task("indexes"), indexes::subjects).unwrap_or_default() {
-        let subject = Subject::Indexes(table.relation.to_u32(), table.table.clone());
-        match run.step(subject.clone(), || look(table.relation)) {
-            Some(Next::Nothing) => {}
+        let (oid, relation) = (table.relation.to_u32(), table.relation);
+        let builder = Subject::Builder(oid, table.table.clone());
+        match run.step(Subject::Indexes(oid, table.table), || look(relation)) {
+            Some(Next::Nothing) => run.recovered(&builder),
             Some(Next::Do(_)) => {
-                run.begin_top_level(subject, table.relation);
+                run.begin_top_level(builder, relation);
                 more = true;
             }
             // It rests until what was begun has come to something, or what failed is tried again.
@@ -190,17 +175,22 @@ fn look(relation: pg_sys::Oid) -> Result<Next> {
     let next = next(relation)?;
     if matches!(next, Next::Wait) {
         locks::give_way(relation)?;
+        cancel_unwanted(relation)?;
     }
     Ok(next)
 }
 
-/// Ends a build of ours that is not wanted any more. What it leaves is dropped.
-pub fn cancel(relation: pg_sys::Oid) -> Result<()> {
-    spi::query(
+/// Ends our build of an index that is to be dropped. What it leaves is dropped.
+fn cancel_unwanted(relation: pg_sys::Oid) -> Result<()> {
+    spi::current(
         "SELECT pg_catalog.pg_cancel_backend(p.pid)
-         FROM pg_catalog.pg_stat_progress_create_index p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid
-         WHERE a.backend_type = 'litellm_spend builder' AND p.datname = pg_catalog.current_database()
-           AND p.relid IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)",
+         FROM pg_catalog.pg_stat_progress_create_index p
+         JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid AND a.backend_type = 'litellm_spend builder'
+         JOIN pg_catalog.pg_class o ON o.oid = p.index_relid
+         JOIN litellm_spend.index_set s ON s.relation = $1 AND s.dropped
+             AND starts_with(o.relname, 'litellm_spend_' || s.name || '_')
+         WHERE p.datname = pg_catalog.current_database() AND p.relid IN (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)",
         &[relation.into()],
         |_| Ok(()),
     )

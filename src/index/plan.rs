@@ -70,6 +70,7 @@ pub struct Existing {
     /// It is the partitioned table's, and says nothing of a partition.
     of_parent: bool,
     method: String,
+    /// One in another order than its column's is empty: no query of LiteLLM's asks for that.
     keys: Vec<String>,
     columns: Vec<String>,
     predicate: Option<String>,
@@ -78,8 +79,10 @@ pub struct Existing {
 fn existing(tree: &[pg_sys::Oid]) -> Result<Vec<Existing>> {
     spi::query(
         "SELECT c.relname::text, i.indisvalid, c.relkind = 'I', m.amname::text,
-                ARRAY(SELECT pg_catalog.pg_get_indexdef(c.oid, n, false)
-                    FROM generate_series(1, i.indnkeyatts) AS n),
+                ARRAY(SELECT CASE WHEN a.attcollation <> i.indcollation[n - 1] THEN ''
+                        ELSE pg_catalog.pg_get_indexdef(c.oid, n, false) END
+                    FROM generate_series(1, i.indnkeyatts) AS n LEFT JOIN pg_catalog.pg_attribute a
+                        ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n - 1] ORDER BY n),
                 ARRAY(SELECT pg_catalog.pg_get_indexdef(c.oid, n, false)
                     FROM generate_series(1, i.indnatts) AS n),
                 pg_catalog.pg_get_expr(i.indpred, i.indrelid)

@@ -41,12 +41,17 @@ pub fn request(table: &Table, wanted: &Wanted) -> Result<()> {
             wanted.included.clone().into(),
         ],
     )?;
+    forget_failures(table, Some(&[wanted.name.to_string()]))?;
+    tell()
+}
+
+/// What failed on a table is tried at once. `None`: all of its indexes.
+fn forget_failures(table: &Table, names: Option<&[String]>) -> Result<()> {
     let sql = format!(
-        "DELETE FROM {SCHEMA}.index_failure WHERE name = $2 AND partition IN (
+        "DELETE FROM {SCHEMA}.index_failure WHERE ($2 IS NULL OR name = ANY ($2)) AND partition IN (
              SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)"
     );
-    spi::execute(&sql, &[table.oid.into(), wanted.name.into()])?;
-    tell()
+    spi::execute(&sql, &[table.oid.into(), names.map(<[String]>::to_vec).into()]).map(drop)
 }
 
 /// Has the worker look at once what has become of indexes: most of its looks do not ask.
@@ -55,9 +60,10 @@ fn tell() -> Result<()> {
 }
 
 /// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before
-/// included.
+/// included. What failed is tried again.
 pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<String>> {
     tell()?;
+    forget_failures(table, names)?;
     spi::fresh(
         &format!(
             "UPDATE {SCHEMA}.index_set SET dropped = true, owner = $3 WHERE relation = $1
@@ -131,8 +137,9 @@ pub fn survey(relation: pg_sys::Oid) -> Result<Vec<Place>> {
     spi::current(
         &format!(
             "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error,
-                    coalesce(s.retry_at <= clock_timestamp() OR s.last_error_at > clock_timestamp(),
-                        s.state = 'waiting')
+                    s.state IN ('waiting', 'failed')
+                        AND coalesce(s.retry_at <= clock_timestamp() OR s.last_error_at > clock_timestamp(),
+                            s.state = 'waiting')
              FROM {SCHEMA}.index_survey s JOIN pg_catalog.pg_class c ON c.oid = s.partition
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE s.relation = $1 ORDER BY s.range_end DESC, c.relname, s.name"
@@ -160,14 +167,19 @@ pub struct Leftover {
     pub partition_name: String,
     /// Qualified.
     pub index: String,
+    /// To drop it has failed, and it is not time yet to try again.
+    pub rests: bool,
 }
 
-/// Those that are to be dropped, and those that somebody has left half built. One that was being built until
-/// a moment ago may be among them: who finds any looks again.
+/// Those that are to be dropped, and those that are half built. Somebody may be building one of them, or have
+/// done so until a moment ago.
 pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
     spi::current(
         &format!(
-            "SELECT s.name, t.oid, t.relname::text, n.nspname::text, o.relname::text
+            "SELECT s.name, t.oid, t.relname::text, n.nspname::text, o.relname::text,
+                    EXISTS (SELECT FROM {SCHEMA}.index_failure f
+                        WHERE f.partition = t.oid AND f.name = s.name AND f.dropping
+                            AND clock_timestamp() BETWEEN f.last_error_at AND f.retry_at)
              FROM {SCHEMA}.index_set s JOIN pg_catalog.pg_class t
                  ON t.oid = s.relation
                      OR t.oid IN (SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = s.relation)
@@ -186,6 +198,7 @@ pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
                 partition: value(r, 2)?,
                 partition_name: value(r, 3)?,
                 index: qualified(&value::<String>(r, 4)?, &value::<String>(r, 5)?),
+                rests: value(r, 6)?,
             })
         },
     )
@@ -205,28 +218,42 @@ pub fn is_at_work(relation: pg_sys::Oid) -> Result<bool> {
 const SOON: Duration = Duration::from_secs(30);
 const LATER: Duration = Duration::from_secs(3600);
 
-/// Notes why an index was not built or dropped. `None`: it worked, which takes the note back if the index is
-/// there now. What dropped the rest of a build that failed does not.
-pub fn record(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> Result<()> {
-    let Some(failure) = failure else {
-        let sql = format!(
-            "DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND EXISTS (
-                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = $1 AND s.name = $2
-                     AND s.state = 'built')"
-        );
-        return spi::execute(&sql, &[partition.into(), name.into()]).map(drop);
-    };
+/// Notes why an index was not built. `None`: it worked, which takes the note back if the index is there now.
+pub fn record_build(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> Result<()> {
+    if let Some(failure) = failure {
+        return record(partition, name, failure, false);
+    }
+    let sql = format!(
+        "DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND EXISTS (
+             SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = $1 AND s.name = $2
+                 AND s.state = 'built')"
+    );
+    spi::execute(&sql, &[partition.into(), name.into()]).map(drop)
+}
+
+/// Notes why an index was not dropped. `None`: it worked. What dropped the rest of a build that failed does
+/// not take back why that failed.
+pub fn record_drop(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>) -> Result<()> {
+    if let Some(failure) = failure {
+        return record(partition, name, failure, true);
+    }
+    let sql = format!("DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND dropping");
+    spi::execute(&sql, &[partition.into(), name.into()]).map(drop)
+}
+
+fn record(partition: pg_sys::Oid, name: &str, failure: &Failure, dropping: bool) -> Result<()> {
     let rest = if failure.is_cancel() || failure.is_lock_timeout() { SOON } else { LATER };
     spi::execute(
         &format!(
-            "INSERT INTO {SCHEMA}.index_failure AS f (partition, name, last_error, last_error_at, retry_at)
-             SELECT $1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $4)
+            "INSERT INTO {SCHEMA}.index_failure AS f
+                 (partition, name, last_error, last_error_at, retry_at, dropping)
+             SELECT $1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $4), $5
              FROM pg_catalog.pg_class WHERE oid = $1
              ON CONFLICT (partition, name) DO UPDATE
                  SET last_error = excluded.last_error, retry_at = excluded.retry_at,
-                 last_error_at = excluded.last_error_at"
+                 last_error_at = excluded.last_error_at, dropping = excluded.dropping"
         ),
-        &[partition.into(), name.into(), failure.text().into(), rest.as_secs_f64().into()],
+        &[partition.into(), name.into(), failure.text().into(), rest.as_secs_f64().into(), dropping.into()],
     )
     .map(drop)
 }

@@ -29,9 +29,13 @@ pub enum Subject {
     Look(String, String),
     /// A look at what comes next for the indexes of a table: its Oid, and what it is called.
     Indexes(u32, String),
+    /// The process that builds and drops them: the look, which succeeds, does not take back its rest.
+    Builder(u32, String),
     /// An index on a table or partition: its Oid, the index's name in the catalogue, and what the partition
     /// is called.
     Index(u32, String, String),
+    /// The same, where it is to be dropped.
+    IndexDrop(u32, String, String),
     /// A step of a table's maintenance: the table's Oid, and what the table or partition is called. Each
     /// rests for itself.
     Policy(u32, String),
@@ -96,8 +100,10 @@ impl fmt::Display for Subject {
             Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
                 write!(f, "conversion or reversion of {}", qualified(schema, table))
             }
-            Subject::Indexes(_, table) => write!(f, "indexes of {table}"),
-            Subject::Index(_, index, partition) => write!(f, "index {index} of {partition}"),
+            Subject::Indexes(_, table) | Subject::Builder(_, table) => write!(f, "indexes of {table}"),
+            Subject::Index(_, index, partition) | Subject::IndexDrop(_, index, partition) => {
+                write!(f, "index {index} of {partition}")
+            }
             Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
             Subject::Statistics(_, table) => write!(f, "statistics of {table}"),
         }

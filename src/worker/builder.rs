@@ -84,8 +84,10 @@ fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
 /// nobody is at it: a builder goes on when its worker is terminated, and what it builds must not be taken for
 /// an index that was left half built.
 fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> {
-    let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index
-         WHERE relid = $1 AND datname = pg_catalog.current_database()";
+    // By its lock: the progress of a REINDEX is that of the table's TOAST table, too.
+    let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index p
+         JOIN pg_catalog.pg_locks l ON l.pid = p.pid AND l.locktype = 'relation' AND l.relation = $1
+         WHERE l.database = p.datid AND p.datname = pg_catalog.current_database() LIMIT 1";
     if !spi::query(at_work, &[relation.into()], |_| Ok(()))?.is_empty() {
         return Ok(None);
     }
@@ -97,7 +99,7 @@ fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> 
         return Ok(Some((subject, conversion.owner, sql)));
     }
     Ok(match build::next(relation)? {
-        Next::Do(work) => Some((work.subject(), work.owner, work.sql)),
+        Next::Do(work) => Some((work.subject, work.owner, work.sql)),
         Next::Wait | Next::Nothing => None,
     })
 }

@@ -302,9 +302,10 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
         Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
             conversion::record_error(schema, table, message, again)
         }
-        Subject::Index(partition, name, _) => indexes::record((*partition).into(), name, failure),
+        Subject::Index(partition, name, _) => indexes::record_build((*partition).into(), name, failure),
+        Subject::IndexDrop(partition, name, _) => indexes::record_drop((*partition).into(), name, failure),
         // It only reads catalogs: the server's log has what failed.
-        Subject::Indexes(..) => Ok(()),
+        Subject::Indexes(..) | Subject::Builder(..) => Ok(()),
         Subject::Policy(relation, _) | Subject::Statistics(relation, _) => {
             policy::record_error((*relation).into(), message)
         }
@@ -326,9 +327,9 @@ pub fn record_waits_for_nobody(subject: &Subject) -> Result<bool> {
         Subject::Task(_) => "capture",
         Subject::Rollup(_) | Subject::Stray(_) | Subject::Summary(_) | Subject::Source(_) => "rollup",
         Subject::Conversion(..) | Subject::Look(..) => "conversion",
-        Subject::Index(..) => "index_failure",
+        Subject::Index(..) | Subject::IndexDrop(..) => "index_failure",
         Subject::Policy(..) | Subject::Statistics(..) => "policy",
-        Subject::Together(_) | Subject::Indexes(..) => return Ok(true),
+        Subject::Together(_) | Subject::Indexes(..) | Subject::Builder(..) => return Ok(true),
     };
     let table = relation::find_relation(&qualified(SCHEMA, table))?;
     Ok(table.is_some_and(|table| locks::try_lock(table, pg_sys::ExclusiveLock)))
