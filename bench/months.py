@@ -32,7 +32,7 @@ def keep_hours(session, days):
     session.run(f"ALTER SYSTEM SET litellm_spend.hourly_retention = {days}")
     session.run("SELECT pg_reload_conf()")
     if days:
-        done = f"SELECT bool_and(hours_from >= CURRENT_DATE - {days}) FROM litellm_spend.rollup WHERE name LIKE 'hourly%'"
+        done = f"SELECT hours_from >= CURRENT_DATE - {days} FROM litellm_spend.source"
         while session.value(done) != "t":
             session.run("SELECT spend_rollup_run()")
 

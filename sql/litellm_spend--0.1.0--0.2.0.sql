@@ -27,6 +27,7 @@ ALTER TABLE litellm_spend.rollup DROP CONSTRAINT rollup_source_fkey;
 ALTER TABLE litellm_spend.capture DROP CONSTRAINT capture_source_fkey;
 ALTER TABLE litellm_spend.source ADD COLUMN origin uuid;
 ALTER TABLE litellm_spend.source ADD COLUMN node_candidates jsonb NOT NULL DEFAULT '[]';
+ALTER TABLE litellm_spend.source ADD COLUMN hours_from timestamp NOT NULL DEFAULT '-infinity';
 ALTER TABLE litellm_spend.capture ADD COLUMN origin uuid;
 ALTER TABLE litellm_spend.conversion ADD COLUMN origin uuid;
 UPDATE litellm_spend.source SET origin = (SELECT id FROM litellm_spend.installation);
@@ -48,7 +49,6 @@ END $$;
 ALTER TABLE litellm_spend.rollup ADD COLUMN owner regrole;
 ALTER TABLE litellm_spend.rollup ADD COLUMN backfill_began timestamptz;
 ALTER TABLE litellm_spend.rollup ADD COLUMN unknown_days tsmultirange;
-ALTER TABLE litellm_spend.rollup ADD COLUMN hours_from timestamp NOT NULL DEFAULT '-infinity';
 ALTER TABLE litellm_spend.rollup ADD COLUMN committed_to bigint;
 UPDATE litellm_spend.rollup r SET owner = t.relowner
 FROM pg_class t
@@ -240,7 +240,7 @@ SELECT r.name AS rollup,
                          THEN 'failed: its owner and members of pg_monitor see how'
                 END) AS last_error,
        coalesce(r.last_error_at, c.last_error_at) AS last_error_at,
-       CASE WHEN isfinite(r.hours_from) THEN r.hours_from END AS hours_from
+       CASE WHEN (r.definition ->> 'optional')::boolean AND isfinite(s.hours_from) THEN s.hours_from END AS hours_from
 FROM litellm_spend.rollup r
 LEFT JOIN litellm_spend.source s ON s.name = r.source
 JOIN litellm_spend.backfill b ON b.name = r.name

@@ -34,7 +34,9 @@ CREATE TABLE litellm_spend.source (
     origin         uuid,
     -- Values that are safe here, but of a table of Citus's not yet on its nodes; transactions are written
     -- node:transaction.
-    node_candidates jsonb NOT NULL DEFAULT '[]'
+    node_candidates jsonb NOT NULL DEFAULT '[]',
+    -- In the hourly reports the hours of the days before are added up to days. A midnight.
+    hours_from     timestamp NOT NULL DEFAULT '-infinity'
 );
 
 CREATE TABLE litellm_spend.rollup (
@@ -53,8 +55,6 @@ CREATE TABLE litellm_spend.rollup (
     -- Of a report that was added later: what it does not know, because raw rows of these days are gone or are
     -- not read yet. Its views show nothing of it.
     unknown_days    tsmultirange,
-    -- Of an hourly report: the hours of the days before have been added up to days. A midnight.
-    hours_from      timestamp NOT NULL DEFAULT '-infinity',
     -- Oldest and newest bucket when backfill began: its progress is measured against them.
     backfill_first  timestamp,
     backfill_last   timestamp,

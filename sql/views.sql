@@ -79,7 +79,7 @@ SELECT r.name AS rollup,
                          THEN 'failed: its owner and members of pg_monitor see how'
                 END) AS last_error,
        coalesce(r.last_error_at, c.last_error_at) AS last_error_at,
-       CASE WHEN isfinite(r.hours_from) THEN r.hours_from END AS hours_from
+       CASE WHEN (r.definition ->> 'optional')::boolean AND isfinite(s.hours_from) THEN s.hours_from END AS hours_from
 FROM litellm_spend.rollup r
 LEFT JOIN litellm_spend.source s ON s.name = r.source
 JOIN litellm_spend.backfill b ON b.name = r.name

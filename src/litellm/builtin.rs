@@ -51,7 +51,13 @@ pub fn read_by(rollups: &[Definition]) -> Vec<&str> {
 /// A bucket's name, expression and type.
 type Width = (&'static str, &'static str, &'static str);
 const DAY: Width = ("date", "hour::date", "date");
-const HOUR: Width = ("hour", "hour", "timestamp");
+/// Until hours become days ([`crate::litellm::hours`]).
+const HOUR: Width = (
+    "hour",
+    "CASE WHEN hour < (SELECT hours_from FROM litellm_spend.source WHERE source.name = 'change_log') \
+     THEN date_trunc('day', hour) ELSE hour END",
+    "timestamp",
+);
 
 /// One row for each element of request_tags. What is no array has none, where LiteLLM's own view fails.
 const TAGS: &str = " CROSS JOIN LATERAL jsonb_array_elements_text(

@@ -160,7 +160,8 @@ pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
             "GRANT INSERT (failure, range_start, range_end, repair, operation, sqlstate, message)
              ON {SCHEMA}.dirty_range TO {role}"
         ),
-        format!("GRANT SELECT (name, watermark, hours_from) ON {SCHEMA}.rollup TO {role}"),
+        format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}"),
+        format!("GRANT SELECT (name, hours_from) ON {SCHEMA}.source TO {role}"),
     ];
     grants.extend(rollups.iter().map(|table| format!("GRANT SELECT, INSERT ON {table} TO {role}")));
     grants

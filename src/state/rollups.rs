@@ -67,8 +67,8 @@ pub fn forget(name: &str) -> Result<()> {
     execute(
         &format!(
             "UPDATE {SCHEMA}.rollup
-             SET unknown_days = '{{(,)}}', covered_from = 'infinity', hours_from = '-infinity',
-                 backfill_first = NULL, backfill_last = NULL, backfill_began = NULL
+             SET unknown_days = '{{(,)}}', covered_from = 'infinity', backfill_first = NULL,
+                 backfill_last = NULL, backfill_began = NULL
              WHERE name = $1"
         ),
         &[name.into()],

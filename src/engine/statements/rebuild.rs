@@ -166,8 +166,8 @@ impl Definition {
                 ),
             ),
         };
-        let live = self.combine("", &self.comparable(&live), &self.is_present());
-        let truth = self.comparable(&self.project(truth.unwrap_or(&self.source), &condition));
+        let live = self.combine("", &live, &self.is_present());
+        let truth = self.project(truth.unwrap_or(&self.source), &condition);
         format!(
             "SELECT jsonb_build_object({key})::text, ({live_object})::text, ({truth_object})::text
              FROM (SELECT 'live' AS litellm_spend_side, {columns} FROM ({live}) AS live WHERE {range}
