@@ -166,6 +166,45 @@ fn what_has_more_rights_than_its_user_is_on_a_short_list() {
     }
 }
 
+/// What ALTER DEFAULT PRIVILEGES of the extension's owner grants on all that it makes would let others have
+/// rows of theirs captured, number them, or change history.
+#[test]
+fn what_is_made_for_a_capture_or_a_rollup_has_no_default_privileges() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 50, 20)).unwrap();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS default_p; CREATE ROLE default_p LOGIN;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO default_p;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO default_p;
+             ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO default_p;
+             SET ROLE litellm; CREATE TABLE page_views (id bigserial, x int); RESET ROLE;
+             SELECT spend_rollup_create('views', 'page_views', '{x}', '{array_agg(x) AS xs MERGE WITH array_cat}')",
+        )
+        .unwrap();
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
+    wait_until_live(&mut client);
+    let granted = "SELECT coalesce(array_agg(DISTINCT o.name ORDER BY o.name), '{}')
+        FROM (SELECT oid, relname::text, relnamespace, relacl FROM pg_class
+              UNION ALL SELECT oid, proname, pronamespace, proacl FROM pg_proc) AS o(oid, name, schema, acl)
+        WHERE o.schema = 'litellm_spend'::regnamespace
+          AND EXISTS (SELECT FROM aclexplode(o.acl) AS x WHERE x.grantee IN (0, 'default_p'::regrole))
+          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.deptype = 'e')
+          -- The aggregate of a live view, which runs as whoever reads that.
+          AND o.name <> 'views.xs'";
+    let none: Vec<String> = vec![];
+    assert_eq!(value::<Vec<String>>(&mut client, granted), none);
+    // The functions are made anew with each attach, what is granted by hand stays.
+    client.batch_execute("SELECT spend_grant_reports('default_p'); SELECT spend_attach()").unwrap();
+    let view = "SELECT has_table_privilege('default_p', 'litellm_spend.daily_usage', 'SELECT')";
+    assert!(holds(&mut client, view));
+    assert!(!value::<Vec<String>>(&mut client, granted).iter().any(|name| name.starts_with("capture_")));
+    assert_eq!(capture_errors(&mut client), 0);
+    client.batch_execute("DROP OWNED BY default_p; DROP ROLE default_p").unwrap();
+}
+
 /// As the owner of LiteLLM's tables, who is no superuser.
 fn denied(client: &mut Client, call: &str) -> Option<String> {
     let refused = error(client, call);

@@ -62,9 +62,7 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
         )?;
     }
     drop(unchecked);
-    for sql in definition.create_table() {
-        spi::execute(&sql, &[])?;
-    }
+    make_tables(&definition)?;
     let source = ensure_source(&table, &numbering)?;
     insert_rollup(&definition.name, &source, &table, &numbering, Some(&definition))?;
     let owner = Owner::of(table.oid)?;
@@ -81,6 +79,14 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
     notices.extend(advice(&table, &numbering)?);
     restore::mark()?;
     Ok(notices)
+}
+
+/// Makes a rollup's tables, empty and for nobody else.
+pub fn make_tables(definition: &Definition) -> Result<()> {
+    for sql in definition.create_table() {
+        spi::execute(&sql, &[])?;
+    }
+    definition.tables().iter().try_for_each(|table| fence::revoke_on_relation(table))
 }
 
 /// Whether role $1 was granted what the owner of a rollup needs of ours.
@@ -124,6 +130,7 @@ pub fn make_view(definition: &Definition, owner: Owner, query: &str) -> Result<(
     if relation::find_relation(&name)?.is_none() {
         let _here = citus::on_this_node()?;
         spi::execute(&format!("CREATE VIEW {name} AS {}", definition.empty_query()), &[])?;
+        fence::revoke_on_relation(&name)?;
     }
     for comment in definition.comments() {
         spi::execute(&comment, &[])?;

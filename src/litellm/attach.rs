@@ -157,6 +157,7 @@ fn create_log() -> Result<Vec<Action>> {
         let full = qualified(SCHEMA, name);
         if relation::find_relation(&full)?.is_none() {
             spi::execute(&sql, &[])?;
+            fence::revoke_on_relation(&full)?;
             actions.push((full, "created".into()));
         }
     }
@@ -214,9 +215,7 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
     let mut action = "already there";
     match Table::named(&table)? {
         None => {
-            for sql in definition.create_table() {
-                spi::execute(&sql, &[])?;
-            }
+            create::make_tables(definition)?;
             action = "created";
         }
         Some(found) => {

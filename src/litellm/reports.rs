@@ -56,6 +56,7 @@ pub fn ensure_by_day(hourly: &Definition) -> Result<()> {
     let view = qualified(SCHEMA, name);
     if relation::find_relation(&view)?.is_none() {
         spi::execute(&format!("CREATE VIEW {view} AS {}", hourly.by_day()), &[])?;
+        fence::revoke_on_relation(&view)?;
         // For ranges of days.
         let index = builtin::report_index(&hourly.name);
         let index = format!("CREATE INDEX IF NOT EXISTS {index} ON {} ((hour::date))", hourly.table());

@@ -42,7 +42,7 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let capture = Capture { columns: &state.columns };
     for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, replaced.as_ref()) {
         spi::execute(&functions::create_function(&name, &body), &[])?;
-        fence::grant(&format!("REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"))?;
+        fence::revoke_on_function(&format!("{name}()"))?;
         spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
     }
     let text = if trigger_functions()? == before {

@@ -381,7 +381,12 @@ fn rollup(name: &str) -> Result<Definition> {
 
 /// Makes a rollup's live view, or brings it up to the definition.
 pub fn make_live(definition: &Definition) -> Result<()> {
-    locks::lock_named(&definition.create_live_view(), &definition.live_view())?;
+    let name = definition.live_view();
+    let is_new = relation::find_relation(&name)?.is_none();
+    locks::lock_named(&definition.create_live_view(), &name)?;
+    if is_new {
+        fence::revoke_on_relation(&name)?;
+    }
     for comment in definition.comments() {
         spi::execute(&comment, &[])?;
     }
