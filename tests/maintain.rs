@@ -2132,3 +2132,34 @@ fn rows_that_a_rule_keeps_in_default_are_not_said_to_have_moved() {
     let row = "SELECT (SELECT count(*) = 0 FROM ONLY events_pdefault) AND (SELECT count(*) = 50 FROM events)";
     assert!(holds(&mut client, row));
 }
+
+/// An owner who keeps the sequence of a source to himself stops nobody else.
+#[test]
+fn a_look_that_an_owner_keeps_from_succeeding_delays_no_other_owners_maintenance() {
+    // What autovacuum does would have the worker look.
+    let db = own_cluster(&["autovacuum = off"]).database();
+    let (mut client, mut owner) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "CREATE TABLE events (at timestamptz NOT NULL) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('events', 'day');
+             CREATE TABLE page_views (id bigserial, x int);
+             SELECT spend_rollup_create('views', 'page_views', '{x}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    let maintained = "SELECT maintained_at IS NOT NULL FROM litellm_spend.policy";
+    eventually("it is maintained", || holds(&mut client, maintained));
+    owner.batch_execute("BEGIN; ALTER SEQUENCE page_views_id_seq RESTART 1").unwrap();
+    let failed = format!("in database \"{}\": everything is looked at: the look for news failed", db.name);
+    eventually("the looks fail", || db.cluster.log().contains(&failed));
+    for _ in 0..2 {
+        // There is no event to wait for: what was done until now is noticed.
+        std::thread::sleep(Duration::from_secs(3));
+        client.batch_execute("UPDATE litellm_spend.policy SET maintained_at = NULL").unwrap();
+        let due = Instant::now();
+        eventually("it is maintained", || holds(&mut client, maintained));
+        assert!(due.elapsed() < Duration::from_secs(20), "{:?}", due.elapsed());
+    }
+    owner.batch_execute("COMMIT").unwrap();
+    assert_eq!(db.cluster.log().matches(&failed).count(), 1);
+}

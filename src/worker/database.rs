@@ -115,6 +115,8 @@ struct Steps {
     last_values: HashMap<String, Option<i64>>,
     /// When there was something to do, or news of it.
     last_news: Instant,
+    /// How many looks in a row have failed.
+    looks_in_vain: u32,
 }
 
 impl Default for Steps {
@@ -130,6 +132,7 @@ impl Default for Steps {
             waiting: HashMap::new(),
             last_values: HashMap::new(),
             last_news: Instant::now(),
+            looks_in_vain: 0,
         }
     }
 }
@@ -143,7 +146,11 @@ impl Steps {
         if told {
             [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
         }
-        let Ok(news) = news else { return self.wait_for_update().then_some(true) };
+        let news = match news {
+            Ok(news) => news,
+            Err(failure) => return self.looked_in_vain(&failure).then_some(true),
+        };
+        self.looks_in_vain = 0;
         if news.policies {
             self.maintenance.expect();
         }
@@ -167,6 +174,20 @@ impl Steps {
             self.last_news = Instant::now();
         }
         Some(work)
+    }
+
+    /// A look fails while the extension is at another version, and while an owner keeps a sequence to
+    /// himself. Then everything that it would have told of is looked at. `false`: the worker is to leave.
+    fn looked_in_vain(&mut self, failure: &Failure) -> bool {
+        let goes_on = self.wait_for_update();
+        [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
+        self.last_news = Instant::now();
+        self.looks_in_vain += 1;
+        // Not the one after an update.
+        if self.looks_in_vain == 2 {
+            log::failure("everything is looked at: the look for news failed", failure);
+        }
+        goes_on
     }
 
     /// Whether a merge that failed has rested for long enough. What was dropped meanwhile is forgotten.
