@@ -737,7 +737,7 @@ errors! {
         ERRCODE_LOCK_NOT_AVAILABLE;
         ("could not get a lock on {relation} within {} ms", limit.time.as_millis());
         { held_by(holders) };
-        ("Try again when those transactions have ended, or raise litellm_spend.{}.", limit.setting);
+        ("Try again when those transactions have ended, or raise {}.", limit.setting);
 
     LockedByConversion { relation: String, limit: LockLimit, holders: String, table: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;

@@ -1,4 +1,5 @@
-//! The settings, `litellm_spend.*`. All take effect on reload.
+//! The settings, `litellm_spend.*`. All take effect on reload; what ALTER DATABASE sets, in processes that
+//! connect later.
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 use std::time::Duration;
@@ -40,13 +41,13 @@ pub struct LockLimit {
 /// How long a statement of ours waits for a lock on a user's table or view before it gives up. Writers queue
 /// behind a waiting lock, so this is also the longest stall that we can cause.
 pub fn lock_timeout() -> LockLimit {
-    LockLimit { setting: "lock_timeout", time: millis(&LOCK_TIMEOUT) }
+    LockLimit { setting: "litellm_spend.lock_timeout", time: millis(&LOCK_TIMEOUT) }
 }
 
 /// The same for the exclusive locks of a conversion, for which readers queue as well. Less than
 /// deadlock_timeout: it is the conversion that gives way, and tries again.
 pub fn swap_lock_timeout() -> LockLimit {
-    LockLimit { setting: "swap_lock_timeout", time: millis(&SWAP_LOCK_TIMEOUT) }
+    LockLimit { setting: "litellm_spend.swap_lock_timeout", time: millis(&SWAP_LOCK_TIMEOUT) }
 }
 
 /// How long `spend_rollup_run()` waits for running writers. What is not safe by then is left to the next

@@ -1382,9 +1382,21 @@ fn a_standby_answers_and_a_promoted_one_merges() {
         "SELECT spend_detach()",
         "SELECT spend_rollup_run()",
         "CALL spend_backfill()",
+        "SELECT * FROM spend_partition_plan()",
+        "SELECT * FROM spend_index_plan()",
     ] {
         assert_refused(&mut reader, call, "25006");
     }
+    // A lock that is replayed is waited for as one of a session is.
+    let check = "SELECT * FROM spend_upgrade_check('1.110')";
+    reader.batch_execute(check).unwrap();
+    client.batch_execute(r#"BEGIN; LOCK TABLE "LiteLLM_SpendLogs" IN ACCESS EXCLUSIVE MODE"#).unwrap();
+    let locked = "SELECT EXISTS (SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock'
+        AND relation = '\"LiteLLM_SpendLogs\"'::regclass)";
+    eventually("the lock is replayed", || holds(&mut reader, locked));
+    reader.batch_execute("SET litellm_spend.lock_timeout = '200ms'").unwrap();
+    assert_refused(&mut reader, check, "55P03");
+    client.batch_execute("COMMIT").unwrap();
     reader.batch_execute("SELECT pg_promote()").unwrap();
     eventually("a worker starts", || {
         value::<i64>(&mut reader, "SELECT count(*) FROM spend_worker_status") >= 2

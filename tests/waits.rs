@@ -6,6 +6,7 @@ mod common;
 use common::*;
 use postgres::Client;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 /// No worker: what is merged, and when, is the test's.
 fn captured() -> Database {
@@ -113,6 +114,59 @@ fn an_attach_and_a_detach_wait_for_a_long_step_and_the_table_is_free() {
         });
         assert!(failed.is_none(), "{failed:?}");
     }
+}
+
+/// The limit is one for all rollups: each that is had already is not merged meanwhile.
+#[test]
+fn an_attach_waits_for_its_rollups_no_longer_than_the_limit_together() {
+    let db = captured();
+    let (mut one, mut other) = (db.connect(), db.connect());
+    one.batch_execute("BEGIN; SELECT FROM litellm_spend.rollup WHERE name = 'daily_spend' FOR UPDATE")
+        .unwrap();
+    other
+        .batch_execute("BEGIN; SELECT FROM litellm_spend.rollup WHERE name = 'daily_spend_by_tag' FOR UPDATE")
+        .unwrap();
+    let began = Instant::now();
+    let failed = error_after_waiting(&db, "SET lock_timeout = '4s'; SELECT spend_attach()", |_, _| {
+        std::thread::sleep(Duration::from_secs(3).saturating_sub(began.elapsed()));
+        one.batch_execute("COMMIT").unwrap();
+    });
+    assert_eq!(failed.unwrap().code().code(), "55P03");
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+}
+
+/// Of two calls after a restore, the second waits for the rows of state that the first makes ours.
+#[test]
+fn a_call_that_waits_for_our_own_state_has_a_limit() {
+    let db = captured();
+    let (mut client, mut first) = (db.connect(), db.connect());
+    client.batch_execute("UPDATE litellm_spend.source SET origin = gen_random_uuid()").unwrap();
+    first.batch_execute("BEGIN; SELECT spend_restored()").unwrap();
+    client.batch_execute("SET litellm_spend.lock_timeout = '200ms'; SET statement_timeout = '20s'").unwrap();
+    for call in ["SELECT spend_attach()", "SELECT spend_restored()"] {
+        assert_eq!(error(&mut client, call).code().code(), "55P03", "{call}");
+    }
+    first.batch_execute("COMMIT").unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+}
+
+#[test]
+fn no_lock_is_waited_for_longer_than_the_callers_own_limit() {
+    let db = captured();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    let lose = r#"DROP TRIGGER litellm_spend_capture_insert ON "LiteLLM_SpendLogs""#;
+    client.batch_execute(lose).unwrap();
+    writer.batch_execute(r#"BEGIN; DELETE FROM "LiteLLM_SpendLogs" WHERE false"#).unwrap();
+    client.batch_execute("SET lock_timeout = '50ms'; SET litellm_spend.lock_timeout = '20s'").unwrap();
+    let began = Instant::now();
+    let error = error(&mut client, "SELECT spend_attach()");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(error.code().code(), "55P03");
+    assert!(error.message().ends_with("within 50 ms"), "{error:?}");
+    assert!(error.hint().unwrap().ends_with("or raise lock_timeout."), "{error:?}");
+    writer.batch_execute("COMMIT").unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    assert_eq!(value::<String>(&mut client, "SHOW lock_timeout"), "50ms");
 }
 
 #[test]

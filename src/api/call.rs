@@ -16,6 +16,7 @@ use pgrx::prelude::*;
 use std::time::Duration;
 
 pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
+    let _call = session::Call::begin();
     session::require_version().and_then(|()| work()).map_err(|error| match &error {
         Error::NoRollup(name) if builtin::is_report(name) => Error::ReportNotMade(name.clone()).into(),
         Error::NoRollup(_) => {

@@ -41,6 +41,7 @@ fn spend_index_plan(
     ErrorReport,
 > {
     report(|| {
+        session::require_primary()?;
         let (_elevated, table) = enter(source)?;
         locks::lock_against_changes(table.oid)?;
         plan::plan(&table)

@@ -5,6 +5,7 @@ use crate::api::arguments::{Regclass, Regrole};
 use crate::api::call::{report, require_changeable, tell};
 use crate::engine::source::Notice;
 use crate::error::{self, Error};
+use crate::guc;
 use crate::litellm::admin;
 use crate::litellm::attach;
 use crate::litellm::capture;
@@ -56,7 +57,7 @@ fn spend_attach(
             Some(other) => return Err(Error::Policy(other.into())),
         };
         let source = source_or_default(source)?;
-        let elevated = Elevated::enter()?;
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_owner(elevated.caller(), source)?;
         // By attaching the table that was, the caller says that a restore is over. Of another one only who
         // may speak for every owner.
@@ -97,7 +98,7 @@ fn spend_detach(
     report(|| {
         require_changeable()?;
         let drop_history = drop_history.unwrap_or(false);
-        let elevated = Elevated::enter()?;
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         restore::require_over()?;
         if drop_history && source.is_none() && captured::capture()?.is_none() && detach::history_is_kept()? {
             // Detached before: only the history is left.
@@ -157,7 +158,7 @@ fn what_goes_on(table: &Table) -> error::Result<Vec<(String, String)>> {
 fn spend_restored() -> Result<bool, ErrorReport> {
     report(|| {
         require_changeable()?;
-        let elevated = Elevated::enter()?;
+        let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_extension_owner(elevated.caller())?;
         restore::adopt()
     })

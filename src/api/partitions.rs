@@ -108,6 +108,7 @@ fn spend_partition_plan(
     ErrorReport,
 > {
     report(|| {
+        session::require_primary()?;
         let (_elevated, table) = enter(source)?;
         if let Some(policy) = converted(&table)? {
             let name = qualified(&policy.schema, &policy.table);

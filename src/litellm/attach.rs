@@ -34,7 +34,7 @@ use crate::state::restore::{self, HERE};
 use crate::state::rollups;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::prelude::*;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the fences are waited for: a day of a backfill may take tens of seconds. Nothing of a user's is
 /// locked yet, and nobody but the workers waits behind us.
@@ -44,13 +44,16 @@ const LONG_STEP: Duration = Duration::from_secs(60);
 /// is waited for longer than `litellm_spend.lock_timeout` while what it returns lives.
 pub fn hold_rollups() -> Result<Elevated> {
     fence::require_attachment(Patience::of_call())?;
-    let within_step = Elevated::enter()?.impatient(LONG_STEP);
+    // All of them together: what is had already is not merged meanwhile.
+    let limit = session::callers_lock_timeout().map_or(LONG_STEP, |own| own.min(LONG_STEP));
+    let deadline = Instant::now() + limit;
     for name in rollups::rollup_names(Some(CHANGE_LOG))? {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let _within_step = Elevated::enter()?.impatient(left);
         // In the queue: a backfill goes from day to day without a pause. The row stays locked; we may merge
         // the rollup.
         drop(Fence::wait(&name)?);
     }
-    drop(within_step);
     Ok(Elevated::enter()?.impatient(guc::lock_timeout().time))
 }
 

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
 use crate::server::relation::{find_relation, relation_name, relation_tree};
 use crate::server::session;
-use crate::server::spi::{self, execute, fresh, query, value};
+use crate::server::spi::{self, execute, query, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -162,6 +162,7 @@ pub fn lock_named(sql: &str, name: &str) -> Result<()> {
 
 /// Runs `sql`, which needs a lock on `relation`, with a limit of its own.
 pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
+    let limit = or_callers(limit);
     let mode = pg_sys::AccessExclusiveLock;
     within((limit, limit.time), relation, (oid, mode), || execute(sql, &[]).map(drop))
 }
@@ -178,6 +179,7 @@ pub type Mode = u32;
 /// the second, others wait for the first. A partitioned table comes before its partitions, as for its users.
 /// (LOCK TABLE would lock what a view reads as well.)
 pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<()> {
+    let limit = or_callers(limit);
     let deadline = Instant::now() + limit.time;
     for (oid, mode) in relations {
         if !try_lock(*oid, *mode) {
@@ -191,8 +193,20 @@ pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<(
         }
     }
     require_names(&relations.iter().map(|(oid, _)| *oid).collect::<Vec<_>>())?;
+    // SAFETY: reads state of the server.
+    if unsafe { pg_sys::RecoveryInProgress() } {
+        return Ok(());
+    }
     // Takes an XID, and with it every later query a fresh snapshot.
     execute("SELECT 1", &[]).map(drop)
+}
+
+/// The limit, or the caller's own lock_timeout, whichever is shorter.
+fn or_callers(limit: LockLimit) -> LockLimit {
+    match session::callers_lock_timeout().filter(|own| *own < limit.time) {
+        Some(time) => LockLimit { setting: "lock_timeout", time },
+        None => limit,
+    }
 }
 
 /// Runs `work`, which needs a lock of that mode on `relation`, within what is left of a limit.
@@ -208,7 +222,7 @@ fn within(
              (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())",
         &[oid.into(), conflicting(mode).into()],
     )?;
-    let before = set_lock_timeout(&format!("{}ms", left.as_millis()))?;
+    let lock_timeout = session::give_up_after(left);
     let deadlock_timeout = session::give_way_after(DEADLOCK_TIMEOUT);
     let refused =
         || Err(Error::LockNotAvailable { relation: relation.into(), limit, holders: holders.clone() });
@@ -219,7 +233,7 @@ fn within(
         .catch_when(PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED, |_| refused())
         .execute();
     if result.is_ok() {
-        set_lock_timeout(&before)?;
+        session::give_up_after(lock_timeout);
         session::give_way_after(deadlock_timeout);
     }
     result
@@ -310,11 +324,3 @@ pub fn insist<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
 
 const TRIES: u32 = 9;
 const PAUSE: Duration = Duration::from_millis(400);
-
-/// Sets lock_timeout until the transaction ends; returns what it was.
-fn set_lock_timeout(value: &str) -> Result<String> {
-    let sql =
-        "SELECT pg_catalog.current_setting('lock_timeout'), pg_catalog.set_config('lock_timeout', $1, true)";
-    let before = fresh(sql, &[value.into()], |r| spi::value::<String>(r, 1))?;
-    Ok(before.into_iter().next().unwrap_or_default())
-}

@@ -6,6 +6,7 @@ use crate::server::limit;
 use crate::server::relation;
 use crate::server::spi::{self, kept, query, value};
 use pgrx::prelude::*;
+use std::cell::Cell;
 use std::ffi::{CStr, CString};
 use std::time::Duration;
 
@@ -21,11 +22,15 @@ pub fn require_version() -> Result<()> {
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+/// Not on a standby, which gives no XID.
+pub fn require_primary() -> Result<()> {
+    // SAFETY: reads backend state.
+    if unsafe { pg_sys::RecoveryInProgress() } { Err(Error::Standby) } else { Ok(()) }
+}
+
 pub fn require_writable() -> Result<()> {
-    // SAFETY: both only read backend state.
-    if unsafe { pg_sys::RecoveryInProgress() } {
-        return Err(Error::Standby);
-    }
+    require_primary()?;
+    // SAFETY: reads backend state.
     if unsafe { pg_sys::XactReadOnly } {
         return Err(Error::ReadOnly);
     }
@@ -169,12 +174,11 @@ impl Elevated {
         Elevated::act(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), OURSELVES)
     }
 
-    /// No lock is waited for longer than `limit`, not even a row's, nor longer than lock_timeout has it.
+    /// No lock is waited for longer than `limit`, not even a row's, nor longer than the caller's lock_timeout
+    /// has it.
     pub fn impatient(self, limit: Duration) -> Elevated {
-        // SAFETY: reads a variable of the session; zero is no limit.
-        let own = u128::try_from(unsafe { pg_sys::LockTimeout }).ok().filter(|own| *own > 0);
-        let limit = own.unwrap_or(u128::MAX).min(limit.as_millis().max(1));
-        let limit = CString::new(format!("{limit}ms")).unwrap_or_default();
+        let limit = callers_lock_timeout().unwrap_or_else(lock_timeout).min(limit);
+        let limit = CString::new(format!("{}ms", limit.as_millis().max(1))).unwrap_or_default();
         // SAFETY: inside the nest level of this guard, which Drop undoes.
         unsafe { set(c"lock_timeout", &limit) };
         self
@@ -345,16 +349,64 @@ impl Owner {
     }
 }
 
+thread_local! {
+    static CALLERS_LOCK_TIMEOUT: Cell<Option<Duration>> = const { Cell::new(None) };
+}
+
+/// While it lives, a SQL function of ours runs, whose caller's lock_timeout is the shorter limit everywhere.
+pub struct Call(Option<Duration>);
+
+impl Call {
+    pub fn begin() -> Call {
+        Call(CALLERS_LOCK_TIMEOUT.replace(Some(lock_timeout())))
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        CALLERS_LOCK_TIMEOUT.set(self.0);
+    }
+}
+
+/// As the caller of a SQL function has it, whatever we have set since; `None`: nobody has called.
+pub fn callers_lock_timeout() -> Option<Duration> {
+    CALLERS_LOCK_TIMEOUT.get()
+}
+
+/// As it is at the moment. No limit is the longest.
+fn lock_timeout() -> Duration {
+    // SAFETY: reads a variable of the session.
+    match unsafe { pg_sys::LockTimeout } {
+        0 => Duration::MAX,
+        limit => Duration::from_millis(limit.unsigned_abs().into()),
+    }
+}
+
+/// Sets after how long a wait for a lock fails, until the transaction ends; returns what it was. Takes no
+/// XID: also where there can be none.
+pub fn give_up_after(wait: Duration) -> Duration {
+    let before = lock_timeout();
+    let wait = if wait == Duration::MAX { Duration::ZERO } else { wait.max(Duration::from_millis(1)) };
+    set_until_end(c"lock_timeout", wait);
+    before
+}
+
 /// Sets after how long a wait for a lock is looked into, until the transaction ends; returns what it was.
 /// Then an autovacuum in the way is cancelled, and a deadlock is noticed, at which we are the one to fail.
 pub fn give_way_after(wait: Duration) -> Duration {
+    // SAFETY: reads a variable of the session.
+    let before = Duration::from_millis(unsafe { pg_sys::DeadlockTimeout }.max(1) as u64);
+    set_until_end(c"deadlock_timeout", wait.max(Duration::from_millis(1)));
+    before
+}
+
+fn set_until_end(name: &CStr, time: Duration) {
+    let value = CString::new(format!("{}ms", time.as_millis())).unwrap_or_default();
     // SAFETY: a setting of this session.
     unsafe {
-        let before = Duration::from_millis(pg_sys::DeadlockTimeout.max(1) as u64);
-        let value = format!("{}ms\0", wait.as_millis().max(1));
         pg_sys::set_config_option(
-            c"deadlock_timeout".as_ptr(),
-            value.as_ptr().cast(),
+            name.as_ptr(),
+            value.as_ptr(),
             pg_sys::GucContext::PGC_SUSET,
             pg_sys::GucSource::PGC_S_SESSION,
             pg_sys::GucAction::GUC_ACTION_LOCAL,
@@ -362,7 +414,6 @@ pub fn give_way_after(wait: Duration) -> Duration {
             0,
             false,
         );
-        before
     }
 }
 
