@@ -353,8 +353,10 @@ CROSS JOIN LATERAL (
             THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
         WHEN f.owner <> f.owner_now
             THEN format(E'it was asked for by %s, and the table is %s''s now'
-                        '\nHINT:  SELECT * FROM spend_index_set(%L, indexes => %L, hot => %s);',
-                        f.owner, f.owner_now::regrole, f.relation, ARRAY[f.name], f.hot)
+                        '\nHINT:  SELECT * FROM %s);',
+                        f.owner, f.owner_now::regrole,
+                        CASE WHEN f.dropped THEN format('spend_index_drop(%L, %L', f.relation, ARRAY[f.name])
+                             ELSE format('spend_index_set(%L, indexes => %L, hot => %s', f.relation, ARRAY[f.name], f.hot) END)
         WHEN f.kind <> 'r'
             THEN E'the partition is partitioned itself, or foreign\nHINT:  Index it by hand.'
         WHEN f.partition_owner <> f.owner
@@ -636,7 +638,8 @@ SELECT 'warning', format('nothing has used index %s of %s for 30 days', name, re
        format('SELECT * FROM spend_index_drop(%L, ARRAY[%L]);', relation, name)
 FROM litellm_spend.index_survey
 WHERE asked_at < clock_timestamp() - interval '30 days'
-  AND NOT EXISTS (SELECT FROM pg_stat_database WHERE datname = current_database() AND stats_reset > clock_timestamp() - interval '30 days')
+  AND NOT EXISTS (SELECT FROM pg_stat_database WHERE datname = current_database()
+                    AND coalesce(stats_reset, pg_postmaster_start_time()) > clock_timestamp() - interval '30 days')
 GROUP BY relation, name HAVING bool_or(state = 'built') AND sum(pg_stat_get_numscans(index)) = 0
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',

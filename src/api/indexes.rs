@@ -5,7 +5,7 @@ use crate::api::call::{report, require_changeable};
 use crate::api::partitions::enter;
 use crate::error::{self, Error};
 use crate::index::build::{self, Row};
-use crate::index::catalogue::{self, Index};
+use crate::index::catalogue::{self, CATALOGUE, Index};
 use crate::index::plan;
 use crate::index::upgrade;
 use crate::litellm::spend_log;
@@ -138,6 +138,8 @@ fn spend_index_drop(
         let (_elevated, table) = enter(source)?;
         let named = named(indexes)?;
         let names = named.map(|named| named.iter().map(|index| index.name.to_string()).collect::<Vec<_>>());
+        let known = || CATALOGUE.iter().map(|index| index.name.to_string()).collect();
+        indexes::adopt_to_drop(&table, &names.clone().unwrap_or_else(known))?;
         let dropped = indexes::request_drop(&table, names.as_deref())?;
         let mut rows = rows(&table)?;
         rows.retain(|(index, ..)| dropped.contains(index));

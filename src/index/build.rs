@@ -68,8 +68,8 @@ pub fn next(relation: pg_sys::Oid) -> Result<Next> {
     Ok(Next::Nothing)
 }
 
-/// `None`: somebody is at work on the table, and what is half built may be theirs. Who was at work when it was
-/// seen is so still, or has ended, and then it is gone or valid: so it is looked at before and after.
+/// `None`: somebody is at work on the table, and what is half built may be theirs. Who was at work when it
+/// was seen is so still, or has ended, and then it is gone or valid: so it is looked at before and after.
 fn leftovers(relation: pg_sys::Oid) -> Result<Option<Vec<Leftover>>> {
     let first = indexes::leftovers(relation)?;
     if indexes::is_at_work(relation)? {
@@ -121,8 +121,7 @@ pub type Row = (String, String, String, String);
 
 /// A row for each index that was asked for; where no worker builds them, with the statement to run.
 pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<Row>> {
-    let statement = |work: Work| format!("{};", work.sql);
-    let mut rows = vec![];
+    let mut rows: Vec<Row> = vec![];
     if by_hand {
         for leftover in leftovers(relation)?.unwrap_or_default() {
             let (name, partition) = (leftover.name.clone(), leftover.partition_name.clone());
@@ -130,15 +129,24 @@ pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<
         }
         indexes::forget_dropped(relation)?;
     }
+    let said = rows.len();
+    let under_way = conversion::is_under_way(relation)?;
     for place in indexes::survey(relation)? {
-        if by_hand && place.state == "to drop" {
+        // Of an index that somebody else owns, or builds, there is nothing to run.
+        let is_said = |row: &Row| row.0 == place.name && row.1 == place.partition_name;
+        if place.state == "to drop" && rows[..said].iter().any(is_said) {
             continue;
         }
-        let is_to_do = by_hand && ["waiting", "failed"].contains(&place.state.as_str());
         let detail = match place.last_error.clone() {
+            _ if by_hand && place.is_missing && !under_way => match create_of(&place, owner) {
+                Ok(work) => work.map(statement).unwrap_or_default(),
+                Err(error) => Failure::from(error).text(),
+            },
             Some(error) => error,
-            None if is_to_do => create_of(&place, owner)?.map(statement).unwrap_or_default(),
-            None if place.state == "waiting" && guc::merge_interval() > SOON => {
+            None if under_way && place.is_missing => {
+                "its table is being converted or reverted: see spend_progress".into()
+            }
+            None if !by_hand && place.state == "waiting" && guc::merge_interval() > SOON => {
                 let pause = guc::merge_interval().as_secs();
                 format!("begun within {pause} s: see litellm_spend.merge_interval")
             }
@@ -147,6 +155,10 @@ pub fn report(relation: pg_sys::Oid, owner: Owner, by_hand: bool) -> Result<Vec<
         rows.push((place.name, place.partition_name, place.state, detail));
     }
     Ok(rows)
+}
+
+fn statement(work: Work) -> String {
+    format!("{};", work.sql)
 }
 
 /// Whoever asked for an index is told of a worker that looks more rarely than that.

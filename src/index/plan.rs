@@ -3,6 +3,8 @@
 
 use crate::error::Result;
 use crate::index::catalogue::{self, CATALOGUE, Index};
+use crate::litellm::spend_log::TIME;
+use crate::partition::layout::Layout;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
 use crate::server::spi::{self, value};
@@ -31,7 +33,7 @@ pub fn plan(table: &Table) -> Result<Vec<Row>> {
     let (size, existing) = (Size::of(table, &tree)?, existing(&tree)?);
     let mut rows =
         CATALOGUE.iter().map(|index| row(index, table, &size, &existing)).collect::<Result<Vec<_>>>()?;
-    rows.extend(advice(table, &tree)?);
+    rows.extend(advice(table)?);
     Ok(rows)
 }
 
@@ -242,7 +244,16 @@ impl Size {
 /// Columns whose values are large.
 const LARGE: [&str; 4] = ["metadata", "messages", "response", "proxy_server_request"];
 
-fn advice(table: &Table, tree: &[pg_sys::Oid]) -> Result<Vec<Row>> {
+/// The partition that new ones are stored as, or the table itself.
+fn newest(table: &Table) -> Result<pg_sys::Oid> {
+    if table.kind != "p" {
+        return Ok(table.oid);
+    }
+    let layout = Layout::of(table.oid, TIME)?;
+    Ok(layout.partitions.last().or(layout.default.as_ref()).map_or(table.oid, |partition| partition.oid))
+}
+
+fn advice(table: &Table) -> Result<Vec<Row>> {
     let (mut rows, name) = (vec![], table.qualified());
     let mut advise = |definition: String, serves: &str| {
         let serves = serves.into();
@@ -259,13 +270,14 @@ fn advice(table: &Table, tree: &[pg_sys::Oid]) -> Result<Vec<Row>> {
             state,
         });
     };
+    // For a role that writes to it: LiteLLM's may be another than the owner.
     let is_set = !spi::query(
         "SELECT FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) AS setting
-         WHERE s.setrole IN (0, $1)
+         WHERE (s.setrole = 0 OR pg_catalog.has_table_privilege(s.setrole, $1::oid, 'INSERT'))
              AND s.setdatabase IN (0, (SELECT oid FROM pg_catalog.pg_database
                  WHERE datname = current_database()))
            AND setting = 'plan_cache_mode=force_custom_plan'",
-        &[table.owner_oid.into()],
+        &[table.oid.into()],
         |_| Ok(()),
     )?
     .is_empty();
@@ -281,14 +293,12 @@ fn advice(table: &Table, tree: &[pg_sys::Oid]) -> Result<Vec<Row>> {
             "the search box of the Logs page: a plan for any search reads all of the window. If LiteLLM's role is another, it is for that role",
         );
     }
-    // Of those that are still written to: the newest is as good as any.
     let unset = spi::query(
         "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
              ON n.oid = c.relnamespace
-         WHERE c.oid = ANY ($1) AND c.relkind = 'r'
-           AND NOT coalesce(c.reloptions::text LIKE '%autovacuum_vacuum_insert_scale_factor=%', false)
-         ORDER BY c.oid DESC LIMIT 1",
-        &[tree.to_vec().into()],
+         WHERE c.oid = $1 AND c.relkind = 'r'
+           AND NOT coalesce(c.reloptions::text LIKE '%autovacuum_vacuum_insert_scale_factor=%', false)",
+        &[newest(table)?.into()],
         |r| Ok(qualified(&value::<String>(r, 1)?, &value::<String>(r, 2)?)),
     )?;
     for leaf in unset {

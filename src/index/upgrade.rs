@@ -8,7 +8,7 @@
 use crate::error::{Error, Result};
 use crate::index::catalogue;
 use crate::index::plan::Size;
-use crate::server::relation::{self, Table};
+use crate::server::relation::{self, Table, free_name};
 use crate::server::spi::{self, value};
 use crate::server::text::{qualified, quoted, suffixed};
 use pgrx::prelude::*;
@@ -100,7 +100,7 @@ pub fn check(table: &Table, version: &str) -> Result<Vec<Row>> {
         rows.push(Row { change: format!("LiteLLM {version}"), by: "", effect, remedy });
     }
     rows.extend(new_columns(table, wanted, tree.len()));
-    rows.extend(new_indexes(table, wanted, &tree, &there)?);
+    rows.extend(new_indexes(table, wanted, &Size::of(table, &tree)?, &there)?);
     rows.extend(taken_away(table, wanted, &there));
     rows.extend(refused(table, wanted));
     Ok(rows)
@@ -131,7 +131,7 @@ fn new_columns(table: &Table, wanted: Version, tables: usize) -> Vec<Row> {
                 if tables > 1 { format!("the table and its {} partitions", tables - 1) } else { "the table".into() }
             ),
             remedy: Some(format!(
-                "SET lock_timeout = '1s'; ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} {};",
+                "{SHORT} ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} {}; {AS_BEFORE}",
                 table.qualified(),
                 quoted(column.name),
                 column.definition
@@ -140,10 +140,17 @@ fn new_columns(table: &Table, wanted: Version, tables: usize) -> Vec<Row> {
         .collect()
 }
 
+/// Before a statement that keeps others out while it waits for them.
+const SHORT: &str = "SET lock_timeout = '1s';";
+/// Before one that keeps nobody out, and that would leave an index half built if its wait were ended.
+const PATIENT: &str = "SET lock_timeout = 0;";
+const AS_BEFORE: &str = "RESET lock_timeout;";
+
 /// A plain index on the table: its name, and its columns if it is a B-tree of nothing but columns.
 struct Plain {
     name: String,
     columns: Vec<String>,
+    valid: bool,
 }
 
 fn indexes(table: pg_sys::Oid) -> Result<Vec<Plain>> {
@@ -152,11 +159,11 @@ fn indexes(table: pg_sys::Oid) -> Result<Vec<Plain>> {
                 CASE WHEN m.amname = 'btree' AND i.indnatts = i.indnkeyatts AND NOT i.indisunique
                     THEN ARRAY(SELECT attname::text FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, n)
                                JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum ORDER BY k.n)
-                    ELSE '{}' END
+                    ELSE '{}' END, i.indisvalid
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid JOIN pg_catalog.pg_am m ON m.oid = c.relam
          WHERE i.indrelid = $1 AND i.indpred IS NULL AND i.indexprs IS NULL AND NOT i.indisprimary ORDER BY 1",
         &[table.into()],
-        |r| Ok(Plain { name: value(r, 1)?, columns: value(r, 2)? }),
+        |r| Ok(Plain { name: value(r, 1)?, columns: value(r, 2)?, valid: value(r, 3)? }),
     )
 }
 
@@ -170,13 +177,26 @@ impl Index {
     }
 }
 
-fn new_indexes(table: &Table, wanted: Version, tree: &[pg_sys::Oid], there: &[Plain]) -> Result<Vec<Row>> {
+fn new_indexes(table: &Table, wanted: Version, size: &Size, there: &[Plain]) -> Result<Vec<Row>> {
     let mut rows = vec![];
-    let size = Size::of(table, tree)?;
     for index in INDEXES.iter().filter(|index| index.since <= wanted) {
         let name = index.name(&table.name);
+        let by = match index.blocks {
+            true => "a migration",
+            false => "LiteLLM's index job, once it serves",
+        };
+        let found = there.iter().find(|found| found.name == name);
+        if let Some(found) = found {
+            if !found.valid {
+                let change = format!("index {} is INVALID", quoted(&name));
+                let effect = "none: it is there by its name. No query uses it; a build that failed has left it, or one goes on"
+                    .into();
+                rows.push(Row { change, by, effect, remedy: Some(build(table, index)?) });
+            }
+            continue;
+        }
         // A migration goes by the name, the job adopts another of the same columns.
-        if there.iter().any(|found| found.name == name || !index.blocks && found.columns == index.columns) {
+        if !index.blocks && there.iter().any(|found| found.valid && found.columns == index.columns) {
             continue;
         }
         let seconds = size.seconds();
@@ -184,7 +204,7 @@ fn new_indexes(table: &Table, wanted: Version, tree: &[pg_sys::Oid], there: &[Pl
         rows.push(match index.blocks {
             false => Row {
                 change,
-                by: "LiteLLM's index job, once it serves",
+                by,
                 effect: format!("CREATE INDEX CONCURRENTLY, about {seconds} s; nobody waits"),
                 remedy: None,
             },
@@ -195,34 +215,113 @@ fn new_indexes(table: &Table, wanted: Version, tree: &[pg_sys::Oid], there: &[Pl
                     false => String::new(),
                 };
                 let effect = format!("CREATE INDEX: writers wait for about {seconds} s{late}");
-                Row { change, by: "a migration", effect, remedy: Some(build(table, index, tree)?) }
+                Row { change, by, effect, remedy: Some(build(table, index)?) }
             }
         });
     }
     Ok(rows)
 }
 
-/// The statements that build it beforehand, under LiteLLM's name, without keeping anybody out.
-fn build(table: &Table, index: &Index, tree: &[pg_sys::Oid]) -> Result<String> {
-    let (name, list) = (index.name(&table.name), index.list());
+/// The statements that build it beforehand under LiteLLM's name, or finish it, without keeping anybody out.
+fn build(table: &Table, index: &Index) -> Result<String> {
+    let name = index.name(&table.name);
     if table.kind != "p" {
+        let there = Part::of(table, &name, None)?;
+        return Ok(format!("{PATIENT} {} {AS_BEFORE}", there.build(table, index)));
+    }
+    let parent = qualified(&table.schema, &name);
+    let mut parts = vec![];
+    let children = "SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1 AND NOT inhdetachpending
+        ORDER BY 1";
+    for oid in spi::query(children, &[table.oid.into()], |r| value(r, 1))? {
+        let Some(partition) = Table::find(oid)? else { continue };
+        if partition.kind != "r" {
+            let what = "is partitioned itself, or foreign: build the index by hand";
+            return Ok(format!("{} {what}", partition.qualified()));
+        }
+        let part = Part::of(&partition, &index.name(&partition.name), Some((table.oid, &name)))?;
+        parts.push((partition, part));
+    }
+    let is_there = !spi::query(
+        "SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+         WHERE i.indrelid = $1 AND c.relname = $2",
+        &[table.oid.into(), name.as_str().into()],
+        |_| Ok(()),
+    )?
+    .is_empty();
+    let mut sql = vec![];
+    // It becomes valid when the last one is attached, and never if one that is attached was not valid.
+    let is_lost = is_there && parts.iter().all(|(_, part)| part.attached)
+        || parts.iter().any(|(_, part)| part.attached && part.valid == Some(false));
+    if is_lost {
+        sql.push(format!("{SHORT} DROP INDEX {parent};"));
+        parts.iter_mut().filter(|(_, part)| part.attached).for_each(|(_, part)| {
+            *part = Part { valid: None, attached: false, name: part.name.clone() };
+        });
+    }
+    if is_lost || !is_there {
         let on = table.qualified();
-        return Ok(format!("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {on} ({list});", quoted(&name)));
-    }
-    let mut sql =
-        vec![format!("CREATE INDEX IF NOT EXISTS {} ON ONLY {} ({list});", quoted(&name), table.qualified())];
-    for oid in tree.iter().filter(|oid| **oid != table.oid) {
-        let Some(partition) = Table::find(*oid)? else { continue };
-        let of_partition = index.name(&partition.name);
-        let on = partition.qualified();
         sql.push(format!(
-            "CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {on} ({list});",
-            quoted(&of_partition)
+            "{SHORT} CREATE INDEX IF NOT EXISTS {} ON ONLY {on} ({});",
+            quoted(&name),
+            index.list()
         ));
-        let (parent, child) = (qualified(&table.schema, &name), qualified(&partition.schema, &of_partition));
-        sql.push(format!("ALTER INDEX {parent} ATTACH PARTITION {child};"));
     }
+    for (partition, part) in parts.iter().filter(|(_, part)| !part.attached) {
+        if part.valid != Some(true) {
+            sql.push(format!("{PATIENT} {}", part.build(partition, index)));
+        }
+        let child = qualified(&partition.schema, &part.name);
+        sql.push(format!("{SHORT} ALTER INDEX {parent} ATTACH PARTITION {child};"));
+    }
+    sql.push(AS_BEFORE.into());
     Ok(sql.join(" "))
+}
+
+/// The index on a plain table or on a partition.
+struct Part {
+    name: String,
+    /// `None`: it is not there.
+    valid: Option<bool>,
+    attached: bool,
+}
+
+impl Part {
+    /// Of that name, or whatever is attached to the index called so of the partitioned table.
+    fn of(table: &Table, name: &str, parent: Option<(pg_sys::Oid, &str)>) -> Result<Part> {
+        let (parent, parent_name) = parent.unzip();
+        let found = spi::query(
+            "SELECT c.relname::text, i.indisvalid, p.oid IS NOT NULL
+             FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+             LEFT JOIN (pg_catalog.pg_inherits h JOIN pg_catalog.pg_class p ON p.oid = h.inhparent
+                        JOIN pg_catalog.pg_index pi ON pi.indexrelid = p.oid)
+                 ON h.inhrelid = c.oid AND pi.indrelid = $3 AND p.relname = $4
+             WHERE i.indrelid = $1 AND (p.oid IS NOT NULL OR c.relname = $2 AND NOT c.relispartition) ORDER BY 3 DESC LIMIT 1",
+            &[table.oid.into(), name.into(), parent.into(), parent_name.into()],
+            |r| Ok(Part { name: value(r, 1)?, valid: Some(value(r, 2)?), attached: value(r, 3)? }),
+        )?;
+        if let Some(part) = found.into_iter().next() {
+            return Ok(part);
+        }
+        // LiteLLM asks for the table's index by its name; those of partitions may have any.
+        let name = match parent {
+            Some(_) => free_name([&table.schema, &table.schema], name)?,
+            None => name.into(),
+        };
+        Ok(Part { name, valid: None, attached: false })
+    }
+
+    fn build(&self, table: &Table, index: &Index) -> String {
+        match self.valid {
+            Some(_) => format!("REINDEX INDEX CONCURRENTLY {};", qualified(&table.schema, &self.name)),
+            None => format!(
+                "CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {} ({});",
+                quoted(&self.name),
+                table.qualified(),
+                index.list()
+            ),
+        }
+    }
 }
 
 // ---- what is taken away, or fails ------------------------------------------------------------------------

@@ -59,6 +59,22 @@ fn tell() -> Result<()> {
     relation::tell_of(&format!("{SCHEMA}.index_set"))
 }
 
+/// Takes indexes of these names that are on the table or a partition, and that nobody has asked for, for ones
+/// that are to be dropped: their state was lost.
+pub fn adopt_to_drop(table: &Table, names: &[String]) -> Result<()> {
+    let sql = format!(
+        "INSERT INTO {SCHEMA}.index_set (relation, name, owner, hot, dropped, keys, included, origin)
+         SELECT $1, wanted.name, $2, false, true, '{{}}', '{{}}', {HERE}
+         FROM unnest($3::text[]) AS wanted(name)
+         WHERE EXISTS (
+             SELECT FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class o ON o.oid = x.indexrelid
+             WHERE starts_with(o.relname, 'litellm_spend_' || wanted.name || '_') AND x.indrelid IN (
+                 SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1))
+         ON CONFLICT DO NOTHING"
+    );
+    spi::execute(&sql, &[table.oid.into(), table.owner_oid.into(), names.to_vec().into()]).map(drop)
+}
+
 /// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before
 /// included. What failed is tried again.
 pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<String>> {
@@ -127,6 +143,8 @@ pub struct Place {
     pub partition_name: String,
     pub state: String,
     pub last_error: Option<String>,
+    /// It is for us to build.
+    pub is_missing: bool,
     /// It may be tried, as far as earlier failures go. One that is noted in the future is of a clock that was
     /// ahead.
     pub due: bool,
@@ -135,12 +153,15 @@ pub struct Place {
 /// The newest partitions first, and on each the indexes by name.
 pub fn survey(relation: pg_sys::Oid) -> Result<Vec<Place>> {
     spi::current(
+        // What has an error and no time to try again is for somebody else to settle.
         &format!(
-            "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error,
-                    s.state IN ('waiting', 'failed')
-                        AND coalesce(s.retry_at <= clock_timestamp() OR s.last_error_at > clock_timestamp(),
-                            s.state = 'waiting')
-             FROM {SCHEMA}.index_survey s JOIN pg_catalog.pg_class c ON c.oid = s.partition
+            "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error, missing,
+                    missing AND coalesce(
+                        s.retry_at <= clock_timestamp() OR s.last_error_at > clock_timestamp(), true)
+             FROM {SCHEMA}.index_survey s CROSS JOIN LATERAL (
+                 SELECT s.state IN ('waiting', 'failed')
+                     AND (s.last_error IS NULL OR s.retry_at IS NOT NULL) AS missing) AS m
+             JOIN pg_catalog.pg_class c ON c.oid = s.partition
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE s.relation = $1 ORDER BY s.range_end DESC, c.relname, s.name"
         ),
@@ -153,7 +174,8 @@ pub fn survey(relation: pg_sys::Oid) -> Result<Vec<Place>> {
                 partition_name: value(r, 4)?,
                 state: value(r, 5)?,
                 last_error: r.get(6)?,
-                due: value(r, 7)?,
+                is_missing: value(r, 7)?,
+                due: value(r, 8)?,
             })
         },
     )
