@@ -17,6 +17,7 @@ use crate::litellm::builtin;
 use crate::litellm::capture;
 use crate::litellm::detach;
 use crate::litellm::functions::MOVE;
+use crate::litellm::hours;
 use crate::litellm::reports;
 use crate::litellm::spend_log::{self, LOG_RELATIONS};
 use crate::litellm::triggers;
@@ -235,6 +236,9 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
     let exists = relation::find_relation(&definition.live_view())?.is_some();
     if action != "already there" || !exists || stored.as_ref() != Some(definition) {
         views::make_live(definition)?;
+    }
+    if action == "created" && definition.optional {
+        hours::begin_anew()?;
     }
     let later = action == "created" && definition.optional && history;
     // A new rollup begins at a watermark that is known to be safe.

@@ -23,6 +23,7 @@ use crate::server::spi;
 use crate::server::text::SCHEMA;
 use crate::state::captured;
 use crate::state::fence::Fence;
+use crate::state::sources::CHANGE_LOG;
 use pgrx::datum::Timestamp;
 
 /// Adds up the next day of the reports that is old enough. `false`: there is none, or a fence is taken.
@@ -59,11 +60,24 @@ pub fn step(patience: Patience) -> Result<bool> {
     Ok(true)
 }
 
+/// Before the first report is made: there are all hours.
+pub fn begin_anew() -> Result<()> {
+    let sql = format!(
+        "UPDATE {SCHEMA}.source s SET hours_from = '-infinity'
+         WHERE s.name = $1 AND s.hours_from > '-infinity' AND NOT EXISTS (
+             SELECT FROM {SCHEMA}.rollup r WHERE r.source = s.name AND (r.definition ->> 'optional')::boolean)"
+    );
+    spi::execute(&sql, &[CHANGE_LOG.into()]).map(drop)
+}
+
 /// The end of the first day that has hours, or the border if none has.
 fn next_day(fences: &[Fence], hours_from: Timestamp, border: Timestamp) -> Result<Timestamp> {
     let mut firsts = vec![];
     for fence in fences {
         firsts.extend(fence.filled()?.first_hour());
+    }
+    if firsts.is_empty() {
+        return Ok(border);
     }
     let sql = format!("SELECT min(first) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
     let first = spi::fresh(&sql, &[hours_from.into(), border.into()], |r| Ok(r.get::<Timestamp>(1)?))?;

@@ -102,16 +102,29 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
     let Some(capture) = captured::capture()? else { return Ok(()) };
     // Again, under the lock: detach may have come first.
     let (ready, source) = (ready()?, Table::find(capture.relation)?);
+    let Some(source) = source else { return Ok(()) };
+    let (mut switched, mut failed) = (false, None);
     for view in VIEWS.iter().filter(|view| ready.iter().any(|name| name == view.name)) {
-        let name = qualified(&capture.schema, view.name);
-        // What is not there any more, or not usable, is for the watch.
-        let (Some(found), Some(source)) = (Table::named(&name)?, &source) else { continue };
-        if unusable(view, &found, source)?.is_none() {
-            grant(view, &found, source)?;
-            note_original(view, &found)?;
-            install(view, &name, &capture.schema)?;
-            log::event(format_args!("{name} reads the rollups from now on"));
+        match attempt(|| switch(view, &source, &capture.schema)).map_err(Failure::unless_cancel) {
+            Ok(()) => switched = true,
+            // One that somebody has locked keeps no other.
+            Err(failure) if failure.is_lock_timeout() => failed = failed.or(Some(failure)),
+            Err(failure) => return Err(Error::Failed(failure)),
         }
+    }
+    // It is tried again alone, and then said.
+    failed.filter(|_| !switched).map_or(Ok(()), |failure| Err(Error::Failed(failure)))
+}
+
+fn switch(view: &PublicView, source: &Table, schema: &str) -> Result<()> {
+    let name = qualified(schema, view.name);
+    // What is not there any more, or not usable, is for the watch.
+    let Some(found) = Table::named(&name)? else { return Ok(()) };
+    if unusable(view, &found, source)?.is_none() {
+        grant(view, &found, source)?;
+        note_original(view, &found)?;
+        install(view, &name, schema)?;
+        log::event(format_args!("{name} reads the rollups from now on"));
     }
     Ok(())
 }

@@ -280,10 +280,8 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
         triggers.extend(self::triggers(to)?);
     }
     let owner = layout.owner;
-    // As ourselves, which calls nothing of the owner's: before PostgreSQL 15 only a superuser may disable
-    // those that a partition has from its table.
-    for (table, trigger, _) in &triggers {
-        spi::execute(&format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}"), &[])?;
+    for trigger in &triggers {
+        trigger.set(owner, "DISABLE")?;
     }
     let checks = not_valid(layout, to)?;
     for (name, _) in &checks {
@@ -312,8 +310,8 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
     for (name, definition) in &checks {
         owner.run(format!("ALTER TABLE {to} ADD CONSTRAINT {name} {definition} NOT VALID"))?;
     }
-    for (table, trigger, enable) in &triggers {
-        owner.run(format!("ALTER TABLE {table} {enable} TRIGGER {trigger}"))?;
+    for trigger in &triggers {
+        trigger.set(owner, trigger.enable)?;
     }
     Ok(rows)
 }
@@ -337,12 +335,36 @@ fn not_valid(layout: &Layout, table: &str) -> Result<Vec<(String, String)>> {
     spi::query(&sql, &of, |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)))
 }
 
-/// The enabled triggers of a table, but for those of foreign keys: its name, theirs, and how each is enabled.
-/// Before PostgreSQL 15 those that a partition has from its table are internal.
-fn triggers(relation: pg_sys::Oid) -> Result<Vec<(String, String, &'static str)>> {
-    let table = relation::relation_name(relation)?;
+/// An enabled trigger of a table.
+struct Trigger {
+    table: pg_sys::Oid,
+    name: String,
+    /// How it is enabled.
+    enable: &'static str,
+    /// Before PostgreSQL 15 one that a partition has from its table, which only a superuser may disable.
+    is_internal: bool,
+}
+
+impl Trigger {
+    fn set(&self, owner: Owner, how: &str) -> Result<()> {
+        let table = relation::relation_name(self.table)?;
+        let sql = format!("ALTER TABLE {table} {how} TRIGGER {}", self.name);
+        if !self.is_internal {
+            return owner.run(sql);
+        }
+        // It calls nothing of the owner's. But the name could mean another table by now.
+        spi::execute(&sql, &[])?;
+        match relation::find_relation(&table)? == Some(self.table) {
+            true => Ok(()),
+            false => Err(Error::CameBetween(table)),
+        }
+    }
+}
+
+/// The enabled triggers of a table, but for those of foreign keys.
+fn triggers(relation: pg_sys::Oid) -> Result<Vec<Trigger>> {
     spi::query(
-        "SELECT quote_ident(tgname), tgenabled::text FROM pg_catalog.pg_trigger
+        "SELECT quote_ident(tgname), tgenabled::text, tgisinternal FROM pg_catalog.pg_trigger
          WHERE tgrelid = $1 AND tgenabled <> 'D' AND (NOT tgisinternal OR tgparentid <> 0)
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint k WHERE k.oid = tgconstraint AND k.contype = 'f')",
         &[relation.into()],
@@ -352,7 +374,7 @@ fn triggers(relation: pg_sys::Oid) -> Result<Vec<(String, String, &'static str)>
                 "R" => "ENABLE REPLICA",
                 _ => "ENABLE",
             };
-            Ok((table.clone(), spi::value(r, 1)?, enable))
+            Ok(Trigger { table: relation, name: spi::value(r, 1)?, enable, is_internal: spi::value(r, 3)? })
         },
     )
 }

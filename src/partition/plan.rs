@@ -135,6 +135,7 @@ fn readers(view: pgrx::pg_sys::Oid) -> Result<Vec<String>> {
         "WITH RECURSIVE reader(oid) AS (
              SELECT $1 UNION
              SELECT w.ev_class FROM reader JOIN pg_catalog.pg_depend d ON d.refobjid = reader.oid
+                 AND d.refclassid = 'pg_class'::regclass
              JOIN pg_catalog.pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid)
          SELECT oid::regclass::text FROM reader WHERE oid <> $1 ORDER BY 1",
         &[view.into()],
