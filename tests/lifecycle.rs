@@ -97,7 +97,9 @@ fn the_view_keeps_oid_owner_grants_dependents_and_detach_gives_litellms_back() {
         value::<i64>(&mut client, "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'litellm_spend%'"),
         0
     );
-    client.batch_execute("SELECT * FROM dependent; SELECT spend_attach(); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend").unwrap();
+    // It then waits for what the attach has granted on that, and the detach for it.
+    let rest = "SELECT * FROM dependent; SELECT spend_attach(); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend";
+    eventually("all is dropped", || client.batch_execute(rest).is_ok());
     let left: i64 = value(&mut client, "SELECT count(*) FROM pg_namespace WHERE nspname = 'litellm_spend'");
     assert_eq!(left, 0);
     drop_role(&mut client, "litellm_a");
