@@ -82,6 +82,47 @@ fn a_failure_that_commits_late_is_repaired_when_it_commits() {
 }
 
 #[test]
+fn days_that_are_to_be_repaired_are_not_frozen_though_their_raw_rows_are_gone() {
+    let (_db, mut client) = without_worker();
+    let row = |day: i32| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('old{day}', 'x', 1, CURRENT_DATE - {day}, now())"#
+        )
+    };
+    client.batch_execute(&insert_rows("a", 50, 5)).unwrap();
+    client.batch_execute(&row(45)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    let covered =
+        "SELECT bool_and(covered_from = '-infinity') FROM litellm_spend.rollup WHERE source = 'change_log'";
+    let run = |client: &mut Client| client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    eventually("all is covered", || {
+        run(&mut client);
+        holds(&mut client, covered)
+    });
+    make_unwritable(&mut client, "change_log");
+    client.batch_execute(&row(40)).unwrap();
+    make_writable(&mut client, "change_log");
+    // Its repair fails for now, and both are deleted, as retention does.
+    make_unwritable(&mut client, "daily_spend_rollup");
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id LIKE 'old%'"#).unwrap();
+    run(&mut client);
+    make_writable(&mut client, "daily_spend_rollup");
+    let frozen =
+        "SELECT frozen_before > CURRENT_DATE - 40 FROM litellm_spend.source WHERE name = 'change_log'";
+    eventually("it is repaired, and frozen", || {
+        run(&mut client);
+        holds(&mut client, frozen)
+    });
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 52);
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(unrepairable_ranges = 0) FROM spend_rollup_status WHERE kind = 'built-in'"
+    ));
+    assert_verified(&mut client);
+}
+
+#[test]
 fn malformed_request_tags_do_not_fail_the_statement() {
     let db = shared().database().attached();
     let mut client = db.connect();

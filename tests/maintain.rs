@@ -899,6 +899,44 @@ fn days_of_a_partition_that_had_to_stay_are_not_frozen_with_those_of_a_newer_one
     assert_verified(&mut client);
 }
 
+/// The ledger has the deleted row, so that the repair to come can count it.
+#[test]
+fn days_that_are_to_be_repaired_are_not_frozen_with_those_of_a_newer_partition() {
+    not_at_midnight();
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute(&day_partition("newer", -40)).unwrap();
+    let row = |day: i32| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('r{day}', 'x', 0.5, CURRENT_DATE + ({day}), now());"#
+        )
+    };
+    client.batch_execute(&(row(-60) + &row(-40))).unwrap();
+    attach(&mut client);
+    wait_until_merged(&mut client);
+    client.batch_execute("SELECT spend_partition_set(NULL, 'day', 1, '30 days')").unwrap();
+    make_unwritable(&mut client, "daily_spend_rollup");
+    client
+        .batch_execute(&format!(
+            r#"BEGIN; ALTER TABLE "LiteLLM_SpendLogs_pdefault" DISABLE TRIGGER USER; {} COMMIT"#,
+            row(-50).replace("\"LiteLLM_SpendLogs\"", "\"LiteLLM_SpendLogs_pdefault\"")
+        ))
+        .unwrap();
+    let noted = "SELECT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE operation = 'ATTACH')";
+    eventually("its days are noted", || holds(&mut client, noted));
+    let actions = expire(&mut client, "CURRENT_DATE - 30");
+    assert_eq!(expired(&actions), ["newer"], "{actions:?}");
+    assert!(actions.iter().any(|a| a.0 == "deleted" && a.2 == 2), "{actions:?}");
+    make_writable(&mut client, "daily_spend_rollup");
+    eventually("they are repaired", || {
+        !holds(&mut client, &noted.replace("operation", "repaired_at IS NULL AND operation"))
+    });
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 3);
+    assert_verified(&mut client);
+}
+
 #[test]
 fn detached_partitions_go_to_the_archive_and_are_captured_no_more() {
     let db = cluster().database();

@@ -291,23 +291,35 @@ fn note_again(ranges: &str, day: Timestamp, operation: &str) -> Result<()> {
 }
 
 /// Freezes the days before the oldest raw row and prunes their ledger: nothing can recompute them any more.
+/// Not those that are to be repaired, which may be of the ledger's rows alone.
 pub fn freeze_expired(patience: Patience) -> Result<bool> {
     let Some(capture) = captured::capture()? else { return Ok(false) };
-    let Some(first) = start_of_raw(&capture)? else { return Ok(false) };
     // Before the fences, which take an XID: as a rule there is nothing to freeze.
-    let border = spi::query(
-        &format!(
-            "SELECT least($2, {TODAY}) FROM {SCHEMA}.source WHERE name = $1
-                 AND frozen_before < least($2, {TODAY})"
-        ),
-        &[capture.source.as_str().into(), first.into()],
-        |r| spi::value::<Timestamp>(r, 1),
-    )?;
-    let Some(border) = border.into_iter().next() else { return Ok(false) };
+    if freezable(&capture)?.is_none() {
+        return Ok(false);
+    }
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
     if fences.is_empty() || !fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
         return Ok(false);
     }
-    frozen::freeze_before(border)?;
-    Ok(true)
+    match freezable(&capture)? {
+        Some(border) => frozen::freeze_before(border).map(|()| true),
+        None => Ok(false),
+    }
+}
+
+/// Up to where days can be frozen that are not, by now.
+fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
+    let Some(first) = start_of_raw(capture)? else { return Ok(None) };
+    if capture.has_unseen_failures()? {
+        return Ok(None);
+    }
+    let sql = format!(
+        "SELECT border FROM {SCHEMA}.source,
+             LATERAL (SELECT least($2, {TODAY}, min(range_start)) AS border FROM {SCHEMA}.dirty_range
+                      WHERE repair = 'rebuild' AND repaired_at IS NULL) AS days
+         WHERE name = $1 AND frozen_before < border"
+    );
+    let borders = spi::current(&sql, &[capture.source.as_str().into(), first.into()], |r| spi::value(r, 1))?;
+    Ok(borders.into_iter().next())
 }

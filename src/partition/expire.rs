@@ -129,9 +129,17 @@ pub fn finish(
             format!("now {}", archive::take(layout.owner, partition.oid)?)
         }
     };
-    // 4. its days are history, and those before them unless an older partition had to stay.
+    // 4. its days are history, and those before them unless an older partition had to stay, or they are to be
+    //    repaired.
     if let (Some(_), Some(end)) = (&captured, to) {
-        let older_stays = now.partitions.iter().any(|other| other.range.to <= partition.range.from);
+        let older_stays = now.partitions.iter().any(|other| other.range.to <= partition.range.from)
+            || spi::exists(
+                &format!(
+                    "SELECT FROM {SCHEMA}.dirty_range
+                     WHERE repair = 'rebuild' AND repaired_at IS NULL AND range_start < $1"
+                ),
+                &[from.into()],
+            )?;
         match from.filter(|_| older_stays) {
             Some(start) => frozen::freeze(start, end, "EXPIRY")?,
             None => frozen::freeze_before(end)?,
@@ -243,9 +251,6 @@ fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
     let Some(state) = captured::capture()?.filter(|state| state.relation == layout.table.oid) else {
         return Ok(());
     };
-    let failures = relation::find_relation(&format!("{SCHEMA}.capture_failures"))?;
-    let failures = failures.map(relation::last_value).transpose()?.flatten().unwrap_or(0);
-    let unseen = failures != state.failures_seen;
     let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
     let dirty = spi::exists(
         &format!(
@@ -254,7 +259,7 @@ fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
         ),
         &[from.into(), to.into()],
     )?;
-    if unseen || dirty {
+    if dirty || state.has_unseen_failures()? {
         return Err(Error::NotRepaired(partition.name.clone()));
     }
     require_triggers(layout, partition.oid)

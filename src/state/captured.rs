@@ -1,7 +1,7 @@
 //! The captured table, as it is noted.
 
 use crate::error::{Error, Result};
-use crate::server::relation::relation_name;
+use crate::server::relation::{find_relation, last_value, relation_name};
 use crate::server::session::Owner;
 use crate::server::spi::{current, execute, query, value};
 use crate::server::text::SCHEMA;
@@ -65,6 +65,13 @@ impl CaptureState {
                 expected: known.name()?,
             }),
         }
+    }
+
+    /// Whether capture has failed, and nobody has looked yet what that has left to repair.
+    pub fn has_unseen_failures(&self) -> Result<bool> {
+        let failures = find_relation(&format!("{SCHEMA}.capture_failures"))?;
+        let last = failures.map(last_value).transpose()?.flatten();
+        Ok(last.unwrap_or(0) != self.failures_seen)
     }
 
     /// The tables that hold raw rows: the captured one and, after a replacement, the one before it.
