@@ -108,7 +108,9 @@ SELECT c.oid, c.relowner, p.time_column, p."interval", p.precreate, p.retention,
 FROM litellm_spend.policy_by_name p
 JOIN pg_namespace n ON n.nspname = p.table_schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.table_name AND c.relkind IN ('r', 'p');
-SELECT pg_extension_config_dump('litellm_spend.policy', '');
+-- A table that is gone would be dumped as its number, which may be another table's where it is restored.
+SELECT pg_extension_config_dump('litellm_spend.policy',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
 COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
 
 -- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to
@@ -143,7 +145,8 @@ CREATE TABLE litellm_spend.index_failure (
     PRIMARY KEY (partition, name)
 );
 
-SELECT pg_extension_config_dump('litellm_spend.index_set', '');
+SELECT pg_extension_config_dump('litellm_spend.index_set',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
 
 -- Until when a worker has looked at this database, or since when one is awaited.
 CREATE FUNCTION litellm_spend.served_until() RETURNS timestamptz

@@ -223,9 +223,12 @@ CREATE TABLE litellm_spend.expired_partition (
     PRIMARY KEY (table_schema, table_name, partition, expired_at)
 );
 
-SELECT pg_catalog.pg_extension_config_dump('litellm_spend.policy', '');
+-- A table that is gone would be dumped as its number, which may be another table's where it is restored.
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.policy',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.conversion', '');
-SELECT pg_catalog.pg_extension_config_dump('litellm_spend.index_set', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.index_set',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.expired_partition', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.rollup', '');

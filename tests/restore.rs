@@ -208,6 +208,36 @@ fn litellm_s_own_role_may_dump_with_pg_read_all_data_and_is_told_so() {
     shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
 }
 
+/// Without a worker nobody has forgotten it. As a number it could be another table's in the new database.
+#[test]
+fn a_policy_of_a_table_that_is_gone_is_not_dumped() {
+    let (db, mut client) = without_worker();
+    let table = |name: &str| {
+        format!(
+            "CREATE TABLE {name} (id bigserial, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('{name}', retention => '30 days');"
+        )
+    };
+    client.batch_execute(&(table("stays") + &table("goes") + "DROP TABLE goes")).unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.policy"), 2);
+    let mut pg_dump = db.cluster.program("pg_dump");
+    pg_dump.args([
+        "-h",
+        db.cluster.dir.to_str().unwrap(),
+        "-p",
+        &PORT.to_string(),
+        "-U",
+        "postgres",
+        &db.name,
+    ]);
+    let output = pg_dump.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (_, rows) = text.split_once("COPY litellm_spend.policy (").unwrap();
+    let rows: Vec<&str> = rows.lines().skip(1).take_while(|line| *line != "\\.").collect();
+    assert!(rows.len() == 1 && rows[0].starts_with("public.stays\t"), "{rows:?}");
+}
+
 #[test]
 fn a_restore_in_pieces_is_left_alone_until_the_last() {
     let (db, _open) = original();
