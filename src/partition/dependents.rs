@@ -12,7 +12,9 @@
 
 use crate::error::Result;
 use crate::guc;
-use crate::server::relation::{Table, code_of_third_roles, relation_tree};
+use crate::server::relation::{
+    Table, code_of_third_roles, relation_tree, revocations, revocations_of_function,
+};
 use crate::server::rewrite;
 use crate::server::session::Owner;
 use crate::server::spi::{execute, query, value};
@@ -156,26 +158,12 @@ impl Dependents {
 /// Takes from a new table what ALTER DEFAULT PRIVILEGES granted on it: it gets the grants of the table that
 /// it is made for instead.
 pub fn revoke_default_privileges(owner: Owner, table: &str) -> Result<()> {
-    let acl = "SELECT relacl, relowner FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1)";
-    revoke_from_others(owner, "TABLE", table, acl)
+    revocations(table)?.into_iter().try_for_each(|sql| owner.run(sql))
 }
 
 /// Takes EXECUTE on a function from everybody but its owner, PUBLIC included.
 pub fn revoke_execute(owner: Owner, signature: &str) -> Result<()> {
-    let acl = "SELECT coalesce(proacl, acldefault('f', proowner)), proowner FROM pg_catalog.pg_proc
-               WHERE oid = pg_catalog.to_regprocedure($1)";
-    revoke_from_others(owner, "FUNCTION", signature, acl)
-}
-
-/// `acl` gives the privileges on the object and its owner.
-fn revoke_from_others(owner: Owner, kind: &str, object: &str, acl: &str) -> Result<()> {
-    let sql = format!(
-        "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
-         FROM ({acl}) AS o(acl, owner), aclexplode(o.acl) AS x WHERE x.grantee <> o.owner"
-    );
-    let grantees = query(&sql, &[object.into()], |r| value::<String>(r, 1))?;
-    let revoke = |grantee| owner.run(format!("REVOKE ALL ON {kind} {object} FROM {grantee} CASCADE"));
-    grantees.iter().try_for_each(revoke)
+    revocations_of_function(signature)?.into_iter().try_for_each(|sql| owner.run(sql))
 }
 
 fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {

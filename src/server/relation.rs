@@ -364,3 +364,28 @@ pub fn open(oid: pg_sys::Oid) -> Result<Table> {
         None => Ok(table),
     }
 }
+
+// ---- privileges ------------------------------------------------------------------------------------------
+
+/// The statements that take a table, sequence or view from everybody but its owner.
+pub fn revocations(name: &str) -> Result<Vec<String>> {
+    let acl = "SELECT relacl, relowner FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1)";
+    revocations_by(acl, "TABLE", name)
+}
+
+/// The same of a function, which PUBLIC may call unless somebody says otherwise.
+pub fn revocations_of_function(signature: &str) -> Result<Vec<String>> {
+    let acl = "SELECT coalesce(proacl, acldefault('f', proowner)), proowner FROM pg_catalog.pg_proc
+               WHERE oid = pg_catalog.to_regprocedure($1)";
+    revocations_by(acl, "FUNCTION", signature)
+}
+
+/// `acl` gives the privileges on the object and its owner.
+fn revocations_by(acl: &str, kind: &str, object: &str) -> Result<Vec<String>> {
+    let sql = format!(
+        "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
+         FROM ({acl}) AS o(acl, owner), aclexplode(o.acl) AS x WHERE x.grantee <> o.owner"
+    );
+    let grantees = current(&sql, &[object.into()], |r| value::<String>(r, 1))?;
+    Ok(grantees.iter().map(|role| format!("REVOKE ALL ON {kind} {object} FROM {role} CASCADE")).collect())
+}

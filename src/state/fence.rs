@@ -9,9 +9,9 @@
 
 use crate::error::{Error, Result};
 use crate::server::locks::{Patience, holders, try_lock};
-use crate::server::relation::{find_relation, relation_name};
+use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
-use crate::server::spi::{current, execute, exists, fresh, query, value};
+use crate::server::spi::{execute, exists, fresh, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::definition::Definition;
 use crate::state::rollups::rollup_names;
@@ -307,27 +307,12 @@ pub fn grant(statement: &str) -> Result<()> {
 /// Takes a table, sequence or view that was just made from everybody but its owner: ALTER DEFAULT PRIVILEGES
 /// may have granted anything on it.
 pub fn revoke_on_relation(name: &str) -> Result<()> {
-    let acl = "SELECT relacl, relowner FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1)";
-    revoke_from_others("TABLE", name, acl)
+    revocations(name)?.iter().try_for_each(|sql| grant(sql))
 }
 
 /// The same of a function, which PUBLIC may call unless somebody says otherwise.
 pub fn revoke_on_function(signature: &str) -> Result<()> {
-    let acl = "SELECT coalesce(proacl, acldefault('f', proowner)), proowner FROM pg_catalog.pg_proc
-               WHERE oid = pg_catalog.to_regprocedure($1)";
-    revoke_from_others("FUNCTION", signature, acl)
-}
-
-/// `acl` gives the privileges on the object and its owner.
-fn revoke_from_others(kind: &str, object: &str, acl: &str) -> Result<()> {
-    let sql = format!(
-        "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
-         FROM ({acl}) AS o(acl, owner), aclexplode(o.acl) AS x WHERE x.grantee <> o.owner"
-    );
-    let grantees = current(&sql, &[object.into()], |r| value::<String>(r, 1))?;
-    grantees
-        .iter()
-        .try_for_each(|grantee| grant(&format!("REVOKE ALL ON {kind} {object} FROM {grantee} CASCADE")))
+    revocations_of_function(signature)?.iter().try_for_each(|sql| grant(sql))
 }
 
 /// The right to [`grant`], before what is to be granted is made.
