@@ -466,6 +466,21 @@ fn partitions_ahead_are_periods_that_are_ready_without_a_gap() {
     assert_eq!(value::<i64>(&mut client, ahead), 366);
 }
 
+/// As many rounds on 2026-11-28 as it takes, none of which skips anything else: how much is drained in one
+/// goes by time.
+fn maintain_until_drained(client: &mut Client, table: &str) {
+    for _ in 0..20 {
+        let mut actions = maintain_at(client, table, "2026-11-28");
+        let before = actions.len();
+        actions.retain(|a| a.3 != "more is to be drained by the next round");
+        assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+        if actions.len() == before {
+            return;
+        }
+    }
+    panic!("it is never drained");
+}
+
 /// Go's zero time, written from west of Greenwich, is one of them.
 #[test]
 fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
@@ -481,21 +496,8 @@ fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
              SELECT spend_partition_set('events', precreate => 1)"
         ))
         .unwrap();
-    // As many rounds as it takes: how much is drained in one goes by time.
-    let maintain = |client: &mut Client| {
-        for _ in 0..20 {
-            let mut actions = maintain_at(client, "events", "2026-11-28");
-            let before = actions.len();
-            actions.retain(|a| a.3 != "more is to be drained by the next round");
-            assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
-            if actions.len() == before {
-                return;
-            }
-        }
-        panic!("it is never drained");
-    };
-    maintain(&mut client);
-    maintain(&mut client);
+    maintain_until_drained(&mut client, "events");
+    maintain_until_drained(&mut client, "events");
     let left = "SELECT array_agg(at::text ORDER BY at) FROM events_pdefault";
     assert_eq!(
         value::<Vec<String>>(&mut client, left),
@@ -505,7 +507,7 @@ fn rows_and_partitions_at_the_ends_of_time_are_in_nobodys_way() {
     client
         .batch_execute("SELECT spend_partition_set('events', precreate => 1, retention => '20 days')")
         .unwrap();
-    maintain(&mut client);
+    maintain_until_drained(&mut client, "events");
     let rows = "SELECT count(*) FROM events WHERE at < '2026-01-01' AND isfinite(at)";
     assert_eq!(value::<i64>(&mut client, rows), 0);
     assert!(holds(&mut client, "SELECT bool_and(last_error IS NULL) FROM spend_partition_status"));
@@ -530,8 +532,7 @@ fn dates_beyond_every_timestamp_are_in_nobodys_way() {
         let set = format!("SELECT spend_partition_set('dated', precreate => 1, retention => '{retention}')");
         client.batch_execute(&set).unwrap();
         for _ in 0..3 {
-            let actions = maintain_at(&mut client, "dated", "2026-11-28");
-            assert!(actions.iter().all(|a| a.0 != "skipped"), "{actions:?}");
+            maintain_until_drained(&mut client, "dated");
         }
     }
     let left = "SELECT array_agg(d::text ORDER BY d) FROM rest";
