@@ -192,18 +192,13 @@ fn spend_partition_revert(
     report(|| {
         require_changeable()?;
         let (_elevated, table) = enter(source)?;
-        let conversion = match Conversion::of(&table)? {
-            None => Conversion::begun_with(&table)?,
-            found => found,
-        };
-        if let Some(mut conversion) = conversion {
+        if let Some(mut conversion) = Conversion::begun(&table)? {
             conversion.take_over(&table)?;
             let left_to_do = conversion.abort()?.unwrap_or_default();
             return Ok(vec![row("conversion", "aborted", left_to_do)]);
         }
-        let pending = Reversion::of(&table)?;
         if abort.unwrap_or(false) {
-            let detail = match pending.map_or_else(|| Reversion::begun_with(&table), |p| Ok(Some(p)))? {
+            let detail = match Reversion::begun(&table)? {
                 Some(mut reversion) => reversion.abort().map(|()| String::new())?,
                 None if table.kind == "p" => "nothing was under way: it stays partitioned".into(),
                 None => "nothing was under way: it is a plain table".into(),
@@ -214,7 +209,7 @@ fn spend_partition_revert(
         if table.kind != "p" || table.schema == ARCHIVE {
             return Ok(vec![row("swap", "done", "it is a plain table".into())]);
         }
-        if pending.is_none() {
+        if Reversion::of(&table)?.is_none() {
             revert::request(&table)?;
         }
         let Some(mut reversion) = Reversion::of(&table)? else { return Ok(vec![]) };

@@ -237,10 +237,11 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
     if action != "already there" || !exists || stored.as_ref() != Some(definition) {
         views::make_live(definition)?;
     }
-    if action == "created" && definition.optional {
+    let new_report = action == "created" && definition.optional;
+    if new_report {
         hours::begin_anew()?;
     }
-    let later = action == "created" && definition.optional && history;
+    let later = new_report && history;
     // A new rollup begins at a watermark that is known to be safe.
     spi::execute(
         &format!(

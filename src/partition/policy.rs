@@ -79,7 +79,12 @@ impl Policy {
                    IS NOT DISTINCT FROM ($3, $4, $5, $6::interval::text, $7)
              FOR UPDATE OF p SKIP LOCKED"
         );
-        let args = [
+        Ok((!spi::fresh(&sql, &self.values(), |_| Ok(()))?.is_empty()).then_some(work))
+    }
+
+    /// Of which table it is, whose, and what it says.
+    fn values(&self) -> [datum::DatumWithOid<'_>; 7] {
+        [
             self.relation.into(),
             self.owner.oid().into(),
             self.time_column.as_str().into(),
@@ -87,8 +92,7 @@ impl Policy {
             (self.precreate as i32).into(),
             self.retention.clone().into(),
             self.on_expire.name().into(),
-        ];
-        Ok((!spi::fresh(&sql, &args, |_| Ok(()))?.is_empty()).then_some(work))
+        ]
     }
 
     /// Notes the end of a round, unless the policy is another by now. `again`: the next one does not wait for
@@ -253,7 +257,7 @@ pub fn set(table: &Table, wanted: Wanted, dry_run: bool) -> Result<Change> {
         Some(before) => policy.differences(before),
     };
     if !dry_run {
-        policy.store(table)?;
+        policy.store()?;
     }
     Ok(Change { policy: Some(policy), said })
 }
@@ -358,7 +362,7 @@ impl Policy {
         }
     }
 
-    fn store(&self, table: &Table) -> Result<()> {
+    fn store(&self) -> Result<()> {
         spi::execute(
             &format!(
                 "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate,
@@ -371,15 +375,7 @@ impl Policy {
                      on_expire = excluded.on_expire, maintained_at = NULL, retry_at = NULL,
                      last_error = NULL, last_error_at = NULL, blocked = NULL, blocked_since = NULL"
             ),
-            &[
-                table.oid.into(),
-                self.owner.oid().into(),
-                self.time_column.as_str().into(),
-                self.interval.name().into(),
-                (self.precreate as i32).into(),
-                self.retention.clone().into(),
-                self.on_expire.name().into(),
-            ],
+            &self.values(),
         )
         .map(drop)
     }

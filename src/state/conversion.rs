@@ -77,9 +77,12 @@ impl<T: Options> Pending<T> {
         Ok(found.max_by_key(begun_with))
     }
 
-    /// That which began with the table, whoever owned it then.
-    pub fn begun_with(table: &Table) -> Result<Option<Self>> {
-        Ok(Self::all()?.into_iter().find(|p| p.relation == table.oid))
+    /// The same to be taken back: else that which began with the table, whoever owned it then.
+    pub fn begun(table: &Table) -> Result<Option<Self>> {
+        match Self::of(table)? {
+            None => Ok(Self::all()?.into_iter().find(|p| p.relation == table.oid)),
+            found => Ok(found),
+        }
     }
 
     /// What another owner had begun is for the present one to take back.

@@ -144,7 +144,7 @@ impl Steps {
         let news = in_transaction(|| (!database_is_wanted()).then(|| attempt_as_owner(news::look)))?;
         let told = quiet::was_told();
         if told {
-            [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
+            self.expect_all();
         }
         let news = match news {
             Ok(news) => news,
@@ -176,11 +176,15 @@ impl Steps {
         Some(work)
     }
 
+    fn expect_all(&mut self) {
+        [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
+    }
+
     /// A look fails while the extension is at another version, and while an owner keeps a sequence to
     /// himself. Then everything that it would have told of is looked at. `false`: the worker is to leave.
     fn looked_in_vain(&mut self, failure: &Failure) -> bool {
         let goes_on = self.wait_for_update();
-        [&mut self.watch, &mut self.maintenance, &mut self.indexes].into_iter().for_each(Look::expect);
+        self.expect_all();
         self.last_news = Instant::now();
         self.looks_in_vain += 1;
         // Not the one after an update.

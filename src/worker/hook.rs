@@ -76,7 +76,7 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
     use pg_sys::NodeTag::*;
     // The server refuses most statements about a database there.
     // SAFETY: reads state of the transaction.
-    let in_block = unsafe { pg_sys::IsInTransactionBlock(top_level) };
+    let in_block = || unsafe { pg_sys::IsInTransactionBlock(top_level) };
     unsafe {
         match (*node).type_ {
             T_CreateExtensionStmt => {
@@ -85,7 +85,9 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
                     announce();
                 }
             }
-            T_DropdbStmt if !in_block => end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname, Use::Change),
+            T_DropdbStmt if !in_block() => {
+                end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname, Use::Change)
+            }
             T_RenameStmt => {
                 let statement = node as *mut pg_sys::RenameStmt;
                 if (*statement).renameType == pg_sys::ObjectType::OBJECT_DATABASE {
@@ -94,7 +96,7 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
             }
             T_AlterDatabaseStmt => {
                 let statement = &*(node as *mut pg_sys::AlterDatabaseStmt);
-                if nodes(statement.options).into_iter().any(|option| closes(option.cast(), in_block)) {
+                if nodes(statement.options).into_iter().any(|option| closes(option.cast(), in_block())) {
                     end_worker(statement.dbname, Use::Change);
                 }
             }
@@ -117,7 +119,7 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
                     keep_views(Dropped::OwnedBy(statement.roles));
                 }
             }
-            T_CreatedbStmt if !in_block => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
+            T_CreatedbStmt if !in_block() => end_worker_of_template(node as *mut pg_sys::CreatedbStmt),
             _ => {}
         }
     }
