@@ -27,7 +27,7 @@ use crate::state::window::Window;
 use pgrx::pg_sys;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What one merge did.
 pub struct Merge {
@@ -57,12 +57,14 @@ pub struct Look {
 
 /// The newest value of the source that is safe to merge.
 pub fn find_safe_end(source: &mut Source, patience: Patience) -> Result<i64> {
-    Ok(look(source, patience)?.safe_end)
+    Ok(look(source, patience, Duration::ZERO)?.safe_end)
 }
 
-/// Looks how far it is safe to merge, without waiting for anybody longer than `patience`.
-pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
+/// Looks how far it is safe to merge, without waiting for anybody longer than `patience` or, if there is
+/// something to merge, than `more` is worth.
+pub fn look(source: &mut Source, patience: Patience, more: Duration) -> Result<Look> {
     let before = (source.window.clone(), source.nodes.clone());
+    let (worth, mut wanted) = (Patience::Until(Instant::now() + more), None);
     loop {
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
         //    who has ended. And before the relations that they write to, which are read as they are now:
@@ -99,7 +101,9 @@ pub fn look(source: &mut Source, patience: Patience) -> Result<Look> {
             safe_end = source.nodes.look(safe_end, &writers).unwrap_or(source.merged_to);
         }
         //    A statement that called us does not end while we wait.
-        let done = safe_end >= last_value || writers.ourselves || !patience.try_again();
+        let patience = if safe_end > source.merged_to { patience.or(worth) } else { patience };
+        let wanted = *wanted.get_or_insert(last_value);
+        let done = safe_end >= wanted || writers.ourselves || !patience.try_again();
         if done {
             store_unless_same(source, &before)?;
             return Ok(Look { safe_end, last_value });

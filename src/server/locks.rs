@@ -35,6 +35,11 @@ impl Patience {
         Patience::Until(Instant::now() + guc::window_wait())
     }
 
+    /// This one, or another where this is none.
+    pub fn or(self, other: Patience) -> Patience {
+        if matches!(self, Patience::None) { other } else { self }
+    }
+
     /// Sleeps a moment and says whether to try again.
     pub fn try_again(self) -> bool {
         match self {

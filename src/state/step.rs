@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::guc;
 use crate::server::locks::Patience;
 use crate::server::text::qualified;
+use crate::state::sources::Source;
 use pgrx::pg_sys;
 use std::fmt;
 use std::time::Duration;
@@ -57,6 +58,10 @@ pub trait Runner {
     }
     /// It has merged so many sequence values, or summarized so many pages, in a step that took so long.
     fn has_merged(&mut self, _subject: &Subject, _values: i64, _took: Duration) {}
+    /// How long rows are worth waiting for that would be merged together with those that can be already.
+    fn worth_waiting(&self, _source: &Source) -> Duration {
+        Duration::ZERO
+    }
     /// Whether it is time to merge that many new numbers of a source.
     fn merge_is_due(&mut self, _source: &str, _numbers: i64) -> bool {
         true

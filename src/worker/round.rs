@@ -142,7 +142,8 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     if source.rollups.is_empty() {
         return false;
     }
-    let look = run.step(subject.clone(), || rollup::look(&mut source, patience));
+    let more = run.worth_waiting(&source);
+    let look = run.step(subject.clone(), || rollup::look(&mut source, patience, more));
     let Some(Look { safe_end, last_value }) = look else {
         let failed = |rollup| Outcome { rollup, merge: None, text: "failed" };
         outcomes.extend(source.rollups.into_iter().map(failed));
