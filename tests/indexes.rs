@@ -510,6 +510,31 @@ fn a_build_gives_way_to_who_changes_the_table_and_nobody_who_reads_or_writes_wai
     assert_eq!(ours(&mut client).len(), 2);
 }
 
+/// Nothing depends on when the worker looks next.
+#[test]
+fn a_build_gives_way_also_while_the_worker_pauses() {
+    let cluster = own_cluster(&["litellm_spend.merge_interval = '1s'"]);
+    let (db, mut client) = partitioned(cluster);
+    let dump = old_snapshot(&db);
+    client.batch_execute("SELECT spend_index_set(indexes => '{team}')").unwrap();
+    wait_until_it_waits(&mut client, "team", "p1");
+    client.batch_execute("ALTER SYSTEM SET litellm_spend.merge_interval = '1h'").unwrap();
+    client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    eventually("the worker pauses", || {
+        let latest =
+            "SELECT pg_sleep(3) IS NULL, max(state_change) < clock_timestamp() - interval '2 seconds'
+                      FROM pg_stat_activity WHERE backend_type = 'litellm_spend worker'
+                          AND datname = current_database()";
+        client.query_one(latest, &[]).unwrap().get(1)
+    });
+    let began = Instant::now();
+    let add = r#"SET lock_timeout = '60s'; ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN later text"#;
+    db.connect().batch_execute(add).unwrap();
+    let waited = began.elapsed();
+    assert!(waited < Duration::from_secs(20), "{waited:?}");
+    drop(dump);
+}
+
 /// Nobody queues behind a VACUUM that waits.
 #[test]
 fn a_build_gives_way_to_no_vacuum() {

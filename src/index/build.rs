@@ -7,7 +7,7 @@
 //! CONCURRENTLY, one at a time on a table, on the newest partition first; a partition that LiteLLM writes to
 //! only where that was asked for. A process of its own does it ([`crate::index`] only says what): a build
 //! waits for every transaction that was there before it, however long. Who waits for its lock longer than
-//! `litellm_spend.lock_timeout`, with writers behind, ends it, and it is tried again ([`locks::give_way`]).
+//! `litellm_spend.lock_timeout`, with writers behind, ends it, and it is tried again (`worker::give_way`).
 //!
 //! What has been done is read from the catalogs each time. An index of ours that is not valid, and that
 //! nobody builds, was left by a build that failed or was killed: it is dropped before anything else.
@@ -19,7 +19,6 @@ use crate::guc;
 use crate::index::catalogue;
 use crate::index::plan;
 use crate::partition::revert::Asked;
-use crate::server::locks;
 use crate::server::relation::{Table, free_name};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
@@ -186,7 +185,6 @@ pub fn round(run: &mut impl Runner) -> bool {
 fn look(relation: pg_sys::Oid) -> Result<Next> {
     let next = next(relation)?;
     if matches!(next, Next::Wait) {
-        locks::give_way(relation)?;
         cancel_unwanted(relation)?;
     }
     Ok(next)

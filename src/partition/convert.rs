@@ -7,7 +7,7 @@
 //!  swap       ACCESS EXCLUSIVE, and on its views    milliseconds: only catalogs change
 //! ```
 //! Exclusive locks are waited for at most `litellm_spend.swap_lock_timeout`; who waits for the build, with
-//! writers behind, ends it ([`locks::give_way`]). What has been done is read from the catalogs each time, so
+//! writers behind, ends it (`worker::give_way`). What has been done is read from the catalogs each time, so
 //! a conversion goes on from wherever it was interrupted.
 //!
 //! That the old table's rows are before the cutover, an index on the time column proves under the swap's lock
@@ -314,17 +314,6 @@ impl Conversion {
         self.store()?;
         let step = self.next_step()?;
         if has_worker()? && step != Step::Nothing {
-            // Its build of the index.
-            spi::query(
-                "SELECT pg_catalog.pg_cancel_backend(l.pid)
-                 FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-                 WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
-                   AND l.database = (SELECT oid FROM pg_catalog.pg_database
-                                     WHERE datname = pg_catalog.current_database())
-                   AND a.backend_type = 'litellm_spend builder'",
-                &[self.relation.into()],
-                |_| Ok(()),
-            )?;
             let drops =
                 "the worker drops its index, and waits for whoever uses the table: see spend_progress";
             return Ok(Some(drops.into()));
@@ -334,6 +323,21 @@ impl Conversion {
             Step::TopLevel(sql) => Some(format!("{sql};")),
             _ => None,
         })
+    }
+
+    /// Ends the build of its index, which nobody wants any more.
+    fn cancel_build(&self) -> Result<()> {
+        spi::current(
+            "SELECT pg_catalog.pg_cancel_backend(l.pid)
+             FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+             WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
+               AND l.database = (SELECT oid FROM pg_catalog.pg_database
+                                 WHERE datname = pg_catalog.current_database())
+               AND a.backend_type = 'litellm_spend builder'",
+            &[self.relation.into()],
+            |_| Ok(()),
+        )
+        .map(drop)
     }
 }
 
@@ -440,8 +444,9 @@ pub fn round(run: &mut impl Runner) -> bool {
                 return conversion.stop().map(|_| Step::Wait);
             }
             let next = conversion.next_step()?;
-            if matches!(next, Step::Wait | Step::TopLevel(_)) {
-                locks::give_way(conversion.relation)?;
+            // Only now: the call that takes it back has committed.
+            if conversion.options.aborted && next == Step::Wait {
+                conversion.cancel_build()?;
             }
             Ok(next)
         });

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
 use crate::server::relation::{find_relation, relation_name, relation_tree};
 use crate::server::session;
-use crate::server::spi::{self, execute, query, value};
+use crate::server::spi::{execute, query, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -242,29 +242,6 @@ fn within(
         session::give_way_after(deadlock_timeout);
     }
     result
-}
-
-/// Cancels a build or drop of an index of ours on the table or its partitions, once somebody with writers
-/// behind has waited for it longer than a lock of ours may be waited for. No writer queues behind a VACUUM or
-/// an ANALYZE: those wait until it is done.
-pub fn give_way(table: pg_sys::Oid) -> Result<()> {
-    spi::current(
-        "SELECT pg_catalog.pg_cancel_backend(h.pid)
-         FROM pg_catalog.pg_locks w
-         JOIN pg_catalog.pg_locks h ON h.locktype = 'relation' AND h.granted AND h.relation = w.relation
-             AND h.database = w.database AND h.mode = 'ShareUpdateExclusiveLock'
-         JOIN pg_catalog.pg_stat_activity a ON a.pid = h.pid
-         WHERE w.locktype = 'relation' AND NOT w.granted AND w.mode <> 'ShareUpdateExclusiveLock'
-           AND a.backend_type = 'litellm_spend builder' AND h.pid = ANY (pg_catalog.pg_blocking_pids(w.pid))
-           AND w.database = (SELECT oid FROM pg_catalog.pg_database
-               WHERE datname = pg_catalog.current_database())
-           AND w.relation IN (SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits
-               WHERE inhparent = $1)
-           AND w.waitstart < clock_timestamp() - make_interval(secs => $2)",
-        &[table.into(), guc::lock_timeout().time.as_secs_f64().into()],
-        |_| Ok(()),
-    )
-    .map(drop)
 }
 
 /// Who else has locks, as a DETAIL names them: `which` says of `l` in pg_locks which locks. Empty: nobody.

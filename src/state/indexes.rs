@@ -294,8 +294,8 @@ pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
     spi::execute(&format!("DELETE {gone}"), &[relation.into()]).map(drop)
 }
 
-/// Forgets what speaks of tables that are gone, or of indexes that nobody asks for any more. Not what a
-/// restore brings before its table.
+/// Forgets what speaks of tables that are gone, and failures of indexes that nobody asks for any more, or that
+/// are there, or are not to be built now. Not what a restore brings before its table.
 pub fn look_after() -> Result<()> {
     for sql in [
         format!(
@@ -304,7 +304,8 @@ pub fn look_after() -> Result<()> {
         ),
         format!(
             "FROM {SCHEMA}.index_failure AS f WHERE NOT EXISTS (
-                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = f.partition AND s.name = f.name)"
+                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = f.partition AND s.name = f.name
+                     AND s.state NOT IN ('built', 'open partition'))"
         ),
     ] {
         if !spi::query(&format!("SELECT {sql} LIMIT 1"), &[], |_| Ok(()))?.is_empty() {

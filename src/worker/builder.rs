@@ -8,12 +8,13 @@
 use crate::error::Result;
 use crate::index::build::{self, Next};
 use crate::partition::convert::{Conversion, Step};
-use crate::server::locks::{Patience, database_is_wanted};
+use crate::server::locks::database_is_wanted;
 use crate::server::log;
 use crate::server::session::{Failure, Owner};
 use crate::server::spi;
 use crate::state::conversion::Pending;
 use crate::state::step::Subject;
+use crate::worker::give_way;
 use crate::worker::process::{
     attach_signals, attempt_in_transaction, in_transaction, pin_settings, report_running, utility,
 };
@@ -47,6 +48,9 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
     pin_settings();
     in_transaction(log::learn_database);
+    if !give_way::begin() {
+        return;
+    }
     // The next one at once: a round of the worker later there would be as many seconds as partitions.
     while !in_transaction(database_is_wanted) && build_one(relation) {}
 }
@@ -71,13 +75,9 @@ fn build_one(relation: pg_sys::Oid) -> bool {
     outcome.is_ok()
 }
 
-/// Waits for whoever changes the conversion at the moment: an abort cancels before it commits.
 fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
     let all: Vec<Conversion> = Pending::all()?;
-    let Some(mut conversion) = all.into_iter().find(|conversion| conversion.relation == relation) else {
-        return Ok(false);
-    };
-    Ok(conversion.lock(Patience::of_call())? && conversion.options.aborted)
+    Ok(all.iter().any(|conversion| conversion.relation == relation && conversion.options.aborted))
 }
 
 /// What is to be run for the conversion or the indexes of a table, if that is still what comes next and

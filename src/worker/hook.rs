@@ -3,6 +3,7 @@
 //! LiteLLM's views along; and capture makes way for a foreign partition in the statement that brings it.
 
 use crate::error::{Error, Result};
+use crate::guc;
 use crate::litellm::triggers;
 use crate::server::expression::{nodes, text};
 use crate::server::hint;
@@ -105,11 +106,13 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
                 let names = || nodes(statement.objects).into_iter().filter_map(|name| text(name)).collect();
                 let cascades = statement.behavior == pg_sys::DropBehavior::DROP_CASCADE;
                 match statement.removeType {
-                    pg_sys::ObjectType::OBJECT_EXTENSION if cascades => {
-                        keep_views(Dropped::Extensions(names()))
+                    // The server, which would refuse it as well without CASCADE, first waits for an exclusive
+                    // lock on all that is ours, and LiteLLM's inserts and views wait behind.
+                    pg_sys::ObjectType::OBJECT_EXTENSION => {
+                        keep_views(Dropped::Extensions(names()));
+                        learn_schema(names());
                     }
                     pg_sys::ObjectType::OBJECT_SCHEMA if cascades => keep_views(Dropped::Schemas(names())),
-                    pg_sys::ObjectType::OBJECT_EXTENSION => learn_schema(names()),
                     _ => {}
                 }
             }
@@ -158,7 +161,7 @@ unsafe extern "C-unwind" fn make_way() {
         pg_sys::CommandCounterIncrement();
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         let outcome = attempt(|| {
-            let _ours = Elevated::enter()?;
+            let _ours = Elevated::enter()?.impatient(guc::lock_timeout().time);
             triggers::silence_failing()
         });
         pg_sys::PopActiveSnapshot();
@@ -262,7 +265,7 @@ fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
         Dropped::OwnedBy(roles) => oids(*roles),
         _ => vec![],
     };
-    let _ourselves = Elevated::enter()?;
+    let _ourselves = Elevated::enter()?.impatient(guc::lock_timeout().time);
     let sql = format!(
         "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
                 (SELECT relowner FROM pg_catalog.pg_class WHERE oid = c.relation)

@@ -6,6 +6,7 @@
 
 use crate::guc;
 use crate::server::log;
+use crate::worker::give_way;
 use crate::worker::process::{attach_signals, in_transaction, reload_settings};
 use crate::worker::service;
 use pgrx::bgworkers::*;
@@ -37,6 +38,7 @@ pub fn register() {
     pg_shmem_init!(FOUND);
     pg_shmem_init!(LAUNCHES);
     service::register();
+    give_way::register();
     BackgroundWorkerBuilder::new("litellm_spend launcher")
         .set_type("litellm_spend launcher")
         .set_library(LIBRARY)
@@ -183,6 +185,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
                 }
             }
         }
+        give_way::look();
         if !BackgroundWorker::wait_latch(Some(Duration::from_secs(1))) {
             return;
         }

@@ -3,6 +3,7 @@
 
 pub mod builder;
 pub mod database;
+pub mod give_way;
 pub mod hook;
 pub mod launcher;
 pub mod pace;
