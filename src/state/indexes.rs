@@ -294,8 +294,8 @@ pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
     spi::execute(&format!("DELETE {gone}"), &[relation.into()]).map(drop)
 }
 
-/// Forgets what speaks of tables that are gone, and failures of indexes that nobody asks for any more, or that
-/// are there, or are not to be built now. Not what a restore brings before its table.
+/// Forgets what speaks of tables that are gone, and failures of indexes that nobody asks for any more, or
+/// that are there, or are not to be built now. Not what a restore brings before its table.
 pub fn look_after() -> Result<()> {
     for sql in [
         format!(

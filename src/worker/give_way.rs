@@ -1,8 +1,9 @@
 //! Ends a build or drop of an index of ours for which somebody waits who has others waiting behind him.
 //!
 //! CREATE INDEX CONCURRENTLY waits for every older snapshot, for hours if need be, and an ALTER TABLE waits
-//! for it, with all readers and writers of the table behind. So a builder notes here that it is there, and for
-//! how long others may wait for it: as long as anybody may for a lock of ours. Its worker begins it anew later.
+//! for it, with all readers and writers of the table behind. So a builder notes here that it is there, and
+//! for how long others may wait for it: as long as anybody may for a lock of ours. Its worker begins it anew
+//! later.
 //!
 //! The launcher looks, each second: nothing keeps it, while a worker may be in a step of many minutes, pause
 //! for an hour, or be gone. It has no database, so it reads the server's table of locks itself.
@@ -95,7 +96,8 @@ pub fn look() {
     });
 }
 
-/// Whether somebody has waited for a lock of process `pid` on a relation for longer than so many microseconds.
+/// Whether somebody has waited for a lock of process `pid` on a relation for longer than that, in
+/// microseconds.
 fn is_in_the_way(locks: &[pg_sys::LockInstanceData], pid: i32, patience: i64) -> bool {
     const OURS: i32 = pg_sys::ShareUpdateExclusiveLock as i32;
     // SAFETY: reads the clock.

@@ -1,5 +1,5 @@
-//! Runs the steps of a worker, each in a transaction of its own, so that one that fails or takes too long does
-//! not stop the others.
+//! Runs the steps of a worker, each in a transaction of its own, so that one that fails or takes too long
+//! does not stop the others.
 
 use crate::error::Result;
 use crate::guc;
@@ -252,8 +252,8 @@ thread_local! {
     static AT: RefCell<Option<Subject>> = const { RefCell::new(None) };
 }
 
-/// In a worker that ends: if in the middle of a step whose time was over, notes whose it was, so that the next
-/// one lets it rest first.
+/// In a worker that ends: if in the middle of a step whose time was over, notes whose it was, so that the
+/// next one lets it rest first.
 pub fn note_endless() {
     let Some(subject) = AT.take().filter(|_| limit::expired()) else { return };
     // SAFETY: as the server does to drop temporary tables at this point.
