@@ -5,12 +5,12 @@ use crate::error::Result;
 use crate::index::catalogue::{self, CATALOGUE, Index};
 use crate::litellm::spend_log::TIME;
 use crate::partition::layout::Layout;
+use crate::server::cost;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
 use crate::server::spi::{self, value};
 use crate::server::text::{qualified, quoted};
 use crate::state::indexes::PREFIX;
-use pgrx::Json;
 use pgrx::prelude::*;
 use std::collections::HashMap;
 
@@ -167,9 +167,6 @@ pub struct Size {
     widths: HashMap<String, i32>,
 }
 
-/// Measured on a busy machine with two cores (2026-11, PostgreSQL 15), for orders of magnitude only.
-const SCANNED_BYTES_A_SECOND: f64 = 500e6;
-const INDEXED_ROWS_A_SECOND: f64 = 400e3;
 /// 7.2 µs a row whose `metadata` of 3.2 kB is out of line and cached.
 const OPENED_ROWS_A_SECOND: f64 = 140e3;
 /// Of a column that nothing is known of, such as a value in JSON.
@@ -202,13 +199,9 @@ impl Size {
         Ok(Size { owner, tables: tables as usize, heap, rows, widths: widths.into_iter().collect() })
     }
 
-    /// As the planner estimates it, asked as the table's owner.
     fn rows_of(&self, index: &Index, table: &Table) -> Result<i64> {
-        let sql =
-            format!("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}", table.qualified(), index.counted_by);
-        let plans = self.owner.fresh(&sql, &[], |r| value::<Json>(r, 1))?;
-        let rows = plans.first().and_then(|Json(plan)| plan.pointer("/0/Plan/Plan Rows")?.as_f64());
-        Ok(rows.unwrap_or(0.0) as i64)
+        let from = format!("FROM {} WHERE {}", table.qualified(), index.counted_by);
+        cost::estimated_rows(self.owner, &from)
     }
 
     fn width(&self, key: &str) -> i64 {
@@ -226,16 +219,12 @@ impl Size {
 
     /// Of an index on all rows.
     pub fn seconds(&self) -> i64 {
-        let time = 2.0 * self.heap as f64 / SCANNED_BYTES_A_SECOND + self.rows / INDEXED_ROWS_A_SECOND;
-        time.ceil().max(1.0) as i64
+        cost::seconds_to_index(self.heap, self.rows, 0.0)
     }
 
-    /// A build reads the table twice: what was written meanwhile comes in the second time.
     fn seconds_of(&self, index: &Index, rows: i64) -> i64 {
         let opened = if index.opens_json() { 2.0 * self.rows / OPENED_ROWS_A_SECOND } else { 0.0 };
-        let time =
-            2.0 * self.heap as f64 / SCANNED_BYTES_A_SECOND + rows as f64 / INDEXED_ROWS_A_SECOND + opened;
-        time.ceil().max(1.0) as i64
+        cost::seconds_to_index(self.heap, rows as f64, opened)
     }
 }
 

@@ -6,6 +6,7 @@ use crate::litellm::spend_log::SPEND_LOGS;
 use crate::partition::calendar::{self, Moment, Range, missing};
 use crate::partition::convert::{Conversion, Options};
 use crate::partition::layout;
+use crate::server::cost;
 use crate::server::relation::Table;
 use crate::server::session::Failure;
 use crate::server::spi::{self, value};
@@ -149,10 +150,6 @@ struct Size {
     rows: f32,
 }
 
-/// Measured here on a busy machine with two cores (2026-11, PostgreSQL 15), for orders of magnitude only.
-const SCANNED_BYTES_A_SECOND: f64 = 500e6;
-const INDEXED_ROWS_A_SECOND: f64 = 400e3;
-
 impl Size {
     fn of(table: &Table) -> Result<Size> {
         let sizes = spi::query(
@@ -168,13 +165,9 @@ impl Size {
 
     fn index(&self) -> String {
         let rows = f64::from(self.rows);
-        let time = 2.0 * self.heap as f64 / SCANNED_BYTES_A_SECOND + rows / INDEXED_ROWS_A_SECOND;
-        format!("writes about {}, about {} s", bytes(self.key + (rows * 8.0) as i64), seconds(time))
+        let seconds = cost::seconds_to_index(self.heap, rows, 0.0);
+        format!("writes about {}, about {seconds} s", bytes(self.key + (rows * 8.0) as i64))
     }
-}
-
-fn seconds(time: f64) -> f64 {
-    time.ceil().max(1.0)
 }
 
 fn bytes(bytes: i64) -> String {

@@ -1,6 +1,7 @@
 //! How we talk to PostgreSQL: SPI, relations, whose rights, locks, expressions, errors on their way out.
 //! Knows no table of ours, and may call nothing but settings and errors.
 
+pub mod cost;
 pub mod expression;
 mod failure;
 pub mod guard;
