@@ -80,10 +80,14 @@ fn survives(crashes: usize, crash: impl Fn(&Database, usize)) {
 fn a_killed_worker_loses_and_doubles_nothing() {
     survives(10, |db, _| {
         eventually("there is a worker", || worker_pid(db).is_some());
+        // In the middle of something, as a rule.
         std::thread::sleep(Duration::from_millis(30));
-        if let Some(pid) = worker_pid(db) {
-            kill(pid);
-        }
+        let mut worker = None;
+        eventually("there is one still", || {
+            worker = worker_pid(db);
+            worker.is_some()
+        });
+        kill(worker.unwrap());
     });
 }
 

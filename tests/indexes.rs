@@ -586,8 +586,9 @@ fn a_reindex_of_a_partition_is_left_alone_until_it_is_done() {
         |_, _| {
             assert!(ours(&mut client).contains(&("litellm_spend_team_p1_ccnew".into(), false)));
             client.batch_execute("SELECT spend_index_set(indexes => '{user}')").unwrap();
-            // Longer than the worker takes to look, and than the server takes to see a deadlock.
-            std::thread::sleep(Duration::from_secs(4));
+            // Longer than the server takes to see a deadlock.
+            wait_for_two_rounds(&mut client);
+            std::thread::sleep(Duration::from_secs(2));
             writer.batch_execute("COMMIT").unwrap();
         },
     )
@@ -595,6 +596,12 @@ fn a_reindex_of_a_partition_is_left_alone_until_it_is_done() {
     wait_for(&mut client, "user", "p2", "built");
     let names = ["team_p1", "team_p2", "user_p1", "user_p2"].map(|n| (format!("litellm_spend_{n}"), true));
     assert_eq!(ours(&mut client), names);
+}
+
+/// While there is something to do for indexes, each round looks at them.
+fn wait_for_two_rounds(client: &mut Client) {
+    wait_for_a_round(client);
+    wait_for_a_round(client);
 }
 
 /// The Oid of the index that a process of ours builds at the moment.
@@ -614,7 +621,7 @@ fn a_drop_ends_no_build_but_that_of_what_it_drops_and_none_when_it_is_rolled_bac
     let first = being_built(&mut client);
     client.batch_execute("SELECT spend_index_drop(indexes => '{user}')").unwrap();
     client.batch_execute("BEGIN; SELECT spend_index_drop(); ROLLBACK").unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_two_rounds(&mut client);
     assert_eq!(being_built(&mut client), first, "it goes on");
     client.batch_execute("SELECT spend_index_drop(indexes => '{team}')").unwrap();
     eventually("it is gone", || status(&mut client).is_empty());
@@ -635,7 +642,7 @@ fn a_drop_does_not_end_the_build_of_a_conversion() {
     client.batch_execute("SELECT spend_index_drop()").unwrap();
     client.batch_execute("SELECT spend_index_set(indexes => '{user}')").unwrap();
     client.batch_execute("SELECT spend_index_drop(indexes => '{user}')").unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_two_rounds(&mut client);
     assert_eq!(being_built(&mut client), first, "it goes on");
     dump.batch_execute("COMMIT").unwrap();
     wait_until_converted(&mut client);
@@ -669,7 +676,7 @@ fn a_drop_that_fails_keeps_no_other_index_from_being_built_and_is_said() {
     };
     eventually("both have failed", || both(&mut client).is_some());
     let first = both(&mut client);
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_two_rounds(&mut client);
     assert_eq!(both(&mut client), first);
     let problem: String =
         value(&mut client, "SELECT min(problem) FROM spend_health WHERE severity = 'error'");
