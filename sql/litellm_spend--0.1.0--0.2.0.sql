@@ -56,6 +56,7 @@ WHERE t.relname = r.name || '_rollup' AND t.relnamespace = 'litellm_spend'::regn
   AND r.definition IS NOT NULL AND r.source IS DISTINCT FROM 'change_log';
 
 ALTER TABLE litellm_spend.capture ADD COLUMN owner regrole;
+ALTER TABLE litellm_spend.capture ADD COLUMN triggers jsonb NOT NULL DEFAULT '{}';
 ALTER TABLE litellm_spend.public_view ADD COLUMN owner regrole;
 
 -- TRUNCATE froze everything before a border, which it still does. From now on a settled row of that kind is a

@@ -90,7 +90,9 @@ CREATE TABLE litellm_spend.capture (
     last_error_at    timestamptz,
     -- Who owned it when it was attached: a table of that name that is somebody else's is not followed.
     owner            regrole,
-    origin           uuid
+    origin           uuid,
+    -- Who wrote each capture trigger last, by the trigger's OID: enabling one that was disabled writes it.
+    triggers         jsonb NOT NULL DEFAULT '{}'
 );
 
 -- Ranges in which capture failed. A row commits with the statement that it concerns.

@@ -212,6 +212,61 @@ fn a_dropped_trigger_is_made_again_and_the_gap_is_repaired() {
 }
 
 #[test]
+fn rows_that_were_loaded_while_triggers_were_disabled_are_counted_once_they_are_enabled() {
+    let db = shared().database().attached();
+    let (mut client, mut loader) = (db.connect(), db.connect());
+    let load = |prefix: &str| insert_rows(prefix, 50, 5);
+    let triggers = |what: &str| format!(r#"ALTER TABLE "LiteLLM_SpendLogs" {what} TRIGGER ALL;"#);
+    let counted = |client: &mut Client, rows: i64| {
+        eventually("they are counted", || value::<Option<i64>>(client, REQUESTS) == Some(rows));
+        wait_until_live(client);
+        assert_exact(client);
+    };
+    // 1. in one transaction, as a restore does that is one.
+    client
+        .batch_execute(&format!(
+            "BEGIN; {} {}; {} COMMIT",
+            triggers("DISABLE"),
+            load("one"),
+            triggers("ENABLE")
+        ))
+        .unwrap();
+    counted(&mut client, 50);
+    // 2. in several, by somebody who keeps the worker from mending it meanwhile.
+    let lock = r#"LOCK TABLE "LiteLLM_SpendLogs" IN ROW EXCLUSIVE MODE"#;
+    loader
+        .batch_execute(&format!("BEGIN; {} COMMIT; BEGIN; {lock}; {}", triggers("DISABLE"), load("several")))
+        .unwrap();
+    let refused = format!(r#"in database "{}": watch failed"#, db.name);
+    eventually("the worker could not mend it", || db.cluster.log().contains(&refused));
+    loader.batch_execute(&format!("{} COMMIT", triggers("ENABLE"))).unwrap();
+    counted(&mut client, 100);
+    // What is enabled anyway is not touched by being enabled.
+    wait_for_a_round(&mut client);
+    let covered = "SELECT bool_and(covered_from = '-infinity') FROM litellm_spend.rollup";
+    client.batch_execute(&triggers("ENABLE")).unwrap();
+    wait_for_a_round(&mut client);
+    assert!(holds(&mut client, covered));
+}
+
+#[test]
+fn days_of_a_partition_that_was_loaded_while_its_triggers_were_disabled_are_computed_again() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client.batch_execute(&(UPSTREAM_SCRIPT.to_string() + ";" + &day_partition("p0", 0))).unwrap();
+    attach(&mut client);
+    let row = r#"INSERT INTO p0 (request_id, call_type, spend, "startTime", "endTime")
+                 VALUES ('r', 'x', 0.5, CURRENT_DATE + interval '1 hour', now());"#;
+    client
+        .batch_execute(&format!(
+            "BEGIN; ALTER TABLE p0 DISABLE TRIGGER ALL; {row} ALTER TABLE p0 ENABLE TRIGGER ALL; COMMIT"
+        ))
+        .unwrap();
+    eventually("it is counted", || value::<Option<i64>>(&mut client, REQUESTS) == Some(1));
+    assert_exact(&mut client);
+}
+
+#[test]
 fn retention_keeps_history_and_subtract_subtracts() {
     for (policy, kept) in [("keep", true), ("subtract", false)] {
         let db = shared().database();

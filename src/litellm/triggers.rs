@@ -87,7 +87,28 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
         let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
         spi::execute(&make(operation, name), &[])?;
     }
-    Ok(())
+    if triggers.is_empty() { Ok(()) } else { note_triggers() }
+}
+
+/// Notes who wrote our triggers last, by which is seen later that one was disabled and enabled again: that
+/// writes it, and nothing else does but what makes it anew. (pg_upgrade gives all triggers other OIDs.)
+pub fn note_triggers() -> Result<()> {
+    let functions = functions_of_triggers();
+    let sql = format!(
+        "UPDATE {SCHEMA}.capture SET triggers = (
+             SELECT coalesce(jsonb_object_agg(t.oid::text, t.xmin::text), '{{}}')
+             FROM pg_catalog.pg_trigger t
+             WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name))"
+    );
+    spi::execute(&sql, &[functions.into()]).map(drop)
+}
+
+/// Whether a trigger of ours is not noted: whoever made it had seen to its table's rows.
+pub fn any_unnoted() -> Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_trigger t
+               WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)
+                   AND NOT pg_catalog.jsonb_exists($2::jsonb, t.oid::text) LIMIT 1";
+    spi::exists(sql, &[functions_of_triggers().into(), captured::noted_triggers()?.into()])
 }
 
 /// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of
@@ -143,13 +164,16 @@ pub fn silence_failing() -> Result<()> {
 
 /// Our triggers: their tables and names.
 pub fn triggers() -> Result<Vec<(pg_sys::Oid, String)>> {
-    let functions: Vec<String> = OPERATIONS.iter().map(|o| function_name(o)).collect();
     spi::query(
         "SELECT tgrelid, tgname::text FROM pg_catalog.pg_trigger
          WHERE tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)",
-        &[functions.into()],
+        &[functions_of_triggers().into()],
         |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
     )
+}
+
+fn functions_of_triggers() -> Vec<String> {
+    OPERATIONS.iter().map(|o| function_name(o)).collect()
 }
 
 /// Drops capture triggers; one that is on none of the tables that are locked has come between.
@@ -162,8 +186,8 @@ pub fn drop_triggers(triggers: &[(pg_sys::Oid, String)], locked: &[pg_sys::Oid])
     Ok(())
 }
 
-/// The enabled capture triggers that the table and its partitions lack; the table first, as its users lock
-/// it.
+/// The enabled capture triggers that the table and its partitions lack, or that may have been disabled since
+/// they were made; the table first, as its users lock it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     missing_triggers_within(relation, relation)
 }
@@ -191,13 +215,14 @@ pub fn missing_triggers_within(
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
                    AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
+                   AND coalesce($5::jsonb ->> t.oid::text = t.xmin::text, true)
                    AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation)
                    AND (o.operation <> '{MOVE}' OR $4 = ARRAY(
                        SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a
                        WHERE a.attrelid = r.oid AND a.attnum = ANY (t.tgattr) ORDER BY 1)))
              ORDER BY r.n"
         ),
-        &[tree.into(), operations.into(), table.into(), keys.into()],
+        &[tree.into(), operations.into(), table.into(), keys.into(), captured::noted_triggers()?.into()],
         |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
     )
 }

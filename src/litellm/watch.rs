@@ -19,8 +19,8 @@ use crate::litellm::functions::MOVE;
 use crate::litellm::reports;
 use crate::litellm::spend_log::Capture;
 use crate::litellm::triggers::{
-    create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition, missing_triggers,
-    require_all_rows_seen, silence, triggers,
+    any_unnoted, create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition,
+    missing_triggers, note_triggers, require_all_rows_seen, silence, triggers,
 };
 use crate::litellm::views::{self, PublicView, Stray};
 use crate::server::locks::{self, Patience};
@@ -57,7 +57,7 @@ enum Damage {
     LogAboveSequence(Source, i64),
     /// A partition is a foreign table, and that is news.
     Foreign,
-    /// Partitions lack triggers.
+    /// Partitions lack triggers, or those were disabled for a while.
     Partitions(Vec<(pg_sys::Oid, String)>),
     /// Triggers are on what is a partition no more.
     Detached(Vec<(pg_sys::Oid, String)>),
@@ -65,6 +65,8 @@ enum Damage {
     Views(Vec<(&'static PublicView, Stray)>),
     /// Triggers, tables of ours or columns are not as they should be.
     Incomplete,
+    /// Triggers are new, as those of a new partition, and not noted yet.
+    Unnoted,
 }
 
 fn damage() -> Result<Option<Damage>> {
@@ -119,7 +121,10 @@ fn damage() -> Result<Option<Damage>> {
         return Ok(Some(Damage::Detached(left)));
     }
     let strays = views::strays(&table)?;
-    Ok(if strays.is_empty() { None } else { Some(Damage::Views(strays)) })
+    if !strays.is_empty() {
+        return Ok(Some(Damage::Views(strays)));
+    }
+    Ok(any_unnoted()?.then_some(Damage::Unnoted))
 }
 
 /// Capture triggers on tables that the captured one does not have any more: what is written there is nobody's
@@ -202,6 +207,7 @@ fn mend() -> Result<bool> {
             }
         }
         Damage::Incomplete => drop(attach_locked(state.relation, None, false)?),
+        Damage::Unnoted => note_triggers()?,
     }
     Ok(true)
 }

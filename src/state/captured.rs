@@ -38,6 +38,12 @@ pub fn capture_error() -> Result<Option<String>> {
     Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
 }
 
+/// Who wrote each capture trigger last, as it is noted: a jsonb of transactions by triggers' OIDs.
+pub fn noted_triggers() -> Result<String> {
+    let sql = format!("SELECT triggers::text FROM {SCHEMA}.capture");
+    Ok(query(&sql, &[], |r| value::<String>(r, 1))?.pop().unwrap_or_else(|| "{}".into()))
+}
+
 pub struct CaptureState {
     pub source: String,
     pub schema: String,

@@ -29,7 +29,7 @@ pub const HERE: &str = "(SELECT id FROM litellm_spend.installation)";
 /// transactions, OIDs.
 const WRITTEN: [(&str, &str); 5] = [
     ("source", ", candidates = '[]', node_candidates = '[]'"),
-    ("capture", ", candidates = '[]'"),
+    ("capture", ", candidates = '[]', triggers = '{}'"),
     ("policy", ""),
     ("conversion", ", options = options - 'made'"),
     ("index_set", ""),
