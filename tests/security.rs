@@ -613,3 +613,137 @@ mod not_preloaded {
         a_maintenance_within_a_maintenance "49-a-maintenance-within-a-maintenance.sql" WithExtension;
     }
 }
+
+/// A function that only says that it is immutable: calling it makes its owner's role a superuser, if whoever
+/// calls it can.
+const DEED: &str = "
+    CREATE FUNCTION deed() RETURNS bigint VOLATILE LANGUAGE plpgsql AS $$
+        BEGIN EXECUTE 'ALTER ROLE mallory_h SUPERUSER'; RETURN 1; EXCEPTION WHEN OTHERS THEN RETURN 1; END $$;
+    CREATE FUNCTION evil(bigint) RETURNS bigint IMMUTABLE LANGUAGE plpgsql AS 'BEGIN RETURN m.deed(); END';
+    CREATE SEQUENCE s; CREATE TABLE src (id bigint DEFAULT nextval('s'), x int)";
+
+/// A database in which mallory_h, who may call everything, has a schema with [`DEED`], and LiteLLM's table.
+fn mallorys_database() -> (common::Database, Client) {
+    static ROLE: std::sync::Once = std::sync::Once::new();
+    ROLE.call_once(|| shared().connect("postgres").batch_execute("CREATE ROLE mallory_h LOGIN").unwrap());
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            "SELECT spend_grant_admin('mallory_h'); CREATE SCHEMA m AUTHORIZATION mallory_h;
+             GRANT ALL ON SCHEMA public TO mallory_h;
+             ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO mallory_h;
+             SET ROLE mallory_h; SET search_path = m; {DEED}; RESET ROLE; RESET search_path"
+        ))
+        .unwrap();
+    (db, client)
+}
+
+fn is_superuser(client: &mut Client) -> bool {
+    holds(client, "SELECT rolsuper FROM pg_roles WHERE rolname = 'mallory_h'")
+}
+
+#[test]
+fn a_source_that_changes_hands_while_its_rollup_waits_for_it_is_refused() {
+    let (db, mut superuser) = mallorys_database();
+    superuser.batch_execute("BEGIN; ALTER TABLE m.src OWNER TO postgres").unwrap();
+    let call = "SET ROLE mallory_h; SET search_path = m, public;
+        SELECT spend_rollup_create('x', 'src', ARRAY['m.evil(1) AS e'], ARRAY['count(*) AS n'])";
+    let refused = error_after_waiting(&db, call, |_, _| superuser.batch_execute("COMMIT").unwrap());
+    assert_eq!(refused.expect("it is refused").code().code(), "42501");
+    assert!(!is_superuser(&mut superuser));
+}
+
+#[test]
+fn a_source_whose_name_another_gets_while_its_rollup_waits_for_it_is_the_one_that_was_meant() {
+    let (db, mut owner) = mallorys_database();
+    owner
+        .batch_execute(
+            "SET ROLE mallory_h; BEGIN; ALTER TABLE m.src RENAME TO old; INSERT INTO m.old (x) VALUES (1);
+             CREATE TABLE m.src (id bigserial, x int)",
+        )
+        .unwrap();
+    // Its transaction has an XID, so that it sees what others commit meanwhile.
+    let call = "SET ROLE mallory_h; BEGIN; SELECT pg_current_xact_id();
+        SELECT spend_rollup_create('x', 'm.src', '{x}', '{count(*) AS n}'); COMMIT";
+    let refused = error_after_waiting(&db, call, |_, _| owner.batch_execute("COMMIT").unwrap());
+    assert!(refused.is_none(), "{refused:?}");
+    assert_eq!(value::<i64>(&mut owner, "SELECT sum(n)::bigint FROM litellm_spend.x"), 1);
+}
+
+/// Who asks is the owner as of now, not as of when their statement began.
+#[test]
+fn a_table_that_changes_hands_while_the_statement_runs_is_anothers() {
+    let (db, mut superuser) = mallorys_database();
+    for call in [
+        "spend_rollup_create('x', 'm.src', ARRAY['m.evil(1) AS e'], ARRAY['count(*) AS n'])",
+        "spend_rollup_register('x', 'm.src')",
+        "spend_partition_set()",
+        "spend_partition_plan()",
+        "spend_partition_convert()",
+        "spend_partition_revert()",
+        "spend_index_plan()",
+        "spend_index_set(indexes => '{team}')",
+        "spend_index_drop()",
+        "spend_upgrade_check('1.92')",
+        "spend_attach()",
+    ] {
+        superuser
+            .batch_execute(
+                "ALTER TABLE m.src OWNER TO mallory_h; ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO mallory_h;
+                 SELECT pg_advisory_lock(7)",
+            )
+            .unwrap();
+        let call = format!("SET ROLE mallory_h; SELECT pg_advisory_xact_lock(7), {call}");
+        let refused = error_after_waiting(&db, &call, |_, _| {
+            superuser
+                .batch_execute(
+                    "ALTER TABLE m.src OWNER TO postgres; ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO postgres;
+                     SELECT pg_advisory_unlock(7)",
+                )
+                .unwrap();
+        });
+        let refused = refused.unwrap_or_else(|| panic!("{call} is not refused"));
+        assert_eq!(refused.code().code(), "42501", "{call}: {refused:?}");
+        assert!(refused.message().contains("owner"), "{call}: {refused:?}");
+        assert!(!is_superuser(&mut superuser), "{call}");
+    }
+}
+
+/// The same while the call waits for a lock on it, or on what comes before.
+#[test]
+fn a_table_that_changes_hands_while_a_call_waits_is_refused() {
+    let (db, mut superuser) = mallorys_database();
+    let mut keeper = db.connect();
+    for (keep, call) in [
+        ("SELECT", "spend_partition_plan()"),
+        ("SELECT", "spend_index_plan()"),
+        ("SELECT", "spend_upgrade_check('1.92')"),
+        ("LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE", "spend_attach()"),
+    ] {
+        superuser.batch_execute("ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO mallory_h").unwrap();
+        superuser.batch_execute("BEGIN; ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO postgres").unwrap();
+        keeper.batch_execute(&format!("BEGIN; {keep}")).unwrap();
+        let (mut caller, mut client) = (db.connect(), db.connect());
+        caller.batch_execute("SET statement_timeout = '60s'; SET ROLE mallory_h").unwrap();
+        let pid = backend_pid(&mut caller);
+        let refused = std::thread::scope(|scope| {
+            let running = scope.spawn(|| caller.batch_execute(&format!("SELECT {call}")));
+            // An attachment is tried again and again, which is no wait that the server knows of.
+            eventually("it waits", || {
+                let busy = format!("SELECT state = 'active' FROM pg_stat_activity WHERE pid = {pid}");
+                let begun =
+                    waits_for_a_lock(&mut client, pid) || keep != "SELECT" && holds(&mut client, &busy);
+                begun || running.is_finished()
+            });
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            assert!(!running.is_finished(), "{call} has not waited: {:?}", running.join());
+            superuser.batch_execute("COMMIT").unwrap();
+            keeper.batch_execute("COMMIT").unwrap();
+            running.join().unwrap().expect_err(call)
+        });
+        let refused = refused.as_db_error().unwrap();
+        assert_eq!(refused.code().code(), "42501", "{call}: {refused:?}");
+        assert!(refused.message().contains("owner"), "{call}: {refused:?}");
+    }
+}

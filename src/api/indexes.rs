@@ -2,7 +2,7 @@
 
 use crate::api::arguments::Regclass;
 use crate::api::call::{report, require_changeable};
-use crate::api::partitions::enter;
+use crate::api::partitions::{enter, lock_to_read};
 use crate::error::{self, Error};
 use crate::index::build::{self, Row};
 use crate::index::catalogue::{self, CATALOGUE, Index};
@@ -10,7 +10,6 @@ use crate::index::plan;
 use crate::index::upgrade;
 use crate::litellm::spend_log;
 use crate::partition::layout::{self, Layout};
-use crate::server::locks;
 use crate::server::relation::Table;
 use crate::server::session::{self, Owner};
 use crate::state::conversion::has_worker;
@@ -42,8 +41,8 @@ fn spend_index_plan(
 > {
     report(|| {
         session::require_primary()?;
-        let (_elevated, table) = enter(source)?;
-        locks::lock_against_changes(table.oid)?;
+        let (elevated, table) = enter(source)?;
+        let table = lock_to_read(&elevated, table)?;
         plan::plan(&table)
     })
     .map(|rows| {
@@ -78,8 +77,8 @@ fn spend_upgrade_check(
     ErrorReport,
 > {
     report(|| {
-        let (_elevated, table) = enter(source)?;
-        locks::lock_against_changes(table.oid)?;
+        let (elevated, table) = enter(source)?;
+        let table = lock_to_read(&elevated, table)?;
         upgrade::check(&table, version.ok_or(Error::Null("version"))?)
     })
     .map(|rows| {

@@ -121,6 +121,8 @@ fn spend_detach(
             }
             (error, _) => error,
         })?;
+        // Another may have got it while we waited for its lock.
+        session::require_owner(elevated.caller(), state.relation)?;
         if let Some(table) = table {
             actions.extend(what_goes_on(&table)?);
         }

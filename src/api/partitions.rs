@@ -31,10 +31,16 @@ use std::time::Duration;
 pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let source = source_or_default(source)?;
     let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
-    let table = relation::open(source)?;
-    session::require_owner(elevated.caller(), source)?;
+    let table = session::open(elevated.caller(), source)?;
     restore::require_over()?;
     Ok((elevated, table))
+}
+
+/// The same table for a call that reads it or has a query planned: from here on nobody changes it, a partition
+/// or an index of it. What was seen before the locks may be out of date.
+pub fn lock_to_read(elevated: &Elevated, table: Table) -> error::Result<Table> {
+    locks::lock_against_changes(table.oid)?;
+    session::open(elevated.caller(), table.oid)
 }
 
 // ---- to be partitioned, and back -------------------------------------------------------------------------
@@ -109,7 +115,7 @@ fn spend_partition_plan(
 > {
     report(|| {
         session::require_primary()?;
-        let (_elevated, table) = enter(source)?;
+        let (elevated, table) = enter(source)?;
         if let Some(policy) = converted(&table)? {
             let name = qualified(&policy.schema, &policy.table);
             let done = ["swap", "is done; spend_partition_status shows its partitions", &name, "", ""];
@@ -117,7 +123,7 @@ fn spend_partition_plan(
             return Ok(vec![(step, action, object, lock, estimate)]);
         }
         let wish = Wish { interval, cutover, time_column, precreate };
-        locks::lock_against_changes(table.oid)?;
+        let table = lock_to_read(&elevated, table)?;
         let options = wish.options(&table)?;
         plan::plan(table, options)
     })

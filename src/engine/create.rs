@@ -65,7 +65,7 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
     make_tables(&definition)?;
     let source = ensure_source(&table, &numbering)?;
     insert_rollup(&definition.name, &source, &table, &numbering, Some(&definition))?;
-    let owner = Owner::of(table.oid)?;
+    let owner = Owner::role(table.owner_oid);
     if let Some(distribution) = &definition.distribution {
         spread::distribute(&definition.table(), &distribution.dimension, &definition.source)?;
         spread::distribute(&definition.merged_table(), MERGED_VALUE, &definition.source)?;
@@ -256,7 +256,7 @@ fn insert_rollup(
 /// long as it does, merges fail, and the view shows its reader what that role may see.
 fn first_value(table: &Table, numbering: &Numbering) -> Result<Option<i64>> {
     let sql = format!("SELECT min({})::bigint FROM {}", quoted(&numbering.column), table.qualified());
-    let owner = Owner::of(table.oid)?;
+    let owner = Owner::role(table.owner_oid);
     match attempt(|| owner.fresh(&sql, &[], |r| Ok(r.get::<i64>(1)?))) {
         Ok(firsts) => Ok(firsts.into_iter().next().flatten()),
         Err(failure) if failure.sqlstate == PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE => {

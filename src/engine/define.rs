@@ -46,13 +46,13 @@ pub struct Defined {
 /// As many columns as an index may have: together the dimensions are the key of the rollup's table.
 const MOST_DIMENSIONS: usize = pg_sys::INDEX_MAX_KEYS as usize;
 
-/// Called as ourselves: what is read of the user's is read as the table's owner.
+/// Called as ourselves: what is read of the user's is read as the owner of the table, which is locked.
 pub fn define(request: &Request, table: &Table, numbering: &Numbering) -> Result<Defined> {
     if request.dimensions.len() > MOST_DIMENSIONS {
         return Err(Error::TooManyDimensions { given: request.dimensions.len(), most: MOST_DIMENSIONS });
     }
     let path = request.search_path.clone();
-    let scope = Scope { relation: table.oid, owner: Owner::of(table.oid)?, path };
+    let scope = Scope { relation: table.oid, owner: Owner::role(table.owner_oid), path };
     let mut definition = Definition {
         name: request.name.clone(),
         source: table.qualified(),

@@ -263,19 +263,22 @@ pub fn require_sequence(sequence: Option<pg_sys::Oid>, has_merged_to: bool) -> R
     }
 }
 
-/// The table and its numbering, if it can be a source for the caller.
+/// The table and its numbering, if it can be a source for the caller. It is locked: until the transaction ends
+/// it has the owner, the name and the columns that are found here.
 pub fn open_source(
     caller: pg_sys::Oid,
     oid: pg_sys::Oid,
     sequence: Option<pg_sys::Oid>,
 ) -> Result<(Table, Numbering)> {
-    let table = relation::open(oid)?;
-    session::require_owner(caller, oid)?;
+    // 1. nobody keeps others from a table that is not theirs.
+    session::open(caller, oid)?;
+    locks::lock_against_dropping(oid)?;
+    // 2. what was seen before the lock may be out of date.
+    let table = session::open(caller, oid)?;
     // A source by the name of the change log is taken for it: its rollups would be built-in ones.
     if table.schema == SCHEMA {
         return Err(Error::OurOwn(table.qualified()));
     }
-    locks::lock_against_dropping(oid)?;
     citus::require_by_hash(oid)?;
     let numbering = numbering(&table, sequence)?;
     let may_read = spi::query(

@@ -66,8 +66,11 @@ pub fn attach(
     reports: bool,
 ) -> Result<Vec<Action>> {
     let _impatient = hold_rollups()?;
+    // Another may have got it while we waited, or gets it before it is locked for the triggers.
+    session::require_owner(caller, oid)?;
     take_up_history(caller, oid)?;
     let actions = attach_locked(oid, subtract, reports)?;
+    session::require_owner(caller, oid)?;
     restore::mark()?;
     Ok(actions)
 }

@@ -157,11 +157,14 @@ pub fn forget_history() -> Result<Vec<Action>> {
 
 /// Drops a report and what it knows; the other rollups stay.
 pub fn drop_report(caller: pg_sys::Oid, name: &str) -> Result<()> {
-    match captured::capture()? {
-        Some(state) => session::require_owner(caller, state.relation)?,
-        None => session::require_extension_owner(caller)?,
-    }
+    let require_right = || match captured::capture()? {
+        Some(state) => session::require_owner(caller, state.relation),
+        None => session::require_extension_owner(caller),
+    };
+    require_right()?;
     let _impatient = hold_rollups()?;
+    // Another may have got the table while we waited.
+    require_right()?;
     let report = reports::rollups()?.into_iter().find(|rollup| rollup.optional && rollup.name == name);
     let report = report.ok_or_else(|| Error::ReportNotMade(name.into()))?;
     lock_exclusively(&relations_of(std::slice::from_ref(&report))?)?;

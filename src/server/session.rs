@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 pub use crate::server::failure::{Failure, advised, callable};
 use crate::server::limit;
-use crate::server::relation;
-use crate::server::spi::{self, kept, query, value};
+use crate::server::relation::{self, Table};
+use crate::server::spi::{self, current, kept, query, value};
 use pgrx::prelude::*;
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
@@ -54,9 +54,20 @@ pub fn require_utf8() -> Result<()> {
     if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
 }
 
-/// `caller` may act for the owner of the relation.
+/// The table, which `caller` may act for the owner of: both as of now, in one look. Who waits for a lock or for
+/// anybody after that asks again, or works as the owner that was found and no other: meanwhile it can be given
+/// away, and what its former owner has written would run with the rights of the new one.
+pub fn open(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<Table> {
+    let table = relation::open(relation)?;
+    match may_act_for(caller, table.owner_oid)? {
+        true => Ok(table),
+        false => Err(Error::NotOwner(table.name)),
+    }
+}
+
+/// `caller` may act for the owner of the relation, as of now: a statement may have begun long ago.
 pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
-    let owns = query(
+    let owns = current(
         "SELECT relname::text, pg_catalog.pg_has_role($2, relowner, 'USAGE') FROM pg_catalog.pg_class
              WHERE oid = $1",
         &[relation.into(), caller.into()],
@@ -252,9 +263,9 @@ pub fn acts_as_ourselves() -> bool {
 pub struct Owner(pg_sys::Oid);
 
 impl Owner {
-    /// The owner of a table. What is no table any more is refused: a rule, say, has made it a view.
+    /// The owner of a table as of now. What is no table any more is refused: a rule, say, has made it a view.
     pub fn of(relation: pg_sys::Oid) -> Result<Owner> {
-        let found = query(
+        let found = current(
             "SELECT relowner, relkind::text, relname::text FROM pg_catalog.pg_class WHERE oid = $1",
             &[relation.into()],
             |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?, value::<String>(r, 3)?)),
