@@ -739,6 +739,16 @@ errors! {
         { held_by(holders) };
         ("Try again when those transactions have ended, or raise {}.", limit.setting);
 
+    GaveWay { relation: String, limit: LockLimit, waiters: String }:
+        ERRCODE_LOCK_NOT_AVAILABLE;
+        ("others have waited for {relation} for longer than {} ms", limit.time.as_millis());
+        "So its lock was given back. Waiting was {waiters}.";
+        (
+            "Try again while nobody writes to it, or raise {}. What writes with a condition on the time waits for \
+             partitions of that time only.",
+            limit.setting
+        );
+
     LockedByConversion { relation: String, limit: LockLimit, holders: String, table: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         ("could not get a lock on {relation} within {} ms", limit.time.as_millis());

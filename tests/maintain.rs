@@ -695,6 +695,132 @@ fn what_is_declared_while_a_partition_is_counted_keeps_its_rows() {
     assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.by_note"), 2);
 }
 
+/// Where one who counts `older`, in a session with `test.counts`, waits before each piece.
+fn counted_in_pieces(client: &mut Client) {
+    client
+        .batch_execute(&format!(
+            "{WITHOUT_DEFAULT}
+             CREATE TABLE older PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             CREATE TABLE newer PARTITION OF events FOR VALUES FROM ('2026-01-02') TO ('2026-01-03');
+             INSERT INTO events (at) VALUES ('2026-01-01'), ('2026-01-02');
+             CREATE FUNCTION counted() RETURNS boolean IMMUTABLE LANGUAGE plpgsql SET lock_timeout = 0 AS $$ BEGIN
+                 IF current_setting('test.counts', true) = 'on' THEN PERFORM pg_advisory_lock(1); PERFORM pg_advisory_unlock(1); END IF;
+                 RETURN true;
+             END $$;
+             CREATE INDEX ON older (id) WHERE counted();
+             SELECT spend_partition_set('events', 'day', 0, '30 days'); ANALYZE events"
+        ))
+        .unwrap();
+}
+
+#[test]
+fn a_count_gives_way_to_a_statement_that_names_no_time() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    counted_in_pieces(&mut client);
+    client.batch_execute("SELECT pg_advisory_lock(1)").unwrap();
+    let call = |caller: &mut Client| {
+        caller.batch_execute("SET test.counts = on; SET litellm_spend.lock_timeout = '300ms'").unwrap();
+        maintain(caller, "events")
+    };
+    let mut writer = db.connect();
+    let writer_pid = backend_pid(&mut writer);
+    let actions = while_it_waits(&db, call, |other, _| {
+        std::thread::scope(|scope| {
+            let update = scope.spawn(|| writer.batch_execute("UPDATE events SET id = id WHERE id = 2"));
+            eventually("it waits for the count", || waits_for_a_lock(other, writer_pid));
+            std::thread::sleep(Duration::from_millis(400));
+            client.batch_execute("SELECT pg_advisory_unlock(1)").unwrap();
+            update.join().unwrap().unwrap();
+        });
+    });
+    let gave_way = actions.iter().find(|a| a.0 == "skipped").unwrap_or_else(|| panic!("{actions:?}"));
+    assert_eq!(gave_way.1, "older", "{actions:?}");
+    let why = format!(
+        "others have waited for \"public\".\"older\" for longer than 300 ms: so its lock was given back. Waiting was process {writer_pid} "
+    );
+    assert!(gave_way.3.starts_with(&why), "{actions:?}");
+    assert!(expired(&actions).is_empty(), "{actions:?}");
+    assert_eq!(expired(&maintain(&mut client, "events")), ["older", "newer"]);
+}
+
+#[test]
+fn a_table_that_takes_the_name_of_a_partition_is_not_dropped_for_it() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    counted_in_pieces(&mut client);
+    client.batch_execute("SELECT pg_advisory_lock(1)").unwrap();
+    let call = |caller: &mut Client| {
+        caller.batch_execute("SET test.counts = on").unwrap();
+        maintain(caller, "events")
+    };
+    let actions = while_it_waits(&db, call, |other, _| {
+        other
+            .batch_execute(
+                "ALTER TABLE newer RENAME TO renamed;
+                 CREATE TABLE newer AS SELECT * FROM generate_series(1, 3) AS id",
+            )
+            .unwrap();
+        client.batch_execute("SELECT pg_advisory_unlock(1)").unwrap();
+    });
+    assert_eq!(expired(&actions), ["older"], "{actions:?}");
+    let detail = &actions.iter().find(|a| a.1 == "newer").unwrap_or_else(|| panic!("{actions:?}")).3;
+    assert_eq!(detail, "somebody changed \"newer\" at the same time");
+    assert!(holds(&mut client, "SELECT count(*) = 3 FROM newer"));
+    assert_eq!(expired(&maintain(&mut client, "events")), ["renamed"]);
+}
+
+#[test]
+fn a_partition_of_a_table_that_a_foreign_key_references_is_not_counted_to_be_dropped() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            "{WITHOUT_DEFAULT}
+             CREATE TABLE older PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             INSERT INTO events (at) VALUES ('2026-01-01');
+             CREATE TABLE of_event (id bigint, at timestamp, FOREIGN KEY (id, at) REFERENCES events);
+             SELECT spend_partition_set('events', 'day', 0, '30 days')"
+        ))
+        .unwrap();
+    let actions = maintain(&mut client, "events");
+    let skipped = actions.iter().find(|a| a.1 == "older").unwrap_or_else(|| panic!("{actions:?}"));
+    assert_eq!(
+        (&*skipped.0, &*skipped.3),
+        ("skipped", "\"older\" is referenced by public.of_event"),
+        "{actions:?}"
+    );
+    client.batch_execute("SELECT spend_partition_set('events', on_expire => 'detach')").unwrap();
+    let actions = maintain(&mut client, "events");
+    assert!(actions.iter().any(|a| a.0 == "detached" && a.1 == "older"), "{actions:?}");
+}
+
+#[test]
+fn a_partition_of_several_pieces_is_counted_as_it_is() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE events (id bigint, at timestamp NOT NULL, spend float8, pad char(900) DEFAULT '')
+                 PARTITION BY RANGE (at);
+             ALTER TABLE events ALTER pad SET STORAGE PLAIN;
+             CREATE TABLE older PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-01-02');
+             INSERT INTO events (id, at, spend)
+                 SELECT i, '2026-01-01', CASE WHEN i % 1000 = 0 THEN float8 'NaN' ELSE i END FROM generate_series(1, 20000) AS i;
+             DELETE FROM events WHERE id % 3 = 0;
+             SELECT spend_partition_set('events', 'day', 0, '30 days')",
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT pg_relation_size('older') > 2 * 8388608"));
+    let counted: String = value(
+        &mut client,
+        "SELECT concat_ws(' ', count(*), sum(spend::numeric) FILTER (WHERE spend <> 'NaN')) FROM older",
+    );
+    assert_eq!(expired(&maintain(&mut client, "events")), ["older"]);
+    let recorded = "SELECT concat_ws(' ', rows, spend) FROM litellm_spend.expired_partition";
+    assert_eq!(value::<String>(&mut client, recorded), counted);
+}
+
 #[test]
 fn dropped_days_of_litellms_table_stay_in_the_rollups() {
     let db = cluster().database();

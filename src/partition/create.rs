@@ -271,7 +271,7 @@ pub fn index_names(relation: &str) -> Result<Vec<String>> {
 /// Moves the rows that meet `condition`, for which there is an index, from one table to another, past all
 /// triggers. Both are locked by us alone.
 pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) -> Result<i64> {
-    refuse_references(layout)?;
+    refuse_references(&relation::relation_tree(layout.table.oid)?, &layout.table.name)?;
     let name = relation::relation_name(from)?;
     let columns = relation::stored_columns(from)?;
     // Nobody sees them disabled: we hold the lock that this takes.
@@ -379,17 +379,18 @@ fn triggers(relation: pg_sys::Oid) -> Result<Vec<Trigger>> {
     )
 }
 
-/// A foreign key could delete rows of other tables when a row leaves DEFAULT.
-fn refuse_references(layout: &Layout) -> Result<()> {
+/// A foreign key could delete rows of other tables when a row leaves one of these, and keeps them from being
+/// dropped.
+pub fn refuse_references(relations: &[pg_sys::Oid], name: &str) -> Result<()> {
     let references = spi::query(
         "SELECT conrelid::regclass::text FROM pg_catalog.pg_constraint
          WHERE contype = 'f' AND confrelid = ANY ($1)",
-        &[relation::relation_tree(layout.table.oid)?.into()],
+        &[relations.to_vec().into()],
         |r| spi::value::<String>(r, 1),
     )?;
     match references.into_iter().next() {
         None => Ok(()),
-        Some(by) => Err(Error::Referenced { relation: layout.table.name.clone(), by }),
+        Some(by) => Err(Error::Referenced { relation: name.into(), by }),
     }
 }
 

@@ -5,11 +5,16 @@
 //! have expired as well. Then follow the short locks, under which we ask again which rollups there are: one
 //! may have been declared during the count. Order, as everywhere: fences, the table, its partitions.
 //!
+//! An UPDATE that names no time takes ROW EXCLUSIVE on every partition. It has the table already when it
+//! waits for one that is being counted, so the two never end in a drop: either the count gives way, once
+//! somebody has waited for longer than `litellm_spend.lock_timeout`, or the server finds a deadlock when we
+//! ask for the table. Both are tried again later, and what was counted by then is lost.
+//!
 //! What reads or drops a partition runs as the table's owner; that record and the rollups' state are ours.
 //!
 //! | lock | on | how long |
 //! |---|---|---|
-//! | SHARE | the partition | while it is counted |
+//! | SHARE | the partition | while it is counted, until others wait |
 //! | the fences | the built-in rollups, if the table is captured | to the end |
 //! | ACCESS EXCLUSIVE | the table, DEFAULT, the partition | the DROP or DETACH |
 
@@ -19,9 +24,10 @@ use crate::guc;
 use crate::litellm::triggers::missing_triggers;
 use crate::partition::archive;
 use crate::partition::calendar::Moment;
-use crate::partition::create::{detach, finish_detach};
+use crate::partition::create::{detach, finish_detach, refuse_references};
 use crate::partition::layout::{Layout, Partition, timestamp};
 use crate::partition::policy::{OnExpire, Policy};
+use crate::partition::times;
 use crate::server::locks::{self, Mode, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::spi;
@@ -31,6 +37,7 @@ use crate::state::fence::Fence;
 use crate::state::frozen;
 use pgrx::datum::{AnyNumeric, Timestamp};
 use pgrx::prelude::*;
+use std::time::{Duration, Instant};
 
 /// What a partition holds, while we hold the lock that keeps it so.
 pub struct Held {
@@ -54,13 +61,41 @@ pub fn has_expired(partition: &Partition, cutoff: Moment) -> bool {
 }
 
 /// Locks the partition against writers, checks that nobody needs it, and counts it.
-pub fn count(layout: &Layout, partition: &Partition) -> Result<Held> {
+pub fn count(layout: &Layout, partition: &Partition, policy: &Policy) -> Result<Held> {
     layout.require_usable(partition)?;
     refuse_dependents(partition)?;
+    if policy.on_expire == OnExpire::Drop {
+        refuse_references(&[layout.table.oid, partition.oid], &partition.name)?;
+    }
     layout.lock()?;
+    // What needs no count to be refused is refused while nobody waits for us.
+    require_rolled_up(layout, partition)?;
     locks::lock_all(guc::lock_timeout(), &[(partition.oid, pg_sys::ShareLock)])?;
-    let rollups = require_rolled_up(layout, partition)?;
+    require_same(&layout.again()?, partition)?;
+    let rollups = rollups(layout, partition.oid)?;
     require_captured(layout, partition)?;
+    let (rows, spend, has_others) = add_up(layout, partition, &merged_by(&rollups))?;
+    if has_others {
+        require_rolled_up(layout, partition)?;
+    }
+    Ok(Held { rows, spend, rollups })
+}
+
+/// The partition as it is now that it is locked: still of that range, and of the name by which it is read and
+/// dropped, which could mean another table.
+fn require_same<'a>(now: &'a Layout, partition: &Partition) -> Result<&'a Partition> {
+    now.find(partition.oid)
+        .filter(|found| found.range == partition.range && found.qualified() == partition.qualified())
+        .ok_or_else(|| Error::CameBetween(partition.name.clone()))
+}
+
+/// Pages that are counted by one statement, and how long others may wait unseen beside it.
+const PIECE: i64 = 1024;
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The rows and the spend of a partition that we have locked, and whether there are rows that do not meet
+/// `merged`. Fails if others wait for us for too long.
+fn add_up(layout: &Layout, partition: &Partition, merged: &str) -> Result<(i64, Option<AnyNumeric>, bool)> {
     let columns = &layout.table.columns;
     let is_number = |t: &str| ["double precision", "real", "numeric", "integer", "bigint"].contains(&t);
     let spend = if columns.iter().any(|(name, r#type)| name == "spend" && is_number(r#type)) {
@@ -70,10 +105,50 @@ pub fn count(layout: &Layout, partition: &Partition) -> Result<Held> {
     } else {
         "NULL::numeric"
     };
-    let sql = format!("SELECT count(*), {spend} FROM ONLY {}", partition.qualified());
-    let counted = layout.owner.fresh(&sql, &[], |r| Ok((spi::value::<i64>(r, 1)?, r.get(2)?)))?;
-    let (rows, spend) = counted.into_iter().next().ok_or_else(|| Error::NoTable(partition.qualified()))?;
-    Ok(Held { rows, spend, rollups })
+    let pages = pages(partition)?;
+    let (mut rows, mut spent, mut has_others) = (0, None, false);
+    let (mut first, mut looked) = (0, Instant::now());
+    while first == 0 || first < pages {
+        let next = first + PIECE;
+        // The last piece has no end, and a table of one piece no beginning.
+        let from = if first > 0 { format!("ctid >= '({first},0)'") } else { "true".into() };
+        let to = if next < pages { format!("ctid < '({next},0)'") } else { "true".into() };
+        let sql = format!(
+            "SELECT count(*), {spend}, coalesce(bool_or(NOT ({merged})), false) FROM ONLY {}
+             WHERE {from} AND {to}",
+            partition.qualified()
+        );
+        let counted = {
+            let _owner = layout.owner.act().with(c"enable_tidscan", c"on");
+            spi::fresh(&sql, &[], |r| {
+                Ok((spi::value::<i64>(r, 1)?, r.get::<AnyNumeric>(2)?, spi::value::<bool>(r, 3)?))
+            })?
+        };
+        for (more, spend, others) in counted {
+            rows += more;
+            has_others |= others;
+            spent = match (spent, spend) {
+                (Some(spent), Some(spend)) => Some(spent + spend),
+                (spent, spend) => spent.or(spend),
+            };
+        }
+        if looked.elapsed() > LOOK {
+            locks::require_nobody_waits(&[partition.oid, layout.table.oid])?;
+            looked = Instant::now();
+        }
+        first = next;
+    }
+    Ok((rows, spent, has_others))
+}
+
+/// How many pages it has, where they can be read in pieces: else it is one.
+fn pages(partition: &Partition) -> Result<i64> {
+    let heap = "SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_am m ON m.oid = c.relam
+                WHERE c.oid = $1 AND m.amname = 'heap'";
+    if spi::query(heap, &[partition.oid.into()], |_| Ok(()))?.is_empty() {
+        return Ok(0);
+    }
+    Ok(times::size(partition.oid)? / i64::from(pg_sys::BLCKSZ))
 }
 
 /// Drops or detaches a counted partition. Returns the rows, and where they are now.
@@ -105,8 +180,7 @@ pub fn finish(
     locks.extend(layout.default.iter().chain([partition]).map(|p| (p.oid, pg_sys::AccessExclusiveLock)));
     locks::lock_all(guc::lock_timeout(), &locks)?;
     let now = layout.again()?;
-    let found = now.find(partition.oid).filter(|found| found.range == partition.range);
-    layout.require_usable(found.ok_or_else(|| Error::CameBetween(partition.name.clone()))?)?;
+    layout.require_usable(require_same(&now, partition)?)?;
     let has_all =
         |now: &Rollup| held.rollups.iter().any(|r| r.name == now.name && r.watermark <= now.watermark);
     if let Some(other) = rollups(layout, partition.oid)?.into_iter().find(|rollup| !has_all(rollup)) {
@@ -224,25 +298,27 @@ fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<Rollup>> {
 
 /// The rows that every rollup over the table has merged, as a condition.
 pub fn merged(layout: &Layout, relation: pg_sys::Oid) -> Result<String> {
-    let rollups = rollups(layout, relation)?;
+    Ok(merged_by(&rollups(layout, relation)?))
+}
+
+fn merged_by(rollups: &[Rollup]) -> String {
     let parts = rollups
         .iter()
         .map(|Rollup { watermark, column, .. }| format!("({column} <= {watermark} OR {column} IS NULL)"));
     let parts: Vec<String> = std::iter::once("true".into()).chain(parts).collect();
-    Ok(parts.join(" AND "))
+    parts.join(" AND ")
 }
 
-/// Refuses a partition with rows that a rollup has not merged. Returns those that have.
-fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<Vec<Rollup>> {
-    let rollups = rollups(layout, partition.oid)?;
-    for Rollup { name, watermark, column } in &rollups {
+/// Refuses a partition with rows that a rollup has not merged.
+fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<()> {
+    for Rollup { name, watermark, column } in &rollups(layout, partition.oid)? {
         let sql = format!("SELECT FROM ONLY {} WHERE {column} > {watermark}", partition.qualified());
         if layout.owner.exists(&sql, &[])? {
             let (partition, rollup) = (partition.name.clone(), name.clone());
             return Err(Error::NotMerged { partition, rollup, watermark: *watermark });
         }
     }
-    Ok(rollups)
+    Ok(())
 }
 
 /// Refuses a partition of the captured table with rows that capture may have missed: what is to be repaired

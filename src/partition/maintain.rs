@@ -1,11 +1,11 @@
 //! Maintenance of one table: a round of steps, each of which stands for itself. Those that need no lock that
 //! others wait for come first, so that a SQL call, which is one transaction, holds such locks at its end
-//! only.
+//! only. (In the worker a partition is counted and goes in one step, before the rest.)
 //!
 //! ```text
-//!  count expired partitions   SHARE on each            (a SQL call: they stay locked until its end)
 //!  delete expired rows        ROW EXCLUSIVE            in batches, only what no partition takes along
 //!  ANALYZE                    SHARE UPDATE EXCLUSIVE
+//!  count expired partitions   SHARE on each            (a SQL call: they stay locked until its end)
 //!  ---- exclusive locks: the first that is not to be had ends the round, the rest is tried again soon ----
 //!  drop or detach             ACCESS EXCLUSIVE
 //!  drain DEFAULT              ACCESS EXCLUSIVE         a batch of rows at most
@@ -116,13 +116,18 @@ impl<R: Runner> Round<'_, R> {
             self.report("skipped", &table, 0, "it is being converted or reverted: see spend_progress");
             return;
         };
-        let counted = cutoff.map(|cutoff| self.expire(&layout, cutoff));
         if let Some(cutoff) = cutoff {
+            if !self.is_one_transaction() {
+                self.expire(&layout, cutoff);
+            }
             self.purge(&layout, cutoff);
         }
         self.analyze(&layout);
-        for (partition, held) in counted.unwrap_or_default() {
-            self.finish(&layout, &partition, held);
+        if let Some(cutoff) = cutoff.filter(|_| self.is_one_transaction()) {
+            let counted = self.count(&layout, cutoff);
+            for (partition, held) in counted {
+                self.finish(&layout, &partition, held);
+            }
         }
         if layout.partitioned {
             self.drain(now, cutoff);
@@ -223,22 +228,31 @@ impl<R: Runner> Round<'_, R> {
 
     // ---- expiry ------------------------------------------------------------------------------------------
 
-    /// Expires the partitions that end before the cutoff, oldest first; in a SQL call it only counts them.
-    fn expire(&mut self, layout: &Layout, cutoff: Moment) -> Vec<(Partition, Held)> {
-        let mut counted = vec![];
-        let expired = layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff));
-        for partition in expired.cloned().collect::<Vec<_>>() {
-            if self.is_one_transaction() {
-                let held = self.step(&partition.name, || expire::count(layout, &partition));
-                counted.extend(held.map(|held| (partition, held)));
-            } else if self.blocked.is_none() && !self.slow {
-                let (policy, patience) = (self.policy.clone(), self.run.patience());
-                let rows = self.step(&partition.name, || {
-                    let held = expire::count(layout, &partition)?;
-                    expire::finish(layout, &partition, &policy, held, patience)
-                });
-                self.expired(&partition, rows);
+    /// Expires the partitions that end before the cutoff, oldest first.
+    fn expire(&mut self, layout: &Layout, cutoff: Moment) {
+        for partition in expired_partitions(layout, cutoff) {
+            if self.blocked.is_some() || self.slow {
+                return;
             }
+            let (policy, patience) = (self.policy.clone(), self.run.patience());
+            let rows = self.step(&partition.name, || {
+                let held = expire::count(layout, &partition, &policy)?;
+                expire::finish(layout, &partition, &policy, held, patience)
+            });
+            self.expired(&partition, rows);
+        }
+    }
+
+    /// The same in a SQL call, but only counts them: until all are, nobody but writers waits.
+    fn count(&mut self, layout: &Layout, cutoff: Moment) -> Vec<(Partition, Held)> {
+        let mut counted = vec![];
+        for partition in expired_partitions(layout, cutoff) {
+            if self.blocked.is_some() {
+                break;
+            }
+            let policy = self.policy.clone();
+            let held = self.step(&partition.name, || expire::count(layout, &partition, &policy));
+            counted.extend(held.map(|held| (partition, held)));
         }
         counted
     }
@@ -425,6 +439,10 @@ impl<R: Runner> Round<'_, R> {
         let name = oldest.map_or(layout.table.name.clone(), |p| p.name.clone());
         self.note("next", &name, 0, detail);
     }
+}
+
+fn expired_partitions(layout: &Layout, cutoff: Moment) -> Vec<Partition> {
+    layout.partitions.iter().filter(|p| expire::has_expired(p, cutoff)).cloned().collect()
 }
 
 // ---- what will go ----------------------------------------------------------------------------------------

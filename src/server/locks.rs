@@ -244,8 +244,31 @@ fn within(
     result
 }
 
+/// Fails once somebody has waited for a lock of ours on one of the relations for longer than we may wait for
+/// theirs: for who works under a lock that keeps others out, and looks now and then.
+pub fn require_nobody_waits(relations: &[pg_sys::Oid]) -> Result<()> {
+    let limit = or_callers(guc::lock_timeout());
+    let waiters = processes(
+        "NOT l.granted AND l.locktype = 'relation' AND l.relation = ANY ($1) AND l.database =
+             (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+         AND l.waitstart < clock_timestamp() - make_interval(secs => $2)
+         AND pg_catalog.pg_backend_pid() = ANY (pg_catalog.pg_blocking_pids(l.pid))",
+        &[relations.to_vec().into(), limit.time.as_secs_f64().into()],
+    )?;
+    match relations.first() {
+        Some(first) if !waiters.is_empty() => {
+            Err(Error::GaveWay { relation: relation_name(*first)?, limit, waiters })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Who else has locks, as a DETAIL names them: `which` says of `l` in pg_locks which locks. Empty: nobody.
 pub fn holders(which: &str, args: &[DatumWithOid]) -> Result<String> {
+    processes(&format!("l.granted AND {which}"), args)
+}
+
+fn processes(which: &str, args: &[DatumWithOid]) -> Result<String> {
     // The second look at the locks only where one has no process: others may be waiting for us.
     let sql = format!(
         "SELECT coalesce(string_agg(DISTINCT CASE WHEN l.pid IS NULL
@@ -256,7 +279,7 @@ pub fn holders(which: &str, args: &[DatumWithOid]) -> Result<String> {
                     ELSE format('process %s (%s)', l.pid,
                                 concat_ws(', ', a.usename, coalesce(nullif(a.application_name, ''), a.backend_type))) END, ', '), '')
          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-         WHERE l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() AND {which}"
+         WHERE l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() AND {which}"
     );
     Ok(query(&sql, args, |r| value::<String>(r, 1))?.pop().unwrap_or_default())
 }
