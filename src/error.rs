@@ -619,7 +619,7 @@ errors! {
 
     Retention { given: String, interval: String, seconds: Option<i64> }:
         ERRCODE_INVALID_PARAMETER_VALUE;
-        "retention \"{given}\" is shorter than one {interval}, or longer than 1000 years";
+        "retention \"{given}\" is shorter than one {interval}, longer than 1000 years, or negative in part";
         "A partition goes as a whole, when all of it has expired.";
         {
             match seconds {
@@ -702,6 +702,12 @@ errors! {
         "\"{relation}\" is referenced by {by}";
         "What refers to it would fail, or lose rows.";
         "Drop the reference, or maintain the table by hand.";
+
+    TooManyAtOnce { relation: String, at: String, most: i64 }:
+        ERRCODE_PROGRAM_LIMIT_EXCEEDED;
+        "more than {most} rows of {relation} have the same time, {at}";
+        "They would move to their partition at once, while everybody else waits for the table.";
+        "Raise litellm_spend.drain_rows at a quiet time and call spend_partition_maintain().";
 
     KeptBack(partition: String):
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;

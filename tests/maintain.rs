@@ -584,6 +584,39 @@ fn a_date_with_more_rows_than_a_batch_moves_as_a_whole() {
     assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM dated"), 9000);
 }
 
+#[test]
+fn more_rows_of_one_time_than_may_move_at_once_stay_and_keep_nothing_else() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE dated (id bigserial, d date NOT NULL, PRIMARY KEY (id, d)) PARTITION BY RANGE (d);
+             CREATE TABLE rest PARTITION OF dated DEFAULT; CREATE INDEX ON dated (d);
+             CREATE TABLE between_them PARTITION OF dated FOR VALUES FROM ('2026-11-20') TO ('2026-11-21');
+             INSERT INTO dated (d) SELECT day FROM generate_series(1, 3000),
+                 unnest('{2026-11-10,2026-11-25,2026-11-29}'::date[]) AS day;
+             INSERT INTO dated (d) SELECT '2026-11-26' FROM generate_series(1, 10);
+             SELECT spend_partition_set('dated', precreate => 2, time_column => 'd');
+             SET litellm_spend.drain_rows = 2999",
+        )
+        .unwrap();
+    let actions = maintain_at(&mut client, "dated", "2026-11-28");
+    let skipped = |partition: &str, day: &str| {
+        let why = format!("more than 2999 rows of \"public\".\"rest\" have the same time, '{day} 00:00:00'");
+        assert!(actions.iter().any(|a| a.0 == "skipped" && a.1 == partition && a.3 == why), "{actions:?}");
+    };
+    skipped("rest", "2026-11-10");
+    skipped("dated_p20261129", "2026-11-29");
+    assert!(actions.iter().any(|a| a.0 == "drained" && a.1 == "dated_p20261126" && a.2 == 10), "{actions:?}");
+    let made: Vec<_> = actions.iter().filter(|a| a.0 == "created").map(|a| a.1.as_str()).collect();
+    assert_eq!(made, ["dated_p20261128", "dated_p20261130"], "{actions:?}");
+    let stays = "SELECT last_error FROM spend_partition_status LIMIT 1";
+    let stays: String = value(&mut client, stays);
+    assert!(stays.contains("\nHINT:  Raise litellm_spend.drain_rows at a quiet time"), "{stays}");
+    client.batch_execute("SET litellm_spend.drain_rows = 3000").unwrap();
+    drain(&mut client, "dated", "rest", 0);
+}
+
 /// It holds for rows that come later; these were there before.
 #[test]
 fn rows_that_a_check_was_never_validated_for_are_drained() {
@@ -1797,6 +1830,9 @@ fn bad_input_is_refused_with_a_reason() {
         ("NULL, 'day', 100000", "22023"),
         ("NULL, 'day', 7, '-3 days'", "22023"),
         ("NULL, 'week', 7, '6 days'", "22023"),
+        ("NULL, 'day', 7, '1 mon -29 days'", "22023"),
+        ("NULL, 'day', 7, '-1 mon 40 days'", "22023"),
+        ("NULL, 'day', 7, '40 days -00:00:01'", "22023"),
         ("NULL, 'day', 7, '3 days', 'burn'", "22023"),
         ("NULL, 'day', 7, '3 days', 'drop', 'nothing'", "42703"),
         ("NULL, 'day', 7, '3 days', 'drop', 'spend'", "42804"),
@@ -1814,7 +1850,7 @@ fn bad_input_is_refused_with_a_reason() {
     let refused = error(&mut client, "SELECT spend_partition_set(retention => '90')");
     assert_eq!(
         refused.message(),
-        "retention \"00:01:30\" is shorter than one day, or longer than 1000 years"
+        "retention \"00:01:30\" is shorter than one day, longer than 1000 years, or negative in part"
     );
     assert_eq!(refused.hint(), Some("A number alone is seconds: write '90 days'."));
     client.batch_execute("SELECT spend_partition_set(NULL, 'none')").unwrap(); // nothing to forget

@@ -3,8 +3,8 @@
 //! A new partition is a table of its own first (columns, defaults, indexes, storage, owner, grants, our
 //! triggers) and is then attached, which the server does without reading anything but it: that DEFAULT holds
 //! no row of its range we prove from an index (see `proof`). The rows of the range move in the same
-//! transaction, at most a batch of them: then the partition ends where the batch does, and the next call
-//! widens it. Our triggers do not see the move, so that nothing is counted twice, and no reader sees less or
+//! transaction, at most a batch of them, or those of one time: then the partition ends where the batch does,
+//! and the next call widens it. Our triggers do not see the move, so that nothing is counted twice, and no reader sees less or
 //! more than before.
 //!
 //! | lock | when | who waits |
@@ -45,6 +45,12 @@ pub struct Placed {
     pub widened: bool,
 }
 
+/// Refuses a range of which more rows would have to move from DEFAULT at once than may.
+pub fn require_few(layout: &Layout, range: Range, batch: i64) -> Result<()> {
+    layout.lock()?;
+    layout.default.iter().try_for_each(|default| times(layout, default)?.require_few(range, batch))
+}
+
 /// Makes a partition that begins where `range` does, with at most about a batch of rows from DEFAULT, or
 /// widens the one that `range` continues. `None`: somebody else made it meanwhile.
 pub fn place(
@@ -82,7 +88,10 @@ pub fn place(
     let default = default.transpose()?;
     // 3. what fits a batch.
     let end = match &default {
-        Some((_, times)) => times.after(range, batch)?,
+        Some((_, times)) => {
+            times.require_few(range, batch)?;
+            times.after(range, batch)?
+        }
         None => None,
     };
     let range = Range { to: end.unwrap_or(range.to), ..range };

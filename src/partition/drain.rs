@@ -12,7 +12,7 @@
 //!
 //! A step that was interrupted has left nothing behind: how far it got is in the partitions' bounds.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::calendar::{self, Drain, Group, Interval, Moment, Range};
 use crate::partition::create::{
@@ -26,7 +26,8 @@ use crate::server::spi;
 use crate::server::text::qualified;
 use pgrx::prelude::*;
 
-/// What is next. Rows from `horizon` on stay, and those before `cutoff` are deleted elsewhere.
+/// What is next. Rows from `horizon` on stay, and those before `cutoff` are deleted elsewhere. Fails where
+/// nothing is left but rows of which more have one time than may move at once.
 pub fn look(layout: &Layout, interval: Interval, horizon: Moment, cutoff: Moment) -> Result<Drain> {
     let Some(default) = layout.default.as_ref().filter(|_| layout.partitioned) else {
         return Ok(Drain::Nothing);
@@ -35,8 +36,29 @@ pub fn look(layout: &Layout, interval: Interval, horizon: Moment, cutoff: Moment
     layout.lock()?;
     let batch = batch_size(default.oid)?;
     let times = Times::of(layout.owner, default.oid, &layout.time_column)?;
-    let (groups, others) = groups(layout, &times, horizon, batch)?;
-    Ok(calendar::drain(interval, &groups, others, batch, cutoff))
+    let (mut groups, mut others) = groups(layout, &times, horizon, batch)?;
+    let mut refused = None;
+    loop {
+        match calendar::drain(interval, &groups, others, batch, cutoff) {
+            Drain::Move(range) => match times.require_few(range, batch) {
+                Err(error @ Error::TooManyAtOnce { .. }) => {
+                    refused.get_or_insert(error);
+                    // They stay, so DEFAULT cannot become the partition of others.
+                    if let Some(group) = groups.iter_mut().find(|g| g.gap.within(range).is_some()) {
+                        others += group.rows;
+                        match times.ends(Range { from: range.to, ..group.gap })? {
+                            Some((first, _)) => group.first = first,
+                            None => group.rows = 0,
+                        }
+                    }
+                    groups.retain(|group| group.rows > 0);
+                }
+                fits => return fits.map(|()| Drain::Move(range)),
+            },
+            Drain::Nothing => return refused.map_or(Ok(Drain::Nothing), Err),
+            adopt => return Ok(adopt),
+        }
+    }
 }
 
 /// The rows of each gap, and how many belong to none, both counted until it is clear that they are many.

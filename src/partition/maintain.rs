@@ -362,7 +362,7 @@ impl<R: Runner> Round<'_, R> {
                     self.note("drained", &adopted.partition, 0, detail);
                 }
                 Some(Drain::Move(range)) => {
-                    if !self.place(&layout, range, now) {
+                    if self.place(&layout, range, now) != Some(true) {
                         return;
                     }
                 }
@@ -372,16 +372,20 @@ impl<R: Runner> Round<'_, R> {
 
     fn create(&mut self, now: Moment) {
         let began = Instant::now();
+        let mut refused = vec![];
         while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };
             let wanted = self.policy.interval.periods(now, self.policy.precreate);
-            let Some(range) = missing(&wanted, &layout.ranges()).into_iter().next() else { return };
+            let mut missing = missing(&wanted, &layout.ranges()).into_iter();
+            let Some(range) = missing.find(|range| !refused.contains(range)) else { return };
             if began.elapsed() > SLICE {
                 self.again = Again::AtOnce;
                 return;
             }
-            if !self.place(&layout, range, now) {
-                return;
+            match self.place(&layout, range, now) {
+                Some(true) => {}
+                Some(false) => refused.push(range),
+                None => return,
             }
         }
     }
@@ -399,27 +403,33 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    /// `false`: it did not work.
-    fn place(&mut self, layout: &Layout, range: Range, now: Moment) -> bool {
+    /// `None`: it did not work. `false`: more rows would have to move at once than may.
+    fn place(&mut self, layout: &Layout, range: Range, now: Moment) -> Option<bool> {
         let interval = self.policy.interval;
         let name = crate::partition::calendar::name(&layout.table.name, range);
         let placed = self.step(&name, || {
             let batch = layout.default.as_ref().map_or(Ok(0), |d| drain::batch_size(d.oid))?;
-            create::place(layout, interval, range, now, batch)
+            match create::require_few(layout, range, batch) {
+                Err(error @ Error::TooManyAtOnce { .. }) => Ok(Err(error)),
+                few => few.and_then(|()| create::place(layout, interval, range, now, batch)).map(Ok),
+            }
         });
-        match placed {
-            Some(Some(placed)) => {
+        match placed? {
+            Ok(Some(placed)) => {
                 let moved = if placed.rows > 0 { "; with rows from DEFAULT" } else { "" };
                 let action = if placed.widened || placed.rows > 0 { "drained" } else { "created" };
                 self.note(action, &placed.partition, placed.rows, format!("{}{moved}", placed.range));
-                true
+                Some(true)
             }
-            Some(None) => {
+            Ok(None) => {
                 self.soon();
                 self.note("skipped", &name, 0, "somebody else made it at the same time");
-                false
+                None
             }
-            None => false,
+            Err(error) => {
+                self.skip(&name, Failure::from(error));
+                Some(false)
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 //! that it may be asked while the table is locked; a table without one is read only if it is small.
 
 use crate::error::{Error, Result};
+use crate::guc;
 use crate::partition::calendar::{Moment, Range};
 use crate::partition::layout::micros;
 use crate::server::cost;
@@ -83,6 +84,18 @@ impl Times {
         }
         // (Of dates, a microsecond later is the same.)
         Ok(self.ends_where(&format!("{condition} AND {time} > {first}"))?.map(|(next, _)| next))
+    }
+
+    /// Refuses a range of which more rows than may move at once have its first time: rows of one time stay
+    /// together, and a batch ends at the next.
+    pub fn require_few(&self, range: Range, batch: i64) -> Result<()> {
+        let most = batch.max(guc::drain_rows());
+        let to = self.after(range, batch)?.unwrap_or(range.to);
+        if self.count(&self.condition(Range { to, ..range }), most + 1)? <= most {
+            return Ok(());
+        }
+        let at = self.ends(range)?.map_or(range.from, |(first, _)| first).to_string();
+        Err(Error::TooManyAtOnce { relation: self.relation.clone(), at, most })
     }
 
     /// On a fresh snapshot, and from the index: the planner may think otherwise of a table that was never
