@@ -415,6 +415,49 @@ errors! {
             quoted(column)
         );
 
+    Unlogged(relation: String):
+        ERRCODE_WRONG_OBJECT_TYPE;
+        "{relation} is an unlogged table, which a crash empties";
+        "The rollup would still count its rows, and could take the numbers of new ones for merged ones.";
+        "ALTER TABLE {relation} SET LOGGED;";
+
+    OtherColumn { relation: String, rollup: String, column: String, now: Option<String> }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "column \"{column}\" of {relation} is not the one that rollup \"{rollup}\" reads";
+        {
+            let became = match now {
+                Some(now) => format!("is called \"{now}\" now"),
+                None => "was dropped".into(),
+            };
+            format!("That one {became}. What is merged came from it: with another the sums would be of both.")
+        };
+        {
+            let anew = format!("SELECT spend_rollup_drop({}); and make it anew", literal(rollup));
+            match now {
+                Some(now) => format!(
+                    "ALTER TABLE {relation} RENAME COLUMN {} TO {}; lets it go on (rename what has that name now \
+                     before). Or {anew}.",
+                    quoted(now),
+                    quoted(column)
+                ),
+                None => format!("{anew}."),
+            }
+        };
+
+    NullDimension { rollup: String, dimension: String, relation: String }:
+        ERRCODE_NOT_NULL_VIOLATION;
+        "dimension \"{dimension}\" of rollup \"{rollup}\" is NULL in a row of {relation}";
+        "Its column was NOT NULL when the rollup was declared, so the key of the rollup's table takes no NULL.";
+        "UPDATE the rows in which it is NULL, and ALTER TABLE {relation} ALTER COLUMN … SET NOT NULL; or drop \
+         the rollup and make it anew.";
+
+    Temporary(object: String):
+        ERRCODE_INVALID_COLUMN_DEFINITION;
+        "a rollup cannot use {object}";
+        "It is temporary: when this session ends it is dropped, and takes the live view or a column of the \
+         rollup along.";
+        "Make it in a schema that stays.";
+
     RollupBusy { rollup: String, holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "rollup \"{rollup}\" is locked by another transaction";
@@ -509,11 +552,11 @@ errors! {
         "The sequence's lowest value is {lowest}.";
         "Pass the last value whose row is merged, or leave it out where none is.";
 
-    SequenceShape { sequence: String, reason: String }:
+    SequenceShape { sequence: String, reason: String, remedy: &'static str }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "sequence {sequence} cannot number the rows of a source";
         { reason.clone() };
-        "ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 NO CYCLE.";
+        "ALTER SEQUENCE {sequence} {remedy};";
 
     AlreadyPartitioned(table: String):
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;

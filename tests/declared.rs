@@ -1703,6 +1703,210 @@ fn one_rollup_that_cannot_be_read_does_not_hide_the_others() {
     assert_views_exact(&mut client);
 }
 
+/// By name it would merge the other column, while the live view shows the old one.
+#[test]
+fn a_rollup_stops_when_another_column_gets_the_name_of_one_that_it_reads() {
+    let changes = [
+        // The usual change of a type without a rewrite.
+        ("bytes", "ALTER TABLE seen RENAME bytes TO bytes_old; ALTER TABLE seen ADD bytes bigint"),
+        (
+            "bytes",
+            "ALTER TABLE seen RENAME bytes TO x; ALTER TABLE seen RENAME other TO bytes; ALTER TABLE seen RENAME x TO other",
+        ),
+        // Both are read, so that the names are the same as before.
+        (
+            "bytes",
+            "ALTER TABLE seen RENAME bytes TO x; ALTER TABLE seen RENAME site TO bytes; ALTER TABLE seen RENAME x TO site",
+        ),
+        (
+            "id",
+            "ALTER TABLE seen ADD id_new bigint; ALTER TABLE seen RENAME id TO id_old; ALTER TABLE seen RENAME id_new TO id;
+             ALTER TABLE seen ALTER id_old DROP DEFAULT; ALTER TABLE seen ALTER id_old DROP NOT NULL;
+             ALTER TABLE seen ALTER id SET DEFAULT nextval('seen_id_seq')",
+        ),
+        // The live view is made again, over the new column.
+        (
+            "bytes",
+            "BEGIN; DROP VIEW litellm_spend.v; ALTER TABLE seen DROP bytes; ALTER TABLE seen ADD bytes bigint; COMMIT",
+        ),
+    ];
+    for (column, change) in changes {
+        let db = shared().database();
+        let mut client = db.connect();
+        client
+            .batch_execute(
+                "CREATE TABLE seen (site bigint, bytes bigint, other bigint, id bigserial);
+                 SELECT spend_rollup_create('v', 'seen', '{site}', '{sum(bytes) AS bytes, count(*) AS n}');
+                 INSERT INTO seen (site, bytes, other) VALUES (1, 10, 99)",
+            )
+            .unwrap();
+        merged(&mut client, "v");
+        client.batch_execute(change).unwrap();
+        client.batch_execute("INSERT INTO seen (site) VALUES (5)").unwrap();
+        let says = format!(
+            "SELECT coalesce(last_error, '') LIKE '%column \"{column}\" of %seen% is not the one%' FROM spend_rollup_status"
+        );
+        eventually(change, || {
+            let counted = "SELECT sum(n) = 2 FROM litellm_spend.v_rollup";
+            assert!(!holds(&mut client, counted), "merged after: {change}");
+            holds(&mut client, &says)
+        });
+        for call in [
+            "SELECT spend_rollup_run('v')",
+            "SELECT spend_rollup_verify('v')",
+            "SELECT spend_rollup_rebuild('v')",
+        ] {
+            match call.contains("run") {
+                true => client.batch_execute(call).unwrap(),
+                false => assert_refused(&mut client, call, "55000"),
+            }
+        }
+        assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.v_rollup"), 1);
+    }
+}
+
+#[test]
+fn a_rollup_goes_on_when_a_column_has_its_name_back_or_one_that_it_does_not_read_changes() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE seen (gone int, site int, other int, id bigserial); ALTER TABLE seen DROP gone;
+             SELECT spend_rollup_create('v', 'seen', '{site}', '{count(*) AS n}');
+             ALTER TABLE seen RENAME other TO another; ALTER TABLE seen ADD other text;
+             INSERT INTO seen (site) VALUES (1); ALTER TABLE seen RENAME site TO place; INSERT INTO seen (place) VALUES (1)",
+        )
+        .unwrap();
+    eventually("it says so", || {
+        holds(&mut client, "SELECT last_error LIKE '%\"site\"%is not the one%' FROM spend_rollup_status")
+    });
+    client.batch_execute("ALTER TABLE seen RENAME place TO site").unwrap();
+    merged(&mut client, "v");
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(n)::bigint FROM litellm_spend.v_rollup"), 2);
+}
+
+#[test]
+fn a_null_in_a_column_that_could_have_none_stops_the_rollup_and_says_what_to_do() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id bigserial, site int NOT NULL);
+             SELECT spend_rollup_create('r', 't', '{site}', '{count(*) AS n}');
+             ALTER TABLE t ALTER site DROP NOT NULL; INSERT INTO t (site) VALUES (1), (NULL)",
+        )
+        .unwrap();
+    eventually("it says so", || {
+        holds(
+            &mut client,
+            "SELECT last_error LIKE '%NULL%' AND last_error LIKE '%ALTER TABLE %t% ALTER COLUMN % SET NOT NULL%'
+             FROM spend_rollup_status",
+        )
+    });
+    client.batch_execute("UPDATE t SET site = 0 WHERE site IS NULL").unwrap();
+    merged(&mut client, "r");
+    client.batch_execute("UPDATE t SET site = NULL WHERE id = 1").unwrap();
+    for hashed in ["on", "off"] {
+        client.batch_execute(&format!("SET litellm_spend.hash_groups = {hashed}")).unwrap();
+        assert_refused(&mut client, "SELECT spend_rollup_rebuild('r')", "23502");
+    }
+}
+
+#[test]
+fn what_a_crash_empties_is_no_source_and_stops_one_that_becomes_it() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE UNLOGGED SEQUENCE s; CREATE TABLE t (id bigint DEFAULT nextval('s'), x int);
+             CREATE TABLE p (id bigserial, x int) PARTITION BY LIST (x);
+             CREATE UNLOGGED TABLE p_1 PARTITION OF p FOR VALUES IN (1);
+             CREATE TABLE later (id bigserial, x int);
+             SELECT spend_rollup_create('later', 'later', '{x}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    assert_refused(&mut client, "SELECT spend_rollup_create('r', 't', '{x}', '{count(*) AS n}')", "55000");
+    assert_refused(&mut client, "SELECT spend_rollup_register('r', 't')", "55000");
+    assert_refused(&mut client, "SELECT spend_rollup_create('r', 'p', '{x}', '{count(*) AS n}')", "42809");
+    client
+        .batch_execute(
+            "ALTER SEQUENCE s SET LOGGED; SELECT spend_rollup_create('r', 't', '{x}', '{count(*) AS n}')",
+        )
+        .unwrap();
+    for (change, back, rollup, table) in [
+        ("ALTER SEQUENCE s SET UNLOGGED", "ALTER SEQUENCE s SET LOGGED", "r", "t"),
+        ("ALTER TABLE later SET UNLOGGED", "ALTER TABLE later SET LOGGED", "later", "later"),
+    ] {
+        client.batch_execute(&format!("{change}; INSERT INTO {table} (x) VALUES (1)")).unwrap();
+        eventually("it says so", || {
+            holds(
+                &mut client,
+                &format!(
+                    "SELECT last_error LIKE '%crash%' FROM spend_rollup_status WHERE rollup = '{rollup}'"
+                ),
+            )
+        });
+        client.batch_execute(back).unwrap();
+        merged(&mut client, rollup);
+    }
+}
+
+#[test]
+fn an_average_whose_columns_would_have_names_that_the_server_cuts_is_refused() {
+    let (_db, mut client) = page_views();
+    for length in [58, 63] {
+        let name = "a".repeat(length);
+        let call = format!(
+            "SELECT spend_rollup_create('r', 'page_views', '{{site_id}}', '{{avg(bytes) AS {name}}}')"
+        );
+        let refused = error(&mut client, &call);
+        assert_eq!(refused.code().code(), "42611", "{refused:?}");
+        assert!(refused.detail().unwrap().contains("too long"), "{refused:?}");
+    }
+    let name = "a".repeat(57);
+    client
+        .batch_execute(&format!(
+            "SELECT spend_rollup_create('r', 'page_views', '{{site_id}}', '{{avg(bytes) AS {name}}}')"
+        ))
+        .unwrap();
+}
+
+/// With the session's end it is dropped, and takes the live view or a column of the rollup's table along.
+#[test]
+fn an_expression_that_uses_what_ends_with_the_session_is_refused() {
+    let (_db, mut client) = page_views();
+    client
+        .batch_execute(
+            "CREATE FUNCTION pg_temp.half(int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT $1 / 2';
+             CREATE FUNCTION pg_temp.plus(int, int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT $1 + $2';
+             CREATE AGGREGATE pg_temp.most(int) (SFUNC = int4larger, STYPE = int);
+             CREATE OPERATOR pg_temp.<+> (FUNCTION = int4pl, LEFTARG = int, RIGHTARG = int);
+             CREATE DOMAIN pg_temp.small AS int;
+             CREATE TYPE pg_temp.kind AS ENUM ('a', 'b')",
+        )
+        .unwrap();
+    for (dimension, measure) in [
+        ("pg_temp.half(site_id) AS h", "count(*) AS n"),
+        ("(site_id OPERATOR(pg_temp.<+>) 1) AS h", "count(*) AS n"),
+        ("site_id::pg_temp.small AS h", "count(*) AS n"),
+        ("site_id::pg_temp.small::int AS h", "count(*) AS n"),
+        ("path::pg_temp.kind AS h", "count(*) AS n"),
+        ("ARRAY[path::pg_temp.kind] AS h", "count(*) AS n"),
+        ("site_id", "sum(pg_temp.half(site_id)) AS n"),
+        ("site_id", "count(*) FILTER (WHERE pg_temp.half(site_id) > 1) AS n"),
+        ("site_id", "pg_temp.most(site_id) AS n MERGE WITH max"),
+        ("site_id", "max(site_id) AS n MERGE WITH pg_temp.most"),
+        ("site_id", "max(site_id) AS n MERGE WITH pg_temp.plus"),
+    ] {
+        let call = format!(
+            "SELECT spend_rollup_create('r', 'page_views', ARRAY['{dimension}'], ARRAY['{measure}'])"
+        );
+        let refused = error(&mut client, &call);
+        assert_eq!(refused.code().code(), "42611", "{call}: {refused:?}");
+        assert!(refused.detail().unwrap().contains("temporary"), "{call}: {refused:?}");
+    }
+}
+
 #[test]
 fn a_renamed_source_goes_on() {
     let (_db, mut client) = page_views_with_rollup();

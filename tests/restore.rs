@@ -16,7 +16,8 @@ fn original() -> (Database, Client) {
     client
         .batch_execute(
             "CREATE EXTENSION litellm_spend;
-             CREATE TABLE ev (id bigserial, kind int);
+             CREATE TABLE ev (gone int, id bigserial, kind int);
+             ALTER TABLE ev DROP gone;
              CREATE TABLE byhand (id bigserial PRIMARY KEY, kind int);
              CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
              CREATE INDEX ON logs (at);

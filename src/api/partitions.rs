@@ -36,8 +36,8 @@ pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     Ok((elevated, table))
 }
 
-/// The same table for a call that reads it or has a query planned: from here on nobody changes it, a partition
-/// or an index of it. What was seen before the locks may be out of date.
+/// The same table for a call that reads it or has a query planned: from here on nobody changes it, a
+/// partition or an index of it. What was seen before the locks may be out of date.
 pub fn lock_to_read(elevated: &Elevated, table: Table) -> error::Result<Table> {
     locks::lock_against_changes(table.oid)?;
     session::open(elevated.caller(), table.oid)

@@ -9,6 +9,7 @@
 //! Locks: ACCESS SHARE on the source until the call ends.
 
 use crate::citus::{self, spread};
+use crate::engine::columns;
 use crate::engine::define::{Defined, MergeFunction, Request, define};
 use crate::engine::source::{self, Notice, Numbering, advice, ensure_source, open_source};
 use crate::engine::statements::MERGED_VALUE;
@@ -76,6 +77,8 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
         spread::require_by_shard(&definition.name, owner, &definition.merge_by_shard("0", "0"))?;
     }
     make_view(&definition, owner, &definition.live_query())?;
+    require_permanent(&definition, &merge_functions)?;
+    columns::note(&definition.name, table.oid)?;
     notices.extend(advice(&table, &numbering)?);
     restore::mark()?;
     Ok(notices)
@@ -139,6 +142,28 @@ pub fn make_view(definition: &Definition, owner: Owner, query: &str) -> Result<(
     locks::lock_named(&format!("ALTER VIEW {name} OWNER TO {owner}"), &name)?;
     let view = relation::find_relation(&name)?.ok_or(Error::NoTable(name))?;
     rewrite::replace(guc::lock_timeout(), view, query)
+}
+
+/// Refuses what reads something of a session's temporary schema: a function, a type, an operator. With the
+/// session's end that is dropped, and with it the live view, or a column of the rollup's table and its key.
+fn require_permanent(definition: &Definition, merge_functions: &[MergeFunction]) -> Result<()> {
+    // Its name is in the text of a function, of which the server notes nothing.
+    if let Some(merge) = merge_functions.iter().find(|merge| merge.function.starts_with("pg_temp")) {
+        return Err(Error::Temporary(format!("function {}", merge.function)));
+    }
+    let found = spi::current(
+        "SELECT pg_catalog.pg_describe_object(d.refclassid, d.refobjid, 0)
+         FROM pg_catalog.pg_depend d
+         WHERE ((d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid IN (
+                     SELECT oid FROM pg_catalog.pg_rewrite WHERE ev_class = pg_catalog.to_regclass($1)))
+             OR (d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = pg_catalog.to_regclass($2)))
+           AND (SELECT schema FROM pg_catalog.pg_identify_object(d.refclassid, d.refobjid, 0))
+               LIKE 'pg\\_temp%'
+         LIMIT 1",
+        &[definition.live_view().into(), definition.table().into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    found.into_iter().next().map_or(Ok(()), |object| Err(Error::Temporary(object)))
 }
 
 /// `spend_rollup_register()`: a watermark only. The rows that are there already are in its first windows.

@@ -43,6 +43,9 @@ pub struct Defined {
     pub notices: Vec<Notice>,
 }
 
+/// The server cuts longer names.
+const LONGEST: usize = pg_sys::NAMEDATALEN as usize - 1;
+
 /// As many columns as an index may have: together the dimensions are the key of the rollup's table.
 const MOST_DIMENSIONS: usize = pg_sys::INDEX_MAX_KEYS as usize;
 
@@ -67,6 +70,7 @@ pub fn define(request: &Request, table: &Table, numbering: &Numbering) -> Result
         key: Key::HERE,
         optional: false,
         distribution: None,
+        columns: None,
     };
     let (mut buckets, mut scalars, mut notices) = (vec![], vec![], vec![]);
     for text in &request.dimensions {
@@ -367,6 +371,9 @@ fn add_measure(
         Some("avg") if plain => {
             let state = exact_type(r#type);
             let (total, count) = (format!("{name}_sum"), format!("{name}_count"));
+            if count.len() > LONGEST {
+                return Err(refuse("Its name is too long: a column is made that is called NAME_count."));
+            }
             definition.measures.push(sum(column(&total, state_of(&aggregate, state), state), false));
             definition.measures.push(sum(column(&count, one_if_counted(&aggregate), "bigint"), true));
             let average = format!("({} / nullif({}, 0))", quoted(&total), quoted(&count));
@@ -387,7 +394,7 @@ fn add_measure(
             {
                 Merge::Aggregate(aggregate) => aggregate,
                 Merge::Function(function) => {
-                    if definition.name.len() + 1 + name.len() > 63 {
+                    if definition.name.len() + 1 + name.len() > LONGEST {
                         return Err(refuse(
                             "Its name is too long: an aggregate is made that is called ROLLUP.MEASURE.",
                         ));

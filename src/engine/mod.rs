@@ -2,6 +2,7 @@
 //! recomputing, comparing. Why no row is counted twice: docs/internals.md. May call citus, state and server,
 //! and where a rebuild reads what a built-in rollup must equal, LiteLLM's room.
 
+mod columns;
 pub mod create;
 mod decimal;
 pub mod define;

@@ -13,6 +13,7 @@
 //! built-in ones we remove the rows of a range ourselves, which the owner may not.
 
 use crate::citus::{self, spread};
+use crate::engine::columns;
 use crate::engine::groups;
 use crate::engine::rollup;
 use crate::engine::source::Notice;
@@ -100,6 +101,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     for relation in &truth.relations {
         locks::lock_against_dropping(*relation)?;
     }
+    fences.iter().try_for_each(|fence| columns::require_same(fence))?;
     // 2. does the rollup know of rows that are gone?
     match shrink {
         Shrink::Refuse => check_nothing_lost(fences, known, &truth, range)?,
@@ -120,21 +122,20 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         && distributed
     {
         let rights = truth.owner.act();
-        let groups = spi::execute(&rollup.refill(None, watermark), &[start.into(), end.into()])?;
+        let refill = rollup.refill(None, watermark);
+        let groups = rollup::naming_nulls(rollup, || spi::execute(&refill, &[start.into(), end.into()]))?;
         drop(rights);
         return first.is_committed().map(|()| groups);
     }
-    let groups = match groups::are_hashed(first.relation)? {
-        true => {
+    let groups = rollup::naming_nulls(first.filled()?, || {
+        if groups::are_hashed(first.relation)? {
             let _owner = truth.owner.act();
-            groups::refill(&rollups, truth.query.as_deref(), range)?
+            if let Some(groups) = groups::refill(&rollups, truth.query.as_deref(), range)? {
+                return Ok(groups);
+            }
         }
-        false => None,
-    };
-    let groups = match groups {
-        Some(groups) => groups,
-        None => refill(&rollups, truth, range)?,
-    };
+        refill(&rollups, truth, range)
+    })?;
     // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only
     //    record.
     if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
@@ -437,6 +438,7 @@ pub fn verify(
     if parts.is_empty() || start.is_some() && frozen.iter().any(|frozen| frozen.start == range.start) {
         return Err(frozen::error(name, &frozen));
     }
+    columns::require_same(&fence)?;
     let truth = Truth::of(&fence)?;
     let tables = fence.filled()?.tables();
     let tables = tables.iter().map(|table| relation::find_relation(table)).collect::<Result<Vec<_>>>()?;

@@ -11,6 +11,7 @@
 //! else.
 
 use crate::citus::{self, spread};
+use crate::engine::columns;
 use crate::engine::groups::{self, Counts};
 use crate::engine::source;
 use crate::error::{Error, Result};
@@ -24,7 +25,7 @@ use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::sources::{self, CHANGE_LOG, Source};
 use crate::state::window::Window;
-use pgrx::pg_sys;
+use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -91,6 +92,9 @@ pub fn look(source: &mut Source, patience: Patience, more: Duration) -> Result<L
             return Ok(nothing);
         }
         relation::check_sequence(source.sequence)?;
+        if source.name != CHANGE_LOG {
+            source::require_logged(relation)?;
+        }
         // 2. the transactions that may still add rows.
         let relations = sources::inserted_into(relation, source.sequence)?;
         let writers = sources::writers(&relations)?;
@@ -137,6 +141,8 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     if !locks::try_lock_against_dropping(fence.relation)? {
         return Ok(Merged::Busy);
     }
+    columns::require_same(&fence)?;
+    columns::note_unless_known(&fence)?;
     let note_merged = definition.note_merged();
     if note_merged.is_some() {
         spread::await_end(&fence.name, &definition.table(), patience)?;
@@ -144,14 +150,14 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     }
     // 3. its rows, on a snapshot that is newer than the fence and the look. The expressions are its owner's.
     let rights = fence.act()?;
-    let (rows, groups) = match note_merged {
-        None => write_window(&fence, definition, start, end)?,
+    let (rows, groups) = naming_nulls(definition, || match note_merged {
+        None => write_window(&fence, definition, start, end),
         Some(note_merged) => {
             let groups = spi::execute(&definition.merge_by_shard("$1", "$2"), &[start.into(), end.into()])?;
             spi::execute(&note_merged, &[start.into(), end.into()])?;
-            (None, groups)
+            Ok((None, groups))
         }
-    };
+    })?;
     if groups == 0 && end < safe_end {
         end = end_of_gap(definition, end, safe_end)?;
     }
@@ -232,6 +238,26 @@ fn write_window(fence: &Fence, rollup: &Definition, start: i64, end: i64) -> Res
         Ok((r.get::<i64>(1)?, spi::value::<i64>(r, 2)?))
     })?;
     Ok(found.into_iter().next().unwrap_or_default())
+}
+
+/// Runs `work`, which writes groups of a rollup. Says what to do where a dimension is NULL whose column could
+/// not be when the rollup was declared: then its table's key is one that takes none.
+pub fn naming_nulls<T>(rollup: &Definition, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    PgTryBuilder::new(std::panic::AssertUnwindSafe(work))
+        .catch_when(PgSqlErrorCode::ERRCODE_NOT_NULL_VIOLATION, |caught| {
+            let failure = Failure::from(caught);
+            let names = |name: &str| failure.message.contains(&format!("\"{name}\""));
+            let of = rollup.dimensions.iter().filter(|d| !d.nullable).find(|d| names(&d.column.name));
+            Err(match of.filter(|_| names(&rollup.table_name())) {
+                None => Error::Failed(failure),
+                Some(dimension) => Error::NullDimension {
+                    rollup: rollup.name.clone(),
+                    dimension: dimension.column.name.clone(),
+                    relation: rollup.source.clone(),
+                },
+            })
+        })
+        .execute()
 }
 
 /// Where a window that begins after `start` ends.

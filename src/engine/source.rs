@@ -123,6 +123,19 @@ pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> R
     Err(Error::NumberedElsewhere { relation, column, found, sequence: number })
 }
 
+/// Refuses a table of which a crash empties a part, or all: the rollup would go on to count its rows.
+pub fn require_logged(relation: pg_sys::Oid) -> Result<()> {
+    let unlogged = spi::current(
+        &format!(
+            "{FAMILY} SELECT c.oid::regclass::text FROM tree JOIN pg_catalog.pg_class c USING (oid)
+             WHERE c.relpersistence = 'u' LIMIT 1"
+        ),
+        &[relation.into(), pg_sys::InvalidOid.into()],
+        |r| spi::value::<String>(r, 1),
+    )?;
+    unlogged.into_iter().next().map_or(Ok(()), |name| Err(Error::Unlogged(name)))
+}
+
 /// Refuses a default that only computes with the sequence's number, and a column that does not keep it.
 fn require_drawn(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<()> {
     let defaults = spi::current(
@@ -263,8 +276,8 @@ pub fn require_sequence(sequence: Option<pg_sys::Oid>, has_merged_to: bool) -> R
     }
 }
 
-/// The table and its numbering, if it can be a source for the caller. It is locked: until the transaction ends
-/// it has the owner, the name and the columns that are found here.
+/// The table and its numbering, if it can be a source for the caller. It is locked: until the transaction
+/// ends it has the owner, the name and the columns that are found here.
 pub fn open_source(
     caller: pg_sys::Oid,
     oid: pg_sys::Oid,
@@ -293,6 +306,7 @@ pub fn open_source(
         return Err(Error::SequenceOfAnother { sequence, owner });
     }
     relation::check_sequence(numbering.sequence)?;
+    require_logged(oid)?;
     require_same_numbering(table.oid, numbering.sequence)?;
     Ok((table, numbering))
 }

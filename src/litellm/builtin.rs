@@ -95,6 +95,7 @@ fn rollup(name: &str, (bucket, expression, r#type): Width, dimensions: &[&str]) 
         key: Key::HERE,
         optional: is_report(name),
         distribution: None,
+        columns: None,
     }
 }
 

@@ -16,27 +16,34 @@ pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
     values.into_iter().next().ok_or_else(|| Error::NoTable(format!("sequence {}", sequence.to_u32())))
 }
 
-/// Refuses a sequence whose values do not rise in the order in which they are drawn.
+/// Refuses a sequence whose values do not rise in the order in which they are drawn, or not after a crash.
 pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
     let shape = current(
-        "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text FROM pg_catalog.pg_sequence
-             WHERE seqrelid = $1",
+        "SELECT seqincrement, seqcache, seqcycle, seqrelid::regclass::text, relpersistence = 'u'
+         FROM pg_catalog.pg_sequence JOIN pg_catalog.pg_class c ON c.oid = seqrelid WHERE seqrelid = $1",
         &[sequence.into()],
-        |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?, value::<String>(r, 4)?)),
+        |r| {
+            let shape = (value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?);
+            Ok((shape, value::<String>(r, 4)?, value::<bool>(r, 5)?))
+        },
     )?;
-    let Some((increment, cache, cycle, sequence)) = shape.into_iter().next() else {
+    let Some(((increment, cache, cycle), sequence, unlogged)) = shape.into_iter().next() else {
         return Err(Error::NoTable(format!("sequence {}", sequence.to_u32())));
     };
+    let mut remedy = "INCREMENT BY 1 CACHE 1 NO CYCLE";
     let reason = if increment <= 0 {
         format!("Its increment is {increment}: a later row would have a lower number.")
     } else if cache != 1 {
         format!("Its cache is {cache}: a session could use a low number long after others used higher ones.")
     } else if cycle {
         "It cycles: a number could come twice.".into()
+    } else if unlogged {
+        remedy = "SET LOGGED";
+        "It is unlogged: after a crash it begins anew, with numbers that are merged already.".into()
     } else {
         return Ok(());
     };
-    Err(Error::SequenceShape { sequence, reason })
+    Err(Error::SequenceShape { sequence, reason, remedy })
 }
 
 /// `WITH RECURSIVE`: `tree`, relation $1 and what inherits from it.

@@ -54,9 +54,9 @@ pub fn require_utf8() -> Result<()> {
     if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
 }
 
-/// The table, which `caller` may act for the owner of: both as of now, in one look. Who waits for a lock or for
-/// anybody after that asks again, or works as the owner that was found and no other: meanwhile it can be given
-/// away, and what its former owner has written would run with the rights of the new one.
+/// The table, which `caller` may act for the owner of: both as of now, in one look. Who waits for a lock or
+/// for anybody after that asks again, or works as the owner that was found and no other: meanwhile it can be
+/// given away, and what its former owner has written would run with the rights of the new one.
 pub fn open(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<Table> {
     let table = relation::open(relation)?;
     match may_act_for(caller, table.owner_oid)? {

@@ -3,6 +3,7 @@
 
 use crate::server::text::{SCHEMA, qualified};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// The state of one source row under `count(*)`. An integer, because those are added up faster than bigints.
 pub const ONE_ROW: &str = "1";
@@ -89,6 +90,15 @@ pub struct Distribution {
     pub dimension: String,
 }
 
+/// The columns of its source that a rollup reads, as they were when it was declared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Columns {
+    /// The OID of the table whose columns they are.
+    pub relation: u32,
+    /// Their numbers, by their names.
+    pub numbers: BTreeMap<String, i16>,
+}
+
 /// A rollup over a source whose rows are numbered by `source_sequence`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
@@ -117,6 +127,9 @@ pub struct Definition {
     /// `None`: its table is a table of this node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distribution: Option<Distribution>,
+    /// `None`: they are not noted yet, or its source is ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<Columns>,
 }
 
 impl Definition {

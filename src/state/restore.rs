@@ -116,6 +116,15 @@ pub fn adopt() -> Result<bool> {
         mark()?;
         return Ok(false);
     }
+    // The numbers of a source's columns are another table's here.
+    execute(
+        &format!(
+            "UPDATE {SCHEMA}.rollup r SET definition = definition - 'columns'
+             WHERE definition ? 'columns' AND EXISTS (SELECT FROM {SCHEMA}.source s
+                 WHERE s.name = r.source AND s.origin IS DISTINCT FROM {HERE})"
+        ),
+        &[],
+    )?;
     for (table, reset) in WRITTEN {
         execute(
             &format!(
