@@ -24,7 +24,7 @@ use crate::server::session::{Failure, Owner};
 use crate::server::spi;
 use crate::state::conversion;
 use crate::state::indexes::{self, Leftover, Place};
-use crate::state::step::{Runner, Subject};
+use crate::state::step::{Runner, Subject, Task};
 use pgrx::prelude::*;
 use std::time::Duration;
 
@@ -166,7 +166,7 @@ const SOON: Duration = Duration::from_secs(30);
 /// One round over all tables. `true`: there is more to do soon.
 pub fn round(run: &mut impl Runner) -> bool {
     let mut more = false;
-    for table in run.step(Subject::Task("indexes"), indexes::subjects).unwrap_or_default() {
+    for table in run.step(Subject::Task(Task::Indexes), indexes::subjects).unwrap_or_default() {
         let (oid, relation) = (table.relation.to_u32(), table.relation);
         let builder = Subject::Builder(oid, table.table.clone());
         match run.step(Subject::Indexes(oid, table.table), || look(relation)) {

@@ -32,7 +32,7 @@ use crate::server::session::advised;
 use crate::server::spi::{self, value};
 use crate::server::text::{SCHEMA, literal, qualified, quoted, suffixed};
 use crate::state::conversion::{self, Pending, Progress, has_worker, progress};
-use crate::state::step::{Runner, Subject};
+use crate::state::step::{Runner, Subject, Task};
 use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -431,7 +431,7 @@ impl Conversion {
 /// One round of all conversions. `true`: there is more to do at once.
 pub fn round(run: &mut impl Runner) -> bool {
     let mut more = false;
-    for mut conversion in run.step(Subject::Task("conversions"), Conversion::all).unwrap_or_default() {
+    for mut conversion in run.step(Subject::Task(Task::Conversions), Conversion::all).unwrap_or_default() {
         if conversion.stopped && !conversion.options.aborted {
             continue;
         }

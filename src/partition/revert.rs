@@ -40,7 +40,7 @@ use crate::state::captured;
 use crate::state::conversion::{self, Pending, Progress, progress};
 use crate::state::fence;
 use crate::state::indexes;
-use crate::state::step::{Runner, Subject};
+use crate::state::step::{Runner, Subject, Task};
 use pgrx::pg_sys;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -185,7 +185,7 @@ pub fn request(table: &Table) -> Result<()> {
 /// One round of all reversions. `true`: there is more to do at once.
 pub fn round(run: &mut impl Runner, asked_for: AskedFor) -> bool {
     let mut more = false;
-    for mut reversion in run.step(Subject::Task("reversions"), Reversion::all).unwrap_or_default() {
+    for mut reversion in run.step(Subject::Task(Task::Reversions), Reversion::all).unwrap_or_default() {
         let subject = Subject::Conversion(reversion.schema.clone(), reversion.table.clone());
         let done = run.step(subject, || reversion.step(asked_for));
         if let Some(Some(done)) = &done {

@@ -7,6 +7,7 @@ use crate::server::spi::{current, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
 use crate::state::rollups::record;
+use crate::state::step::Task;
 use crate::state::window::Window;
 use pgrx::prelude::*;
 
@@ -15,10 +16,10 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
     record("capture", "$1 IS NOT NULL", "", message)
 }
 
-/// As [`record_capture_error`], of one of the steps that concern the table. What the watch has found wrong
+/// As [`record_capture_error`], of a task. What the watch has found wrong
 /// with the table stays until that is mended: what fails of the others follows from it. What it said of views
 /// that were replaced stays until the next attach, behind what fails: it would not find them again.
-pub fn record_task_error(task: &str, message: Option<&str>) -> Result<()> {
+pub fn record_task_error(task: Task, message: Option<&str>) -> Result<()> {
     let sql = format!(
         "UPDATE {SCHEMA}.capture SET last_error = now.error,
              last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp()
@@ -27,9 +28,9 @@ pub fn record_task_error(task: &str, message: Option<&str>) -> Result<()> {
                    substring(last_error FROM '(?:^|\\n)(views? \".*)$')), '') AS error
                FROM {SCHEMA}.capture) AS now
          WHERE now.source = capture.source AND capture.last_error IS DISTINCT FROM now.error
-           AND ($1 = 'watch' OR capture.last_error IS NULL OR capture.last_error NOT LIKE 'watch: %')"
+           AND ($1 OR capture.last_error IS NULL OR capture.last_error NOT LIKE 'watch: %')"
     );
-    execute(&sql, &[task.into(), message.map(str::to_string).into()]).map(drop)
+    execute(&sql, &[(task == Task::Watch).into(), message.map(str::to_string).into()]).map(drop)
 }
 
 /// What is noted of the captured table.

@@ -13,8 +13,7 @@ use std::time::Duration;
 /// What a step concerns: where its failure is recorded, and what is left alone for a while after one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Subject {
-    /// One of the steps that concern the captured table.
-    Task(&'static str),
+    Task(Task),
     Source(String),
     /// The BRIN indexes of a source.
     Summary(String),
@@ -42,6 +41,62 @@ pub enum Subject {
     Policy(u32, String),
     /// The statistics of a table that has a policy: its Oid, and what it is called.
     Statistics(u32, String),
+}
+
+/// A step of which there is one in a database. A failure is noted of the captured table, whose most of them
+/// are: there somebody looks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Task {
+    Restore,
+    Sources,
+    Watch,
+    Merge,
+    Repair,
+    Backfill,
+    SwitchViews,
+    Freeze,
+    Hours,
+    Conversions,
+    Reversions,
+    Maintain,
+    Indexes,
+}
+
+impl Task {
+    pub const ALL: [Task; 13] = [
+        Task::Restore,
+        Task::Sources,
+        Task::Watch,
+        Task::Merge,
+        Task::Repair,
+        Task::Backfill,
+        Task::SwitchViews,
+        Task::Freeze,
+        Task::Hours,
+        Task::Conversions,
+        Task::Reversions,
+        Task::Maintain,
+        Task::Indexes,
+    ];
+
+    /// As it begins what is noted of its failure.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::Restore => "restore",
+            Task::Sources => "sources",
+            Task::Watch => "watch",
+            Task::Merge => "merge",
+            Task::Repair => "repair",
+            Task::Backfill => "backfill",
+            Task::SwitchViews => "switch views",
+            Task::Freeze => "freeze",
+            Task::Hours => "hours",
+            Task::Conversions => "conversions",
+            Task::Reversions => "reversions",
+            Task::Maintain => "maintain",
+            Task::Indexes => "indexes",
+        }
+    }
 }
 
 /// Runs a step so that its failure does not reach the others.
@@ -96,7 +151,7 @@ pub trait Runner {
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Subject::Task(task) => write!(f, "{task}"),
+            Subject::Task(task) => write!(f, "{}", task.name()),
             Subject::Source(name) => write!(f, "look at {name}"),
             Subject::Summary(name) => write!(f, "BRIN indexes of {name}"),
             Subject::Rollup(name) => write!(f, "merge of rollup {name}"),

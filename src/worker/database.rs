@@ -7,7 +7,7 @@ use crate::server::log;
 use crate::server::session::{self, Failure, attempt};
 use crate::server::spi;
 use crate::state::news;
-use crate::state::step::{Runner, Subject};
+use crate::state::step::{Runner, Subject, Task};
 use crate::worker::launcher;
 use crate::worker::process::{
     attach_signals, attempt_as_owner, in_transaction, pin_settings, reload_settings, report_idle,
@@ -39,7 +39,7 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0)) };
     steps.rest_after_crash();
     // What failed in an earlier life is noted again if it still does.
-    steps.take_back(&Subject::Task("watch"));
+    steps.take_back(&Subject::Task(Task::Watch));
     let (mut tidied, mut more, mut indexing) = (Instant::now(), false, false);
     quiet::listen();
     while launcher::launch() == launch

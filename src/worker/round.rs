@@ -27,7 +27,7 @@ use crate::state::indexes;
 use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources::{self, CHANGE_LOG, Source};
-use crate::state::step::{Runner, Subject};
+use crate::state::step::{Runner, Subject, Task};
 
 use pgrx::pg_sys;
 use std::time::{Duration, Instant};
@@ -49,14 +49,14 @@ pub fn round(run: &mut impl Runner) -> Round {
     let patience = run.patience();
     let (watching, mut more) = (run.may_watch(), false);
     if run.watch_is_due() {
-        let mends = run.step(Subject::Task("restore"), restore::look).unwrap_or(false);
-        let strays = if mends { run.step(Subject::Task("sources"), follow::strays) } else { None };
+        let mends = run.step(Subject::Task(Task::Restore), restore::look).unwrap_or(false);
+        let strays = if mends { run.step(Subject::Task(Task::Sources), follow::strays) } else { None };
         let none = strays.as_ref().is_some_and(Vec::is_empty);
         for rollup in strays.unwrap_or_default() {
             run.step(Subject::Stray(rollup.clone()), || follow::settle(&rollup, patience));
         }
         if watching && mends {
-            let watched = run.step(Subject::Task("watch"), || watch::watch(patience));
+            let watched = run.step(Subject::Task(Task::Watch), || watch::watch(patience));
             more |= watched == Some(Some(true));
             if none && watched == Some(None) {
                 run.settled();
@@ -67,10 +67,10 @@ pub fn round(run: &mut impl Runner) -> Round {
     more |= more_windows;
     if watching {
         more |= repair_noted(run);
-        more |= run.step(Subject::Task("backfill"), || backfill::step(patience)).unwrap_or(false);
-        run.step(Subject::Task("switch views"), || views::switch_covered(patience));
+        more |= run.step(Subject::Task(Task::Backfill), || backfill::step(patience)).unwrap_or(false);
+        run.step(Subject::Task(Task::SwitchViews), || views::switch_covered(patience));
     }
-    if run.converts() && run.step(Subject::Task("conversions"), conversion::any).unwrap_or(false) {
+    if run.converts() && run.step(Subject::Task(Task::Conversions), conversion::any).unwrap_or(false) {
         more |= convert::round(run);
         more |= revert::round(run, build::for_copy);
     }
@@ -81,9 +81,9 @@ pub fn round(run: &mut impl Runner) -> Round {
 /// within its time.
 fn repair_noted(run: &mut impl Runner) -> bool {
     let (patience, started) = (run.patience(), Instant::now());
-    while run.step(Subject::Task("repair"), || repair::step(patience)) == Some(true) {
+    while run.step(Subject::Task(Task::Repair), || repair::step(patience)) == Some(true) {
         let goes_on = !matches!(patience, Patience::None) && started.elapsed() < REPAIRS_OF_CALL;
-        if !goes_on || run.step(Subject::Task("repair"), repair::is_noted) != Some(true) {
+        if !goes_on || run.step(Subject::Task(Task::Repair), repair::is_noted) != Some(true) {
             return true;
         }
     }
@@ -97,14 +97,14 @@ const REPAIRS_OF_CALL: Duration = Duration::from_secs(60);
 pub fn tidy(run: &mut impl Runner) {
     let patience = run.patience();
     if run.may_watch() {
-        run.step(Subject::Task("freeze"), || repair::freeze_expired(patience));
+        run.step(Subject::Task(Task::Freeze), || repair::freeze_expired(patience));
         add_up_hours(run);
     }
 }
 
 fn add_up_hours(run: &mut impl Runner) {
     let (patience, started) = (run.patience(), Instant::now());
-    while run.step(Subject::Task("hours"), || hours::step(patience)) == Some(true)
+    while run.step(Subject::Task(Task::Hours), || hours::step(patience)) == Some(true)
         && started.elapsed() < HOURS_OF_ROUND
     {}
 }
@@ -114,22 +114,22 @@ const HOURS_OF_ROUND: Duration = Duration::from_secs(1);
 
 /// Maintains the tables whose turn it is.
 pub fn maintain(run: &mut impl Runner) {
-    run.step(Subject::Task("maintain"), policy::look_after);
-    for policy in run.step(Subject::Task("maintain"), policy::due).unwrap_or_default() {
+    run.step(Subject::Task(Task::Maintain), policy::look_after);
+    for policy in run.step(Subject::Task(Task::Maintain), policy::due).unwrap_or_default() {
         maintain::round(run, policy, None);
     }
 }
 
 /// Goes on with the indexes that were asked for. `true`: there is more to do soon.
 pub fn index(run: &mut impl Runner) -> bool {
-    run.step(Subject::Task("indexes"), indexes::look_after);
+    run.step(Subject::Task(Task::Indexes), indexes::look_after);
     build::round(run)
 }
 
 /// Merges what is safe. `true`: there are more windows.
 fn merge_all(run: &mut impl Runner) -> (Vec<Outcome>, bool) {
     let (mut outcomes, mut more) = (vec![], false);
-    for source in run.step(Subject::Task("merge"), sources::sources).unwrap_or_default() {
+    for source in run.step(Subject::Task(Task::Merge), sources::sources).unwrap_or_default() {
         more |= merge_source(run, source, &mut outcomes);
     }
     (outcomes, more)
@@ -150,7 +150,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         return false;
     };
     if source.name == CHANGE_LOG && last_value < source.merged_to {
-        run.step(Subject::Task("watch"), || watch::raise_sequence(&source, source.merged_to));
+        run.step(Subject::Task(Task::Watch), || watch::raise_sequence(&source, source.merged_to));
     }
     // With nothing new the fences are not touched: an idle source writes no WAL.
     let waiting = safe_end != source.merged_to;
@@ -291,12 +291,12 @@ fn joined(earlier: Option<Merge>, later: Merge) -> Merge {
 /// with `None` takes it back: what failed has succeeded.
 pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Duration>) -> Result<()> {
     let message = failure.map(|failure| match subject {
-        Subject::Task(task) => format!("{task}: {}", failure.text()),
+        Subject::Task(task) => format!("{}: {}", task.name(), failure.text()),
         _ => failure.text(),
     });
     let message = message.as_deref();
     match subject {
-        Subject::Task(task) => captured::record_task_error(task, message),
+        Subject::Task(task) => captured::record_task_error(*task, message),
         // Each is merged alone now, and what fails is that one's.
         Subject::Together(_) => Ok(()),
         Subject::Rollup(name) | Subject::Stray(name) => rollups::record_error(name, message),
@@ -367,7 +367,8 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         &[since.into()],
         |r| spi::value::<String>(r, 1),
     )?;
-    let task = |error: String| TASKS.into_iter().find(|task| error.starts_with(&format!("{task}: ")));
+    let task =
+        |error: String| Task::ALL.into_iter().find(|task| error.starts_with(&format!("{}: ", task.name())));
     let tasks = captured.into_iter().filter_map(task).map(Subject::Task);
     // What was recorded does not say which of a subject's steps it was.
     let rollups = rollups.into_iter().flat_map(|(name, source)| {
@@ -379,6 +380,3 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
     });
     Ok(rollups.chain(policies).chain(conversions).chain(tasks).collect())
 }
-
-/// What is done for the captured table's owner.
-const TASKS: [&str; 5] = ["watch", "repair", "backfill", "switch views", "freeze"];
