@@ -31,7 +31,6 @@ use crate::partition::layout::{Layout, Partition};
 use crate::partition::policy::{self, Again, OnExpire, Policy};
 use crate::partition::purge;
 use crate::partition::times::{self, Times};
-use crate::server::locks::Patience;
 use crate::server::log;
 use crate::server::session::{Failure, attempt};
 use crate::server::spi;
@@ -117,13 +116,13 @@ impl<R: Runner> Round<'_, R> {
             return;
         };
         if let Some(cutoff) = cutoff {
-            if !self.is_one_transaction() {
+            if self.run.commits_each_step() {
                 self.expire(&layout, cutoff);
             }
             self.purge(&layout, cutoff);
         }
         self.analyze(&layout);
-        if let Some(cutoff) = cutoff.filter(|_| self.is_one_transaction()) {
+        if let Some(cutoff) = cutoff.filter(|_| !self.run.commits_each_step()) {
             let counted = self.count(&layout, cutoff);
             for (partition, held) in counted {
                 self.finish(&layout, &partition, held);
@@ -139,11 +138,6 @@ impl<R: Runner> Round<'_, R> {
 
     fn subject(&self, about: &str) -> Subject {
         Subject::Policy(self.policy.relation.to_u32(), about.into())
-    }
-
-    /// In a SQL call all steps share a transaction, and locks last until its end.
-    fn is_one_transaction(&self) -> bool {
-        matches!(self.run.patience(), Patience::Until(_))
     }
 
     /// Does a step for a table or partition.
@@ -208,7 +202,7 @@ impl<R: Runner> Round<'_, R> {
 
     fn note(&mut self, action: &'static str, partition: &str, rows: i64, detail: impl Into<String>) {
         let detail = detail.into();
-        if !self.is_one_transaction() && !["next", "analyzed"].contains(&action) {
+        if self.run.commits_each_step() && !["next", "analyzed"].contains(&action) {
             log::now(format_args!("{action} {partition} ({rows} rows): {detail}"));
         }
         self.report(action, partition, rows, detail);
@@ -341,7 +335,7 @@ impl<R: Runner> Round<'_, R> {
     fn drain(&mut self, now: Moment, cutoff: Option<Moment>) {
         let (interval, horizon) = (self.policy.interval, self.horizon(now));
         let cutoff = cutoff.unwrap_or(Moment::MIN);
-        let slice = if self.is_one_transaction() { SLICE_OF_CALL } else { SLICE };
+        let slice = if !self.run.commits_each_step() { SLICE_OF_CALL } else { SLICE };
         let began = Instant::now();
         while self.blocked.is_none() {
             let Some(layout) = self.layout() else { return };

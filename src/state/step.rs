@@ -104,6 +104,11 @@ pub trait Runner {
     /// `None`: the step failed, or is not due yet after an earlier failure.
     fn step<T>(&mut self, subject: Subject, work: impl FnOnce() -> Result<T>) -> Option<T>;
     fn patience(&self) -> Patience;
+    /// Whether each step is a transaction of its own: what is left is for another round. A SQL call does all,
+    /// within one.
+    fn commits_each_step(&self) -> bool {
+        false
+    }
     /// Has a process of its own run the statement that comes next for the conversion or the indexes of a
     /// table, and that no transaction may surround. Only a worker can.
     fn begin_top_level(&mut self, _subject: Subject, _table: pg_sys::Oid) {}

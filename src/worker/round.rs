@@ -16,7 +16,7 @@ use crate::partition::convert;
 use crate::partition::maintain;
 use crate::partition::policy;
 use crate::partition::revert;
-use crate::server::locks::{self, Patience};
+use crate::server::locks;
 use crate::server::relation;
 use crate::server::session::Failure;
 use crate::server::spi;
@@ -82,7 +82,7 @@ pub fn round(run: &mut impl Runner) -> Round {
 fn repair_noted(run: &mut impl Runner) -> bool {
     let (patience, started) = (run.patience(), Instant::now());
     while run.step(Subject::Task(Task::Repair), || repair::step(patience)) == Some(true) {
-        let goes_on = !matches!(patience, Patience::None) && started.elapsed() < REPAIRS_OF_CALL;
+        let goes_on = !run.commits_each_step() && started.elapsed() < REPAIRS_OF_CALL;
         if !goes_on || run.step(Subject::Task(Task::Repair), repair::is_noted) != Some(true) {
             return true;
         }
@@ -155,7 +155,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     // With nothing new the fences are not touched: an idle source writes no WAL.
     let waiting = safe_end != source.merged_to;
     let news = waiting && run.merge_is_due(&source.name, safe_end - source.merged_to);
-    if news && matches!(patience, Patience::None) && source.name != CHANGE_LOG {
+    if news && run.commits_each_step() && source.name != CHANGE_LOG {
         summarize(run, &source);
     }
     let together =
@@ -169,7 +169,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         let (merge, end) = match together.next() {
             _ if !news => (None, End::Done),
             Some(merge) if merge.window_end == safe_end => (Some(merge), End::Done),
-            Some(merge) if matches!(patience, Patience::None) => (Some(merge), End::More),
+            Some(merge) if run.commits_each_step() => (Some(merge), End::More),
             Some(merge) => {
                 let (rest, end) = merge_windows(run, rollup, safe_end);
                 (
@@ -225,10 +225,7 @@ fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<
     let patience = run.patience();
     let subject = Subject::Together(source.name.clone());
     let mut merged: Vec<Merge> = vec![];
-    while merged
-        .first()
-        .is_none_or(|merge| merge.window_end < safe_end && !matches!(patience, Patience::None))
-    {
+    while merged.first().is_none_or(|merge| merge.window_end < safe_end && !run.commits_each_step()) {
         let (most, started) = (run.most_merged(&subject), Instant::now());
         let step =
             run.step(subject.clone(), || rollup::merge_together(&source.rollups, safe_end, most, patience));
@@ -256,15 +253,14 @@ fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<
                 run.has_merged(&subject, next.window_end - next.window_start + 1, started.elapsed());
                 let (last, by_nodes) = (next.window_end == safe_end, next.rows.is_none());
                 merged = Some(joined(merged, next));
-                let transaction_ends = matches!(patience, Patience::None);
-                if last && by_nodes && transaction_ends {
+                if last && by_nodes && run.commits_each_step() {
                     run.step(subject, || rollup::note_committed(rollup));
                 }
                 if last {
                     return (merged, End::Done);
                 }
                 // The nodes merge the next one when this is committed.
-                if transaction_ends || by_nodes {
+                if run.commits_each_step() || by_nodes {
                     return (merged, End::More);
                 }
             }

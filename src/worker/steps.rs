@@ -194,6 +194,10 @@ impl Runner for Steps {
         Patience::None
     }
 
+    fn commits_each_step(&self) -> bool {
+        true
+    }
+
     fn begin_top_level(&mut self, subject: Subject, table: pg_sys::Oid) {
         use BackgroundWorkerStatus::NotYetStarted;
         let runs = self.builders.get(&subject).is_some_and(|b| matches!(b.pid(), Ok(_) | Err(NotYetStarted)));
