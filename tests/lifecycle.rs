@@ -821,6 +821,61 @@ fn a_day_whose_partition_was_dropped_keeps_its_history() {
 }
 
 #[test]
+fn a_detached_partition_that_is_in_use_hides_no_view_that_was_replaced() {
+    let db = shared().database();
+    let (mut client, mut export) = (db.connect(), db.connect());
+    let partitions = day_partition("p1", -1) + &day_partition("p2", -2);
+    client.batch_execute(&format!("{UPSTREAM_SCRIPT}; {partitions}")).unwrap();
+    attach(&mut client);
+    // Both in one transaction, and used at once.
+    let detach = |name: &str| format!(r#"ALTER TABLE "LiteLLM_SpendLogs" DETACH PARTITION {name};"#);
+    client
+        .batch_execute(&format!(
+            "BEGIN; {} {} COMMIT; BEGIN; LOCK TABLE p1 IN ACCESS SHARE MODE",
+            detach("p1"),
+            detach("p2")
+        ))
+        .unwrap();
+    let triggers = |table: &str| {
+        format!("SELECT NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = '{table}'::regclass)")
+    };
+    eventually("the other one is not captured", || holds(&mut export, &triggers("p2")));
+    export
+        .batch_execute(
+            r#"CREATE OR REPLACE VIEW "MonthlyGlobalSpend" AS SELECT CURRENT_DATE AS date, 1::float8 AS spend"#,
+        )
+        .unwrap();
+    eventually("the status says so", || {
+        holds(
+            &mut export,
+            "SELECT last_error LIKE '%was replaced%' FROM spend_rollup_status WHERE rollup = 'daily_spend'",
+        )
+    });
+    client.batch_execute("COMMIT").unwrap();
+    eventually("nor is this one", || holds(&mut export, &triggers("p1")));
+}
+
+#[test]
+fn what_has_the_number_of_a_rollup_in_another_catalog_makes_no_view_ours() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"SELECT spend_detach(); DROP VIEW "MonthlyGlobalSpend"; SET ROLE litellm;
+               CREATE VIEW "MonthlyGlobalSpend" AS SELECT "startTime"::date AS date, 7::float8 AS spend FROM "LiteLLM_SpendLogs";
+               RESET ROLE; SET allow_system_table_mods = on;
+               INSERT INTO pg_depend SELECT 'pg_rewrite'::regclass, oid, 0, 'pg_cast'::regclass,
+                   'litellm_spend.daily_spend_rollup'::regclass, 0, 'n'
+               FROM pg_rewrite WHERE ev_class = '"MonthlyGlobalSpend"'::regclass;
+               SELECT spend_attach()"#,
+        )
+        .unwrap();
+    let original =
+        "SELECT original LIKE '%7%' FROM litellm_spend.public_view WHERE name = 'MonthlyGlobalSpend'";
+    assert!(holds(&mut client, original));
+}
+
+#[test]
 fn a_view_that_somebody_replaced_is_noticed_and_left_alone() {
     let db = shared().database().attached();
     let mut client = db.connect();

@@ -497,6 +497,38 @@ fn what_a_plan_of_indexes_waits_for_is_named() {
     }
 }
 
+#[test]
+fn a_view_that_has_gone_live_keeps_its_readers_for_no_other_that_is_locked() {
+    let db = own_cluster(&[NO_WORKER]).database();
+    let (mut client, mut dashboard) = (db.connect(), db.connect());
+    client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
+    client.batch_execute("SELECT spend_attach(); SET litellm_spend.lock_timeout = '2s'").unwrap();
+    dashboard
+        .batch_execute(
+            r#"BEGIN; SELECT FROM "MonthlyGlobalSpendPerKey"; SELECT FROM "Last30dKeysBySpend";
+               SELECT FROM "Last30dModelsBySpend"; SELECT FROM "Last30dTopEndUsersSpend""#,
+        )
+        .unwrap();
+    let live = "SELECT string_agg(name, ', ' ORDER BY name) FROM litellm_spend.public_view WHERE installed IS NOT NULL";
+    let switched = |client: &mut Client| {
+        let started = Instant::now();
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+        (started.elapsed(), value::<Option<String>>(client, live).unwrap_or_default())
+    };
+    let mut took;
+    loop {
+        let views;
+        (took, views) = switched(&mut client);
+        if !views.is_empty() {
+            assert_eq!(views, "DailyTagSpend, MonthlyGlobalSpend, MonthlyGlobalSpendPerUserPerKey");
+            break;
+        }
+    }
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    dashboard.batch_execute("COMMIT").unwrap();
+    assert_eq!(switched(&mut client).1.split(", ").count(), 7);
+}
+
 /// Keeps the range of each repair, in their order.
 const REPAIRED: &str = "CREATE TABLE repaired (n serial, first timestamp, next timestamp);
     CREATE FUNCTION note_repair() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN

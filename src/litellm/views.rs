@@ -31,6 +31,16 @@ pub type Action = (String, String);
 /// Notes LiteLLM's definition of every view that we can answer, so that it can be given back. `source` is the
 /// table.
 pub fn adopt(source: &Table) -> Result<Vec<Action>> {
+    // Those that get another query, all within one limit: their readers wait until the attach has ended.
+    let mut changed = vec![];
+    for (view, found) in in_place(&source.schema)? {
+        if installed(view)? != Some(live(view, &source.schema)?) {
+            changed.push((found.oid, pg_sys::AccessExclusiveLock));
+        }
+    }
+    if !changed.is_empty() {
+        locks::lock_all(guc::lock_timeout(), &changed)?;
+    }
     VIEWS.iter().map(|view| adopt_one(view, source)).collect()
 }
 
@@ -105,8 +115,10 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
     let Some(source) = source else { return Ok(()) };
     let (mut switched, mut failed) = (false, None);
     for view in VIEWS.iter().filter(|view| ready.iter().any(|name| name == view.name)) {
-        match attempt(|| switch(view, &source, &capture.schema)).map_err(Failure::unless_cancel) {
-            Ok(()) => switched = true,
+        // Readers of one that has been switched wait until we commit: from then on only for what is free.
+        let switch = || switch(view, &source, &capture.schema, !switched);
+        match attempt(switch).map_err(Failure::unless_cancel) {
+            Ok(done) => switched |= done,
             // One that somebody has locked keeps no other.
             Err(failure) if failure.is_lock_timeout() => failed = failed.or(Some(failure)),
             Err(failure) => return Err(Error::Failed(failure)),
@@ -116,17 +128,21 @@ pub fn switch_covered(patience: Patience) -> Result<()> {
     failed.filter(|_| !switched).map_or(Ok(()), |failure| Err(Error::Failed(failure)))
 }
 
-fn switch(view: &PublicView, source: &Table, schema: &str) -> Result<()> {
+/// Says whether it was done.
+fn switch(view: &PublicView, source: &Table, schema: &str, waits: bool) -> Result<bool> {
     let name = qualified(schema, view.name);
     // What is not there any more, or not usable, is for the watch.
-    let Some(found) = Table::named(&name)? else { return Ok(()) };
-    if unusable(view, &found, source)?.is_none() {
-        grant(view, &found, source)?;
-        note_original(view, &found)?;
-        install(view, &name, schema)?;
-        log::event(format_args!("{name} reads the rollups from now on"));
+    let Some(found) = Table::named(&name)? else { return Ok(false) };
+    if !waits && !locks::try_lock(found.oid, pg_sys::AccessExclusiveLock)
+        || unusable(view, &found, source)?.is_some()
+    {
+        return Ok(false);
     }
-    Ok(())
+    grant(view, &found, source)?;
+    note_original(view, &found)?;
+    install(view, &name, schema)?;
+    log::event(format_args!("{name} reads the rollups from now on"));
+    Ok(true)
 }
 
 /// Somebody may have given the view another query since it was adopted: what is given back is that one.
@@ -360,6 +376,7 @@ fn is_ours_or_reads(view: &PublicView, found: &Table, table: Option<pg_sys::Oid>
     let reads = spi::query(
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
                         WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.ev_class = $1
+                          AND d.refclassid = 'pg_catalog.pg_class'::regclass
                           AND d.refobjid IN (pg_catalog.to_regclass($2), pg_catalog.to_regclass($3), $4))",
         &[found.oid.into(), rollup.table().into(), rollup.live_view().into(), table.into()],
         |r| spi::value::<bool>(r, 1),

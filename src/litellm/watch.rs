@@ -116,13 +116,13 @@ fn damage() -> Result<Option<Damage>> {
     if !missing.is_empty() {
         return Ok(Some(Damage::Partitions(missing)));
     }
-    let left = left_behind(&state)?;
-    if !left.is_empty() {
-        return Ok(Some(Damage::Detached(left)));
-    }
     let strays = views::strays(&table)?;
     if !strays.is_empty() {
         return Ok(Some(Damage::Views(strays)));
+    }
+    let left = left_behind(&state)?;
+    if !left.is_empty() {
+        return Ok(Some(Damage::Detached(left)));
     }
     Ok(any_unnoted()?.then_some(Damage::Unnoted))
 }
@@ -188,8 +188,15 @@ fn mend() -> Result<bool> {
         Damage::Detached(left) => {
             let mut tables: Vec<pg_sys::Oid> = left.iter().map(|(relation, _)| *relation).collect();
             tables.dedup();
-            let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
+            // One that is in use keeps no other; all that are are waited for.
+            let mode = pg_sys::AccessExclusiveLock;
+            let free: Vec<_> = tables.iter().copied().filter(|oid| locks::try_lock(*oid, mode)).collect();
+            if !free.is_empty() {
+                tables = free;
+            }
+            let locks: Vec<_> = tables.iter().map(|oid| (*oid, mode)).collect();
             locks::lock_all(guc::lock_timeout(), &locks)?;
+            let left: Vec<_> = left.into_iter().filter(|(relation, _)| tables.contains(relation)).collect();
             drop_triggers(&left, &tables)?;
             for name in relation::relation_names(&tables)?.values() {
                 log::event(format_args!("{name} is no partition any more, and not captured"));
