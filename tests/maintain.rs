@@ -1059,6 +1059,40 @@ fn days_of_a_partition_that_had_to_stay_are_not_frozen_with_those_of_a_newer_one
     assert_verified(&mut client);
 }
 
+#[test]
+fn days_of_the_replaced_table_are_not_frozen_with_those_of_a_partition() {
+    not_at_midnight();
+    let db = cluster().database();
+    let mut client = db.connect();
+    let old = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+                 VALUES ('old', 'x', 0.5, CURRENT_DATE - 60, now())"#;
+    client.batch_execute(old).unwrap();
+    attach(&mut client);
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    wait_until_capture_follows(&mut client);
+    client.batch_execute(&day_partition("newer", -40)).unwrap();
+    client.batch_execute(&old.replace("'old'", "'new'").replace("60", "40")).unwrap();
+    eventually("it is captured, and its days are computed", || {
+        holds(
+            &mut client,
+            "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'newer'::regclass)
+                AND NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)",
+        )
+    });
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    client.batch_execute("SELECT spend_partition_set(NULL, 'day', 1, '30 days')").unwrap();
+    let before: String = value(&mut client, TOTALS);
+    let actions = expire(&mut client, "CURRENT_DATE - 30");
+    assert_eq!(expired(&actions), ["newer"], "{actions:?}");
+    let rebuild = "SELECT spend_rollup_rebuild('daily_spend', CURRENT_DATE - {first}, CURRENT_DATE - {next})";
+    let of = |first: &str, next: &str| rebuild.replace("{first}", first).replace("{next}", next);
+    client.batch_execute(&of("60", "59")).unwrap();
+    assert_refused(&mut client, &of("40", "39"), "55000");
+    assert_eq!(value::<String>(&mut client, TOTALS), before);
+    assert_verified(&mut client);
+}
+
 /// The ledger has the deleted row, so that the repair to come can count it.
 #[test]
 fn days_that_are_to_be_repaired_are_not_frozen_with_those_of_a_newer_partition() {

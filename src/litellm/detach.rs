@@ -62,6 +62,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     if !drop_history {
         merge_rest()?;
         repair_noted(guc::lock_timeout().time)?;
+        note_lost_failures()?;
     }
     // 4. LiteLLM's views read the table only; nothing captures it.
     let mut actions = match &table {
@@ -114,6 +115,20 @@ fn repair_noted(limit: Duration) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Notes that failures have left their number and no note, if nobody has computed all again since: of which
+/// days they were, or whether they were rolled back, cannot be said.
+fn note_lost_failures() -> Result<()> {
+    let sql = format!(
+        "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, message)
+         SELECT '-infinity', 'infinity', 'rebuild', 'a statement', 'its failure could not be noted'
+         FROM {SCHEMA}.capture c, {SCHEMA}.capture_failures f
+         WHERE f.is_called AND f.last_value - c.failures_seen >
+             (SELECT count(DISTINCT d.failure) FROM {SCHEMA}.dirty_range d
+              WHERE d.failure > c.failures_seen AND d.failure <= f.last_value)"
+    );
+    spi::execute(&sql, &[]).map(drop)
 }
 
 /// Keeps the notes of days that could not be put right, for the status and for who attaches again. Frozen

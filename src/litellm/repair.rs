@@ -220,14 +220,14 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
             return Ok(true);
         }
     }
-    // 3. no raw row is older than these: one border for all of them.
+    // 3. no raw row is older than these, and nothing to repair: one border for all of them.
     let capture = attached()?;
-    if fences.iter().all(|f| f.covered_from.is_neg_infinity()) {
+    if fences.iter().all(|f| f.covered_from.is_neg_infinity()) && !capture.has_unseen_failures()? {
         let border = spi::fresh(
             &format!(
                 "SELECT max(range_end) FROM {SCHEMA}.dirty_range
                  WHERE repair = 'freeze' AND repaired_at IS NOT NULL
-                     AND range_end <= least($1, {TODAY} + interval '1 day')"
+                     AND range_end <= least($1, {TODAY} + interval '1 day', ({FIRST_TO_REPAIR}))"
             ),
             &[start_of_raw(&capture)?.into()],
             |r| Ok(r.get::<Timestamp>(1)?),
@@ -236,6 +236,10 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
     }
     Ok(true)
 }
+
+/// Days from here on may be of the ledger's rows alone when they are repaired.
+const FIRST_TO_REPAIR: &str = "SELECT min(range_start) FROM litellm_spend.dirty_range
+    WHERE repair = 'rebuild' AND repaired_at IS NULL";
 
 /// Days that are not over are no history yet, nor is the future, which a mistaken row may be dated in.
 const TODAY: &str = "date_trunc('day', clock_timestamp() AT TIME ZONE 'UTC')";
@@ -316,8 +320,7 @@ fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
     }
     let sql = format!(
         "SELECT border FROM {SCHEMA}.source,
-             LATERAL (SELECT least($2, {TODAY}, min(range_start)) AS border FROM {SCHEMA}.dirty_range
-                      WHERE repair = 'rebuild' AND repaired_at IS NULL) AS days
+             LATERAL (SELECT least($2, {TODAY}, ({FIRST_TO_REPAIR})) AS border) AS days
          WHERE name = $1 AND frozen_before < border"
     );
     let borders = spi::current(&sql, &[capture.source.as_str().into(), first.into()], |r| spi::value(r, 1))?;

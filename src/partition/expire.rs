@@ -203,10 +203,11 @@ pub fn finish(
             format!("now {}", archive::take(layout.owner, partition.oid)?)
         }
     };
-    // 4. its days are history, and those before them unless an older partition had to stay, or they are to be
-    //    repaired.
-    if let (Some(_), Some(end)) = (&captured, to) {
+    // 4. its days are history, and those before them unless an older partition had to stay, the table that
+    //    was replaced may have rows of them, or they are to be repaired.
+    if let (Some(state), Some(end)) = (&captured, to) {
         let older_stays = now.partitions.iter().any(|other| other.range.to <= partition.range.from)
+            || state.predecessor.is_some()
             || spi::exists(
                 &format!(
                     "SELECT FROM {SCHEMA}.dirty_range
