@@ -266,6 +266,108 @@ fn days_of_a_partition_that_was_loaded_while_its_triggers_were_disabled_are_comp
     assert_exact(&mut client);
 }
 
+/// All that there is, with reports, where no worker runs.
+fn attach_by_hand(client: &mut Client) {
+    client.batch_execute("SELECT spend_attach(reports => true)").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+}
+
+/// Computes what is there to compute, also what is found in between.
+fn run_until_computed(client: &mut Client) {
+    for _ in 0..5 {
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    }
+    client.batch_execute("CALL spend_backfill()").unwrap();
+}
+
+#[test]
+fn a_column_that_is_added_waits_for_who_captured_without_it() {
+    let (db, mut client) = without_worker();
+    let mut writer = db.connect();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DROP COLUMN IF EXISTS agent_id"#).unwrap();
+    attach_by_hand(&mut client);
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN agent_id text"#).unwrap();
+    writer
+        .batch_execute(
+            r#"BEGIN; INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", agent_id)
+                      VALUES ('r', 'x', 0.5, now(), now(), 'agent')"#,
+        )
+        .unwrap();
+    run_until_computed(&mut client);
+    writer.batch_execute("COMMIT").unwrap();
+    run_until_computed(&mut client);
+    assert_verified(&mut client);
+    assert!(holds(&mut client, "SELECT bool_or(agent_id = 'agent') FROM litellm_spend.hourly_usage"));
+}
+
+#[test]
+fn a_column_that_the_replaced_table_lacks_is_null_there() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" DROP COLUMN IF EXISTS agent_id"#).unwrap();
+    client.batch_execute(&insert_rows("old", 50, 5)).unwrap();
+    attach_by_hand(&mut client);
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    client
+        .batch_execute(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" ADD COLUMN agent_id text; SELECT spend_rollup_run();
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime", agent_id)
+               VALUES ('new', 'x', 0.5, now(), now(), 'agent');
+               DELETE FROM "LiteLLM_SpendLogs_legacy" WHERE request_id = 'old1';
+               INSERT INTO "LiteLLM_SpendLogs_legacy" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('old51', 'x', 0.5, now(), now());
+               UPDATE "LiteLLM_SpendLogs_legacy" SET spend = 1 WHERE request_id = 'old2'"#,
+        )
+        .unwrap();
+    assert_eq!(capture_errors(&mut client), 0);
+    run_until_computed(&mut client);
+    assert_verified(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 52);
+    assert!(holds(&mut client, "SELECT bool_and(covered_from = '-infinity') FROM litellm_spend.rollup"));
+}
+
+#[test]
+fn days_that_are_to_be_repaired_are_not_frozen_with_those_of_a_truncated_partition() {
+    not_at_midnight();
+    let (_db, mut client) = without_worker();
+    client.batch_execute(&(UPSTREAM_SCRIPT.to_string() + ";" + &day_partition("p2", -2))).unwrap();
+    let row = |id: &str, day: i32| {
+        format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('{id}', 'x', 0.5, CURRENT_DATE + ({day}) + time '12:00', now());"#
+        )
+    };
+    client.batch_execute(&(row("gone", -2) + &row("stays", -1))).unwrap();
+    attach_by_hand(&mut client);
+    make_unwritable(&mut client, "change_log");
+    client.batch_execute(&row("missed", -3)).unwrap();
+    make_writable(&mut client, "change_log");
+    client
+        .batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'missed'; TRUNCATE p2"#)
+        .unwrap();
+    run_until_computed(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 3);
+    assert_verified(&mut client);
+    assert!(holds(
+        &mut client,
+        "SELECT count(*) FILTER (WHERE unrepairable) = 0 FROM litellm_spend.dirty_range"
+    ));
+}
+
+#[test]
+fn a_detach_names_failures_of_which_nothing_but_the_number_is_left() {
+    let (_db, mut client) = without_worker();
+    attach_by_hand(&mut client);
+    fill_disk(&mut client, &["change_log", "dirty_range"]);
+    insert(&mut client, "a");
+    client.batch_execute("DROP FUNCTION no_space CASCADE").unwrap();
+    let said =
+        "SELECT bool_or(object = 'ranges of days' AND action LIKE '1 not captured%') FROM spend_detach()";
+    assert!(holds(&mut client, said));
+    let health = "SELECT bool_or(problem LIKE 'totals of % do not count all%') FROM spend_health";
+    assert!(holds(&mut client, health));
+}
+
 #[test]
 fn retention_keeps_history_and_subtract_subtracts() {
     for (policy, kept) in [("keep", true), ("subtract", false)] {

@@ -18,7 +18,7 @@ use crate::engine::groups;
 use crate::engine::rollup;
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
-use crate::litellm::capture::attached;
+use crate::litellm::capture::{attached, columns_of_predecessor};
 use crate::litellm::spend_log::Capture;
 use crate::server::jsonb::Jsonb;
 use crate::server::locks::{self, Patience};
@@ -57,7 +57,9 @@ impl Truth {
     fn captured(capture: &CaptureState) -> Result<Truth> {
         let relation = relation::relation_name(capture.relation)?;
         let predecessor = capture.predecessor.map(relation::relation_name).transpose()?;
-        let query = Capture { columns: &capture.columns }.truth(&relation, predecessor.as_deref());
+        let columns = columns_of_predecessor(capture)?;
+        let predecessor = predecessor.as_deref().map(|name| (name, Capture { columns: &columns }));
+        let query = Capture { columns: &capture.columns }.truth(&relation, predecessor);
         let owner = capture.owner()?;
         Ok(Truth { query: Some(query), relations: capture.relations(), owner })
     }

@@ -3,7 +3,8 @@
 //! Lock on the user's table, waited for at most `litellm_spend.lock_timeout`: SHARE ROW EXCLUSIVE on it and
 //! each partition (writers wait, readers do not), from the creation of the triggers to the end of the
 //! transaction: about a millisecond for each partition (400 of them: writers waited 0.5 s, two busy cores,
-//! debug build, PostgreSQL 15, 2026-11). Everything else is done before. The same when reports are added.
+//! debug build, PostgreSQL 15, 2026-11). Everything else is done before. The same when reports are added, or
+//! columns.
 //!
 //! Whose rights: the log, the ledger, the built-in rollups and their live views are ours, so that LiteLLM's
 //! role can neither drop nor change them. The table's owner may add to the log and read it all
@@ -134,7 +135,9 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     grant(Owner::of(oid)?, &rollups)?;
     // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows
     // meanwhile keep what the rollups say.
-    complete &= current.is_some_and(|current| current.columns == columns)
+    let has_others = current.as_ref().is_some_and(|current| current.columns != columns);
+    complete &= current.is_some()
+        && !has_others
         && triggers::missing_triggers(oid)?.iter().all(|(_, operation)| operation == MOVE);
     if !complete {
         backfill::uncover_all(CHANGE_LOG)?;
@@ -144,9 +147,9 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     actions.push(triggers::create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
-    if added {
-        // A statement that captured with the function of before, for fewer rollups, ends before a day that it
-        // wrote to is computed.
+    if added || has_others {
+        // A statement that captured with the function of before, for fewer rollups or columns, ends before a
+        // day that it wrote to is computed.
         locks::lock_against_writers(&relation::relation_tree(oid)?)?;
     }
     let text = if triggers::create_triggers(&state)? > 0 { CAPTURING } else { "already capturing" };

@@ -118,3 +118,11 @@ pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
     }
     Ok(found)
 }
+
+/// The same of the table that was replaced, if there is one: it may lack what a later version of LiteLLM has
+/// added to the captured one.
+pub fn columns_of_predecessor(state: &CaptureState) -> Result<Vec<String>> {
+    let Some(predecessor) = state.predecessor else { return Ok(vec![]) };
+    let table = Table::find(predecessor)?;
+    captured_columns(&table.ok_or_else(|| Error::NoTable(predecessor.to_u32().to_string()))?)
+}

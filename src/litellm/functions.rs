@@ -20,35 +20,37 @@ impl Capture<'_> {
         subtract_deleted: bool,
         replaced: Option<&Replaced>,
     ) -> Vec<(String, String)> {
-        let rows = |relation, sign, conditions: &[String]| {
-            self.rows_with(|name| read.contains(&name), relation, sign, &only(conditions))
+        let rows = |capture: &Capture, relation, sign, conditions: &[String]| {
+            capture.rows_with(|name| read.contains(&name), relation, sign, &only(conditions))
         };
-        let unless_held = |statements: &dyn Fn(&[String]) -> String| {
+        let unless_held = |statements: &dyn Fn(&Capture, &[String]) -> String| {
             let beside =
-                replaced.map(|tables| tables.on_predecessor(statements) + &tables.on_table(statements));
-            beside.unwrap_or_default() + &statements(&[])
+                replaced.map(|tables| tables.on_predecessor(statements) + &tables.on_table(self, statements));
+            beside.unwrap_or_default() + &statements(self, &[])
         };
-        let insert =
-            unless_held(&|conditions| write_rows("change_log", &rows("new_rows", 1, conditions)) + ";");
-        let update = |conditions: &[String]| {
-            let (old, new) = (rows("old_rows", -1, conditions), rows("new_rows", 1, conditions));
+        let insert = unless_held(&|capture, conditions| {
+            write_rows("change_log", &rows(capture, "new_rows", 1, conditions)) + ";"
+        });
+        let update = |capture: &Capture, conditions: &[String]| {
+            let (old, new) =
+                (rows(capture, "old_rows", -1, conditions), rows(capture, "new_rows", 1, conditions));
             write_sums("change_log", &format!("{old} UNION ALL {new}")) + ";"
         };
         // Of a request that both tables hold, the new table's row counts.
         let beside = replaced.map(|tables| tables.on_predecessor(&update)).unwrap_or_default();
-        let update = format!("{}\n    {beside}{}", note_moves(), update(&[]));
+        let update = format!("{}\n    {beside}{}", note_moves(), update(self, &[]));
         let expiring = format!("coalesce(current_setting('{EXPIRING}', true) = 'on', false)");
         // A kept row that could not be written to the ledger is still in the rollups, which is where it
         // belongs.
         let (delete, delete_repair) = if subtract_deleted {
-            let delete = |conditions: &[String]| {
-                let subtract = write_rows("change_log", &rows("old_rows", -1, conditions));
-                let retire = self.retire("old_rows", conditions);
+            let delete = |capture: &Capture, conditions: &[String]| {
+                let subtract = write_rows("change_log", &rows(capture, "old_rows", -1, conditions));
+                let retire = capture.retire("old_rows", conditions);
                 format!("IF {expiring} THEN {retire}; ELSE {subtract}; END IF;")
             };
             (unless_held(&delete), format!("CASE WHEN {expiring} THEN 'keep' ELSE 'rebuild' END"))
         } else {
-            (unless_held(&|conditions| self.retire_deleted(conditions)), "'keep'".into())
+            (unless_held(&|capture, conditions| capture.retire_deleted(conditions)), "'keep'".into())
         };
         vec![
             self.function("insert", &insert, "new_rows", "'rebuild'", ""),
@@ -162,6 +164,8 @@ END
 pub struct Replaced {
     pub table: (u32, String),
     pub predecessor: (u32, String),
+    /// Those of the predecessor that can be captured.
+    pub columns: Vec<String>,
 }
 
 /// The table whose trigger fires, or the one of which that is a partition.
@@ -170,18 +174,22 @@ const WRITTEN: &str = "coalesce(pg_partition_root(TG_RELID), TG_RELID)";
 impl Replaced {
     /// Statements of a trigger function for rows of the predecessor that the table does not hold, where it
     /// can be read. They end the function.
-    fn on_predecessor(&self, statements: &dyn Fn(&[String]) -> String) -> String {
+    fn on_predecessor(&self, statements: &dyn Fn(&Capture, &[String]) -> String) -> String {
+        let capture = Capture { columns: &self.columns };
         format!(
             "IF {WRITTEN} = {} THEN {} END IF;\n    ",
             self.predecessor.0,
-            beside(&self.table, statements)
+            beside(&self.table, &|conditions| statements(&capture, conditions))
         )
     }
 
     /// The same, for rows of the table that the predecessor does not hold.
-    fn on_table(&self, statements: &dyn Fn(&[String]) -> String) -> String {
+    fn on_table(&self, capture: &Capture, statements: &dyn Fn(&Capture, &[String]) -> String) -> String {
         let (predecessor, _) = self.predecessor;
-        format!("IF {WRITTEN} <> {predecessor} THEN {} END IF;\n    ", beside(&self.predecessor, statements))
+        format!(
+            "IF {WRITTEN} <> {predecessor} THEN {} END IF;\n    ",
+            beside(&self.predecessor, &|conditions| statements(capture, conditions))
+        )
     }
 }
 

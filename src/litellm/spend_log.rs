@@ -124,13 +124,13 @@ impl Capture<'_> {
     }
 
     /// The raw rows as the change log would hold them, and the ledger of deleted ones: what rollups must
-    /// equal.
-    pub fn truth(&self, relation: &str, predecessor: Option<&str>) -> String {
+    /// equal. The table that was replaced may have other columns.
+    pub fn truth(&self, relation: &str, predecessor: Option<(&str, Capture)>) -> String {
         let range = format!("r.{0} >= $1 AND ($2 IS NULL OR r.{0} < $2)", quoted(TIME));
         let mut parts = vec![self.rows(relation, 1, &format!("WHERE {range}"))];
-        if let Some(predecessor) = predecessor {
+        if let Some((predecessor, capture)) = predecessor {
             let condition = format!("WHERE {range} AND {}", not_in(relation));
-            parts.push(self.rows(predecessor, 1, &condition));
+            parts.push(capture.rows(predecessor, 1, &condition));
         }
         parts.push(format!("SELECT {} FROM {SCHEMA}.retired", log_columns()));
         parts.join(" UNION ALL ")

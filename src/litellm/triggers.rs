@@ -15,6 +15,7 @@ use crate::citus;
 use crate::error::{Error, Result};
 use crate::guc::LockLimit;
 use crate::litellm::builtin;
+use crate::litellm::capture::columns_of_predecessor;
 use crate::litellm::functions::{self, MOVE, OPERATIONS, Replaced, function_name};
 use crate::litellm::reports;
 use crate::litellm::spend_log::Capture;
@@ -31,9 +32,11 @@ use pgrx::prelude::*;
 pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let named = |oid: pg_sys::Oid| Ok::<_, Error>((oid.to_u32(), relation::relation_name(oid)?));
     let replaced = match state.predecessor {
-        Some(predecessor) => {
-            Some(Replaced { table: named(state.relation)?, predecessor: named(predecessor)? })
-        }
+        Some(predecessor) => Some(Replaced {
+            table: named(state.relation)?,
+            predecessor: named(predecessor)?,
+            columns: columns_of_predecessor(state)?,
+        }),
         None => None,
     };
     let owner = quoted(&state.owner()?.name()?);
