@@ -698,10 +698,11 @@ fn a_table_that_changes_hands_while_the_statement_runs_is_anothers() {
         let refused = error_after_waiting(&db, &call, |_, _| {
             superuser
                 .batch_execute(
-                    "ALTER TABLE m.src OWNER TO postgres; ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO postgres;
-                     SELECT pg_advisory_unlock(7)",
+                    "ALTER TABLE m.src OWNER TO postgres; ALTER TABLE \"LiteLLM_SpendLogs\" OWNER TO postgres",
                 )
                 .unwrap();
+            // Once that is committed.
+            superuser.batch_execute("SELECT pg_advisory_unlock(7)").unwrap();
         });
         let refused = refused.unwrap_or_else(|| panic!("{call} is not refused"));
         assert_eq!(refused.code().code(), "42501", "{call}: {refused:?}");
