@@ -151,10 +151,12 @@ FROM PUBLIC;
 REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
 
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
--- Its schema may be closed to others.
+-- Its schema may be closed to others. What an extension's script has granted is not dumped, nor is what
+-- others were granted on that object before: so the schema's privileges are made its own again.
 DO $$ BEGIN
     IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
         GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
+        DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace;
     END IF;
 END $$;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text), litellm_spend.served_until(), litellm_spend.periods_ahead(text, tsmultirange, timestamp),

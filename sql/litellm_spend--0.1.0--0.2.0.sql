@@ -7,6 +7,52 @@
 
 SET LOCAL search_path = pg_catalog, pg_temp;
 
+-- What this file makes belongs to the extension's owner, also where another superuser updates; a session that
+-- may not become that role makes it the updater's. The end of this file puts back what is set here.
+DO $$ BEGIN
+    PERFORM set_config('litellm_spend_update.role', current_setting('role'), true);
+    BEGIN
+        PERFORM set_config('role', rolname, true) FROM pg_extension JOIN pg_roles r ON r.oid = extowner
+        WHERE extname = 'litellm_spend' AND rolname <> current_user AND rolsuper;
+    EXCEPTION WHEN insufficient_privilege THEN NULL;
+    END;
+END $$;
+
+-- First every lock that this file needs, none waited for longer than two seconds, or the caller's own limit:
+-- LiteLLM's views read the watermark, and whoever reads them waits behind us. (After one second,
+-- deadlock_timeout, an autovacuum in the way is cancelled.) The status views come before what they read, as
+-- for their readers, and the watermark last. LOCK TABLE of a view would lock what it reads too.
+DO $$ DECLARE
+    before text := current_setting('lock_timeout');
+    patience text := CASE WHEN before::interval BETWEEN '1 ms' AND '2 s' THEN before ELSE '2s' END;
+    wanted regclass;
+    is_view boolean;
+BEGIN
+    PERFORM set_config('lock_timeout', patience, true);
+    FOR wanted, is_view IN
+        SELECT c.oid, c.relkind = 'v' FROM pg_depend d JOIN pg_class c ON c.oid = d.objid
+        WHERE d.deptype = 'e' AND d.classid = 'pg_class'::regclass AND c.relkind IN ('v', 'r')
+          AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend')
+        ORDER BY c.relkind DESC, c.relname = 'rollup', c.oid DESC
+    LOOP
+        EXECUTE format(CASE WHEN is_view THEN 'ALTER VIEW %s RESET (security_barrier)'
+                            ELSE 'LOCK TABLE %s IN ACCESS EXCLUSIVE MODE' END, wanted);
+    END LOOP;
+    PERFORM set_config('lock_timeout', before, true);
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'could not get a lock on % within %', wanted, patience
+        USING ERRCODE = 'lock_not_available',
+              DETAIL = coalesce((
+                  SELECT 'It is used by ' || string_agg(DISTINCT coalesce(
+                      format('process %s (%s)', l.pid, concat_ws(', ', a.usename, nullif(a.application_name, ''))),
+                      'a prepared transaction'), ', ') || '.'
+                  FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+                  WHERE l.relation = wanted AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+                  'It was used until now.'),
+              HINT = 'Nothing was changed. Update again when that has ended.';
+END $$;
+
 DO $$ BEGIN
     IF EXISTS (SELECT FROM litellm_spend.conversion WHERE direction = 'revert') THEN
         RAISE EXCEPTION 'a table is being reverted by version 0.1.0'
@@ -148,6 +194,11 @@ CREATE TABLE litellm_spend.index_failure (
 
 SELECT pg_extension_config_dump('litellm_spend.index_set',
     'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+SELECT pg_extension_config_dump('litellm_spend.conversion',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+SELECT pg_extension_config_dump('litellm_spend.source',
+    'WHERE name = ''change_log'' OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = sequence)');
 
 -- Until when a worker has looked at this database, or since when one is awaited.
 CREATE FUNCTION litellm_spend.served_until() RETURNS timestamptz
@@ -936,10 +987,13 @@ COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role rea
 COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
 REVOKE ALL ON FUNCTION @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole) FROM PUBLIC;
 
--- pg_monitor reads the status, also where the extension's schema is closed to others.
+-- pg_monitor reads the status, also where the extension's schema is closed to others. What an extension's
+-- script has granted is not dumped, nor is what others were granted on that object before: so the schema's
+-- privileges are made its own again.
 DO $$ BEGIN
     IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
         GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
+        DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace;
     END IF;
 END $$;
 
@@ -1099,7 +1153,7 @@ AS 'MODULE_PATHNAME', 'spend_rollup_create_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
 
 -- Whoever may call the old one may call the new one.
-DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
+DO $$ DECLARE old regprocedure; new regprocedure; grantee text; ours aclitem[]; BEGIN
     FOR old, new IN VALUES
         ('@extschema@.spend_attach(regclass, text)'::regprocedure,
          '@extschema@.spend_attach(regclass, text, boolean)'::regprocedure),
@@ -1114,12 +1168,15 @@ DO $$ DECLARE old regprocedure; new regprocedure; grantee text; BEGIN
          '@extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean)')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', new);
+        SELECT i.initprivs INTO ours FROM pg_init_privs i WHERE i.classoid = 'pg_proc'::regclass AND i.objoid = new;
         FOR grantee IN
             SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
             FROM pg_proc p, aclexplode(p.proacl) AS x WHERE p.oid = old AND x.grantee <> p.proowner
         LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', new, grantee);
         END LOOP;
+        -- Not what the script has granted: that is not dumped.
+        UPDATE pg_init_privs i SET initprivs = ours WHERE i.classoid = 'pg_proc'::regclass AND i.objoid = new;
         EXECUTE format('ALTER EXTENSION litellm_spend DROP FUNCTION %s', old);
         EXECUTE format('DROP FUNCTION %s', old);
     END LOOP;
@@ -1130,3 +1187,7 @@ END $$;
 ANALYZE litellm_spend.installation, litellm_spend.source, litellm_spend.rollup, litellm_spend.capture, litellm_spend.dirty_range,
     litellm_spend.public_view, litellm_spend.policy, litellm_spend.conversion, litellm_spend.index_set, litellm_spend.index_failure,
     litellm_spend.expired_partition;
+
+DO $$ BEGIN
+    PERFORM set_config('role', current_setting('litellm_spend_update.role'), true);
+END $$;

@@ -228,11 +228,14 @@ CREATE TABLE litellm_spend.expired_partition (
 -- A table that is gone would be dumped as its number, which may be another table's where it is restored.
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.policy',
     'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
-SELECT pg_catalog.pg_extension_config_dump('litellm_spend.conversion', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.conversion',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.index_set',
     'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.expired_partition', '');
-SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source', '');
+SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source',
+    'WHERE name = ''change_log'' OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = sequence)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.rollup', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.dirty_range', '');

@@ -842,7 +842,9 @@ errors! {
         ERRCODE_INTERNAL_ERROR;
         "relation {relation} would be read with the rights of litellm_spend's owner";
         "Planning a query can call its owner's functions, so it must run as its owner. Nothing was read.";
-        "Please report this as a bug.";
+        "If it is in schema litellm_spend, and its owner is no superuser any more, give it to one that is. If the \
+         function of an event trigger names it, make that function SECURITY DEFINER, of the relation's owner. Else \
+         please report this as a bug.";
 
     NotPinned:
         ERRCODE_INTERNAL_ERROR;

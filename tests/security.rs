@@ -100,6 +100,34 @@ fn a_query_of_ours_that_names_anothers_relation_is_refused() {
     client.batch_execute(call).unwrap();
 }
 
+#[test]
+fn the_function_of_an_event_trigger_may_name_a_superusers_table_or_be_of_its_owner() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            "CREATE ROLE auditor; CREATE ROLE dba SUPERUSER; CREATE SCHEMA audit; CREATE TABLE audit.log (tag text);
+             ALTER TABLE audit.log OWNER TO dba; GRANT USAGE ON SCHEMA audit TO auditor;
+             CREATE FUNCTION audit.note() RETURNS event_trigger LANGUAGE plpgsql
+                 AS 'BEGIN INSERT INTO audit.log VALUES (tg_tag); END';
+             CREATE EVENT TRIGGER note ON ddl_command_end EXECUTE FUNCTION audit.note();
+             SELECT spend_attach()",
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT count(*) > 10 FROM audit.log"));
+    client.batch_execute("ALTER TABLE audit.log OWNER TO auditor").unwrap();
+    let detach = "SELECT spend_detach(drop_history => true)";
+    let refused = error(&mut client, detach);
+    assert_eq!(refused.code().code(), "XX000");
+    assert!(refused.hint().unwrap().contains("make that function SECURITY DEFINER"), "{refused:?}");
+    client
+        .batch_execute(
+            "ALTER FUNCTION audit.note() SECURITY DEFINER SET search_path = audit, pg_temp;
+             ALTER FUNCTION audit.note() OWNER TO auditor",
+        )
+        .unwrap();
+    client.batch_execute(detach).unwrap();
+}
+
 /// What has more rights than its user, by name, and why it may.
 const TRUSTED: [(&str, &str); 7] = [
     (

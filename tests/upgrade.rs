@@ -101,6 +101,76 @@ fn without_a_call_the_worker_brings_it_over() {
     assert_exact(&mut client);
 }
 
+/// All that belongs to the extension, by owner.
+const OWNERS: &str = "
+    SELECT string_agg(DISTINCT o.owner::regrole::text, ' ')
+    FROM pg_depend d CROSS JOIN LATERAL (
+        SELECT relowner FROM pg_class WHERE d.classid = 'pg_class'::regclass AND oid = d.objid
+        UNION ALL SELECT proowner FROM pg_proc WHERE d.classid = 'pg_proc'::regclass AND oid = d.objid) AS o(owner)
+    WHERE d.deptype = 'e' AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend')";
+
+#[test]
+fn another_superuser_may_update() {
+    shared()
+        .connect("postgres")
+        .batch_execute(
+            "DROP ROLE IF EXISTS dba_u, person_u; CREATE ROLE dba_u SUPERUSER LOGIN;
+             CREATE ROLE person_u LOGIN IN ROLE dba_u",
+        )
+        .unwrap();
+    // Who is no superuser by itself may not become the extension's owner.
+    for (user, set_role, owners) in
+        [("dba_u", "SET ROLE NONE", "postgres"), ("person_u", "SET ROLE dba_u", "dba_u postgres")]
+    {
+        let (db, mut client) = of_0_1_0(true);
+        client.batch_execute(&insert_rows("old", 50, 5)).unwrap();
+        let mut updater = db.cluster.connect_as(&db.name, user);
+        updater.batch_execute(&format!("{set_role}; BEGIN; ALTER EXTENSION litellm_spend UPDATE")).unwrap();
+        assert_eq!(value::<String>(&mut updater, "SELECT current_user::text"), "dba_u", "{user}");
+        updater.batch_execute("COMMIT").unwrap();
+        assert_eq!(value::<String>(&mut client, OWNERS), owners, "{user}");
+        client.batch_execute(&insert_rows("new", 50, 5)).unwrap();
+        wait_until_live(&mut client);
+        wait_until_merged(&mut client);
+        assert_exact(&mut client);
+        client
+            .batch_execute(
+                "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+                 SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+                 SELECT spend_rollup_drop('by_kind');
+                 SELECT spend_restored(); SELECT spend_detach(drop_history => true);
+                 DROP EXTENSION litellm_spend",
+            )
+            .unwrap();
+    }
+    shared().connect("postgres").batch_execute("DROP ROLE person_u, dba_u").unwrap();
+}
+
+#[test]
+fn an_update_waits_for_nobody_longer_than_readers_of_the_views_can_wait_for_it() {
+    let (db, mut client) = of_0_1_0(true);
+    let mut holder = db.connect();
+    for reads in [r#"TABLE "MonthlyGlobalSpend""#, "TABLE litellm_spend.coverage"] {
+        holder.batch_execute(&format!("BEGIN; {reads}")).unwrap();
+        let begun = std::time::Instant::now();
+        let refused = error(&mut client, "ALTER EXTENSION litellm_spend UPDATE");
+        assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+        assert_eq!(refused.code().code(), "55P03", "{reads}: {refused:?}");
+        let pid: i32 = value(&mut holder, "SELECT pg_backend_pid()");
+        assert_eq!(refused.detail(), Some(format!("It is used by process {pid} (postgres).").as_str()));
+        assert_eq!(refused.hint(), Some("Nothing was changed. Update again when that has ended."));
+        holder.batch_execute("ROLLBACK").unwrap();
+    }
+    // It has everything that it needs at once: who comes then waits for the end, and nobody in between.
+    client
+        .batch_execute(
+            "SET lock_timeout = '1min'; BEGIN; ALTER EXTENSION litellm_spend UPDATE;
+             DO $$ BEGIN ASSERT current_setting('lock_timeout') = '1min'; END $$; COMMIT",
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+}
+
 /// A declared rollup as 0.1.0 made it: sums of floating-point columns are cast.
 const DECLARED: &str = r#"
     SET ROLE litellm;
@@ -239,9 +309,16 @@ const MEMBERS: &str = "
     UNION ALL
     SELECT format('%s: %s %s %s %s %s', p.oid::regprocedure, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), p.prosrc,
                   p.proconfig, p.proacl)
+        || format(' %s %s %s %s', p.proowner::regrole, p.provolatile, p.proisstrict, p.proparallel)
     FROM member JOIN pg_proc p ON p.oid = objid
     UNION ALL
-    SELECT 'dumped: ' || c.oid::regclass FROM pg_extension, unnest(extconfig) AS c(oid) WHERE extname = 'litellm_spend'
+    SELECT format('%s belongs to %s', c.oid::regclass, c.relowner::regrole) FROM member JOIN pg_class c ON c.oid = objid
+    UNION ALL
+    SELECT format('%s was granted %s', pg_describe_object(classid, objid, i.objsubid), i.initprivs)
+    FROM member JOIN pg_init_privs i ON i.classoid = classid AND i.objoid = objid
+    UNION ALL
+    SELECT format('dumped: %s %s', c.oid::regclass, c.condition)
+    FROM pg_extension, unnest(extconfig, extcondition) AS c(oid, condition) WHERE extname = 'litellm_spend'
     ORDER BY 1";
 
 #[test]
@@ -262,7 +339,7 @@ fn an_updated_database_is_like_a_new_one() {
 
 #[test]
 fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
-    let (_db, mut client) = of_0_1_0(true);
+    let (db, mut client) = of_0_1_0(true);
     client
         .batch_execute(
             r#"GRANT EXECUTE ON FUNCTION spend_partition_convert TO litellm;
@@ -276,6 +353,15 @@ fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
         .unwrap();
     let may = "SELECT has_function_privilege('litellm', 'spend_partition_convert(regclass, text, \"any\", text, integer)', 'EXECUTE')";
     assert!(holds(&mut client, may));
+    // It is the user's grant still, and dumped.
+    let mut pg_dump = db.cluster.program("pg_dump");
+    pg_dump.args(["-s", "-h", db.cluster.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"]);
+    let text = String::from_utf8(pg_dump.arg(&db.name).output().unwrap().stdout).unwrap();
+    let granted: Vec<&str> = text.lines().filter(|line| line.starts_with("GRANT ALL ON FUNCTION")).collect();
+    assert!(
+        granted.iter().any(|line| line.contains("spend_partition_convert") && line.ends_with("TO litellm;")),
+        "{granted:?}"
+    );
 }
 
 #[test]
@@ -333,9 +419,11 @@ fn until_the_update_calls_and_the_worker_say_that_it_is_missing() {
 fn a_server_that_pg_upgrade_brings_over_goes_on_and_nothing_of_ours_runs_meanwhile() {
     not_at_midnight();
     let old = own_cluster(&[]);
-    let db = std::mem::ManuallyDrop::new(old.database().with_rows("old", 200, 10));
-    let mut client = db.connect();
-    client.batch_execute("SELECT spend_attach()").unwrap();
+    let db = std::mem::ManuallyDrop::new(old.litellm_database().with_rows("old", 200, 10));
+    // pg_upgrade gives the extension to the role that runs it, and leaves what belongs to it.
+    old.connect("postgres").batch_execute("CREATE ROLE dba SUPERUSER LOGIN").unwrap();
+    let mut client = old.connect_as(&db.name, "dba");
+    client.batch_execute("CREATE EXTENSION litellm_spend; SELECT spend_attach()").unwrap();
     wait_until_live(&mut client);
     client
         .batch_execute(
@@ -366,6 +454,8 @@ fn a_server_that_pg_upgrade_brings_over_goes_on_and_nothing_of_ours_runs_meanwhi
     assert!(logged.contains("database system is ready"), "{logged}");
     assert!(!logged.contains("litellm_spend launcher"), "{logged}");
     let mut client = new.connect(&db.name);
+    assert!(holds(&mut client, "SELECT bool_and(extowner = 'postgres'::regrole) FROM pg_extension"));
+    assert_eq!(value::<String>(&mut client, OWNERS), "dba");
     assert_eq!(value::<String>(&mut client, total), expected);
     assert_eq!(value::<String>(&mut client, kinds), "300");
     client.batch_execute(&insert_rows("new", 20, 3)).unwrap();

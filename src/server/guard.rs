@@ -1,5 +1,5 @@
-//! Makes a forgotten place fail: while we act as ourselves, a query that names a relation of somebody else's
-//! is refused.
+//! Makes a forgotten place fail: while we act as ourselves, a query that names a relation of somebody who is
+//! no superuser is refused.
 //!
 //! One would think that reading a table with a superuser's rights is harmless as long as nothing of its
 //! owner's is called. But planning the query is enough: the planner loads every index of a table, and calls
@@ -7,8 +7,10 @@
 //! analyzed and before it is planned; [`crate::server::keyed`], which has no query, asks by itself. What
 //! mentions a user's relation has to go through [`crate::server::session::Owner`].
 //!
-//! Ours are the relations of the role that we act as, and the server's own. The hook is there as soon as the
-//! library is.
+//! Ours are the relations of the role that we act as, the server's own, and those of any superuser: what
+//! belongs to them gives nobody rights that they lack. State of ours may be another superuser's than the
+//! extension: pg_upgrade gives the extension to the role that runs it, and a restore what is no member of it
+//! to who made that. The hook is there as soon as the library is.
 
 use crate::error::Error;
 use crate::server::session::acts_as_ourselves;
@@ -90,8 +92,8 @@ pub fn require_ours(relation: pg_sys::Oid) {
         pg_sys::ReleaseSysCache(row);
         owner
     };
-    // SAFETY: reads a variable of the session.
-    if owner != unsafe { pg_sys::GetUserId() } {
+    // SAFETY: reads a variable of the session, and the catalog.
+    if owner != unsafe { pg_sys::GetUserId() } && !unsafe { pg_sys::superuser_arg(owner) } {
         let error = ErrorReport::from(Error::NotOurs(relation.to_u32()));
         error.report(PgLogLevel::ERROR);
     }

@@ -110,8 +110,8 @@ pub fn require_role(caller: pg_sys::Oid, owner: pg_sys::Oid, name: &str) -> Resu
 /// to act:
 ///
 /// - [`Elevated::enter`]: as the extension's owner, on state tables of ours only. A query that names a
-///   relation of anybody else's fails then, before it is planned ([`crate::server::guard`]): a forgotten
-///   place is an error, not an escalation.
+///   relation of anybody's who is no superuser fails then, before it is planned ([`crate::server::guard`]): a
+///   forgotten place is an error, not an escalation.
 /// - [`Owner`]: as the owner of a user's relation, restricted, for whatever mentions something of theirs.
 pub struct Elevated {
     user: pg_sys::Oid,
