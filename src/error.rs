@@ -476,6 +476,12 @@ errors! {
         ("One at a time changes triggers and views. {}", held_by(holders));
         "Try again when that has ended.";
 
+    MarkerBusy { holders: String }:
+        ERRCODE_LOCK_NOT_AVAILABLE;
+        "another transaction is making the first rollup, or dropping the last";
+        ("One at a time makes or drops what a restore shows its end by. {}", held_by(holders));
+        "Try again when that has ended.";
+
     GrantsBusy { holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "another transaction grants or revokes privileges in schema litellm_spend";

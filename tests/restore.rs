@@ -209,9 +209,79 @@ fn litellm_s_own_role_may_dump_with_pg_read_all_data_and_is_told_so() {
     shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
 }
 
+#[test]
+fn another_superuser_restores_what_one_has_made() {
+    let db = shared().litellm_database().with_rows("a", 100, 5);
+    let mut admin = db.connect();
+    admin.batch_execute("DROP ROLE IF EXISTS dba_r; CREATE ROLE dba_r SUPERUSER LOGIN").unwrap();
+    let mut dba = shared().connect_as(&db.name, "dba_r");
+    dba.batch_execute(
+        "CREATE EXTENSION litellm_spend; SELECT spend_attach(reports => true);
+         CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+         SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}'); INSERT INTO ev (kind) VALUES (1)",
+    )
+    .unwrap();
+    wait_until_live(&mut dba);
+    wait_until_merged(&mut dba);
+    let (file, database) = (dump(&db, "c"), target("by_another"));
+    run("pg_restore", &["-d", &database, &file]);
+    let mut client = shared().connect(&database);
+    assert!(holds(
+        &mut client,
+        "SELECT relowner = 'dba_r'::regrole AND extowner = 'postgres'::regrole FROM pg_class, pg_extension
+         WHERE pg_class.oid = 'litellm_spend.change_log'::regclass AND extname = 'litellm_spend'"
+    ));
+    wait_until_restored(&mut client);
+    client.batch_execute(&insert_rows("after", 20, 3)).unwrap();
+    client.batch_execute("INSERT INTO ev (kind) VALUES (1)").unwrap();
+    wait_until_merged(&mut client);
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    assert!(holds(&mut client, "SELECT sum(n) = 2 FROM litellm_spend.by_kind"));
+    client
+        .batch_execute(
+            r#"DELETE FROM "LiteLLM_SpendLogs"; SELECT spend_attach();
+               SELECT spend_rollup_drop('by_kind'); SELECT spend_rollup_drop('hourly_usage');
+               SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend"#,
+        )
+        .unwrap();
+    drop(client);
+    admin.batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+    // It may drop its own.
+    dba.batch_execute(
+        "SELECT spend_rollup_drop('by_kind'); SELECT spend_detach(drop_history => true); DROP EXTENSION litellm_spend;
+         DROP TABLE ev",
+    )
+    .unwrap();
+    drop(dba);
+    admin.batch_execute("DROP ROLE dba_r").unwrap();
+}
+
+#[test]
+fn who_may_use_a_schema_of_a_users_may_after_a_restore() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS app_s; CREATE ROLE app_s; CREATE SCHEMA spend; GRANT USAGE ON SCHEMA spend TO app_s;
+             CREATE EXTENSION litellm_spend SCHEMA spend",
+        )
+        .unwrap();
+    let (file, database) = (dump(&db, "c"), target("schema"));
+    run("pg_restore", &["-d", &database, &file]);
+    let mut restored = shared().connect(&database);
+    for role in ["app_s", "pg_monitor"] {
+        let may = format!("SELECT has_schema_privilege('{role}', 'spend', 'USAGE')");
+        assert!(holds(&mut client, &may) && holds(&mut restored, &may), "{role}");
+    }
+    drop(restored);
+    client.batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+    client.batch_execute("DROP OWNED BY app_s; DROP ROLE app_s").unwrap();
+}
+
 /// Without a worker nobody has forgotten it. As a number it could be another table's in the new database.
 #[test]
-fn a_policy_of_a_table_that_is_gone_is_not_dumped() {
+fn state_of_a_table_that_is_gone_is_not_dumped() {
     let (db, mut client) = without_worker();
     let table = |name: &str| {
         format!(
@@ -219,8 +289,19 @@ fn a_policy_of_a_table_that_is_gone_is_not_dumped() {
              SELECT spend_partition_set('{name}', retention => '30 days');"
         )
     };
-    client.batch_execute(&(table("stays") + &table("goes") + "DROP TABLE goes")).unwrap();
-    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.policy"), 2);
+    let rollup = |name: &str| {
+        format!(
+            "SELECT spend_rollup_create('of_{name}', '{name}', '{{at}}', '{{count(*) AS n}}');
+             INSERT INTO litellm_spend.conversion (table_schema, table_name, relation, direction, options, owner, origin)
+             SELECT 'public', '{name}', '{name}', 'convert', '{{}}', 'postgres', id FROM litellm_spend.installation;"
+        )
+    };
+    client.batch_execute(&(table("stays") + &table("goes") + &rollup("stays") + &rollup("goes"))).unwrap();
+    client.batch_execute("DROP TABLE goes CASCADE").unwrap();
+    let tables = ["policy", "conversion", "source"];
+    for table in tables {
+        assert_eq!(value::<i64>(&mut client, &format!("SELECT count(*) FROM litellm_spend.{table}")), 2);
+    }
     let mut pg_dump = db.cluster.program("pg_dump");
     pg_dump.args([
         "-h",
@@ -234,9 +315,38 @@ fn a_policy_of_a_table_that_is_gone_is_not_dumped() {
     let output = pg_dump.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let (_, rows) = text.split_once("COPY litellm_spend.policy (").unwrap();
-    let rows: Vec<&str> = rows.lines().skip(1).take_while(|line| *line != "\\.").collect();
-    assert!(rows.len() == 1 && rows[0].starts_with("public.stays\t"), "{rows:?}");
+    for table in tables {
+        let (_, rows) = text.split_once(&format!("COPY litellm_spend.{table} (")).unwrap();
+        let rows: Vec<&str> = rows.lines().skip(1).take_while(|line| *line != "\\.").collect();
+        assert!(rows.len() == 1 && rows[0].contains("public.stays\t"), "{table}: {rows:?}");
+    }
+}
+
+/// What was captured is dumped as a number when its table is gone, and the number may be any table's.
+#[test]
+fn a_table_that_has_the_number_of_one_that_is_gone_is_not_captured() {
+    let db = shared().database().with_rows("a", 50, 5).attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"CREATE TABLE other (LIKE "LiteLLM_SpendLogs" INCLUDING ALL); ALTER TABLE other OWNER TO litellm;
+               BEGIN; DROP TABLE "LiteLLM_SpendLogs" CASCADE;
+               UPDATE litellm_spend.capture SET relation = 'other', predecessor = 'other', origin = gen_random_uuid();
+               COMMIT"#,
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT spend_restored()"));
+    assert!(holds(&mut client, "SELECT relation = 0 FROM litellm_spend.capture"));
+    let said = "SELECT bool_and(last_error LIKE '%relation public.\"LiteLLM_SpendLogs\" does not exist%'
+                    OR last_error LIKE '%relation \"public\".\"LiteLLM_SpendLogs\" does not exist%')
+                FROM spend_rollup_status";
+    eventually("that it is gone is said", || holds(&mut client, said));
+    assert!(holds(&mut client, "SELECT count(*) = 0 FROM pg_trigger WHERE tgrelid = 'other'::regclass"));
+    // Its name is followed.
+    client.batch_execute(r#"ALTER TABLE other RENAME TO "LiteLLM_SpendLogs""#).unwrap();
+    eventually("it is captured", || {
+        holds(&mut client, r#"SELECT relation = '"LiteLLM_SpendLogs"'::regclass FROM litellm_spend.capture"#)
+    });
 }
 
 #[test]
@@ -642,6 +752,51 @@ fn the_marker_comes_and_goes_with_what_it_stands_for() {
     client.batch_execute("SELECT spend_rollup_drop('by_kind')").unwrap();
     assert_eq!(value::<i64>(&mut client, markers), 0);
     client.batch_execute("DROP EXTENSION litellm_spend").unwrap();
+}
+
+#[test]
+fn who_makes_and_drops_rollups_beside_another_leaves_the_marker_that_is_needed() {
+    let db = shared().database();
+    let (mut first, mut look) = (db.connect(), db.connect());
+    let markers = "SELECT count(*) FROM pg_event_trigger";
+    let create = |name: &str| {
+        format!("SELECT spend_rollup_create('{name}', '{name}_ev', '{{kind}}', '{{count(*) AS n}}')")
+    };
+    let drop_it = |name: &str| format!("SELECT spend_rollup_drop('{name}')");
+    for name in ["a", "b"] {
+        look.batch_execute(&format!("CREATE TABLE {name}_ev (id bigserial PRIMARY KEY, kind int)")).unwrap();
+    }
+    // What one does, what another does meanwhile, how the first ends, and how many markers that leaves.
+    for (one, other, end, left) in [
+        (create("a"), create("b"), "ROLLBACK", 1),
+        (create("a"), drop_it("b"), "COMMIT", 1),
+        (drop_it("a"), create("b"), "COMMIT", 1),
+        (create("a"), create("b"), "", 1),
+        (drop_it("a"), drop_it("b"), "COMMIT", 0),
+    ] {
+        if end.is_empty() {
+            first.batch_execute(&one).unwrap();
+            continue;
+        }
+        first.batch_execute(&format!("BEGIN; {one}")).unwrap();
+        let mut second = db.connect();
+        let beside = std::thread::spawn(move || second.batch_execute(&other).map_err(|e| format!("{e:?}")));
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        first.batch_execute(end).unwrap();
+        beside.join().unwrap().unwrap();
+        if left == 1 {
+            assert_eq!(value::<i64>(&mut look, markers), 1, "{one}");
+        }
+        eventually("the marker is there as long as it is needed", || {
+            value::<i64>(&mut look, markers) == left
+        });
+    }
+    // Who makes the first is waited for, but not for ever.
+    first.batch_execute(&format!("BEGIN; {}", create("a"))).unwrap();
+    look.batch_execute("SET litellm_spend.window_wait = '100ms'").unwrap();
+    assert_refused(&mut look, &create("b"), "55P03");
+    first.batch_execute("ROLLBACK").unwrap();
+    look.batch_execute("DROP EXTENSION litellm_spend").unwrap();
 }
 
 #[test]

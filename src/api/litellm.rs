@@ -14,6 +14,7 @@ use crate::litellm::reports;
 use crate::litellm::views;
 use crate::partition::convert::Conversion;
 use crate::partition::policy;
+use crate::server::locks::Patience;
 use crate::server::relation::{self, Table};
 use crate::server::session::{self, Elevated};
 use crate::server::text::literal;
@@ -63,7 +64,7 @@ fn spend_attach(
         // may speak for every owner.
         match session::require_extension_owner(elevated.caller()) {
             Err(_) if !captured::captured_relations()?.contains(&source) => restore::require_over()?,
-            _ => drop(restore::adopt()?),
+            _ => drop(restore::adopt(Patience::of_call())?),
         }
         let actions = attach::attach(elevated.caller(), source, subtract, reports == Some(true))?;
         let kept = if reports == Some(false) { reports::here()? } else { vec![] };
@@ -162,7 +163,7 @@ fn spend_restored() -> Result<bool, ErrorReport> {
         require_changeable()?;
         let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
         session::require_extension_owner(elevated.caller())?;
-        restore::adopt()
+        restore::adopt(Patience::of_call())
     })
 }
 

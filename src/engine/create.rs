@@ -80,7 +80,7 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
     require_permanent(&definition, &merge_functions)?;
     columns::note(&definition.name, table.oid)?;
     notices.extend(advice(&table, &numbering)?);
-    restore::mark()?;
+    restore::mark(Patience::of_call())?;
     Ok(notices)
 }
 

@@ -30,7 +30,7 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
     }
     spi::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
     source::forget_unused_sources()?;
-    restore::mark()
+    restore::mark(Patience::of_call())
 }
 
 fn drop_relations(definition: &Definition) -> Result<()> {
@@ -84,7 +84,7 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
         session::require_role(caller, owner, name)?;
         with_usage(Owner::role(owner), |owner| owner.run(format!("DROP {word} {signature}")))?;
     }
-    restore::mark()
+    restore::mark(Patience::of_call())
 }
 
 /// Lets an owner use our schema for as long as `work` takes: a restore may not have come to its grants, or

@@ -72,7 +72,7 @@ pub fn attach(
     take_up_history(caller, oid)?;
     let actions = attach_locked(oid, subtract, reports)?;
     session::require_owner(caller, oid)?;
-    restore::mark()?;
+    restore::mark(Patience::of_call())?;
     Ok(actions)
 }
 

@@ -265,7 +265,7 @@ fn drop_relations() -> Result<Vec<Action>> {
     spi::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
     spi::execute(&format!("DROP TABLE IF EXISTS {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
     spi::execute(&format!("DROP SEQUENCE IF EXISTS {SCHEMA}.change_log_seq"), &[])?;
-    restore::mark()?;
+    restore::mark(Patience::of_call())?;
     Ok(actions)
 }
 

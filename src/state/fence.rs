@@ -5,10 +5,11 @@
 //! | [`Fence`] | a rollup's state row, FOR UPDATE | other mergers and rebuilds; readers never |
 //! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
 //! | [`lock_name`] | a rollup's name and source, as numbers | who makes or drops one of that name or source |
-//! | [`try_lock_installation`] | our table `installation`, SHARE ROW EXCLUSIVE | others that make or drop the marker of restores |
+//! | [`keep_marker`] | our table `installation`, ROW SHARE | who makes or drops the marker of restores |
+//! | [`change_marker`] | the same, EXCLUSIVE | who makes or drops it, or keeps it |
 
 use crate::error::{Error, Result};
-use crate::server::locks::{Patience, holders, try_lock};
+use crate::server::locks::{Mode, Patience, holders, try_lock};
 use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
 use crate::server::spi::{execute, exists, fresh, query, value};
@@ -260,16 +261,7 @@ fn kept_by(names: &[String]) -> Result<(String, String)> {
 /// The right to change what is attached: triggers, views, the state of the capture. Ends with the
 /// transaction. What is read after it is current. `false`: another transaction keeps it.
 pub fn lock_attachment(patience: Patience) -> Result<bool> {
-    let name = format!("{SCHEMA}.capture");
-    let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
-    while !try_lock(state, pg_sys::ShareRowExclusiveLock) {
-        if !patience.try_again() {
-            return Ok(false);
-        }
-    }
-    // Takes an XID, and with it every later query a fresh snapshot.
-    execute("SELECT 1", &[])?;
-    Ok(true)
+    lock_state("capture", pg_sys::ShareRowExclusiveLock, patience)
 }
 
 /// As [`lock_attachment`], or fails and says who keeps it.
@@ -282,6 +274,47 @@ pub fn require_attachment(patience: Patience) -> Result<()> {
              AND l.mode = 'ShareRowExclusiveLock'"
     );
     Err(Error::AttachmentBusy { holders: holders(&which, &[])? })
+}
+
+/// The marker of restores stays until the transaction ends, or fails and says who changes it.
+pub fn keep_marker(patience: Patience) -> Result<()> {
+    lock_marker(pg_sys::RowShareLock, patience)
+}
+
+/// The right to make the marker, or to say whose it is, until the transaction ends; or fails and says who
+/// needs it as it is.
+pub fn change_marker(patience: Patience) -> Result<()> {
+    lock_marker(pg_sys::ExclusiveLock, patience)
+}
+
+/// As [`change_marker`], to drop it. `false`: another transaction needs it, or changes it.
+pub fn try_change_marker() -> Result<bool> {
+    lock_state("installation", pg_sys::ExclusiveLock, Patience::None)
+}
+
+fn lock_marker(mode: Mode, patience: Patience) -> Result<()> {
+    if lock_state("installation", mode, patience)? {
+        return Ok(());
+    }
+    let which = format!(
+        "l.locktype = 'relation' AND l.relation = '{SCHEMA}.installation'::regclass
+             AND l.mode <> 'AccessShareLock'"
+    );
+    Err(Error::MarkerBusy { holders: holders(&which, &[])? })
+}
+
+/// Locks a table of ours until the transaction ends. `false`: another transaction keeps it.
+fn lock_state(table: &str, mode: Mode, patience: Patience) -> Result<bool> {
+    let name = format!("{SCHEMA}.{table}");
+    let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
+    while !try_lock(state, mode) {
+        if !patience.try_again() {
+            return Ok(false);
+        }
+    }
+    // Takes an XID, and with it every later query a fresh snapshot.
+    execute("SELECT 1", &[])?;
+    Ok(true)
 }
 
 /// The right to make or drop what is called `name` of `relation`, until the transaction ends. Nobody else
@@ -345,17 +378,4 @@ fn lock_object(
 /// A number for a name (FNV-1a): two names of one number wait for each other, no more.
 fn fnv(name: &str) -> u32 {
     name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
-}
-
-/// The right to make or drop the marker of restores, until the transaction ends. `false`: another transaction
-/// keeps it.
-pub fn try_lock_installation() -> Result<bool> {
-    let name = format!("{SCHEMA}.installation");
-    let installation = find_relation(&name)?.ok_or(Error::NoTable(name))?;
-    let got = try_lock(installation, pg_sys::ShareRowExclusiveLock);
-    if got {
-        // Takes an XID, and with it every later query a fresh snapshot.
-        execute("SELECT 1", &[])?;
-    }
-    Ok(got)
 }

@@ -18,6 +18,7 @@
 //! goes on.
 
 use crate::error::{Error, Result};
+use crate::server::locks::Patience;
 use crate::server::spi::{execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::fence;
@@ -29,11 +30,25 @@ pub const HERE: &str = "(SELECT id FROM litellm_spend.installation)";
 /// transactions, OIDs.
 const WRITTEN: [(&str, &str); 5] = [
     ("source", ", candidates = '[]', node_candidates = '[]'"),
-    ("capture", ", candidates = '[]', triggers = '{}'"),
+    (
+        "capture",
+        ", candidates = '[]',
+         relation = CASE
+             WHEN relation = pg_catalog.to_regclass(format('%I.%I', table_schema, table_name)) THEN relation
+             WHEN relation IN (TABLE captured) THEN relation ELSE 0 END,
+         predecessor = CASE WHEN predecessor IS NULL OR predecessor IN (TABLE captured) THEN predecessor
+             ELSE 0 END",
+    ),
     ("policy", ""),
     ("conversion", ", options = options - 'made'"),
     ("index_set", ""),
 ];
+
+/// Tables with triggers of capture. What is captured and was dropped is in a dump as a number, which may be
+/// that of any table here; and a table that was renamed is not called what it was when it was attached.
+const CAPTURED: &str =
+    "SELECT t.tgrelid FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+     WHERE p.pronamespace = 'litellm_spend'::regnamespace AND p.proname LIKE 'capture\\_%'";
 
 const MARKER: &str = "litellm_spend_restored";
 
@@ -79,10 +94,16 @@ fn is_cut() -> Result<bool> {
 
 /// Goes on with what a dump brought, if its restore is over. Says whether what is missing may be made again:
 /// not while `pg_restore --clean` drops one thing after the other, which it begins with the marker.
-pub fn look() -> Result<bool> {
+pub fn look(patience: Patience) -> Result<bool> {
     match restored()? {
-        None => is_whole(),
-        Some(Restore::Over) => adopt(),
+        None => {
+            let marker = Marker::look()?;
+            if !marker.wanted && marker.names_us {
+                drop_marker()?;
+            }
+            Ok(!marker.wanted || marker.exists)
+        }
+        Some(Restore::Over) => adopt(patience),
         Some(Restore::UnderWay) => Ok(false),
     }
 }
@@ -92,28 +113,19 @@ const NEEDS_MARKER: &str = "(EXISTS (SELECT FROM litellm_spend.capture)
      OR EXISTS (SELECT FROM litellm_spend.rollup WHERE definition IS NOT NULL)
      OR EXISTS (SELECT FROM litellm_spend.leftover))";
 
-/// The marker is there, or not needed.
-fn is_whole() -> Result<bool> {
-    let sql = format!(
-        "SELECT NOT {NEEDS_MARKER}
-             OR EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')"
-    );
-    Ok(query(&sql, &[], |r| value::<bool>(r, 1))? == [true])
-}
-
 /// The same for a SQL call, which is refused while a restore may still go on.
 pub fn require_over() -> Result<()> {
     match restored()? {
         None => Ok(()),
-        Some(Restore::Over) => adopt().map(drop),
+        Some(Restore::Over) => adopt(Patience::of_call()).map(drop),
         Some(Restore::UnderWay) => Err(Error::Restoring),
     }
 }
 
 /// Makes all state that was restored ours, and the marker. `false`: there is none.
-pub fn adopt() -> Result<bool> {
+pub fn adopt(patience: Patience) -> Result<bool> {
     if restored()?.is_none() {
-        mark()?;
+        mark(patience)?;
         return Ok(false);
     }
     // The numbers of a source's columns are another table's here.
@@ -128,52 +140,87 @@ pub fn adopt() -> Result<bool> {
     for (table, reset) in WRITTEN {
         execute(
             &format!(
-                "UPDATE {SCHEMA}.{table} SET origin = {HERE}{reset} WHERE origin IS DISTINCT FROM {HERE}"
+                "WITH captured AS ({CAPTURED})
+                 UPDATE {SCHEMA}.{table} SET origin = {HERE}{reset} WHERE origin IS DISTINCT FROM {HERE}"
             ),
             &[],
         )?;
     }
-    mark()?;
+    mark(patience)?;
     Ok(true)
 }
 
-/// Makes the marker where it is needed, and drops it with the last state that needs it. Not for the worker:
-/// it would be in the way of a restore that has just dropped it. Who finds somebody else at it leaves it to
-/// them.
-pub fn mark() -> Result<()> {
-    let sql = format!(
-        "SELECT {NEEDS_MARKER}, t.oid IS NOT NULL,
-                coalesce(obj_description(t.oid, 'pg_event_trigger') = '{COMMENT}' || i.id, false), i.id::text
-         FROM {SCHEMA}.installation i LEFT JOIN pg_catalog.pg_event_trigger t ON t.evtname = '{MARKER}'"
-    );
-    let read = || {
-        query(&sql, &[], |r| {
-            Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?, value::<bool>(r, 3)?, value::<String>(r, 4)?))
-        })
-    };
-    let is_right = |(wanted, exists, names_us, _): &(bool, bool, bool, String)| match wanted {
-        true => *exists && *names_us,
-        false => !exists,
-    };
-    if read()?.iter().all(is_right) || !fence::try_lock_installation()? {
+/// How it stands with the marker.
+struct Marker {
+    wanted: bool,
+    exists: bool,
+    names_us: bool,
+    here: String,
+}
+
+impl Marker {
+    fn look() -> Result<Marker> {
+        let sql = format!(
+            "SELECT {NEEDS_MARKER}, t.oid IS NOT NULL,
+                    coalesce(obj_description(t.oid, 'pg_event_trigger') = '{COMMENT}' || i.id, false), i.id::text
+             FROM {SCHEMA}.installation i LEFT JOIN pg_catalog.pg_event_trigger t ON t.evtname = '{MARKER}'"
+        );
+        let found = query(&sql, &[], |r| {
+            Ok(Marker {
+                wanted: value(r, 1)?,
+                exists: value(r, 2)?,
+                names_us: value(r, 3)?,
+                here: value(r, 4)?,
+            })
+        })?;
+        found.into_iter().next().ok_or_else(|| Error::NoTable(format!("{SCHEMA}.installation")))
+    }
+
+    fn is_right(&self) -> bool {
+        self.wanted == self.exists && (self.names_us || !self.wanted)
+    }
+}
+
+/// Makes the marker where it is needed, and drops it with the last state that needs it. It is not made for
+/// the worker: that would be in the way of a restore that has just dropped it.
+///
+/// Two may do this at once, each without seeing what the other has done. Who needs a marker that is there
+/// keeps it until their transaction ends, beside each other; who makes or drops it does that alone. Who
+/// cannot drop it leaves it to the worker.
+pub fn mark(patience: Patience) -> Result<()> {
+    let marker = Marker::look()?;
+    if !marker.wanted {
+        return if marker.exists { drop_marker() } else { Ok(()) };
+    }
+    if marker.is_right() {
+        fence::keep_marker(patience)?;
+        if Marker::look()?.is_right() {
+            return Ok(());
+        }
+    }
+    fence::change_marker(patience)?;
+    let Marker { exists, names_us, here, .. } = Marker::look()?;
+    if !exists {
+        execute(
+            &format!("CREATE EVENT TRIGGER {MARKER} ON ddl_command_end EXECUTE FUNCTION {SCHEMA}.restored()"),
+            &[],
+        )?;
+        execute(&format!("ALTER EVENT TRIGGER {MARKER} DISABLE"), &[])?;
+    }
+    if !names_us {
+        execute(&format!("COMMENT ON EVENT TRIGGER {MARKER} IS '{COMMENT}{here}'"), &[])?;
+    }
+    Ok(())
+}
+
+/// Drops a marker that nothing needs, unless somebody is about to need it.
+fn drop_marker() -> Result<()> {
+    if !fence::try_change_marker()? {
         return Ok(());
     }
-    for (wanted, exists, names_us, here) in read()? {
-        if exists && !wanted {
-            execute(&format!("DROP EVENT TRIGGER {MARKER}"), &[])?;
-        }
-        if wanted && !exists {
-            execute(
-                &format!(
-                    "CREATE EVENT TRIGGER {MARKER} ON ddl_command_end EXECUTE FUNCTION {SCHEMA}.restored()"
-                ),
-                &[],
-            )?;
-            execute(&format!("ALTER EVENT TRIGGER {MARKER} DISABLE"), &[])?;
-        }
-        if wanted && !names_us {
-            execute(&format!("COMMENT ON EVENT TRIGGER {MARKER} IS '{COMMENT}{here}'"), &[])?;
-        }
+    let marker = Marker::look()?;
+    if marker.exists && !marker.wanted {
+        execute(&format!("DROP EVENT TRIGGER {MARKER}"), &[])?;
     }
     Ok(())
 }

@@ -49,7 +49,7 @@ pub fn round(run: &mut impl Runner) -> Round {
     let patience = run.patience();
     let (watching, mut more) = (run.may_watch(), false);
     if run.watch_is_due() {
-        let mends = run.step(Subject::Task(Task::Restore), restore::look).unwrap_or(false);
+        let mends = run.step(Subject::Task(Task::Restore), || restore::look(patience)).unwrap_or(false);
         let strays = if mends { run.step(Subject::Task(Task::Sources), follow::strays) } else { None };
         let none = strays.as_ref().is_some_and(Vec::is_empty);
         for rollup in strays.unwrap_or_default() {
