@@ -4,8 +4,8 @@
 //! triggers) and is then attached, which the server does without reading anything but it: that DEFAULT holds
 //! no row of its range we prove from an index (see `proof`). The rows of the range move in the same
 //! transaction, at most a batch of them, or those of one time: then the partition ends where the batch does,
-//! and the next call widens it. Our triggers do not see the move, so that nothing is counted twice, and no reader sees less or
-//! more than before.
+//! and the next call widens it. Our triggers do not see the move, so that nothing is counted twice, and no
+//! reader sees less or more than before.
 //!
 //! | lock | when | who waits |
 //! |---|---|---|

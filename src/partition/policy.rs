@@ -404,8 +404,8 @@ fn text_of(retention: datum::Interval) -> Result<Option<String>> {
 
 /// A partition goes as a whole, so rows must be allowed to stay for one period at least.
 fn check_retention(interval: &str, retention: &str) -> Result<()> {
-    // A number alone means seconds: '90' is a minute and a half, where days were meant. '1 month -29 days' is as
-    // long as a day, by a month of 30 days, and before March the cutoff would be in the future.
+    // A number alone means seconds: '90' is a minute and a half, where days were meant. '1 month -29 days' is
+    // as long as a day, by a month of 30 days, and before March the cutoff would be in the future.
     let sql = "SELECT isfinite(r) AND r >= ('1 ' || $2)::interval AND r <= interval '1000 years'
                    AND least(extract(year FROM r), extract(month FROM r), extract(day FROM r),
                              extract(hour FROM r), extract(minute FROM r), extract(second FROM r)) >= 0,
