@@ -65,13 +65,17 @@ fn trigger_functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
     spi::query(&sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
 }
 
-/// Creates the triggers that are missing on the table and its partitions. Returns how many.
+/// Creates the triggers that are missing on the table and its partitions. Returns how many. The row of
+/// `capture` is changed while they are locked: whoever calls has it already.
 pub fn create_triggers(state: &CaptureState) -> Result<usize> {
     let missing = missing_triggers(state.relation)?;
     lock_for_triggers(&missing)?;
     require_no_foreign_partition(state.relation)?;
     let keys = relation::partition_keys(&relation::relation_tree(state.relation)?)?;
     put_triggers(&missing, |operation, table| Capture::trigger(operation, table, &keys))?;
+    if !missing.is_empty() {
+        note_triggers()?;
+    }
     Ok(missing.len())
 }
 
@@ -90,7 +94,7 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
         let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
         spi::execute(&make(operation, name), &[])?;
     }
-    if triggers.is_empty() { Ok(()) } else { note_triggers() }
+    Ok(())
 }
 
 /// Notes who wrote our triggers last, by which is seen later that one was disabled and enabled again: that

@@ -20,7 +20,7 @@ use crate::litellm::reports;
 use crate::litellm::spend_log::Capture;
 use crate::litellm::triggers::{
     any_unnoted, create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition,
-    missing_triggers, note_triggers, require_all_rows_seen, silence, triggers,
+    lock_rows, missing_triggers, note_triggers, require_all_rows_seen, silence, triggers,
 };
 use crate::litellm::views::{self, PublicView, Stray};
 use crate::server::locks::{self, Patience};
@@ -257,6 +257,7 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     let missed = missing.iter().filter(|(_, operation)| operation != MOVE);
     let mut partitions: Vec<pg_sys::Oid> = missed.map(|(oid, _)| *oid).collect();
     partitions.dedup();
+    lock_rows(guc::lock_timeout(), "capture", "")?;
     // The table before its partitions, as for everybody who uses them: no deadlock.
     locks::lock_against_dropping(state.relation)?;
     create_triggers(state)?;
