@@ -658,6 +658,47 @@ fn subscribers_that_know_a_row_by_its_key_do_so_after_a_conversion() {
 }
 
 #[test]
+fn a_replica_identity_whose_index_was_dropped_keeps_no_swap_away() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE t (id int PRIMARY KEY, at timestamp NOT NULL); CREATE INDEX ON t (at);
+             CREATE UNIQUE INDEX u ON t (id); ALTER TABLE t REPLICA IDENTITY USING INDEX u; DROP INDEX u",
+        )
+        .unwrap();
+    wait_for_worker(&mut client);
+    client.batch_execute("SELECT spend_partition_convert('t', time_column => 'at')").unwrap();
+    let identity = "SELECT coalesce((SELECT relreplident::text FROM pg_class WHERE oid = 't'::regclass AND relkind = 'p'), '')";
+    let failed = "SELECT coalesce((SELECT last_error FROM litellm_spend.conversion), '')";
+    eventually("it is partitioned", || {
+        let error: String = value(&mut client, failed);
+        assert!(!error.contains("syntax error"), "{error}");
+        value::<String>(&mut client, identity) == "n"
+    });
+}
+
+#[test]
+fn a_tablespace_in_which_the_owner_may_not_create_is_in_the_way() {
+    let (_db, mut client) = without_worker();
+    if value::<i32>(&mut client, "SELECT current_setting('server_version_num')::int") < 150_000 {
+        return; // It has no tablespaces in place.
+    }
+    client.batch_execute("SET allow_in_place_tablespaces = on").unwrap();
+    client.batch_execute("CREATE TABLESPACE fast LOCATION ''").unwrap();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" SET TABLESPACE fast"#).unwrap();
+    let why = "Role litellm, who owns it, may not create in its tablespace, fast.";
+    let refused = error(&mut client, "SELECT spend_partition_convert()");
+    assert_eq!((refused.code().code(), refused.detail()), ("55000", Some(why)), "{refused:?}");
+    client
+        .batch_execute("GRANT CREATE ON TABLESPACE fast TO litellm; SELECT spend_partition_convert()")
+        .unwrap();
+    client.batch_execute("SELECT spend_partition_revert(abort => true)").unwrap();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" SET TABLESPACE pg_default"#).unwrap();
+    client.batch_execute("DROP TABLESPACE fast").unwrap();
+}
+
+#[test]
 fn an_index_that_was_built_for_another_time_column_is_built_again() {
     let (_db, mut client) = without_worker();
     client.batch_execute(&insert_rows("old", 10, 40)).unwrap();

@@ -1812,6 +1812,24 @@ fn a_namesake_of_a_table_on_its_way_is_maintained_and_that_table_is_not() {
     assert!(skipped(&actions), "{actions:?}");
 }
 
+#[test]
+fn a_table_that_is_given_away_on_its_way_is_maintained_by_the_policy_of_the_new_owner() {
+    let cluster = own_cluster(&["litellm_spend.maintain_interval = '1s'"]);
+    let db = cluster.database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "CREATE ROLE heir;
+             CREATE TABLE t (id int, at timestamp NOT NULL, PRIMARY KEY (id, at)); CREATE INDEX ON t (at);
+             INSERT INTO t VALUES (1, '2020-01-01'), (2, now());
+             BEGIN; SELECT spend_partition_convert('t', time_column => 'at'); ALTER TABLE t OWNER TO heir; COMMIT;
+             SELECT spend_partition_set('t', retention => '1 year', time_column => 'at')",
+        )
+        .unwrap();
+    eventually("what is old goes", || value::<i64>(&mut client, "SELECT count(*) FROM t") == 1);
+    assert!(holds(&mut client, "SELECT count(*) = 1 FROM litellm_spend.conversion"));
+}
+
 /// The worker looks at a table whose name one on its way had, and builds its indexes.
 #[test]
 fn a_namesake_of_a_table_on_its_way_gets_its_partitions_and_indexes_from_the_worker() {

@@ -657,6 +657,53 @@ fn a_trigger_that_is_replaced_by_another_of_its_name_is_missed() {
 }
 
 #[test]
+fn what_is_written_while_its_triggers_are_disabled_for_a_moment_is_in_the_plain_table() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    for (table, before, after) in [
+        ("t", "ALTER TABLE t DISABLE TRIGGER USER", "ALTER TABLE t ENABLE TRIGGER USER"),
+        ("u", "SET session_replication_role = replica", "RESET session_replication_role"),
+    ] {
+        make_table(&mut client, table);
+        steps_until(&mut client, table, "swap");
+        client
+            .batch_execute(&format!(
+                "BEGIN; {before}; DELETE FROM {table} WHERE id <= 10; UPDATE {table} SET n = -1 WHERE id = 20; {after}; COMMIT"
+            ))
+            .unwrap();
+        steps_until(&mut client, table, "done");
+        assert_eq!(rows(&mut client, table), 290, "{table}");
+        assert!(holds(&mut client, &format!("SELECT n = -1 FROM {table} WHERE id = 20")));
+    }
+}
+
+/// The worker has read what is asked for, and waits at another table.
+#[test]
+fn a_reversion_of_a_table_that_was_made_anew_is_not_taken_for_the_one_before() {
+    let cluster = own_cluster(&["litellm_spend.lock_timeout = '60s'"]);
+    let db = cluster.database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    make_table(&mut client, "a");
+    make_table(&mut client, "b");
+    holder.batch_execute("BEGIN; LOCK TABLE a IN ROW EXCLUSIVE MODE").unwrap();
+    client
+        .batch_execute(
+            "BEGIN; SELECT * FROM spend_partition_revert('a'); SELECT * FROM spend_partition_revert('b'); COMMIT",
+        )
+        .unwrap();
+    let waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND relation = 'a'::regclass";
+    eventually("the worker waits", || holds(&mut client, waits));
+    client.batch_execute("DROP TABLE b").unwrap();
+    make_table(&mut client, "b");
+    client.batch_execute("SELECT * FROM spend_partition_revert('b')").unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    let plain = "SELECT relkind = 'r' FROM pg_class WHERE oid = 'b'::regclass";
+    let asked = "SELECT count(*) > 0 FROM litellm_spend.conversion";
+    eventually("both are done", || !holds(&mut client, asked));
+    assert!(holds(&mut client, plain));
+}
+
+#[test]
 fn what_keeps_a_reversion_from_beginning_anew_is_said_before_anybody_is_locked_out() {
     let db = cluster().database();
     let (mut client, mut reader) = (db.connect(), db.connect());

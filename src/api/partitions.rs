@@ -215,7 +215,12 @@ fn spend_partition_revert(
         if table.kind != "p" || table.schema == ARCHIVE {
             return Ok(vec![row("swap", "done", "it is a plain table".into())]);
         }
-        if Reversion::of(&table)?.is_none() {
+        let asked = match Reversion::of(&table)? {
+            // Of a table that was dropped since.
+            Some(earlier) if earlier.relation != table.oid => Table::find(earlier.relation)?.is_some(),
+            earlier => earlier.is_some(),
+        };
+        if !asked {
             revert::request(&table)?;
         }
         let Some(mut reversion) = Reversion::of(&table)? else { return Ok(vec![]) };

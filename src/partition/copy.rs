@@ -129,6 +129,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
         "CREATE OR REPLACE TRIGGER {TRIGGER}_{MOVE} BEFORE UPDATE ON {name} FOR EACH ROW
          WHEN (OLD.{time} IS DISTINCT FROM NEW.{time}) EXECUTE FUNCTION {function}()"
     ))?;
+    fire_always(reversion, &name, MOVE)?;
     reversion.options.shape = Some(shape);
     (reversion.options.indexes, reversion.options.indexed, reversion.options.without) = (None, false, vec![]);
     remember(reversion)?;
@@ -152,6 +153,7 @@ fn remember(reversion: &mut Reversion) -> Result<()> {
     let oid = |name: &String| Ok(relation::find_relation(name)?.map_or(0, |oid| oid.to_u32()));
     reversion.options.made = names(reversion).iter().map(oid).collect::<Result<_>>()?;
     reversion.options.tree = tree(reversion)?;
+    reversion.options.triggers_by = triggers_by(&reversion.options.tree)?;
     Ok(())
 }
 
@@ -336,13 +338,29 @@ fn create_triggers(reversion: &Reversion, tables: &[pg_sys::Oid]) -> Result<()> 
                 "CREATE OR REPLACE TRIGGER {TRIGGER}_{event} AFTER {event} ON {name} {transition}
                  FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
             ))?;
+            fire_always(reversion, name, event)?;
         }
     }
     Ok(())
 }
 
+/// Also for who loads rows with session_replication_role = replica.
+fn fire_always(reversion: &Reversion, name: &str, event: &str) -> Result<()> {
+    reversion.owner.run(format!("ALTER TABLE {name} ENABLE ALWAYS TRIGGER {TRIGGER}_{event}"))
+}
+
+/// The transactions that made our triggers on these tables, or changed them last.
+fn triggers_by(tables: &[u32]) -> Result<Vec<u32>> {
+    let tables: Vec<pg_sys::Oid> = tables.iter().map(|oid| (*oid).into()).collect();
+    let sql = "SELECT DISTINCT xmin::text::bigint FROM pg_catalog.pg_trigger
+               WHERE tgrelid = ANY ($1) AND pg_catalog.starts_with(tgname, $2 || '_')";
+    let transactions = spi::fresh(sql, &[tables.into(), TRIGGER.into()], |r| value::<i64>(r, 1))?;
+    Ok(transactions.into_iter().map(|xid| xid as u32).collect())
+}
+
 /// Whether the table or a partition that we know of lacks one: somebody dropped, disabled or replaced it, or
-/// an older version made others.
+/// an older version made others. Or has done without for a while: who disables one and enables it again has
+/// changed it.
 pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
     let tree: Vec<pg_sys::Oid> = reversion.options.tree.iter().map(|oid| (*oid).into()).collect();
     // (That of a row is each partition's, too: the server makes it there.)
@@ -359,7 +377,9 @@ pub fn lacks_triggers(reversion: &Reversion) -> Result<bool> {
         &[tree.into(), events.into(), TRIGGER.into(), function.into(), MOVE.into()],
         |_| Ok(()),
     )?;
-    Ok(!lacking.is_empty())
+    let known = &reversion.options.triggers_by;
+    let changed = triggers_by(&reversion.options.tree)?.iter().any(|by| !known.contains(by));
+    Ok(!lacking.is_empty() || changed && !known.is_empty())
 }
 
 pub fn failures(reversion: &Reversion) -> Result<i64> {
@@ -432,6 +452,7 @@ pub fn note_new_partitions(reversion: &mut Reversion) -> Result<bool> {
         let changes = beside(reversion, CHANGES);
         reversion.owner.run(format!("INSERT INTO {changes} ({key}) SELECT {key} FROM ONLY {name}"))?;
     }
+    reversion.options.triggers_by.extend(triggers_by(&new)?);
     reversion.options.tree = tree;
     Ok(true)
 }

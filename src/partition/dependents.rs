@@ -306,9 +306,9 @@ const PIECES: [(Actor, &str); 17] = [
         CASE relreplident WHEN 'f' THEN 'full' WHEN 'n' THEN 'nothing' ELSE 'index' END,
             ARRAY[format('ALTER TABLE %s REPLICA IDENTITY %s', $2,
                 CASE relreplident WHEN 'f' THEN 'FULL' WHEN 'n' THEN 'NOTHING'
-                   ELSE 'USING INDEX ' || (SELECT quote_ident(i.relname) FROM pg_index x JOIN pg_class i
-                       ON i.oid = x.indexrelid
-                                           WHERE x.indrelid = c.oid AND x.indisreplident) END)]
+                   -- Where the index was dropped, the server still has it as one by index.
+                   ELSE coalesce('USING INDEX ' || (SELECT quote_ident(i.relname) FROM pg_index x JOIN pg_class i
+                       ON i.oid = x.indexrelid WHERE x.indrelid = c.oid AND x.indisreplident), 'NOTHING') END)]
      FROM pg_class c WHERE oid = $1 AND relreplident <> 'd'"),
     // How many values of a column are kept as its statistics.
     (Actor::Owner, "SELECT 'statistics', 'column ' || quote_ident(attname),
@@ -418,6 +418,10 @@ const OBSTACLES: &str = concat!("
       AND NOT starts_with(relname, $3)
     UNION ALL SELECT format('Column %s is an identity column.', quote_ident(attname)) FROM pg_attribute
     WHERE attrelid = $1 AND attidentity <> '' AND NOT attisdropped
+    UNION ALL SELECT format('Role %s, who owns it, may not create in its tablespace, %s.',
+        relowner::regrole, quote_ident(spcname))
+    FROM pg_class JOIN pg_tablespace s ON s.oid = reltablespace
+    WHERE pg_class.oid = $1 AND NOT has_tablespace_privilege(relowner, s.oid, 'CREATE')
     UNION ALL SELECT format('It inherits from %s.', inhparent::regclass) FROM pg_inherits WHERE inhrelid = $1
     UNION ALL SELECT format('%s inherits from it.', inhrelid::regclass) FROM pg_inherits
     JOIN pg_class p ON p.oid = inhparent WHERE inhparent = $1 AND p.relkind = 'r'

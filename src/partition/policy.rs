@@ -176,7 +176,7 @@ pub fn due() -> Result<Vec<Policy>> {
     let sql = format!(
         "{POLICIES}
          WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS v WHERE v.relation = policy.relation
-             AND NOT v.stopped)
+             AND v.owner = policy.owner AND NOT v.stopped)
            AND (least(coalesce(retry_at, 'infinity'),
                    coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
                    <= clock_timestamp()

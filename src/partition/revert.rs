@@ -33,7 +33,7 @@ use crate::partition::times;
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table, free_name};
-use crate::server::session::{Failure, attempt};
+use crate::server::session::attempt;
 use crate::server::spi;
 use crate::server::text::{literal, qualified, quoted, suffixed};
 use crate::state::captured;
@@ -61,6 +61,9 @@ pub struct Options {
     pub made: Vec<u32>,
     /// The table and its partitions: those whose rows are copied or noted.
     pub tree: Vec<u32>,
+    /// The transactions that made the triggers there. Empty: an older version did, and has not noted it.
+    #[serde(default)]
+    pub triggers_by: Vec<u32>,
     /// The last row that was copied: its time and key, as text. `None`: not begun.
     pub copied_to: Option<Vec<String>>,
     pub copied_all: bool,
@@ -301,7 +304,11 @@ impl Reversion {
         let build = || self.owner.run(sql);
         let failure = match index.is_own {
             true => build().map(|()| None)?,
-            false => attempt(build).err().map(Failure::unless_cancel),
+            // That it takes too long is a reason to do without it, too.
+            false => attempt(build).err().map(|failure| match failure.is_timeout() {
+                true => failure,
+                false => failure.unless_cancel(),
+            }),
         };
         if let Some(failure) = failure {
             log::failure(format_args!("index {} of {} failed", index.name, self.plain()), &failure);
@@ -337,6 +344,7 @@ impl Reversion {
             return Err(Error::CannotRevert { relation: self.name(), reason: obstacle.clone() });
         }
         if copy::failures(self)? != self.options.failures
+            || copy::lacks_triggers(self)?
             || self.options.shape != Some(copy::shape(self.relation)?)
             || self.lacks_index(&dependents, asked_for)?
             || copy::has_new_partitions(self)?

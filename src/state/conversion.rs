@@ -160,16 +160,18 @@ impl<T: Options> Pending<T> {
     }
 
     /// Takes the row until the transaction ends, and reads what it says now. `false`: somebody else has it,
-    /// or it is gone.
+    /// or it is gone, or is by now of another table or owner.
     pub fn lock(&mut self, patience: Patience) -> Result<bool> {
         let sql = format!(
             "SELECT options::text FROM {SCHEMA}.conversion
              WHERE table_schema = $1::name AND table_name = $2::name AND direction = $3
+                 AND relation = $4 AND owner = $5
                  FOR UPDATE SKIP LOCKED"
         );
         loop {
             let [schema, table] = self.key();
-            let found = spi::fresh(&sql, &[schema, table, T::DIRECTION.into()], |r| value::<String>(r, 1))?;
+            let args = [schema, table, T::DIRECTION.into(), self.relation.into(), self.owner.oid().into()];
+            let found = spi::fresh(&sql, &args, |r| value::<String>(r, 1))?;
             if let Some(options) = found.first() {
                 self.options = serde_json::from_str(options)?;
                 return Ok(true);

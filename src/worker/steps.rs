@@ -139,7 +139,7 @@ impl Steps {
                 self.pace.make_easier(subject, self.most_merged(subject));
             }
             _ => {
-                let limit = (self.limit(subject) * 2).min(LONGEST_LIMIT);
+                let limit = (self.limit(subject) * 2).min(longest_limit(subject));
                 self.limits.insert(subject.clone(), limit);
             }
         }
@@ -161,6 +161,12 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 
 const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
 const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
+
+/// An index of a table that is being reverted takes as long as it takes: hours, of hundreds of millions of
+/// rows. The swap would never come without it.
+fn longest_limit(subject: &Subject) -> Duration {
+    if matches!(subject, Subject::Conversion(..)) { LONGEST_LIMIT * 72 } else { LONGEST_LIMIT }
+}
 
 impl Runner for Steps {
     fn recovered(&mut self, subject: &Subject) {
@@ -270,4 +276,20 @@ pub fn note_endless() {
             false => Ok(()),
         }))
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_a_reversion_grows_until_its_index_is_built_and_no_other_does() {
+        let limit = |subject: Subject| {
+            let mut steps = Steps::default();
+            (0..20).for_each(|_| steps.make_easier(&subject));
+            steps.limit(&subject)
+        };
+        assert_eq!(limit(Subject::Conversion("s".into(), "t".into())), Duration::from_secs(24 * 3600));
+        assert_eq!(limit(Subject::Policy(1, "t".into())), LONGEST_LIMIT);
+    }
 }
