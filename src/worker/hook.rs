@@ -106,13 +106,11 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
                 let names = || nodes(statement.objects).into_iter().filter_map(|name| text(name)).collect();
                 let cascades = statement.behavior == pg_sys::DropBehavior::DROP_CASCADE;
                 match statement.removeType {
-                    // The server, which would refuse it as well without CASCADE, first waits for an exclusive
-                    // lock on all that is ours, and LiteLLM's inserts and views wait behind.
-                    pg_sys::ObjectType::OBJECT_EXTENSION => {
-                        keep_views(Dropped::Extensions(names()));
-                        learn_schema(names());
+                    pg_sys::ObjectType::OBJECT_EXTENSION if cascades => {
+                        keep_views(Dropped::Extensions(names()))
                     }
                     pg_sys::ObjectType::OBJECT_SCHEMA if cascades => keep_views(Dropped::Schemas(names())),
+                    pg_sys::ObjectType::OBJECT_EXTENSION => learn_schema(names()),
                     _ => {}
                 }
             }
