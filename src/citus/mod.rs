@@ -38,7 +38,7 @@ use crate::citus::nodes::{Answer, Which, ask, nodes};
 use crate::error::{Error, Result};
 use crate::server::relation;
 use crate::server::session::{Elevated, Owner};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::state::window::Holder;
 use pgrx::prelude::*;
 use std::collections::BTreeSet;
@@ -147,6 +147,6 @@ fn require_own_numbers(owner: Owner, source: pg_sys::Oid, sequence: pg_sys::Oid)
     let relation = relation::relation_name(source)?;
     let column = relation::numbered_column(source, sequence)?;
     let sql = format!("SELECT {column}::bigint FROM {relation} WHERE {column} >= {OF_OTHER_NODES} LIMIT 1");
-    let number = owner.fresh(&sql, &[], |r| spi::value::<i64>(r, 1))?.pop();
+    let number = owner.fresh(&sql, &[], |r| spi::value::<i64>(r, 1)).one()?;
     number.map_or(Ok(()), |number| Err(Error::NumberedOnNode { relation, column, number }))
 }

@@ -7,7 +7,7 @@
 //! restore, or once a conversion has put another table in its place, they are noted anew.
 
 use crate::error::{Error, Result};
-use crate::server::spi::{current, execute, value};
+use crate::server::spi::{Found, current, execute, value};
 use crate::server::text::{SCHEMA, qualified};
 use crate::state::definition::Columns;
 use crate::state::fence::Fence;
@@ -58,8 +58,8 @@ pub fn require_same(fence: &Fence) -> Result<()> {
          WHERE a.attname IS DISTINCT FROM noted.name::name ORDER BY 1 LIMIT 1",
         &[fence.relation.into(), names.into(), numbers.into()],
         |r| Ok((value::<String>(r, 1)?, r.get::<String>(2)?)),
-    )?;
-    let Some((column, now)) = changed.into_iter().next() else { return Ok(()) };
+    ).one()?;
+    let Some((column, now)) = changed else { return Ok(()) };
     let (relation, rollup) = (fence.filled()?.source.clone(), fence.name.clone());
     Err(Error::OtherColumn { relation, rollup, column, now })
 }

@@ -19,7 +19,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::rewrite;
 use crate::server::session::{Elevated, Owner, attempt};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, literal, quoted};
 use crate::state::definition::Definition;
 use crate::state::fence;
@@ -162,8 +162,8 @@ fn require_permanent(definition: &Definition, merge_functions: &[MergeFunction])
          LIMIT 1",
         &[definition.live_view().into(), definition.table().into()],
         |r| spi::value::<String>(r, 1),
-    )?;
-    found.into_iter().next().map_or(Ok(()), |object| Err(Error::Temporary(object)))
+    ).one()?;
+    found.map_or(Ok(()), |object| Err(Error::Temporary(object)))
 }
 
 /// `spend_rollup_register()`: a watermark only. The rows that are there already are in its first windows.
@@ -193,7 +193,7 @@ pub fn register(
         }
         let sql = "SELECT seqmin FROM pg_catalog.pg_sequence WHERE seqrelid = $1 AND $2 < seqmin - 1";
         let args = [numbering.sequence.into(), merged_to.into()];
-        if let Some(lowest) = spi::query(sql, &args, |r| spi::value::<i64>(r, 1))?.pop() {
+        if let Some(lowest) = spi::query(sql, &args, |r| spi::value::<i64>(r, 1)).one()? {
             return Err(Error::BeforeFirst { merged_to, lowest });
         }
         spi::execute(

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::server::locks::Patience;
 use crate::server::relation::{self, Table};
 use crate::server::session::{Owner, advised};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, literal};
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
@@ -109,7 +109,7 @@ fn is_bare(tables: &[Table]) -> Result<bool> {
                        WHERE d.classid = 'pg_catalog.pg_class'::regclass
                                AND d.objid = i.indexrelid AND d.refclassid = 'pg_catalog.pg_proc'::regclass)";
     let tables: Vec<_> = tables.iter().map(|table| table.oid).collect();
-    Ok(spi::query(sql, &[tables.into()], |_| Ok(()))?.is_empty())
+    Ok(!spi::query(sql, &[tables.into()], |_| Ok(())).any()?)
 }
 
 /// The source was dropped: the rollup keeps what was merged, and its live view shows that.

@@ -24,7 +24,7 @@ use crate::server::jsonb::Jsonb;
 use crate::server::locks::{self, Patience};
 use crate::server::relation;
 use crate::server::session::{self, Owner};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, next_midnight, qualified};
 use crate::state::captured::CaptureState;
 use crate::state::definition::Definition;
@@ -171,8 +171,8 @@ fn refill(rollups: &[(&Definition, i64)], truth: Truth, range: Range) -> Result<
         (0..rollups.len()).map(|i| format!("(SELECT count(*) FROM refilled_{i})")).collect();
     let sql = format!("WITH {} SELECT {}", parts.join(", "), counts.join(" + "));
     let arguments = [range.start.into(), range.end.into()];
-    let groups = truth.owner.fresh(&sql, &arguments, |r| spi::value::<i64>(r, 1))?;
-    Ok(groups.first().copied().unwrap_or(0))
+    let groups = truth.owner.fresh(&sql, &arguments, |r| spi::value::<i64>(r, 1)).one()?;
+    Ok(groups.unwrap_or(0))
 }
 
 /// Refuses to recompute a bucket of which one of `known` knows more rows than there are.
@@ -208,12 +208,11 @@ fn last_lost_bucket(
     truth: &Truth,
     range: Range,
 ) -> Result<Option<Option<String>>> {
-    let lost = truth.owner.fresh(
+    truth.owner.fresh(
         &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
         &[range.start.into(), range.end.into()],
         |r| Ok(r.get::<String>(1)?),
-    )?;
-    Ok(lost.into_iter().next())
+    ).one()
 }
 
 /// Whether the rollup, its tail included, knows of more rows in the range than there are.
@@ -230,7 +229,7 @@ pub fn is_exact(fences: &[Fence], range: Range) -> Result<bool> {
     }
     let differences = definition.compare(truth.relation().as_deref(), true);
     let sql = format!("SELECT FROM ({differences}) AS differences LIMIT 1");
-    Ok(truth.owner.fresh(&sql, &[range.start.into(), range.end.into()], |_| Ok(()))?.is_empty())
+    Ok(!truth.owner.fresh(&sql, &[range.start.into(), range.end.into()], |_| Ok(())).any()?)
 }
 
 /// Refuses to recompute days that the rollups know and that are older than every raw row.
@@ -255,7 +254,7 @@ pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
         .collect::<Result<Vec<_>>>()?;
     let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
     let _owner = capture.owner()?.act();
-    Ok(spi::current(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+    Ok(spi::current(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?)).one()?.flatten())
 }
 
 // ---- SQL calls -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ use crate::guc;
 use crate::server::locks::{self, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::session::{self, Failure, attempt};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
@@ -236,8 +236,8 @@ fn write_window(fence: &Fence, rollup: &Definition, start: i64, end: i64) -> Res
     }
     let found = spi::fresh(&rollup.merge(), &[start.into(), end.into()], |r| {
         Ok((r.get::<i64>(1)?, spi::value::<i64>(r, 2)?))
-    })?;
-    Ok(found.into_iter().next().unwrap_or_default())
+    }).one()?;
+    Ok(found.unwrap_or_default())
 }
 
 /// Runs `work`, which writes groups of a rollup. Says what to do where a dimension is NULL whose column could
@@ -273,8 +273,8 @@ fn end_of_gap(definition: &Definition, end: i64, safe_end: i64) -> Result<i64> {
          FROM {} WHERE {sequence} > $1 AND {sequence} <= $2",
         definition.source
     );
-    let next = spi::fresh(&sql, &[end.into(), safe_end.into()], |r| Ok(r.get::<i64>(1)?))?;
-    Ok(next.first().copied().flatten().unwrap_or(safe_end))
+    let next = spi::fresh(&sql, &[end.into(), safe_end.into()], |r| Ok(r.get::<i64>(1)?)).one()?;
+    Ok(next.flatten().unwrap_or(safe_end))
 }
 
 thread_local! {
@@ -299,7 +299,7 @@ fn check_nodes_not_ahead(fence: &Fence, definition: &Definition) -> Result<()> {
 pub fn merged_on_nodes(fence: &Fence, definition: &Definition) -> Result<Option<i64>> {
     let Some(sql) = definition.furthest_merged() else { return Ok(None) };
     let _rights = fence.act()?;
-    Ok(spi::fresh(&sql, &[], |r| Ok(r.get::<i64>(1)?))?.pop().flatten())
+    Ok(spi::fresh(&sql, &[], |r| Ok(r.get::<i64>(1)?)).one()?.flatten())
 }
 
 /// A sequence behind the watermark would number rows that are never merged.
@@ -308,12 +308,12 @@ pub fn check_not_set_back(fence: &Fence) -> Result<()> {
 }
 
 fn check_sequence_has_given(fence: &Fence, merged: i64) -> Result<()> {
-    let sequences = spi::query(
+    let sequence = spi::query(
         &format!("SELECT sequence::oid, sequence::text FROM {SCHEMA}.source WHERE name = $1"),
         &[fence.source.clone().into()],
         |r| Ok((spi::value::<pg_sys::Oid>(r, 1)?, spi::value::<String>(r, 2)?)),
-    )?;
-    let Some((oid, sequence)) = sequences.into_iter().next() else { return Ok(()) };
+    ).one()?;
+    let Some((oid, sequence)) = sequence else { return Ok(()) };
     match relation::last_value(oid)?.filter(|last_value| *last_value < merged) {
         None => Ok(()),
         Some(last_value) => {

@@ -9,7 +9,7 @@ use crate::server::expression;
 use crate::server::locks;
 use crate::server::relation::{self, FAMILY, Table};
 use crate::server::session;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::restore::HERE;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -108,8 +108,8 @@ pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> R
             let (relation, sequence) = (spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?);
             Ok((relation, sequence, r.get::<String>(3)?, r.get::<String>(4)?, spi::value::<bool>(r, 5)?))
         },
-    )?;
-    let Some((relation, number, column, identity, has_default)) = elsewhere.into_iter().next() else {
+    ).one()?;
+    let Some((relation, number, column, identity, has_default)) = elsewhere else {
         return require_drawn(relation, sequence);
     };
     let Some(column) = column else {
@@ -132,8 +132,8 @@ pub fn require_logged(relation: pg_sys::Oid) -> Result<()> {
         ),
         &[relation.into(), pg_sys::InvalidOid.into()],
         |r| spi::value::<String>(r, 1),
-    )?;
-    unlogged.into_iter().next().map_or(Ok(()), |name| Err(Error::Unlogged(name)))
+    ).one()?;
+    unlogged.map_or(Ok(()), |name| Err(Error::Unlogged(name)))
 }
 
 /// Refuses a default that only computes with the sequence's number, and a column that does not keep it.
@@ -242,12 +242,12 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
         &format!("SELECT name FROM {SCHEMA}.source WHERE relation = $1 AND sequence = $2"),
         &[table.oid.into(), numbering.sequence.into()],
         |r| spi::value::<String>(r, 1),
-    )?;
-    if let Some(name) = existing.into_iter().next() {
+    ).one()?;
+    if let Some(name) = existing {
         return Ok(name);
     }
     // A table of that name may have been dropped, or have several sequences.
-    let names = spi::fresh(
+    let name = spi::fresh(
         &format!(
             "INSERT INTO {SCHEMA}.source (name, relation, sequence, origin)
              SELECT name, $2, $3, {HERE}
@@ -258,8 +258,8 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
         ),
         &[table.qualified().into(), table.oid.into(), numbering.sequence.into()],
         |r| spi::value::<String>(r, 1),
-    )?;
-    Ok(names.into_iter().next().unwrap_or_default())
+    ).one()?;
+    Ok(name.unwrap_or_default())
 }
 
 /// What was given as a sequence is one. A number in its place is an OID, as a rule of nothing: where there is

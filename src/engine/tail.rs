@@ -11,7 +11,7 @@ use crate::server::limit::Limit;
 use crate::server::locks;
 use crate::server::relation;
 use crate::server::session::{Failure, attempt};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::quoted;
 use crate::state::fence::Fence;
 use crate::state::sources;
@@ -90,8 +90,8 @@ fn count(fence: &Fence) -> Result<Tail> {
              LIMIT {MOST_COUNTED}) AS tail",
         definition.source
     );
-    let rows = spi::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?)))?;
-    Ok(rows.into_iter().next().unwrap_or_default())
+    let rows = spi::query(&sql, &[fence.watermark.into()], |r| Ok((r.get(1)?, r.get(2)?))).one()?;
+    Ok(rows.unwrap_or_default())
 }
 
 /// How far the sequence is ahead of the watermark.
@@ -177,7 +177,7 @@ fn calls_functions(tree: &[pg_sys::Oid]) -> Result<bool> {
          LIMIT 1",
         first = pg_sys::FirstNormalObjectId
     );
-    Ok(!spi::query(&sql, &[tree.to_vec().into()], |_| Ok(()))?.is_empty())
+    spi::query(&sql, &[tree.to_vec().into()], |_| Ok(())).any()
 }
 
 /// A call whose arguments are constants, in whatever the planner simplifies of a table: it makes the call,

@@ -8,7 +8,7 @@ use crate::partition::layout::Layout;
 use crate::server::cost;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{qualified, quoted};
 use crate::state::indexes::PREFIX;
 use pgrx::prelude::*;
@@ -180,14 +180,14 @@ const TRIGRAM: f64 = 1.5;
 
 impl Size {
     pub fn of(table: &Table, tree: &[pg_sys::Oid]) -> Result<Size> {
-        let mut sizes = spi::query(
+        let size = spi::query(
             "SELECT count(*), coalesce(sum(pg_catalog.pg_relation_size(oid)), 0)::bigint,
                  coalesce(sum(greatest(reltuples, 0)), 0)::float8
              FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'r'",
             &[tree.to_vec().into()],
             |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<f64>(r, 3)?)),
-        )?;
-        let (tables, heap, rows) = sizes.pop().unwrap_or_default();
+        ).one()?;
+        let (tables, heap, rows) = size.unwrap_or_default();
         let widths = spi::query(
             "SELECT a.attname::text, max(s.stawidth) FROM pg_catalog.pg_statistic s
              JOIN pg_catalog.pg_attribute a ON a.attrelid = s.starelid AND a.attnum = s.staattnum
@@ -305,7 +305,7 @@ fn advice(table: &Table) -> Result<Vec<Row>> {
         &[table.oid.into(), LARGE.map(str::to_string).to_vec().into()],
         |r| value::<String>(r, 1),
     )?;
-    if !pglz.is_empty() && !spi::query(has_lz4, &[], |_| Ok(()))?.is_empty() {
+    if !pglz.is_empty() && spi::query(has_lz4, &[], |_| Ok(())).any()? {
         let columns = pglz.iter().map(|c| format!("ALTER COLUMN {} SET COMPRESSION lz4", quoted(c)));
         advise(
             format!("ALTER TABLE {name} {};", columns.collect::<Vec<_>>().join(", ")),

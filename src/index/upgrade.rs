@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::index::catalogue;
 use crate::index::plan::Size;
 use crate::server::relation::{self, Table, free_name};
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{qualified, quoted, suffixed};
 use pgrx::prelude::*;
 
@@ -299,8 +299,8 @@ impl Part {
              WHERE i.indrelid = $1 AND (p.oid IS NOT NULL OR c.relname = $2 AND NOT c.relispartition) ORDER BY 3 DESC LIMIT 1",
             &[table.oid.into(), name.into(), parent.into(), parent_name.into()],
             |r| Ok(Part { name: value(r, 1)?, valid: Some(value(r, 2)?), attached: value(r, 3)? }),
-        )?;
-        if let Some(part) = found.into_iter().next() {
+        ).one()?;
+        if let Some(part) = found {
             return Ok(part);
         }
         // LiteLLM asks for the table's index by its name; those of partitions may have any.

@@ -8,7 +8,7 @@ use crate::litellm::triggers::require_no_foreign_partition;
 use crate::server::locks::Patience;
 use crate::server::log;
 use crate::server::relation;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, next_midnight};
 use crate::state::captured;
 use crate::state::fence::Fence;
@@ -86,8 +86,8 @@ fn computed(behind: &[&Fence], known: &[Fence], range: Range) -> Result<bool> {
 
 pub fn day_after(day: Timestamp) -> Result<Timestamp> {
     let sql = format!("SELECT {}", next_midnight("$1"));
-    let days = spi::query(&sql, &[day.into()], |r| spi::value::<Timestamp>(r, 1))?;
-    days.into_iter().next().ok_or(Error::Null("day"))
+    let day = spi::query(&sql, &[day.into()], |r| spi::value::<Timestamp>(r, 1)).one()?;
+    day.ok_or(Error::Null("day"))
 }
 
 #[derive(Clone, Copy)]

@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::guc;
 use crate::litellm::backfill::day_after;
 use crate::server::locks::Patience;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::SCHEMA;
 use crate::state::captured;
 use crate::state::fence::Fence;
@@ -42,7 +42,7 @@ pub fn step(patience: Patience) -> Result<bool> {
     let Some(border) = border.into_iter().next() else { return Ok(false) };
     let state = format!("SELECT hours_from FROM {SCHEMA}.source WHERE name = $1 AND hours_from < $2");
     let before = [capture.source.as_str().into(), border.into()];
-    if spi::current(&state, &before, |_| Ok(()))?.is_empty() {
+    if !spi::current(&state, &before, |_| Ok(())).any()? {
         return Ok(false);
     }
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
@@ -80,6 +80,6 @@ fn next_day(fences: &[Fence], hours_from: Timestamp, border: Timestamp) -> Resul
         return Ok(border);
     }
     let sql = format!("SELECT min(first) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    let first = spi::fresh(&sql, &[hours_from.into(), border.into()], |r| Ok(r.get::<Timestamp>(1)?))?;
-    Ok(first.into_iter().next().flatten().map(day_after).transpose()?.unwrap_or(border))
+    let first = spi::fresh(&sql, &[hours_from.into(), border.into()], |r| Ok(r.get::<Timestamp>(1)?)).one()?;
+    Ok(first.flatten().map(day_after).transpose()?.unwrap_or(border))
 }

@@ -14,7 +14,7 @@ use crate::litellm::backfill::{day_after, days_with_rows, uncover_all};
 use crate::litellm::capture::attached;
 use crate::server::locks::Patience;
 use crate::server::relation;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, next_midnight, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::definition::Definition;
@@ -167,8 +167,8 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
         ),
         &[capture.failures_seen.into(), safe.into()],
         |r| spi::value::<i64>(r, 1),
-    )?;
-    if noted.first().copied().unwrap_or(0) < safe - capture.failures_seen {
+    ).one()?;
+    if noted.unwrap_or(0) < safe - capture.failures_seen {
         uncover_all(&capture.source)?;
     }
     spi::execute(
@@ -194,7 +194,7 @@ const SETTLING: Duration = Duration::from_secs(1);
 pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
     let Some((fence, definition)) = smallest(fences.iter()) else { return Ok(false) };
     // 1. where to look. The notes are ours before the first day is read: one that is committed later stays.
-    let notes = spi::fresh(
+    let note = spi::fresh(
         &format!(
             "WITH notes AS (DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL
                  RETURNING *)
@@ -204,8 +204,8 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
         ),
         &[],
         |r| Ok(r.get::<String>(1)?.zip(r.get::<String>(2)?)),
-    )?;
-    let Some((ranges, operation)) = notes.into_iter().next().flatten() else { return Ok(false) };
+    ).one()?;
+    let Some((ranges, operation)) = note.flatten() else { return Ok(false) };
     // 2. the days that the rollup knows there, and whether raw rows of them are missing.
     let started = Instant::now();
     let mut looked_from: Option<Timestamp> = None;
@@ -323,6 +323,5 @@ fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
              LATERAL (SELECT least($2, {TODAY}, ({FIRST_TO_REPAIR})) AS border) AS days
          WHERE name = $1 AND frozen_before < border"
     );
-    let borders = spi::current(&sql, &[capture.source.as_str().into(), first.into()], |r| spi::value(r, 1))?;
-    Ok(borders.into_iter().next())
+    spi::current(&sql, &[capture.source.as_str().into(), first.into()], |r| spi::value(r, 1)).one()
 }

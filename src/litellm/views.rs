@@ -18,7 +18,7 @@ use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::rewrite;
 use crate::server::session::{Failure, Owner, advised, attempt};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::captured;
 use crate::state::definition::Definition;
@@ -198,7 +198,7 @@ pub fn restore(source: &Table) -> Result<Vec<Action>> {
 /// Whether any view is ours, or about to be.
 pub fn any_adopted() -> Result<bool> {
     let sql = format!("SELECT FROM {SCHEMA}.public_view LIMIT 1");
-    Ok(!spi::query(&sql, &[], |_| Ok(()))?.is_empty())
+    spi::query(&sql, &[], |_| Ok(())).any()
 }
 
 /// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours. Ours reads
@@ -340,7 +340,7 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
 
 fn owner_noted(view: &PublicView) -> Result<Option<pg_sys::Oid>> {
     let sql = format!("SELECT owner::oid FROM {SCHEMA}.public_view WHERE name = $1");
-    Ok(spi::query(&sql, &[view.name.into()], |r| Ok(r.get(1)?))?.pop().flatten())
+    Ok(spi::query(&sql, &[view.name.into()], |r| Ok(r.get(1)?)).one()?.flatten())
 }
 
 /// Lets go of a view that somebody has replaced: it is theirs until the next attach.
@@ -430,8 +430,8 @@ fn installed(view: &PublicView) -> Result<Option<String>> {
         &format!("SELECT installed FROM {SCHEMA}.public_view WHERE name = $1"),
         &[view.name.into()],
         |r| Ok(r.get::<String>(1)?),
-    )?;
-    Ok(installed.into_iter().next().flatten())
+    ).one()?;
+    Ok(installed.flatten())
 }
 
 /// Puts our query in place, and notes it.
@@ -484,7 +484,7 @@ fn uses_anothers_code(found: &Table) -> Result<bool> {
                WHERE w.ev_class = $1
                    AND d.refclassid IN ('pg_catalog.pg_type'::regclass, 'pg_catalog.pg_proc'::regclass,
                                                           'pg_catalog.pg_operator'::regclass) LIMIT 1";
-    if spi::query(any, &[found.oid.into()], |_| Ok(()))?.is_empty() {
+    if !spi::query(any, &[found.oid.into()], |_| Ok(())).any()? {
         return Ok(false);
     }
     let rules = "SELECT 'pg_catalog.pg_rewrite'::regclass::oid AS classid, oid AS objid, $2::oid AS owner
@@ -502,8 +502,8 @@ fn rights(found: &Table, source: &Table) -> Result<(bool, bool)> {
          FROM pg_catalog.pg_class c, pg_catalog.pg_roles r WHERE c.oid = $2 AND r.oid = $1",
         &[found.owner_oid.into(), source.oid.into()],
         |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<bool>(r, 2)?)),
-    )?;
-    Ok(rights.into_iter().next().unwrap_or((false, false)))
+    ).one()?;
+    Ok(rights.unwrap_or((false, false)))
 }
 
 fn definition(view: &Table) -> Result<String> {

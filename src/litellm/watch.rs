@@ -27,7 +27,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table, open};
 use crate::server::session::{Failure, Owner};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, next_midnight, qualified};
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence;
@@ -142,7 +142,7 @@ fn left_behind(state: &CaptureState) -> Result<Vec<(pg_sys::Oid, String)>> {
 fn log_above_sequence(log: &str, sequence: pg_sys::Oid) -> Result<Option<i64>> {
     // The log first: whatever it shows was drawn before the sequence is read.
     let top =
-        spi::query(&format!("SELECT max(seq) FROM {log}"), &[], |r| Ok(r.get::<i64>(1)?))?.pop().flatten();
+        spi::query(&format!("SELECT max(seq) FROM {log}"), &[], |r| Ok(r.get::<i64>(1)?)).one()?.flatten();
     let last = relation::last_value(sequence)?;
     Ok(top.filter(|top| last.is_none_or(|last| last < *top)))
 }
@@ -433,13 +433,13 @@ fn size_of(tables: &[pg_sys::Oid]) -> Result<i64> {
 /// The end of the last day of a relation, by its column `time`.
 fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
     let sql = format!("SELECT {} FROM {relation}", next_midnight(&format!("max(\"{time}\")::timestamp")));
-    Ok(spi::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?))?.pop().flatten())
+    Ok(spi::fresh(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?)).one()?.flatten())
 }
 
 /// The replaced table is gone: the days that it had rows of become history.
 fn forget_predecessor() -> Result<()> {
-    let ends = spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?))?;
-    frozen::note(ends.into_iter().next().flatten(), "DROP TABLE")?;
+    let end = spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?)).one()?;
+    frozen::note(end.flatten(), "DROP TABLE")?;
     unset_predecessor()
 }
 

@@ -29,7 +29,7 @@ use crate::server::locks;
 use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::session::advised;
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{SCHEMA, literal, qualified, quoted, suffixed};
 use crate::state::conversion::{self, Pending, Progress, has_worker, progress};
 use crate::state::step::{Runner, Subject, Task};
@@ -290,7 +290,7 @@ impl Conversion {
     /// Whether the CHECK of an older version is there.
     fn has_check(&self) -> Result<bool> {
         let sql = "SELECT FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND conname = $2::name";
-        Ok(!spi::query(sql, &[self.relation.into(), CHECK.into()], |_| Ok(()))?.is_empty())
+        spi::query(sql, &[self.relation.into(), CHECK.into()], |_| Ok(())).any()
     }
 
     fn drop_check(&self) -> Result<()> {
@@ -403,7 +403,7 @@ impl Conversion {
     /// Whom the build or drop of its index waits for.
     fn waits_for(&self) -> Result<Option<String>> {
         let sql = format!("SELECT string_agg(waits_for, '; ') FROM {SCHEMA}.index_work WHERE relation = $1");
-        Ok(spi::query(&sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+        Ok(spi::query(&sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
     }
 
     /// How far it is.

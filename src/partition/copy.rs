@@ -28,7 +28,7 @@ use crate::partition::revert::Reversion;
 use crate::server::locks;
 use crate::server::relation::{self, Table, free_name};
 use crate::server::session::Owner;
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{literal, qualified, quoted, suffixed};
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -140,7 +140,7 @@ pub fn prepare(reversion: &mut Reversion) -> Result<()> {
 fn has_function(name: &str) -> Result<bool> {
     let sql = "SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
                WHERE n.nspname = $1 AND p.proname = $2 LIMIT 1";
-    Ok(!spi::query(sql, &[ARCHIVE.into(), name.into()], |_| Ok(()))?.is_empty())
+    spi::query(sql, &[ARCHIVE.into(), name.into()], |_| Ok(())).any()
 }
 
 /// The tables that we made, by name.
@@ -197,12 +197,11 @@ pub fn obstacles(table: pg_sys::Oid) -> Result<Vec<String>> {
 
 /// A partition whose owner is not the table's.
 pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
-    let others = spi::query(
+    spi::query(
         "SELECT oid::regclass::text FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relowner <> $2",
         &[relation::relation_tree(table.oid)?.into(), table.owner_oid.into()],
         |r| value(r, 1),
-    )?;
-    Ok(others.into_iter().next())
+    ).one()
 }
 
 fn restart(reversion: &mut Reversion) -> Result<()> {
@@ -240,7 +239,7 @@ pub fn key_name(plain: &str) -> String {
 /// As what the plain table is stored: the newest partition that is a heap, as the old ones may be stored for
 /// good. If none is, the newest.
 fn template(reversion: &Reversion) -> Result<pg_sys::Oid> {
-    let partitions = spi::query(
+    let partition = spi::query(
         "SELECT c.oid FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
          JOIN pg_catalog.pg_am m ON m.oid = c.relam
          WHERE i.inhparent = $1
@@ -248,8 +247,8 @@ fn template(reversion: &Reversion) -> Result<pg_sys::Oid> {
          LIMIT 1",
         &[reversion.relation.into()],
         |r| value(r, 1),
-    )?;
-    Ok(partitions.into_iter().next().unwrap_or(reversion.relation))
+    ).one()?;
+    Ok(partition.unwrap_or(reversion.relation))
 }
 
 /// The CHECKs that rows which were there before them need not meet.
@@ -262,7 +261,7 @@ fn not_valid(relation: pg_sys::Oid) -> Result<Vec<String>> {
 /// A relation's columns, CHECKs and primary key: the copy, which has them from when it was made, must have
 /// the same. What the key is called does not matter.
 pub fn shape(relation: pg_sys::Oid) -> Result<String> {
-    let shapes = spi::query(
+    let shape = spi::query(
         "SELECT concat_ws(', ',
              (SELECT string_agg(concat_ws(' ', quote_ident(attname), format_type(atttypid, atttypmod),
                       attcollation, format('%s%s%s%s', attgenerated, attnotnull, attstorage, attcompression),
@@ -275,8 +274,8 @@ pub fn shape(relation: pg_sys::Oid) -> Result<String> {
               FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype IN ('c', 'p')))",
         &[relation.into()],
         |r| value(r, 1),
-    )?;
-    Ok(shapes.into_iter().next().unwrap_or_default())
+    ).one()?;
+    Ok(shape.unwrap_or_default())
 }
 
 fn create_function(reversion: &Reversion) -> Result<()> {

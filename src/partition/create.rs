@@ -31,7 +31,7 @@ use crate::server::locks::{self, Mode};
 use crate::server::proof;
 use crate::server::relation::{self, Table, free_name};
 use crate::server::session::Owner;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{self, qualified, quoted};
 use crate::state::captured;
 use pgrx::prelude::*;
@@ -200,8 +200,8 @@ pub fn storage(template: pg_sys::Oid) -> Result<(String, Option<&'static str>)> 
          WHERE c.oid = $1",
         &[template.into()],
         |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?, r.get::<String>(3)?, spi::value::<String>(r, 4)?)),
-    )?;
-    let Some((method, tablespace, options, identity)) = found.into_iter().next() else {
+    ).one()?;
+    let Some((method, tablespace, options, identity)) = found else {
         return Ok((String::new(), None));
     };
     let clauses = [
@@ -391,13 +391,13 @@ fn triggers(relation: pg_sys::Oid) -> Result<Vec<Trigger>> {
 /// A foreign key could delete rows of other tables when a row leaves one of these, and keeps them from being
 /// dropped.
 pub fn refuse_references(relations: &[pg_sys::Oid], name: &str) -> Result<()> {
-    let references = spi::query(
+    let reference = spi::query(
         "SELECT conrelid::regclass::text FROM pg_catalog.pg_constraint
          WHERE contype = 'f' AND confrelid = ANY ($1)",
         &[relations.to_vec().into()],
         |r| spi::value::<String>(r, 1),
-    )?;
-    match references.into_iter().next() {
+    ).one()?;
+    match reference {
         None => Ok(()),
         Some(by) => Err(Error::Referenced { relation: name.into(), by }),
     }

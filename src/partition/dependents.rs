@@ -17,7 +17,7 @@ use crate::server::relation::{
 };
 use crate::server::rewrite;
 use crate::server::session::Owner;
-use crate::server::spi::{execute, query, value};
+use crate::server::spi::{Found, execute, query, value};
 use crate::server::text::{literal, qualified, quoted};
 use crate::state::indexes::PREFIX;
 use pgrx::prelude::*;
@@ -167,7 +167,7 @@ pub fn revoke_execute(owner: Owner, signature: &str) -> Result<()> {
 }
 
 fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
-    let keys = query(
+    query(
         "SELECT c.conname::text, array_agg(a.attname::text ORDER BY k.n)
          FROM pg_catalog.pg_constraint c, unnest(c.conkey) WITH ORDINALITY AS k(attnum, n),
              pg_catalog.pg_attribute a
@@ -175,8 +175,7 @@ fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
          GROUP BY c.conname",
         &[table.into()],
         |r| Ok((value(r, 1)?, value(r, 2)?)),
-    )?;
-    Ok(keys.into_iter().next())
+    ).one()
 }
 
 fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {

@@ -22,7 +22,7 @@ use crate::partition::layout::Layout;
 use crate::partition::times::Times;
 use crate::server::locks;
 use crate::server::proof;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::qualified;
 use pgrx::prelude::*;
 
@@ -84,8 +84,8 @@ const BATCH_BYTES: i64 = 8 << 20;
 pub fn batch_size(relation: pg_sys::Oid) -> Result<i64> {
     let sql = "SELECT CASE WHEN reltuples > 0 THEN (pg_catalog.pg_table_size(oid) / reltuples)::bigint ELSE 4096 END
                FROM pg_catalog.pg_class WHERE oid = $1";
-    let bytes = spi::query(sql, &[relation.into()], |r| spi::value::<i64>(r, 1))?;
-    Ok((BATCH_BYTES / bytes.first().copied().unwrap_or(4096).max(1)).clamp(20, 2000))
+    let bytes = spi::query(sql, &[relation.into()], |r| spi::value::<i64>(r, 1)).one()?;
+    Ok((BATCH_BYTES / bytes.unwrap_or(4096).max(1)).clamp(20, 2000))
 }
 
 pub struct Adopted {

@@ -30,7 +30,7 @@ use crate::partition::policy::{OnExpire, Policy};
 use crate::partition::times;
 use crate::server::locks::{self, Mode, Patience};
 use crate::server::relation::{self, Table};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::captured;
 use crate::state::fence::Fence;
@@ -145,7 +145,7 @@ fn add_up(layout: &Layout, partition: &Partition, merged: &str) -> Result<(i64, 
 fn pages(partition: &Partition) -> Result<i64> {
     let heap = "SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_am m ON m.oid = c.relam
                 WHERE c.oid = $1 AND m.amname = 'heap'";
-    if spi::query(heap, &[partition.oid.into()], |_| Ok(()))?.is_empty() {
+    if !spi::query(heap, &[partition.oid.into()], |_| Ok(())).any()? {
         return Ok(0);
     }
     Ok(times::size(partition.oid)? / i64::from(pg_sys::BLCKSZ))
@@ -255,7 +255,7 @@ fn write_record(
 
 /// DROP would fail, after the count.
 fn refuse_dependents(partition: &Partition) -> Result<()> {
-    let objects = spi::query(
+    let object = spi::query(
         "SELECT coalesce(r.ev_class::regclass::text, pg_describe_object(d.classid, d.objid, 0))
          FROM pg_catalog.pg_depend d
          LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
@@ -263,8 +263,8 @@ fn refuse_dependents(partition: &Partition) -> Result<()> {
            AND d.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass) AND r.ev_class IS DISTINCT FROM $1",
         &[partition.oid.into()],
         |r| spi::value::<String>(r, 1),
-    )?;
-    match objects.into_iter().next() {
+    ).one()?;
+    match object {
         None => Ok(()),
         Some(by) => Err(Error::Referenced { relation: partition.name.clone(), by }),
     }

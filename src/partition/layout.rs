@@ -8,7 +8,7 @@ use crate::partition::calendar::{Interval, Moment, Range};
 use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::definition::TIME_TYPES;
 use pgrx::datum::Timestamp;
@@ -172,8 +172,8 @@ impl Layout {
              ), $4), 0)"
         );
         let args = [interval.name().into(), from.into(), to.into(), timestamp(now).into()];
-        let counted = spi::query(&sql, &args, |r| spi::value::<i64>(r, 1))?;
-        Ok(counted.into_iter().next().unwrap_or_default())
+        let counted = spi::query(&sql, &args, |r| spi::value::<i64>(r, 1)).one()?;
+        Ok(counted.unwrap_or_default())
     }
 
     /// A name in the table's schema that nothing has.
@@ -238,8 +238,8 @@ pub fn unit(relation: pg_sys::Oid, time_column: &str) -> Result<i64> {
     let sql = "SELECT CASE WHEN atttypid = 'date'::regtype THEN 86400000000
                            WHEN atttypmod >= 0 THEN (10 ^ (6 - atttypmod))::bigint ELSE 1 END
                FROM pg_catalog.pg_attribute WHERE attrelid = $1 AND attname = $2::name";
-    let units = spi::query(sql, &[relation.into(), time_column.into()], |r| spi::value::<i64>(r, 1))?;
-    Ok(units.into_iter().next().unwrap_or(1))
+    let unit = spi::query(sql, &[relation.into(), time_column.into()], |r| spi::value::<i64>(r, 1)).one()?;
+    Ok(unit.unwrap_or(1))
 }
 
 /// Refuses a table that has parts on other nodes.
@@ -269,7 +269,7 @@ fn check_time_column(table: &Table, column: &str) -> Result<()> {
 
 /// The one column by whose ranges the table is partitioned.
 pub fn partition_key(table: &Table) -> Result<String> {
-    let keys = spi::query(
+    let key = spi::query(
         "SELECT pg_catalog.pg_get_partkeydef(p.partrelid), a.attname::text
          FROM pg_catalog.pg_partitioned_table p
          LEFT JOIN pg_catalog.pg_attribute a ON p.partstrat = 'r' AND p.partnatts = 1
@@ -277,8 +277,8 @@ pub fn partition_key(table: &Table) -> Result<String> {
          WHERE p.partrelid = $1",
         &[table.oid.into()],
         |r| Ok((spi::value::<String>(r, 1)?, r.get::<String>(2)?)),
-    )?;
-    match keys.into_iter().next() {
+    ).one()?;
+    match key {
         Some((_, Some(column))) => Ok(column),
         Some((key, None)) => Err(Error::NotByTime {
             relation: table.name.clone(),

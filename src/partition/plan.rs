@@ -9,7 +9,7 @@ use crate::partition::layout;
 use crate::server::cost;
 use crate::server::relation::Table;
 use crate::server::session::Failure;
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{self, quoted};
 
 /// Step, what is done, to which object, under which lock, and how much or how long.
@@ -152,15 +152,15 @@ struct Size {
 
 impl Size {
     fn of(table: &Table) -> Result<Size> {
-        let sizes = spi::query(
+        let size = spi::query(
             "SELECT pg_catalog.pg_relation_size(c.oid), greatest(c.reltuples, 0),
                     coalesce((SELECT pg_catalog.pg_relation_size(indexrelid) FROM pg_catalog.pg_index
                               WHERE indrelid = c.oid AND indisprimary), 0)
              FROM pg_catalog.pg_class c WHERE c.oid = $1",
             &[table.oid.into()],
             |r| Ok(Size { heap: value(r, 1)?, rows: value(r, 2)?, key: value(r, 3)? }),
-        )?;
-        Ok(sizes.into_iter().next().unwrap_or(Size { heap: 0, key: 0, rows: 0.0 }))
+        ).one()?;
+        Ok(size.unwrap_or(Size { heap: 0, key: 0, rows: 0.0 }))
     }
 
     fn index(&self) -> String {

@@ -11,7 +11,7 @@ use crate::partition::calendar::{Interval, Moment};
 use crate::partition::layout::{self, Layout};
 use crate::server::relation::Table;
 use crate::server::session::{Owner, advised};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, literal, qualified, quoted};
 use crate::state::fence::Work;
 use crate::state::restore::HERE;
@@ -53,8 +53,8 @@ impl Policy {
         let Some(retention) = &self.retention else { return Ok(None) };
         let cutoff = format!("{now}::timestamp - $1::interval");
         let sql = format!("SELECT {}", layout::micros(&format!("({cutoff})")));
-        let cutoffs = spi::query(&sql, &[retention.as_str().into()], |r| spi::value::<i64>(r, 1))?;
-        Ok(cutoffs.first().copied().map(Moment))
+        let cutoff = spi::query(&sql, &[retention.as_str().into()], |r| spi::value::<i64>(r, 1)).one()?;
+        Ok(cutoff.map(Moment))
     }
 
     /// When what ends at `end` expires, as text; `None`: it does not.
@@ -63,7 +63,7 @@ impl Policy {
         // Beyond, the sum need not be a timestamp.
         let sql = "SELECT ($1 + $2::interval)::text WHERE $1 < '200000-01-01'";
         let args = [end.into(), retention.as_str().into()];
-        Ok(spi::query(sql, &args, |r| spi::value::<String>(r, 1))?.into_iter().next())
+        spi::query(sql, &args, |r| spi::value::<String>(r, 1)).one()
     }
 
     /// The right to maintain the table, until the transaction ends. `None`: somebody else is at it, be it a
@@ -79,7 +79,7 @@ impl Policy {
                    IS NOT DISTINCT FROM ($3, $4, $5, $6::interval::text, $7)
              FOR UPDATE OF p SKIP LOCKED"
         );
-        Ok((!spi::fresh(&sql, &self.values(), |_| Ok(()))?.is_empty()).then_some(work))
+        Ok((spi::fresh(&sql, &self.values(), |_| Ok(())).any()?).then_some(work))
     }
 
     /// Of which table it is, whose, and what it says.
@@ -189,7 +189,7 @@ pub fn due() -> Result<Vec<Policy>> {
 /// The policy of one table.
 pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
     let sql = format!("{POLICIES} WHERE c.oid = $1");
-    Ok(spi::query(&sql, &[relation.into()], read)?.pop())
+    spi::query(&sql, &[relation.into()], read).one()
 }
 
 /// Forgets the policies of tables that were dropped, except that of the captured one, which goes along when
@@ -399,7 +399,7 @@ pub fn parse(interval: &str, precreate: i32) -> Result<(Interval, u32)> {
 /// A retention as SQL writes it; `None`: rows stay.
 fn text_of(retention: datum::Interval) -> Result<Option<String>> {
     let sql = "SELECT CASE WHEN $1 <> interval '0' THEN $1::text END";
-    Ok(spi::query(sql, &[retention.into()], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+    Ok(spi::query(sql, &[retention.into()], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
 }
 
 /// A partition goes as a whole, so rows must be allowed to stay for one period at least.
@@ -411,10 +411,10 @@ fn check_retention(interval: &str, retention: &str) -> Result<()> {
                              extract(hour FROM r), extract(minute FROM r), extract(second FROM r)) >= 0,
                    CASE WHEN s BETWEEN 1 AND 3650 AND s % 3600 <> 0 THEN s::bigint END
                FROM (SELECT $1::interval) AS given(r), extract(epoch FROM r) AS s";
-    let answers = spi::query(sql, &[retention.into(), interval.into()], |r| {
+    let answer = spi::query(sql, &[retention.into(), interval.into()], |r| {
         Ok((spi::value::<bool>(r, 1)?, r.get::<i64>(2)?))
-    })?;
-    match answers.into_iter().next() {
+    }).one()?;
+    match answer {
         Some((false, seconds)) => {
             let (given, interval) = (retention.into(), interval.into());
             Err(Error::Retention { given, interval, seconds })

@@ -31,7 +31,7 @@ use crate::partition::layout::Layout;
 use crate::server::locks::{self, Patience};
 use crate::server::proof;
 use crate::server::relation;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, qualified, quoted, suffixed};
 use crate::state::fence;
 use crate::state::indexes;
@@ -60,7 +60,7 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     // The index by which subscribers knew a row is gone: without another the server would refuse each UPDATE
     // and DELETE of the rows that are there. No other index than the key's can have been it.
     let by_index = "SELECT FROM pg_catalog.pg_class WHERE oid = $1 AND relreplident = 'i'";
-    if !spi::query(by_index, &[conversion.relation.into()], |_| Ok(()))?.is_empty() {
+    if spi::query(by_index, &[conversion.relation.into()], |_| Ok(())).any()? {
         run(format!("ALTER TABLE {name} REPLICA IDENTITY USING INDEX {key}"))?;
     }
     rename(owner, schema, table, &conversion.legacy(), Some(LEGACY))?;

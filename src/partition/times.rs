@@ -8,7 +8,7 @@ use crate::partition::layout::micros;
 use crate::server::cost;
 use crate::server::relation;
 use crate::server::session::Owner;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::quoted;
 use pgrx::prelude::*;
 
@@ -51,8 +51,8 @@ impl Times {
         let time = &self.time;
         let [first, last] = ["min", "max"].map(|end| micros(&format!("{end}({time})")));
         let sql = format!("SELECT {first}, {last} FROM ONLY {} WHERE {condition}", self.relation);
-        let ends = self.ask(&sql, |r| Ok(r.get::<i64>(1)?.zip(r.get::<i64>(2)?)))?;
-        Ok(ends.into_iter().next().flatten().map(|(first, last)| (Moment(first), Moment(last))))
+        let end = self.ask(&sql, |r| Ok(r.get::<i64>(1)?.zip(r.get::<i64>(2)?))).one()?;
+        Ok(end.flatten().map(|(first, last)| (Moment(first), Moment(last))))
     }
 
     /// How many rows meet a condition, counted up to `limit`.
@@ -61,7 +61,7 @@ impl Times {
             "SELECT count(*) FROM (SELECT FROM ONLY {} WHERE {condition} LIMIT {limit}) AS counted",
             self.relation
         );
-        Ok(self.ask(&sql, |r| spi::value::<i64>(r, 1))?.first().copied().unwrap_or(0))
+        Ok(self.ask(&sql, |r| spi::value::<i64>(r, 1)).one()?.unwrap_or(0))
     }
 
     /// How many rows meet a condition, as the planner estimates it.
@@ -75,7 +75,7 @@ impl Times {
         let ordered = format!("FROM ONLY {relation} WHERE {condition} ORDER BY {time}");
         let at = |offset: i64| {
             let sql = format!("SELECT {} {ordered} OFFSET {offset} LIMIT 1", micros(time));
-            Ok::<_, Error>(self.ask(&sql, |r| spi::value::<i64>(r, 1))?.into_iter().next().map(Moment))
+            Ok::<_, Error>(self.ask(&sql, |r| spi::value::<i64>(r, 1)).one()?.map(Moment))
         };
         let (Some(first), Some(next)) = (at(0)?, at(rows)?) else { return Ok(None) };
         // Rows of one time stay together: at least those of the first.
@@ -125,10 +125,10 @@ pub fn is_indexed(relation: pg_sys::Oid, column: &str) -> Result<bool> {
          JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
          WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2::name
              AND m.amname = 'btree'";
-    Ok(!spi::query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
+    spi::query(sql, &[relation.into(), column.into()], |_| Ok(())).any()
 }
 
 pub fn size(relation: pg_sys::Oid) -> Result<i64> {
     let sql = "SELECT coalesce(pg_catalog.pg_relation_size($1), 0)";
-    Ok(spi::query(sql, &[relation.into()], |r| spi::value::<i64>(r, 1))?.first().copied().unwrap_or(0))
+    Ok(spi::query(sql, &[relation.into()], |r| spi::value::<i64>(r, 1)).one()?.unwrap_or(0))
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
 use crate::server::relation::{find_relation, relation_name, relation_tree};
 use crate::server::session;
-use crate::server::spi::{execute, query, value};
+use crate::server::spi::{Found, execute, query, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -139,7 +139,7 @@ pub fn lock_against_changes(table: pg_sys::Oid) -> Result<()> {
 
 /// The relations, which we have locked, are what their names mean.
 fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
-    let strangers = query(
+    let stranger = query(
         "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text, 'none')
          FROM unnest($1::oid[]) AS o(oid)
          LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n
@@ -148,8 +148,8 @@ fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
             OR pg_catalog.to_regclass(quote_ident(nspname) || '.' || quote_ident(relname))::oid IS DISTINCT FROM o.oid LIMIT 1",
         &[relations.to_vec().into()],
         |r| value::<String>(r, 1),
-    )?;
-    strangers.into_iter().next().map_or(Ok(()), |name| Err(Error::NoTable(name)))
+    ).one()?;
+    stranger.map_or(Ok(()), |name| Err(Error::NoTable(name)))
 }
 
 /// Runs `sql`, which needs a lock on `relation`, with our lock_timeout.
@@ -281,7 +281,7 @@ fn processes(which: &str, args: &[DatumWithOid]) -> Result<String> {
          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
          WHERE l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() AND {which}"
     );
-    Ok(query(&sql, args, |r| value::<String>(r, 1))?.pop().unwrap_or_default())
+    Ok(query(&sql, args, |r| value::<String>(r, 1)).one()?.unwrap_or_default())
 }
 
 /// The modes that keep others from `mode`, as pg_locks calls them.

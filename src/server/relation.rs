@@ -1,7 +1,7 @@
 //! What the catalog says of relations, sequences, roles and types. By OID, or by qualified name.
 
 use crate::error::{Error, Result};
-use crate::server::spi::{Args, current, fresh, query, value};
+use crate::server::spi::{Found, Args, current, fresh, query, value};
 use crate::server::text::{qualified, suffixed};
 use pgrx::prelude::*;
 use std::collections::HashMap;
@@ -12,8 +12,8 @@ use std::ffi::CStr;
 pub fn last_value(sequence: pg_sys::Oid) -> Result<Option<i64>> {
     let sql =
         "SELECT pg_catalog.pg_sequence_last_value(seqrelid) FROM pg_catalog.pg_sequence WHERE seqrelid = $1";
-    let values = query(sql, &[sequence.into()], |r| Ok(r.get(1)?))?;
-    values.into_iter().next().ok_or_else(|| Error::NoTable(format!("sequence {}", sequence.to_u32())))
+    let value = query(sql, &[sequence.into()], |r| Ok(r.get(1)?)).one()?;
+    value.ok_or_else(|| Error::NoTable(format!("sequence {}", sequence.to_u32())))
 }
 
 /// Refuses a sequence whose values do not rise in the order in which they are drawn, or not after a crash.
@@ -26,8 +26,8 @@ pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
             let shape = (value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?);
             Ok((shape, value::<String>(r, 4)?, value::<bool>(r, 5)?))
         },
-    )?;
-    let Some(((increment, cache, cycle), sequence, unlogged)) = shape.into_iter().next() else {
+    ).one()?;
+    let Some(((increment, cache, cycle), sequence, unlogged)) = shape else {
         return Err(Error::NoTable(format!("sequence {}", sequence.to_u32())));
     };
     let mut remedy = "INCREMENT BY 1 CACHE 1 NO CYCLE";
@@ -75,7 +75,7 @@ pub fn relation_tree(relation: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
 /// A relation that another is a partition of, or inherits from.
 pub fn parent(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
     let sql = "SELECT inhparent FROM pg_catalog.pg_inherits WHERE inhrelid = $1 ORDER BY inhseqno LIMIT 1";
-    Ok(current(sql, &[relation.into()], |r| value(r, 1))?.pop())
+    current(sql, &[relation.into()], |r| value(r, 1)).one()
 }
 
 /// The columns by which a table and its partitions, which are its [`relation_tree`], are partitioned, in
@@ -102,7 +102,7 @@ pub fn foreign_partition(relation: pg_sys::Oid) -> Result<Option<pg_sys::Oid>> {
 pub fn foreign_of(relations: &[pg_sys::Oid]) -> Result<Option<pg_sys::Oid>> {
     let sql =
         "SELECT oid FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'f' ORDER BY oid LIMIT 1";
-    Ok(query(sql, &[relations.to_vec().into()], |r| value(r, 1))?.pop())
+    query(sql, &[relations.to_vec().into()], |r| value(r, 1)).one()
 }
 
 /// [`tree!`], and `family`, these and what any of them inherits from; `draws`, the columns that sequence $2
@@ -130,8 +130,8 @@ pub const FAMILY: &str = concat!(
 /// The column of a relation that a sequence numbers, quoted.
 pub fn numbered_column(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> Result<String> {
     let sql = format!("{FAMILY} SELECT pg_catalog.quote_ident(attname) FROM number");
-    let columns = current(&sql, &[relation.into(), sequence.into()], |r| value::<String>(r, 1))?;
-    columns.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
+    let column = current(&sql, &[relation.into(), sequence.into()], |r| value::<String>(r, 1)).one()?;
+    column.ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
 }
 
 /// Whether a statement of this session that has not ended uses a relation, which we have locked.
@@ -149,13 +149,13 @@ pub fn is_open_here(relation: pg_sys::Oid) -> bool {
 }
 
 pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
-    let names = current(
+    let name = current(
         "SELECT nspname::text, relname::text FROM pg_catalog.pg_class c
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
         &[relation.into()],
         |r| Ok(qualified(&value::<String>(r, 1)?, &value::<String>(r, 2)?)),
-    )?;
-    names.into_iter().next().ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
+    ).one()?;
+    name.ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
 }
 
 /// The names of relations, those that there are: one query for a table of hundreds of partitions.
@@ -206,8 +206,8 @@ impl Table {
                     columns: vec![],
                 })
             },
-        )?;
-        let Some(mut table) = tables.into_iter().next() else { return Ok(None) };
+        ).one()?;
+        let Some(mut table) = tables else { return Ok(None) };
         table.columns = current(
             "SELECT attname::text, pg_catalog.format_type(atttypid, NULL) FROM pg_catalog.pg_attribute
              WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
@@ -229,24 +229,23 @@ impl Table {
 
 /// The columns that can be inserted into, as a list: not the generated ones.
 pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
-    let columns = query(
+    let column = query(
         "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_catalog.pg_attribute
          WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
         &[relation.into()],
         |r| value(r, 1),
-    )?;
-    Ok(columns.into_iter().next().unwrap_or_default())
+    ).one()?;
+    Ok(column.unwrap_or_default())
 }
 
 /// One of these columns that is generated.
 pub fn generated_of(relation: pg_sys::Oid, columns: &[String]) -> Result<Option<String>> {
-    let generated = query(
+    query(
         "SELECT attname::text FROM pg_catalog.pg_attribute
          WHERE attrelid = $1 AND attname = ANY ($2::text[]) AND attgenerated <> '' ORDER BY attnum",
         &[relation.into(), columns.to_vec().into()],
         |r| value(r, 1),
-    )?;
-    Ok(generated.into_iter().next())
+    ).one()
 }
 
 /// Finds a relation by its quoted name. One that is not qualified is looked up on the path as it is, which
@@ -286,27 +285,27 @@ pub fn free_name(schemas: [&str; 2], name: &str) -> Result<String> {
 /// Whether one of the relations, by qualified and quoted names, does not exist.
 pub fn any_missing(names: Vec<String>) -> Result<bool> {
     let sql = "SELECT FROM unnest($1::text[]) AS name WHERE pg_catalog.to_regclass(name) IS NULL LIMIT 1";
-    Ok(!query(sql, &[names.into()], |_| Ok(()))?.is_empty())
+    query(sql, &[names.into()], |_| Ok(())).any()
 }
 
 /// That of an extension's functions, types and views, if the extension is there.
 pub fn extension_schema(extension: &str) -> Result<Option<String>> {
     let sql = "SELECT n.nspname::text FROM pg_catalog.pg_extension e
                JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = $1::name";
-    Ok(query(sql, &[extension.into()], |r| value(r, 1))?.pop())
+    query(sql, &[extension.into()], |r| value(r, 1)).one()
 }
 
 pub fn role_name(role: pg_sys::Oid) -> Result<String> {
     let sql = "SELECT rolname::text FROM pg_catalog.pg_roles WHERE oid = $1";
-    let names = query(sql, &[role.into()], |r| value(r, 1))?;
-    names.into_iter().next().ok_or(Error::NoRole(role.to_u32()))
+    let name = query(sql, &[role.into()], |r| value(r, 1)).one()?;
+    name.ok_or(Error::NoRole(role.to_u32()))
 }
 
 /// Whose the schema is, if the role may not use it.
 pub fn owner_of_closed_schema(role: pg_sys::Oid, schema: &str) -> Result<Option<pg_sys::Oid>> {
     let sql = "SELECT nspowner FROM pg_catalog.pg_namespace
                WHERE nspname = $2::name AND NOT pg_catalog.has_schema_privilege($1, oid, 'USAGE')";
-    Ok(query(sql, &[role.into(), schema.into()], |r| value(r, 1))?.pop())
+    query(sql, &[role.into(), schema.into()], |r| value(r, 1)).one()
 }
 
 pub fn type_name(r#type: pg_sys::Oid) -> Result<String> {
@@ -329,7 +328,7 @@ pub fn is_sortable(r#type: pg_sys::Oid) -> bool {
 pub fn is_not_null(relation: pg_sys::Oid, column: &str) -> Result<bool> {
     let sql = "SELECT FROM pg_catalog.pg_attribute
                WHERE attrelid = $1 AND attnum > 0 AND attnotnull AND attname = $2::name";
-    Ok(!query(sql, &[relation.into(), column.into()], |_| Ok(()))?.is_empty())
+    query(sql, &[relation.into(), column.into()], |_| Ok(())).any()
 }
 
 /// What of `objects`, a query for their classid, objid and owner, uses a type, function or operator of

@@ -13,7 +13,7 @@ use crate::guc::LockLimit;
 use crate::server::locks;
 use crate::server::relation::relation_name;
 use crate::server::session::Owner;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use pgrx::prelude::*;
 use std::ffi::CString;
 
@@ -67,6 +67,6 @@ unsafe fn analyze(statement: *mut pg_sys::RawStmt, text: &std::ffi::CStr) -> *mu
 
 fn owner(view: pg_sys::Oid, name: &str) -> Result<Owner> {
     let sql = "SELECT relowner FROM pg_catalog.pg_class WHERE oid = $1 AND relkind = 'v'";
-    let owners = spi::query(sql, &[view.into()], |r| spi::value::<pg_sys::Oid>(r, 1))?;
-    owners.into_iter().next().map(Owner::role).ok_or_else(|| Error::NoTable(name.into()))
+    let owner = spi::query(sql, &[view.into()], |r| spi::value::<pg_sys::Oid>(r, 1)).one()?;
+    owner.map(Owner::role).ok_or_else(|| Error::NoTable(name.into()))
 }

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 pub use crate::server::failure::{Failure, advised, callable};
 use crate::server::limit;
 use crate::server::relation::{self, Table};
-use crate::server::spi::{self, current, kept, query, value};
+use crate::server::spi::{self, Found, current, kept, query, value};
 use pgrx::prelude::*;
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
@@ -14,7 +14,7 @@ use std::time::Duration;
 pub fn require_version() -> Result<()> {
     let _pinned = Elevated::pinned();
     let sql = "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'";
-    match kept(sql, |r| value::<String>(r, 1))?.pop() {
+    match kept(sql, |r| value::<String>(r, 1)).one()? {
         Some(installed) if installed != VERSION => Err(Error::OtherVersion { installed, library: VERSION }),
         _ => Ok(()),
     }
@@ -48,8 +48,7 @@ pub fn require_read_committed() -> Result<()> {
 
 pub fn require_utf8() -> Result<()> {
     let _settings = Elevated::pinned();
-    let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1))?
-        .pop()
+    let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1)).one()?
         .unwrap_or_default();
     if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
 }
@@ -72,8 +71,8 @@ pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
              WHERE oid = $1",
         &[relation.into(), caller.into()],
         |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
-    )?;
-    match owns.into_iter().next() {
+    ).one()?;
+    match owns {
         Some((_, true)) => Ok(()),
         Some((name, false)) => Err(Error::NotOwner(name)),
         // The table was dropped.
@@ -165,8 +164,7 @@ impl Elevated {
         let owner =
             kept("SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'", |r| {
                 value::<pg_sys::Oid>(r, 1)
-            })?
-            .pop()
+            }).one()?
             .ok_or_else(|| Error::NotAttached {
                 to: "this database".into(),
                 remedy: "CREATE EXTENSION litellm_spend;".into(),
@@ -269,8 +267,8 @@ impl Owner {
             "SELECT relowner, relkind::text, relname::text FROM pg_catalog.pg_class WHERE oid = $1",
             &[relation.into()],
             |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?, value::<String>(r, 3)?)),
-        )?;
-        match found.into_iter().next() {
+        ).one()?;
+        match found {
             None => Err(Error::NoTable(relation.to_u32().to_string())),
             Some((owner, kind, _)) if ["r", "p"].contains(&kind.as_str()) => Ok(Owner(owner)),
             Some((_, _, relation)) => Err(Error::NotATable { relation, kind: "not a table any more" }),

@@ -112,6 +112,24 @@ pub fn value<T: FromDatum + IntoDatum>(row: &SpiHeapTupleData, i: usize) -> Resu
     Ok(row.get(i)?.ok_or(pgrx::spi::Error::InvalidPosition)?)
 }
 
+/// What is asked of the rows of a query of which one will do.
+pub trait Found<T> {
+    /// The first row, if there is one.
+    fn one(self) -> Result<Option<T>>;
+    /// Whether there is one.
+    fn any(self) -> Result<bool>;
+}
+
+impl<T> Found<T> for Result<Vec<T>> {
+    fn one(self) -> Result<Option<T>> {
+        Ok(self?.into_iter().next())
+    }
+
+    fn any(self) -> Result<bool> {
+        Ok(!self?.is_empty())
+    }
+}
+
 pub fn exists(sql: &str, args: Args) -> Result<bool> {
     Ok(fresh(&format!("SELECT EXISTS ({sql})"), args, |r| value(r, 1))?.first().copied().unwrap_or(false))
 }

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::server::relation::{find_relation, last_value, relation_name};
 use crate::server::session::Owner;
-use crate::server::spi::{current, execute, query, value};
+use crate::server::spi::{Found, current, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
 use crate::state::rollups::record;
@@ -36,13 +36,13 @@ pub fn record_task_error(task: Task, message: Option<&str>) -> Result<()> {
 /// What is noted of the captured table.
 pub fn capture_error() -> Result<Option<String>> {
     let sql = format!("SELECT last_error FROM {SCHEMA}.capture");
-    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?))?.pop().flatten())
+    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
 }
 
 /// Who wrote each capture trigger last, as it is noted: a jsonb of transactions by triggers' OIDs.
 pub fn noted_triggers() -> Result<String> {
     let sql = format!("SELECT triggers::text FROM {SCHEMA}.capture");
-    Ok(query(&sql, &[], |r| value::<String>(r, 1))?.pop().unwrap_or_else(|| "{}".into()))
+    Ok(query(&sql, &[], |r| value::<String>(r, 1)).one()?.unwrap_or_else(|| "{}".into()))
 }
 
 pub struct CaptureState {
@@ -96,7 +96,7 @@ pub fn captured_relations() -> Result<Vec<pg_sys::Oid>> {
 }
 
 pub fn capture() -> Result<Option<CaptureState>> {
-    let states = query(
+    query(
         &format!(
             "SELECT source, table_schema::text, table_name::text, relation::oid, columns,
                  on_delete = 'subtract',
@@ -118,6 +118,5 @@ pub fn capture() -> Result<Option<CaptureState>> {
                 owner: r.get(10)?,
             })
         },
-    )?;
-    Ok(states.into_iter().next())
+    ).one()
 }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::server::locks::Patience;
 use crate::server::relation::Table;
 use crate::server::session::Owner;
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{SCHEMA, qualified};
 use crate::state::restore::HERE;
 use pgrx::datum::DatumWithOid;
@@ -124,7 +124,7 @@ impl<T: Options> Pending<T> {
     /// that had the name: nobody would know any more of what was made for it.
     pub fn request(&self) -> Result<()> {
         let [schema, table] = self.key();
-        let others = spi::fresh(
+        let other = spi::fresh(
             &format!(
                 "SELECT relation::text FROM {SCHEMA}.conversion
                  JOIN pg_catalog.pg_class c ON c.oid = relation
@@ -132,8 +132,8 @@ impl<T: Options> Pending<T> {
             ),
             &[schema, table, self.relation.into()],
             |r| value::<String>(r, 1),
-        )?;
-        if let Some(now) = others.into_iter().next() {
+        ).one()?;
+        if let Some(now) = other {
             return Err(Error::Renamed { was: self.name(), now });
         }
         let [schema, table] = self.key();
@@ -217,7 +217,7 @@ impl<T: Options> Pending<T> {
 
 /// Whether any table is on its way: hardly ever.
 pub fn any() -> Result<bool> {
-    Ok(!spi::query(&format!("SELECT FROM {SCHEMA}.conversion LIMIT 1"), &[], |_| Ok(()))?.is_empty())
+    spi::query(&format!("SELECT FROM {SCHEMA}.conversion LIMIT 1"), &[], |_| Ok(())).any()
 }
 
 /// Whether the table is on its way, and nothing keeps it from arriving. Whatever it is called by now: another
@@ -228,7 +228,7 @@ pub fn is_under_way(relation: pg_sys::Oid) -> Result<bool> {
              AND c.relowner = v.owner
          WHERE v.relation = $1 AND NOT v.stopped"
     );
-    Ok(!spi::query(&sql, &[relation.into()], |_| Ok(()))?.is_empty())
+    spi::query(&sql, &[relation.into()], |_| Ok(())).any()
 }
 
 /// Notes why the step at hand was not done, and how soon it is tried again; or that it was done.
@@ -272,5 +272,5 @@ pub fn progress(steps: &[&str], next: usize, stopped: bool, detail: String) -> P
 pub fn has_worker() -> Result<bool> {
     let sql = "SELECT FROM pg_catalog.pg_stat_activity
                WHERE backend_type = 'litellm_spend worker' AND datname = pg_catalog.current_database()";
-    Ok(!spi::query(sql, &[], |_| Ok(()))?.is_empty())
+    spi::query(sql, &[], |_| Ok(())).any()
 }

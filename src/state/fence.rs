@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::server::locks::{Mode, Patience, holders, try_lock};
 use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
-use crate::server::spi::{execute, exists, fresh, query, value};
+use crate::server::spi::{Found, execute, exists, fresh, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::definition::Definition;
 use crate::state::rollups::rollup_names;
@@ -72,7 +72,7 @@ impl Fence {
         let Some(work) = Work::begin(name) else { return Ok(None) };
         loop {
             let sql = format!("{} FOR UPDATE OF r SKIP LOCKED", Fence::state());
-            if let Some(fence) = fresh(&sql, &[name.into()], |r| Fence::read(name, r))?.pop() {
+            if let Some(fence) = fresh(&sql, &[name.into()], |r| Fence::read(name, r)).one()? {
                 return Ok(Some(Fence { _work: Some(work), ..fence }));
             }
             if !exists(&format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])? {
@@ -128,8 +128,8 @@ impl Fence {
 
     /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
     pub fn look(name: &str) -> Result<Fence> {
-        let states = query(&Fence::state(), &[name.into()], |r| Fence::read(name, r))?;
-        states.into_iter().next().ok_or_else(|| Error::NoRollup(name.into()))
+        let state = query(&Fence::state(), &[name.into()], |r| Fence::read(name, r)).one()?;
+        state.ok_or_else(|| Error::NoRollup(name.into()))
     }
 
     fn state() -> String {
@@ -250,8 +250,8 @@ fn kept_by(names: &[String]) -> Result<(String, String)> {
         ),
         &[names.to_vec().into()],
         |r| Ok((value::<String>(r, 1)?, value::<String>(r, 2)?)),
-    )?;
-    let Some((rollup, transaction)) = kept.into_iter().next() else {
+    ).one()?;
+    let Some((rollup, transaction)) = kept else {
         return Ok((names.first().cloned().unwrap_or_default(), String::new()));
     };
     let which = "l.locktype = 'transactionid' AND l.transactionid = $1::xid";

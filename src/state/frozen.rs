@@ -15,7 +15,7 @@
 //! it is recomputed.
 
 use crate::error::{Error, Result};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, next_midnight};
 use crate::state::sources::CHANGE_LOG;
 use pgrx::datum::Timestamp;
@@ -70,8 +70,8 @@ pub fn describe(ranges: &[Range]) -> String {
 /// Where the days begin that are not all history.
 pub fn frozen_before() -> Result<Timestamp> {
     let sql = format!("SELECT frozen_before FROM {SCHEMA}.source WHERE name = $1");
-    let borders = spi::query(&sql, &[CHANGE_LOG.into()], |r| spi::value::<Timestamp>(r, 1))?;
-    Ok(borders.into_iter().next().unwrap_or_else(Timestamp::negative_infinity))
+    let border = spi::query(&sql, &[CHANGE_LOG.into()], |r| spi::value::<Timestamp>(r, 1)).one()?;
+    Ok(border.unwrap_or_else(Timestamp::negative_infinity))
 }
 
 /// Whether rows of the range may be gone and nobody has looked yet.

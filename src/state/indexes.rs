@@ -6,7 +6,7 @@
 use crate::error::Result;
 use crate::server::relation::{self, Table};
 use crate::server::session::{Failure, Owner};
-use crate::server::spi::{self, value};
+use crate::server::spi::{self, Found, value};
 use crate::server::text::{SCHEMA, qualified};
 use crate::state::restore::HERE;
 use pgrx::prelude::*;
@@ -116,7 +116,7 @@ pub fn subjects() -> Result<Vec<Subject>> {
 }
 
 pub fn subject_of(relation: pg_sys::Oid) -> Result<Option<Subject>> {
-    Ok(spi::query(&format!("{SUBJECTS} WHERE c.oid = $1"), &[relation.into()], subject)?.pop())
+    spi::query(&format!("{SUBJECTS} WHERE c.oid = $1"), &[relation.into()], subject).one()
 }
 
 fn subject(r: &pgrx::spi::SpiHeapTupleData) -> Result<Subject> {
@@ -232,7 +232,7 @@ pub fn is_at_work(relation: pg_sys::Oid) -> Result<bool> {
         "SELECT FROM {SCHEMA}.index_work WHERE relation IN (
              SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1) LIMIT 1"
     );
-    Ok(!spi::current(&sql, &[relation.into()], |_| Ok(()))?.is_empty())
+    spi::current(&sql, &[relation.into()], |_| Ok(())).any()
 }
 
 /// How soon it is tried again when somebody was in the way, and when the build itself failed: it reads all of
@@ -288,7 +288,7 @@ pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
              AND v.name = s.name)"
     );
     // A look that finds nothing writes nothing.
-    if spi::query(&format!("SELECT {gone} LIMIT 1"), &[relation.into()], |_| Ok(()))?.is_empty() {
+    if !spi::query(&format!("SELECT {gone} LIMIT 1"), &[relation.into()], |_| Ok(())).any()? {
         return Ok(());
     }
     spi::execute(&format!("DELETE {gone}"), &[relation.into()]).map(drop)
@@ -308,7 +308,7 @@ pub fn look_after() -> Result<()> {
                      AND s.state NOT IN ('built', 'open partition'))"
         ),
     ] {
-        if !spi::query(&format!("SELECT {sql} LIMIT 1"), &[], |_| Ok(()))?.is_empty() {
+        if spi::query(&format!("SELECT {sql} LIMIT 1"), &[], |_| Ok(())).any()? {
             spi::execute(&format!("DELETE {sql}"), &[])?;
         }
     }

@@ -19,7 +19,7 @@
 
 use crate::error::{Error, Result};
 use crate::server::locks::Patience;
-use crate::server::spi::{execute, query, value};
+use crate::server::spi::{Found, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::fence;
 
@@ -172,8 +172,8 @@ impl Marker {
                 names_us: value(r, 3)?,
                 here: value(r, 4)?,
             })
-        })?;
-        found.into_iter().next().ok_or_else(|| Error::NoTable(format!("{SCHEMA}.installation")))
+        }).one()?;
+        found.ok_or_else(|| Error::NoTable(format!("{SCHEMA}.installation")))
     }
 
     fn is_right(&self) -> bool {

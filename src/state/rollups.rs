@@ -1,7 +1,7 @@
 //! What is noted of rollups: their names, how far they are covered, what failed.
 
 use crate::error::Result;
-use crate::server::spi::{execute, query, value};
+use crate::server::spi::{Found, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::frozen::Range;
 use crate::state::restore::HERE;
@@ -45,12 +45,12 @@ pub fn rollups_of(role: pg_sys::Oid, most: usize) -> Result<Vec<String>> {
 }
 
 pub fn any_rollup() -> Result<bool> {
-    Ok(!query(&format!("SELECT FROM {SCHEMA}.rollup LIMIT 1"), &[], |_| Ok(()))?.is_empty())
+    query(&format!("SELECT FROM {SCHEMA}.rollup LIMIT 1"), &[], |_| Ok(())).any()
 }
 
 pub fn rollup_exists(name: &str) -> Result<bool> {
     let sql = format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1");
-    Ok(!query(&sql, &[name.into()], |_| Ok(()))?.is_empty())
+    query(&sql, &[name.into()], |_| Ok(())).any()
 }
 
 /// Whether rollups of the source wait for backfill.
@@ -59,7 +59,7 @@ pub fn is_uncovered(source: &str) -> Result<bool> {
         "SELECT FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source AND s.origin = {HERE}
          WHERE r.source = $1 AND r.covered_from > '-infinity' LIMIT 1"
     );
-    Ok(!query(&sql, &[source.into()], |_| Ok(()))?.is_empty())
+    query(&sql, &[source.into()], |_| Ok(())).any()
 }
 
 /// It knows nothing, and is to be computed.
@@ -86,7 +86,7 @@ pub fn keep_for(owner: Option<pg_sys::Oid>) -> Result<()> {
 pub fn kept_for() -> Result<Option<pg_sys::Oid>> {
     let sql =
         format!("SELECT owner::oid FROM {SCHEMA}.rollup WHERE source = $1 AND owner IS NOT NULL LIMIT 1");
-    Ok(query(&sql, &[CHANGE_LOG.into()], |r| value(r, 1))?.pop())
+    query(&sql, &[CHANGE_LOG.into()], |r| value(r, 1)).one()
 }
 
 /// These know a range from now on: it was computed, or nobody knows of a row there.
@@ -112,7 +112,7 @@ pub fn backfill_progress() -> Result<Option<String>> {
          FROM {SCHEMA}.backfill JOIN {SCHEMA}.rollup USING (name, covered_from)
          WHERE source = $1 AND covered_from > '-infinity' ORDER BY covered_from DESC LIMIT 1"
     );
-    let found = query(&sql, &[CHANGE_LOG.into()], |r| Ok((r.get::<String>(1)?, r.get::<f64>(2)?)))?.pop();
+    let found = query(&sql, &[CHANGE_LOG.into()], |r| Ok((r.get::<String>(1)?, r.get::<f64>(2)?))).one()?;
     Ok(found.map(|(days, left)| {
         let days = days.unwrap_or_else(|| "no day is covered yet".into());
         match left {

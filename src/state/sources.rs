@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::server::relation::{FAMILY, is_open_here};
-use crate::server::spi::{Args, current, execute, query, value};
+use crate::server::spi::{Found, Args, current, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
 use crate::state::window::{Holder, Window};
@@ -33,12 +33,12 @@ pub fn sources() -> Result<Vec<Source>> {
 
 /// The source of one rollup, merged as far as that is.
 pub fn source_of(rollup: &str) -> Result<Option<Source>> {
-    Ok(sources_where("r.name = $1", &[rollup.into()])?.pop())
+    sources_where("r.name = $1", &[rollup.into()]).one()
 }
 
 /// The source of that name.
 pub fn source(name: &str) -> Result<Option<Source>> {
-    Ok(sources_where("s.name = $1", &[name.into()])?.pop())
+    sources_where("s.name = $1", &[name.into()]).one()
 }
 
 /// The sources that a table is, one for each sequence of which we are to merge rollups.
@@ -52,7 +52,7 @@ pub fn filled_by_hand(relation: pg_sys::Oid) -> Result<Option<String>> {
         "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
          WHERE r.definition IS NULL AND s.relation = $1 AND s.origin = {HERE} ORDER BY r.name LIMIT 1"
     );
-    Ok(query(&sql, &[relation.into()], |r| value(r, 1))?.pop())
+    query(&sql, &[relation.into()], |r| value(r, 1)).one()
 }
 
 /// The relation of a source as it is now: another session may have put a partitioned table in its place.
@@ -62,7 +62,7 @@ pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
         "SELECT s.relation::oid FROM {SCHEMA}.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
          WHERE s.name = $1 AND s.sequence = $2"
     );
-    Ok(current(&sql, &[source.name.as_str().into(), source.sequence.into()], |r| value(r, 1))?.pop())
+    current(&sql, &[source.name.as_str().into(), source.sequence.into()], |r| value(r, 1)).one()
 }
 
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {

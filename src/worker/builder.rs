@@ -11,7 +11,7 @@ use crate::partition::convert::{Conversion, Step};
 use crate::server::locks::database_is_wanted;
 use crate::server::log;
 use crate::server::session::{Failure, Owner};
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::state::conversion::Pending;
 use crate::state::step::Subject;
 use crate::worker::give_way;
@@ -88,7 +88,7 @@ fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> 
     let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index p
          JOIN pg_catalog.pg_locks l ON l.pid = p.pid AND l.locktype = 'relation' AND l.relation = $1
          WHERE l.database = p.datid AND p.datname = pg_catalog.current_database() LIMIT 1";
-    if !spi::query(at_work, &[relation.into()], |_| Ok(()))?.is_empty() {
+    if spi::query(at_work, &[relation.into()], |_| Ok(())).any()? {
         return Ok(None);
     }
     let all: Vec<Conversion> = Pending::all()?;
