@@ -51,7 +51,7 @@ pub extern "C-unwind" fn _PG_init() {
     guc::register();
     server::guard::install();
     server::hint::install();
-    // No process of ours while pg_upgrade has a server run: it has noted the next XID, and what is there.
+    // pg_upgrade starts the server to copy catalogs: an XID of ours would be one that it does not know of.
     // SAFETY: flags of the postmaster.
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress && !pg_sys::IsBinaryUpgrade } {
         worker::launcher::register();

@@ -1356,7 +1356,9 @@ fn a_gap_that_ends_at_a_fraction_is_left_behind() {
 
 #[test]
 fn vacuum_analyze_and_concurrent_indexes_neither_block_nor_are_cancelled() {
-    let (db, mut client) = page_views();
+    let db = own_cluster(&["autovacuum_naptime = '1s'"]).database();
+    let mut client = db.connect();
+    client.batch_execute(PAGE_VIEWS).unwrap();
     client
         .batch_execute("ALTER TABLE page_views SET (autovacuum_vacuum_insert_threshold = 100, autovacuum_vacuum_insert_scale_factor = 0, autovacuum_analyze_threshold = 100)")
         .unwrap();

@@ -165,7 +165,7 @@ fn an_idle_writer_freezes_the_watermark_only() {
 
 #[test]
 fn autovacuum_of_the_change_log_is_never_cancelled() {
-    let db = shared().database().attached();
+    let db = own_cluster(&["autovacuum_naptime = '1s'"]).database().attached();
     let mut client = db.connect();
     client
         .batch_execute("ALTER TABLE litellm_spend.change_log SET (autovacuum_vacuum_threshold = 10, autovacuum_analyze_threshold = 10)")

@@ -58,7 +58,8 @@ pub fn require_same(fence: &Fence) -> Result<()> {
          WHERE a.attname IS DISTINCT FROM noted.name::name ORDER BY 1 LIMIT 1",
         &[fence.relation.into(), names.into(), numbers.into()],
         |r| Ok((value::<String>(r, 1)?, r.get::<String>(2)?)),
-    ).one()?;
+    )
+    .one()?;
     let Some((column, now)) = changed else { return Ok(()) };
     let (relation, rollup) = (fence.filled()?.source.clone(), fence.name.clone());
     Err(Error::OtherColumn { relation, rollup, column, now })

@@ -162,7 +162,8 @@ fn require_permanent(definition: &Definition, merge_functions: &[MergeFunction])
          LIMIT 1",
         &[definition.live_view().into(), definition.table().into()],
         |r| spi::value::<String>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     found.map_or(Ok(()), |object| Err(Error::Temporary(object)))
 }
 

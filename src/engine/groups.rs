@@ -16,9 +16,9 @@
 //! which a statement takes note, a trigger say, is written by `INSERT … ON CONFLICT` out of the groups.
 //!
 //! Memory: the groups may take as much as PostgreSQL gives to a hash table in maintenance, and where a
-//! statement writes them, `maintenance_work_mem` more. What they are when they reach that is forgotten, and
-//! SQL does it all, which sets rows aside on disk. To write a part of them would cost more: the groups would
-//! come again, and each be found and changed in the table.
+//! statement writes them, `maintenance_work_mem` more. When they reach that they are thrown away and SQL
+//! merges the window, which spills to disk. Writing a part of them would cost more: those groups would come
+//! again, and each be found and changed in the table.
 //!
 //! Nobody else writes to the table meanwhile: who merges or rebuilds a rollup has its fence. Should its owner
 //! change a row by hand, either waits for the other, and who comes second fails and begins again.

@@ -127,7 +127,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         let refill = rollup.refill(None, watermark);
         let groups = rollup::naming_nulls(rollup, || spi::execute(&refill, &[start.into(), end.into()]))?;
         drop(rights);
-        return first.is_committed().map(|()| groups);
+        return first.note_committed().map(|()| groups);
     }
     let groups = rollup::naming_nulls(first.filled()?, || {
         if groups::are_hashed(first.relation)? {
@@ -208,11 +208,14 @@ fn last_lost_bucket(
     truth: &Truth,
     range: Range,
 ) -> Result<Option<Option<String>>> {
-    truth.owner.fresh(
-        &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
-        &[range.start.into(), range.end.into()],
-        |r| Ok(r.get::<String>(1)?),
-    ).one()
+    truth
+        .owner
+        .fresh(
+            &definition.last_lost_bucket(truth.relation().as_deref(), fence.watermark),
+            &[range.start.into(), range.end.into()],
+            |r| Ok(r.get::<String>(1)?),
+        )
+        .one()
 }
 
 /// Whether the rollup, its tail included, knows of more rows in the range than there are.

@@ -172,7 +172,7 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
 pub fn note_committed(name: &str) -> Result<()> {
     let Some(fence) = Fence::take(name, Patience::None)? else { return Ok(()) };
     match spread::await_end(name, &fence.filled()?.table(), Patience::None) {
-        Ok(()) => fence.is_committed(),
+        Ok(()) => fence.note_committed(),
         // The next merge waits for it, and says so.
         Err(Error::StillCommitting { .. }) => Ok(()),
         Err(error) => Err(error),
@@ -236,7 +236,8 @@ fn write_window(fence: &Fence, rollup: &Definition, start: i64, end: i64) -> Res
     }
     let found = spi::fresh(&rollup.merge(), &[start.into(), end.into()], |r| {
         Ok((r.get::<i64>(1)?, spi::value::<i64>(r, 2)?))
-    }).one()?;
+    })
+    .one()?;
     Ok(found.unwrap_or_default())
 }
 
@@ -312,7 +313,8 @@ fn check_sequence_has_given(fence: &Fence, merged: i64) -> Result<()> {
         &format!("SELECT sequence::oid, sequence::text FROM {SCHEMA}.source WHERE name = $1"),
         &[fence.source.clone().into()],
         |r| Ok((spi::value::<pg_sys::Oid>(r, 1)?, spi::value::<String>(r, 2)?)),
-    ).one()?;
+    )
+    .one()?;
     let Some((oid, sequence)) = sequence else { return Ok(()) };
     match relation::last_value(oid)?.filter(|last_value| *last_value < merged) {
         None => Ok(()),

@@ -108,7 +108,8 @@ pub fn require_same_numbering(relation: pg_sys::Oid, sequence: pg_sys::Oid) -> R
             let (relation, sequence) = (spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?);
             Ok((relation, sequence, r.get::<String>(3)?, r.get::<String>(4)?, spi::value::<bool>(r, 5)?))
         },
-    ).one()?;
+    )
+    .one()?;
     let Some((relation, number, column, identity, has_default)) = elsewhere else {
         return require_drawn(relation, sequence);
     };
@@ -132,7 +133,8 @@ pub fn require_logged(relation: pg_sys::Oid) -> Result<()> {
         ),
         &[relation.into(), pg_sys::InvalidOid.into()],
         |r| spi::value::<String>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     unlogged.map_or(Ok(()), |name| Err(Error::Unlogged(name)))
 }
 
@@ -242,7 +244,8 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
         &format!("SELECT name FROM {SCHEMA}.source WHERE relation = $1 AND sequence = $2"),
         &[table.oid.into(), numbering.sequence.into()],
         |r| spi::value::<String>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     if let Some(name) = existing {
         return Ok(name);
     }
@@ -258,7 +261,8 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
         ),
         &[table.qualified().into(), table.oid.into(), numbering.sequence.into()],
         |r| spi::value::<String>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     Ok(name.unwrap_or_default())
 }
 

@@ -170,7 +170,7 @@ pub fn round(run: &mut impl Runner) -> bool {
         let (oid, relation) = (table.relation.to_u32(), table.relation);
         let builder = Subject::Builder(oid, table.table.clone());
         match run.step(Subject::Indexes(oid, table.table), || look(relation)) {
-            Some(Next::Nothing) => run.recovered(&builder),
+            Some(Next::Nothing) => run.forget_failure(&builder),
             Some(Next::Do(_)) => {
                 run.begin_top_level(builder, relation);
                 more = true;

@@ -186,7 +186,8 @@ impl Size {
              FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relkind = 'r'",
             &[tree.to_vec().into()],
             |r| Ok((value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<f64>(r, 3)?)),
-        ).one()?;
+        )
+        .one()?;
         let (tables, heap, rows) = size.unwrap_or_default();
         let widths = spi::query(
             "SELECT a.attname::text, max(s.stawidth) FROM pg_catalog.pg_statistic s

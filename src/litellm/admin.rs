@@ -3,7 +3,7 @@
 //! That gives it no right on anybody's table: each function asks in addition whether its caller may act for
 //! the owner of what it is to change or compare, and works as that owner. So what is granted here is EXECUTE
 //! on our functions, USAGE on their schemas and SELECT on the views that show our state, never a table and
-//! never spend: that is `views::grant_reports`.
+//! never spend: that is [`crate::litellm::reports::grant`].
 //!
 //! Whose rights: functions and views are ours, and granted as ourselves. The extension's schema may be
 //! anybody's: USAGE on it is granted as its owner.

@@ -49,10 +49,10 @@ pub fn step(patience: Patience) -> Result<bool> {
         }
         // A day that has lost rows keeps what the rollups say of it, the best record there is; the days after
         // it are computed.
-        if !computed(&behind, &fences, part)? {
+        if !compute(&behind, &fences, part)? {
             let rest = Range { start: day_after(part.start)?, ..part };
             if part.end != Some(rest.start) {
-                computed(&behind, &fences, rest)?;
+                compute(&behind, &fences, rest)?;
             }
         }
     }
@@ -77,7 +77,7 @@ pub fn step(patience: Patience) -> Result<bool> {
 }
 
 /// Computes a range, unless raw rows of it are gone.
-fn computed(behind: &[&Fence], known: &[Fence], range: Range) -> Result<bool> {
+fn compute(behind: &[&Fence], known: &[Fence], range: Range) -> Result<bool> {
     match rebuild_some(behind, &known.iter().collect::<Vec<_>>(), range, Shrink::Refuse) {
         Err(Error::RawRowsLost { .. }) => Ok(false),
         other => other.map(|_| true),

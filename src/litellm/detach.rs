@@ -16,7 +16,7 @@ use crate::litellm::capture::attached;
 use crate::litellm::functions::{OPERATIONS, function_name};
 use crate::litellm::repair;
 use crate::litellm::reports;
-use crate::litellm::triggers::{drop_triggers, lock_rows, triggers};
+use crate::litellm::triggers::{drop_triggers, triggers};
 use crate::litellm::views::{self, Action};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
@@ -26,6 +26,7 @@ use crate::server::spi;
 use crate::server::text::{SCHEMA, literal, qualified};
 use crate::state::captured::{self, CaptureState};
 use crate::state::definition::Definition;
+use crate::state::fence;
 use crate::state::restore;
 use crate::state::rollups;
 use crate::state::sources::{self, CHANGE_LOG};
@@ -195,7 +196,7 @@ fn hold() -> Result<Elevated> {
     let log = format!("WHERE name = {}", literal(CHANGE_LOG));
     [("source", log.as_str()), ("capture", ""), ("dirty_range", "")]
         .into_iter()
-        .try_for_each(|(table, condition)| lock_rows(guc::lock_timeout(), table, condition))?;
+        .try_for_each(|(table, condition)| fence::lock_rows(guc::lock_timeout(), table, condition))?;
     Ok(impatient)
 }
 

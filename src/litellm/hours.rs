@@ -80,6 +80,7 @@ fn next_day(fences: &[Fence], hours_from: Timestamp, border: Timestamp) -> Resul
         return Ok(border);
     }
     let sql = format!("SELECT min(first) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    let first = spi::fresh(&sql, &[hours_from.into(), border.into()], |r| Ok(r.get::<Timestamp>(1)?)).one()?;
+    let first =
+        spi::fresh(&sql, &[hours_from.into(), border.into()], |r| Ok(r.get::<Timestamp>(1)?)).one()?;
     Ok(first.flatten().map(day_after).transpose()?.unwrap_or(border))
 }

@@ -167,7 +167,8 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
         ),
         &[capture.failures_seen.into(), safe.into()],
         |r| spi::value::<i64>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     if noted.unwrap_or(0) < safe - capture.failures_seen {
         uncover_all(&capture.source)?;
     }
@@ -204,7 +205,8 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
         ),
         &[],
         |r| Ok(r.get::<String>(1)?.zip(r.get::<String>(2)?)),
-    ).one()?;
+    )
+    .one()?;
     let Some((ranges, operation)) = note.flatten() else { return Ok(false) };
     // 2. the days that the rollup knows there, and whether raw rows of them are missing.
     let started = Instant::now();

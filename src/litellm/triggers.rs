@@ -13,7 +13,6 @@
 
 use crate::citus;
 use crate::error::{Error, Result};
-use crate::guc::LockLimit;
 use crate::litellm::builtin;
 use crate::litellm::capture::columns_of_predecessor;
 use crate::litellm::functions::{self, MOVE, OPERATIONS, Replaced, function_name};
@@ -23,7 +22,7 @@ use crate::litellm::views::Action;
 use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, qualified, quoted};
+use crate::server::text::{SCHEMA, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence;
 use pgrx::prelude::*;
@@ -234,29 +233,9 @@ pub fn missing_triggers_within(
     )
 }
 
-/// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked:
-/// whoever has them must not keep that locked, too.
-pub fn lock_rows(limit: LockLimit, table: &str, condition: &str) -> Result<()> {
-    let name = qualified(SCHEMA, table);
-    let oid = relation::find_relation(&name)?.unwrap_or(pg_sys::InvalidOid);
-    locks::lock_within(limit, &format!("SELECT FROM {name} {condition} FOR UPDATE"), &name, oid)
-}
-
-/// What says where the rows are.
-const FOLLOWING: [&str; 3] = ["capture", "source", "policy"];
-
-/// The right to [`follow`], before the table is locked.
-pub fn prepare_to_follow(limit: LockLimit, old: pg_sys::Oid) -> Result<()> {
-    let condition = format!("WHERE relation = {}::oid", old.to_u32());
-    FOLLOWING.into_iter().try_for_each(|table| lock_rows(limit, table, &condition))
-}
-
 /// Capture and rollups go on where the rows are now.
 pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
-    for table in FOLLOWING {
-        let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
-        spi::execute(&sql, &[old.into(), new.into()])?;
-    }
+    fence::move_notes(old, new)?;
     let Some(state) = captured::capture()?.filter(|state| state.relation == new) else { return Ok(()) };
     if state.predecessor.is_some() {
         // The trigger functions name the table, too.

@@ -343,8 +343,8 @@ fn owner_noted(view: &PublicView) -> Result<Option<pg_sys::Oid>> {
     Ok(spi::query(&sql, &[view.name.into()], |r| Ok(r.get(1)?)).one()?.flatten())
 }
 
-/// Lets go of a view that somebody has replaced: it is theirs until the next attach.
-pub fn forget(view: &PublicView) -> Result<()> {
+/// Forgets that the view was ours: somebody has replaced it, and it is theirs until the next attach.
+fn forget(view: &PublicView) -> Result<()> {
     spi::execute(&format!("DELETE FROM {SCHEMA}.public_view WHERE name = $1"), &[view.name.into()])?;
     Ok(())
 }
@@ -430,7 +430,8 @@ fn installed(view: &PublicView) -> Result<Option<String>> {
         &format!("SELECT installed FROM {SCHEMA}.public_view WHERE name = $1"),
         &[view.name.into()],
         |r| Ok(r.get::<String>(1)?),
-    ).one()?;
+    )
+    .one()?;
     Ok(installed.flatten())
 }
 
@@ -502,7 +503,8 @@ fn rights(found: &Table, source: &Table) -> Result<(bool, bool)> {
          FROM pg_catalog.pg_class c, pg_catalog.pg_roles r WHERE c.oid = $2 AND r.oid = $1",
         &[found.owner_oid.into(), source.oid.into()],
         |r| Ok((spi::value::<bool>(r, 1)?, spi::value::<bool>(r, 2)?)),
-    ).one()?;
+    )
+    .one()?;
     Ok(rights.unwrap_or((false, false)))
 }
 

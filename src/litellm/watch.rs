@@ -20,7 +20,7 @@ use crate::litellm::reports;
 use crate::litellm::spend_log::Capture;
 use crate::litellm::triggers::{
     any_unnoted, create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition,
-    lock_rows, missing_triggers, note_triggers, require_all_rows_seen, silence, triggers,
+    missing_triggers, note_triggers, require_all_rows_seen, silence, triggers,
 };
 use crate::litellm::views::{self, PublicView, Stray};
 use crate::server::locks::{self, Patience};
@@ -257,7 +257,7 @@ fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> 
     let missed = missing.iter().filter(|(_, operation)| operation != MOVE);
     let mut partitions: Vec<pg_sys::Oid> = missed.map(|(oid, _)| *oid).collect();
     partitions.dedup();
-    lock_rows(guc::lock_timeout(), "capture", "")?;
+    fence::lock_rows(guc::lock_timeout(), "capture", "")?;
     // The table before its partitions, as for everybody who uses them: no deadlock.
     locks::lock_against_dropping(state.relation)?;
     create_triggers(state)?;
@@ -438,7 +438,8 @@ fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
 
 /// The replaced table is gone: the days that it had rows of become history.
 fn forget_predecessor() -> Result<()> {
-    let end = spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?)).one()?;
+    let end =
+        spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?)).one()?;
     frozen::note(end.flatten(), "DROP TABLE")?;
     unset_predecessor()
 }

@@ -13,9 +13,9 @@ use pgrx::prelude::*;
 
 pub const ARCHIVE: &str = "litellm_spend_archive";
 
-/// Fails if it belongs to another: whoever owns a schema can drop what others have in it, and put something
-/// else in its place.
-pub fn is_there() -> Result<bool> {
+/// Whether it is there. Fails if it belongs to another: whoever owns a schema can drop what others have in
+/// it, and put something else in its place.
+pub fn require_ours() -> Result<bool> {
     let sql = "SELECT rolname::text, rolsuper FROM pg_catalog.pg_namespace n
                JOIN pg_catalog.pg_roles r ON r.oid = nspowner WHERE nspname = $1";
     let found =
@@ -30,7 +30,7 @@ pub fn is_there() -> Result<bool> {
 /// into it.
 pub fn ensure(owner: Owner) -> Result<()> {
     fence::lock_grants()?;
-    if !is_there()? {
+    if !require_ours()? {
         let comment = "Tables that litellm_spend took out of use; nobody needs them";
         spi::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
         spi::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;

@@ -72,7 +72,7 @@ pub enum Step {
 /// The end of the old table's name.
 pub const LEGACY: &str = "_legacy";
 
-/// What older versions called it.
+/// The CHECK by which 0.1.0 proved the cutover; one that is found is dropped.
 const CHECK: &str = "litellm_spend_cutover";
 
 impl Conversion {

@@ -201,7 +201,8 @@ pub fn partition_of_another(table: &Table) -> Result<Option<String>> {
         "SELECT oid::regclass::text FROM pg_catalog.pg_class WHERE oid = ANY ($1) AND relowner <> $2",
         &[relation::relation_tree(table.oid)?.into(), table.owner_oid.into()],
         |r| value(r, 1),
-    ).one()
+    )
+    .one()
 }
 
 fn restart(reversion: &mut Reversion) -> Result<()> {
@@ -247,7 +248,8 @@ fn template(reversion: &Reversion) -> Result<pg_sys::Oid> {
          LIMIT 1",
         &[reversion.relation.into()],
         |r| value(r, 1),
-    ).one()?;
+    )
+    .one()?;
     Ok(partition.unwrap_or(reversion.relation))
 }
 
@@ -274,7 +276,8 @@ pub fn shape(relation: pg_sys::Oid) -> Result<String> {
               FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype IN ('c', 'p')))",
         &[relation.into()],
         |r| value(r, 1),
-    ).one()?;
+    )
+    .one()?;
     Ok(shape.unwrap_or_default())
 }
 

@@ -200,7 +200,8 @@ pub fn storage(template: pg_sys::Oid) -> Result<(String, Option<&'static str>)> 
          WHERE c.oid = $1",
         &[template.into()],
         |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?, r.get::<String>(3)?, spi::value::<String>(r, 4)?)),
-    ).one()?;
+    )
+    .one()?;
     let Some((method, tablespace, options, identity)) = found else {
         return Ok((String::new(), None));
     };
@@ -396,7 +397,8 @@ pub fn refuse_references(relations: &[pg_sys::Oid], name: &str) -> Result<()> {
          WHERE contype = 'f' AND confrelid = ANY ($1)",
         &[relations.to_vec().into()],
         |r| spi::value::<String>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     match reference {
         None => Ok(()),
         Some(by) => Err(Error::Referenced { relation: name.into(), by }),

@@ -123,9 +123,9 @@ impl Dependents {
     }
 
     /// Drops the triggers, but for ours, from the table under its new name: they would fire twice.
-    pub fn drop_triggers(&self, renamed: &str) -> Result<()> {
+    pub fn drop_triggers(&self, table: &str) -> Result<()> {
         for trigger in &self.triggers {
-            self.owner().run(format!("DROP TRIGGER {} ON {renamed}", quoted(&trigger.name)))?;
+            self.owner().run(format!("DROP TRIGGER {} ON {table}", quoted(&trigger.name)))?;
         }
         Ok(())
     }
@@ -175,7 +175,8 @@ fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
          GROUP BY c.conname",
         &[table.into()],
         |r| Ok((value(r, 1)?, value(r, 2)?)),
-    ).one()
+    )
+    .one()
 }
 
 fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {

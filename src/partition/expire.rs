@@ -263,7 +263,8 @@ fn refuse_dependents(partition: &Partition) -> Result<()> {
            AND d.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass) AND r.ev_class IS DISTINCT FROM $1",
         &[partition.oid.into()],
         |r| spi::value::<String>(r, 1),
-    ).one()?;
+    )
+    .one()?;
     match object {
         None => Ok(()),
         Some(by) => Err(Error::Referenced { relation: partition.name.clone(), by }),

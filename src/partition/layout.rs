@@ -277,7 +277,8 @@ pub fn partition_key(table: &Table) -> Result<String> {
          WHERE p.partrelid = $1",
         &[table.oid.into()],
         |r| Ok((spi::value::<String>(r, 1)?, r.get::<String>(2)?)),
-    ).one()?;
+    )
+    .one()?;
     match key {
         Some((_, Some(column))) => Ok(column),
         Some((key, None)) => Err(Error::NotByTime {

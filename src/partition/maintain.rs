@@ -132,7 +132,7 @@ impl<R: Runner> Round<'_, R> {
             self.drain(now, cutoff);
             self.create(now);
             self.finish_detach(cutoff);
-            self.next(now);
+            self.note_next(now);
         }
     }
 
@@ -175,7 +175,7 @@ impl<R: Runner> Round<'_, R> {
             // Or it rests, since it did.
             None => {
                 self.slow |= began.elapsed() > SLICE;
-                self.soon();
+                self.try_again_soon();
                 let detail = "failed or took too long; see the server's log";
                 self.failure.get_or_insert_with(|| format!("{about}: {detail}"));
                 self.report("skipped", about, 0, detail);
@@ -189,7 +189,7 @@ impl<R: Runner> Round<'_, R> {
         if failure.is_lock_timeout() {
             detail = failure.in_a_line();
             self.blocked.get_or_insert_with(|| format!("{about}: {detail}"));
-            self.soon();
+            self.try_again_soon();
             let again = policy::retry().as_secs();
             if again > 0 {
                 detail += &format!("; the worker, where one runs, tries again in {again} s");
@@ -214,7 +214,7 @@ impl<R: Runner> Round<'_, R> {
         self.actions.push(Action { action, partition: partition.into(), rows, detail: detail.into() });
     }
 
-    fn soon(&mut self) {
+    fn try_again_soon(&mut self) {
         if self.again == Again::Later {
             self.again = Again::Soon;
         }
@@ -233,7 +233,7 @@ impl<R: Runner> Round<'_, R> {
                 let held = expire::count(layout, &partition, &policy)?;
                 expire::finish(layout, &partition, &policy, held, patience)
             });
-            self.expired(&partition, rows);
+            self.note_expired(&partition, rows);
         }
     }
 
@@ -257,10 +257,10 @@ impl<R: Runner> Round<'_, R> {
         }
         let (policy, patience) = (self.policy.clone(), self.run.patience());
         let rows = self.step(&partition.name, || expire::finish(layout, partition, &policy, held, patience));
-        self.expired(partition, rows);
+        self.note_expired(partition, rows);
     }
 
-    fn expired(&mut self, partition: &Partition, outcome: Option<(i64, String)>) {
+    fn note_expired(&mut self, partition: &Partition, outcome: Option<(i64, String)>) {
         if let Some((rows, place)) = outcome {
             let action = if self.policy.on_expire == OnExpire::Drop { "dropped" } else { "detached" };
             self.note(action, &partition.name, rows, format!("{}; {place}", partition.range));
@@ -416,7 +416,7 @@ impl<R: Runner> Round<'_, R> {
                 Some(true)
             }
             Ok(None) => {
-                self.soon();
+                self.try_again_soon();
                 self.note("skipped", &name, 0, "somebody else made it at the same time");
                 None
             }
@@ -427,7 +427,7 @@ impl<R: Runner> Round<'_, R> {
         }
     }
 
-    fn next(&mut self, now: Moment) {
+    fn note_next(&mut self, now: Moment) {
         let Some(layout) = self.layout() else { return };
         let policy = self.policy.clone();
         let Some(ahead) = self.step(&layout.table.name, || layout.periods_ahead(policy.interval, now)) else {

@@ -159,7 +159,8 @@ impl Size {
              FROM pg_catalog.pg_class c WHERE c.oid = $1",
             &[table.oid.into()],
             |r| Ok(Size { heap: value(r, 1)?, rows: value(r, 2)?, key: value(r, 3)? }),
-        ).one()?;
+        )
+        .one()?;
         Ok(size.unwrap_or(Size { heap: 0, key: 0, rows: 0.0 }))
     }
 

@@ -413,7 +413,8 @@ fn check_retention(interval: &str, retention: &str) -> Result<()> {
                FROM (SELECT $1::interval) AS given(r), extract(epoch FROM r) AS s";
     let answer = spi::query(sql, &[retention.into(), interval.into()], |r| {
         Ok((spi::value::<bool>(r, 1)?, r.get::<i64>(2)?))
-    }).one()?;
+    })
+    .one()?;
     match answer {
         Some((false, seconds)) => {
             let (given, interval) = (retention.into(), interval.into());

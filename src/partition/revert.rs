@@ -39,7 +39,6 @@ use crate::server::text::{literal, qualified, quoted, suffixed};
 use crate::state::captured;
 use crate::state::conversion::{self, Pending, Progress, progress};
 use crate::state::fence;
-use crate::state::indexes;
 use crate::state::step::{Runner, Subject, Task};
 use pgrx::pg_sys;
 use serde::{Deserialize, Serialize};
@@ -149,7 +148,7 @@ pub fn request(table: &Table) -> Result<()> {
     let refuse = |reason: String| Error::CannotRevert { relation: table.qualified(), reason };
     layout::require_here(table.oid)?;
     // It is where the copy will be made.
-    archive::is_there()?;
+    archive::require_ours()?;
     // What was asked for when it had another owner, or of another table of that name: what was made for it
     // would be in the way, and nobody would know of it any more.
     for mut earlier in Reversion::all()? {
@@ -376,7 +375,6 @@ impl Reversion {
         // 4. capture and rollups go on there; what is kept out had been counted.
         let plain = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
         triggers::follow(self.relation, plain)?;
-        indexes::follow(self.relation, plain)?;
         if let Some(state) = captured::capture()?.filter(|state| state.relation == plain) {
             run(Capture { columns: &state.columns }.retire(&self.duplicates(), &[]))?;
         }

@@ -34,7 +34,6 @@ use crate::server::relation;
 use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, qualified, quoted, suffixed};
 use crate::state::fence;
-use crate::state::indexes;
 use crate::state::restore::HERE;
 use pgrx::prelude::*;
 
@@ -91,7 +90,6 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     dependents.point_readers()?;
     // 7. capture, rollups, indexes and maintenance go on there.
     triggers::follow(conversion.relation, parent)?;
-    indexes::follow(conversion.relation, parent)?;
     store_policy(conversion, parent)
 }
 
@@ -103,10 +101,7 @@ pub fn lock(
     read: impl Fn() -> Result<Dependents>,
 ) -> Result<Dependents> {
     let oids = |dependents: &Dependents| dependents.views.iter().map(|view| view.oid).collect::<Vec<_>>();
-    relations
-        .iter()
-        .take(1)
-        .try_for_each(|oid| triggers::prepare_to_follow(guc::swap_lock_timeout(), *oid))?;
+    relations.iter().take(1).try_for_each(|oid| fence::lock_notes_of(guc::swap_lock_timeout(), *oid))?;
     let views = oids(&read()?);
     let all = views.iter().chain(relations).map(|oid| (*oid, pg_sys::AccessExclusiveLock));
     locks::lock_all(guc::swap_lock_timeout(), &all.collect::<Vec<_>>())?;

@@ -60,7 +60,8 @@ fn add(relation: &str, condition: &str) -> Result<()> {
     Ok(())
 }
 
-/// SAFETY: a list of pointers that is not empty.
+/// # Safety
+/// A list of pointers that is not empty.
 unsafe fn first(list: *mut pg_sys::List) -> *mut std::ffi::c_void {
     unsafe { (*(*list).elements).ptr_value }
 }

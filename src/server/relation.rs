@@ -1,7 +1,7 @@
 //! What the catalog says of relations, sequences, roles and types. By OID, or by qualified name.
 
 use crate::error::{Error, Result};
-use crate::server::spi::{Found, Args, current, fresh, query, value};
+use crate::server::spi::{Args, Found, current, fresh, query, value};
 use crate::server::text::{qualified, suffixed};
 use pgrx::prelude::*;
 use std::collections::HashMap;
@@ -26,7 +26,8 @@ pub fn check_sequence(sequence: pg_sys::Oid) -> Result<()> {
             let shape = (value::<i64>(r, 1)?, value::<i64>(r, 2)?, value::<bool>(r, 3)?);
             Ok((shape, value::<String>(r, 4)?, value::<bool>(r, 5)?))
         },
-    ).one()?;
+    )
+    .one()?;
     let Some(((increment, cache, cycle), sequence, unlogged)) = shape else {
         return Err(Error::NoTable(format!("sequence {}", sequence.to_u32())));
     };
@@ -154,7 +155,8 @@ pub fn relation_name(relation: pg_sys::Oid) -> Result<String> {
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
         &[relation.into()],
         |r| Ok(qualified(&value::<String>(r, 1)?, &value::<String>(r, 2)?)),
-    ).one()?;
+    )
+    .one()?;
     name.ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))
 }
 
@@ -206,7 +208,8 @@ impl Table {
                     columns: vec![],
                 })
             },
-        ).one()?;
+        )
+        .one()?;
         let Some(mut table) = tables else { return Ok(None) };
         table.columns = current(
             "SELECT attname::text, pg_catalog.format_type(atttypid, NULL) FROM pg_catalog.pg_attribute
@@ -234,7 +237,8 @@ pub fn stored_columns(relation: pg_sys::Oid) -> Result<String> {
          WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
         &[relation.into()],
         |r| value(r, 1),
-    ).one()?;
+    )
+    .one()?;
     Ok(column.unwrap_or_default())
 }
 
@@ -245,7 +249,8 @@ pub fn generated_of(relation: pg_sys::Oid, columns: &[String]) -> Result<Option<
          WHERE attrelid = $1 AND attname = ANY ($2::text[]) AND attgenerated <> '' ORDER BY attnum",
         &[relation.into(), columns.to_vec().into()],
         |r| value(r, 1),
-    ).one()
+    )
+    .one()
 }
 
 /// Finds a relation by its quoted name. One that is not qualified is looked up on the path as it is, which
@@ -353,7 +358,8 @@ pub fn code_of_third_roles(objects: &str, args: Args) -> Result<Vec<String>> {
     query(&sql, args, |r| value(r, 1))
 }
 
-/// The table to attach or detach: it exists, can have triggers, and is the caller's.
+/// A permanent table, ordinary or partitioned; anything else is refused by what it is. Who may act for its
+/// owner, the caller asks.
 pub fn open(oid: pg_sys::Oid) -> Result<Table> {
     let table = Table::find(oid)?.ok_or_else(|| Error::NoTable(oid.to_u32().to_string()))?;
     let kind = match (table.kind.as_str(), table.persistence.as_str()) {

@@ -48,7 +48,8 @@ pub fn require_read_committed() -> Result<()> {
 
 pub fn require_utf8() -> Result<()> {
     let _settings = Elevated::pinned();
-    let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1)).one()?
+    let encoding = query("SELECT pg_catalog.getdatabaseencoding()::text", &[], |r| value::<String>(r, 1))
+        .one()?
         .unwrap_or_default();
     if encoding == "UTF8" { Ok(()) } else { Err(Error::Encoding(encoding)) }
 }
@@ -71,7 +72,8 @@ pub fn require_owner(caller: pg_sys::Oid, relation: pg_sys::Oid) -> Result<()> {
              WHERE oid = $1",
         &[relation.into(), caller.into()],
         |r| Ok((value::<String>(r, 1)?, value::<bool>(r, 2)?)),
-    ).one()?;
+    )
+    .one()?;
     match owns {
         Some((_, true)) => Ok(()),
         Some((name, false)) => Err(Error::NotOwner(name)),
@@ -164,7 +166,8 @@ impl Elevated {
         let owner =
             kept("SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'", |r| {
                 value::<pg_sys::Oid>(r, 1)
-            }).one()?
+            })
+            .one()?
             .ok_or_else(|| Error::NotAttached {
                 to: "this database".into(),
                 remedy: "CREATE EXTENSION litellm_spend;".into(),
@@ -267,7 +270,8 @@ impl Owner {
             "SELECT relowner, relkind::text, relname::text FROM pg_catalog.pg_class WHERE oid = $1",
             &[relation.into()],
             |r| Ok((value::<pg_sys::Oid>(r, 1)?, value::<String>(r, 2)?, value::<String>(r, 3)?)),
-        ).one()?;
+        )
+        .one()?;
         match found {
             None => Err(Error::NoTable(relation.to_u32().to_string())),
             Some((owner, kind, _)) if ["r", "p"].contains(&kind.as_str()) => Ok(Owner(owner)),

@@ -118,5 +118,6 @@ pub fn capture() -> Result<Option<CaptureState>> {
                 owner: r.get(10)?,
             })
         },
-    ).one()
+    )
+    .one()
 }

@@ -5,15 +5,17 @@
 //! | [`Fence`] | a rollup's state row, FOR UPDATE | other mergers and rebuilds; readers never |
 //! | [`lock_attachment`] | our table `capture`, SHARE ROW EXCLUSIVE | others that attach, detach, switch views |
 //! | [`lock_name`] | a rollup's name and source, as numbers | who makes or drops one of that name or source |
+//! | [`lock_notes_of`] | rows about a table, FOR UPDATE | who changes what is noted of it |
 //! | [`keep_marker`] | our table `installation`, ROW SHARE | who makes or drops the marker of restores |
 //! | [`change_marker`] | the same, EXCLUSIVE | who makes or drops it, or keeps it |
 
 use crate::error::{Error, Result};
-use crate::server::locks::{Mode, Patience, holders, try_lock};
+use crate::guc::LockLimit;
+use crate::server::locks::{Mode, Patience, holders, lock_within, try_lock};
 use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
 use crate::server::spi::{Found, execute, exists, fresh, query, value};
-use crate::server::text::SCHEMA;
+use crate::server::text::{SCHEMA, qualified};
 use crate::state::definition::Definition;
 use crate::state::rollups::rollup_names;
 use crate::state::sources::CHANGE_LOG;
@@ -227,7 +229,7 @@ impl Fence {
     }
 
     /// Notes that all that is merged of a distributed rollup is committed on all nodes.
-    pub fn is_committed(&self) -> Result<()> {
+    pub fn note_committed(&self) -> Result<()> {
         let sql = format!("UPDATE {SCHEMA}.rollup SET committed_to = watermark WHERE name = $1");
         execute(&sql, &[self.name.as_str().into()]).map(drop)
     }
@@ -250,7 +252,8 @@ fn kept_by(names: &[String]) -> Result<(String, String)> {
         ),
         &[names.to_vec().into()],
         |r| Ok((value::<String>(r, 1)?, value::<String>(r, 2)?)),
-    ).one()?;
+    )
+    .one()?;
     let Some((rollup, transaction)) = kept else {
         return Ok((names.first().cloned().unwrap_or_default(), String::new()));
     };
@@ -378,4 +381,30 @@ fn lock_object(
 /// A number for a name (FNV-1a): two names of one number wait for each other, no more.
 fn fnv(name: &str) -> u32 {
     name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// Locks rows of ours, by the name of their table, that will be changed while a user's table is locked:
+/// whoever has them must not keep that locked, too.
+pub fn lock_rows(limit: LockLimit, table: &str, condition: &str) -> Result<()> {
+    let name = qualified(SCHEMA, table);
+    let oid = find_relation(&name)?.unwrap_or(pg_sys::InvalidOid);
+    lock_within(limit, &format!("SELECT FROM {name} {condition} FOR UPDATE"), &name, oid)
+}
+
+/// What is noted of a table by its OID.
+const NOTES: [&str; 4] = ["capture", "source", "policy", "index_set"];
+
+/// The right to [`move_notes`], before the table is locked.
+pub fn lock_notes_of(limit: LockLimit, old: pg_sys::Oid) -> Result<()> {
+    let condition = format!("WHERE relation = {}::oid", old.to_u32());
+    NOTES.into_iter().try_for_each(|table| lock_rows(limit, table, &condition))
+}
+
+/// What is noted of a table is of another from now on, which takes its place.
+pub fn move_notes(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
+    for table in NOTES {
+        let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
+        execute(&sql, &[old.into(), new.into()])?;
+    }
+    Ok(())
 }

@@ -91,12 +91,6 @@ pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<Strin
     )
 }
 
-/// The indexes that were asked for on one table are those of another from now on, which takes its place.
-pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
-    let sql = format!("UPDATE {SCHEMA}.index_set SET relation = $2 WHERE relation = $1");
-    spi::execute(&sql, &[old.into(), new.into()]).map(drop)
-}
-
 /// The names of ours begin so. Then come the catalogue's name and that of the table or partition.
 pub const PREFIX: &str = "litellm_spend_";
 

@@ -172,7 +172,8 @@ impl Marker {
                 names_us: value(r, 3)?,
                 here: value(r, 4)?,
             })
-        }).one()?;
+        })
+        .one()?;
         found.ok_or_else(|| Error::NoTable(format!("{SCHEMA}.installation")))
     }
 

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::server::relation::{FAMILY, is_open_here};
-use crate::server::spi::{Found, Args, current, execute, query, value};
+use crate::server::spi::{Args, Found, current, execute, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
 use crate::state::window::{Holder, Window};

@@ -117,7 +117,7 @@ pub trait Runner {
         guc::max_window()
     }
     /// It has merged so many sequence values, or summarized so many pages, in a step that took so long.
-    fn has_merged(&mut self, _subject: &Subject, _values: i64, _took: Duration) {}
+    fn note_window(&mut self, _subject: &Subject, _values: i64, _took: Duration) {}
     /// How long rows are worth waiting for that would be merged together with those that can be already.
     fn worth_waiting(&self, _source: &Source) -> Duration {
         Duration::ZERO
@@ -127,7 +127,7 @@ pub trait Runner {
         true
     }
     /// All of them are merged.
-    fn merged(&mut self, _source: &str) {}
+    fn note_merged(&mut self, _source: &str) {}
     /// Whether it may work on a rollup.
     fn may_fill(&self, _rollup: &str) -> bool {
         true
@@ -147,9 +147,9 @@ pub trait Runner {
     /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
     fn watch_is_due(&mut self) -> bool;
     /// That look found nothing wrong.
-    fn settled(&mut self) {}
+    fn end_watch(&mut self) {}
     /// A subject that may have failed has nothing to do any more.
-    fn recovered(&mut self, _subject: &Subject) {}
+    fn forget_failure(&mut self, _subject: &Subject) {}
 }
 
 /// As it is called in the server's log and in pg_stat_activity.

@@ -106,7 +106,7 @@ impl Steps {
             }
             let numbers = last_value.map_or(0, |last_value| last_value - merged_to);
             if numbers == 0 {
-                self.merged(&source);
+                self.note_merged(&source);
             }
             work |= trims || numbers < 0 || numbers > 0 && self.merge_is_due(&source, numbers);
         }
@@ -161,7 +161,7 @@ impl Steps {
     }
 }
 
-/// Until now it was there.
+/// Runs when the worker ends: notes until when this database was served, and whose step has no end.
 #[pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: i32, _argument: pg_sys::Datum) {
     service::ending();

@@ -72,7 +72,8 @@ unsafe extern "C-unwind" fn on_statement(
     unsafe { look(node, context == pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL) }
 }
 
-/// SAFETY: `node` is a utility statement; its tag says which.
+/// # Safety
+/// `node` is a utility statement; its tag says which.
 unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
     use pg_sys::NodeTag::*;
     // The server refuses most statements about a database there.
@@ -128,7 +129,8 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
 
 /// CREATE FOREIGN TABLE … PARTITION OF or INHERITS, ALTER TABLE … ATTACH PARTITION or INHERIT.
 ///
-/// SAFETY: `node` is a utility statement; its tag says which.
+/// # Safety
+/// `node` is a utility statement; its tag says which.
 unsafe fn may_bring_foreign_partition(node: *mut pg_sys::Node) -> bool {
     use pg_sys::AlterTableType::{AT_AddInherit, AT_AttachPartition};
     use pg_sys::NodeTag::{T_AlterTableStmt, T_CreateForeignTableStmt};

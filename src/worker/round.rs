@@ -59,7 +59,7 @@ pub fn round(run: &mut impl Runner) -> Round {
             let watched = run.step(Subject::Task(Task::Watch), || watch::watch(patience));
             more |= watched == Some(Some(true));
             if none && watched == Some(None) {
-                run.settled();
+                run.end_watch();
             }
         }
     }
@@ -164,7 +164,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
     let (mut more, mut all) = (false, last_value == source.merged_to || news);
     for rollup in &source.rollups {
         if last_value == source.merged_to {
-            run.recovered(&Subject::Rollup(rollup.clone()));
+            run.forget_failure(&Subject::Rollup(rollup.clone()));
         }
         let (merge, end) = match together.next() {
             _ if !news => (None, End::Done),
@@ -194,7 +194,7 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         outcomes.push(Outcome { rollup: rollup.clone(), merge, text });
     }
     if all {
-        run.merged(&source.name);
+        run.note_merged(&source.name);
     }
     if source.name == CHANGE_LOG && source.trimmed_to < source.merged_to {
         run.step(subject, || rollup::trim(&source));
@@ -207,7 +207,7 @@ fn summarize(run: &mut impl Runner, source: &Source) {
     let (subject, started) = (Subject::Summary(source.name.clone()), Instant::now());
     let most = run.most_merged(&subject);
     if let Some(pages) = run.step(subject.clone(), || summarize::newest_rows(source, most)) {
-        run.has_merged(&subject, pages, started.elapsed());
+        run.note_window(&subject, pages, started.elapsed());
     }
 }
 
@@ -232,7 +232,7 @@ fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<
         let Some(Some(next)) = step else { break };
         let full = next.iter().any(|merge| merge.window_end < safe_end);
         let values = next.iter().map(|merge| merge.window_end - merge.window_start + 1).sum();
-        run.has_merged(&subject, if full { most } else { values }, started.elapsed());
+        run.note_window(&subject, if full { most } else { values }, started.elapsed());
         let mut earlier = merged.into_iter();
         merged = next.into_iter().map(|next| joined(earlier.next(), next)).collect();
     }
@@ -250,7 +250,7 @@ fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<
         let step = run.step(subject.clone(), || rollup::merge(rollup, safe_end, most, patience));
         match step {
             Some(Merged::Window(next)) => {
-                run.has_merged(&subject, next.window_end - next.window_start + 1, started.elapsed());
+                run.note_window(&subject, next.window_end - next.window_start + 1, started.elapsed());
                 let (last, by_nodes) = (next.window_end == safe_end, next.rows.is_none());
                 merged = Some(joined(merged, next));
                 if last && by_nodes && run.commits_each_step() {

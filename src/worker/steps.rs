@@ -117,7 +117,7 @@ impl Steps {
     fn judge<T>(&mut self, subject: Subject, outcome: std::result::Result<T, Failure>) -> Option<T> {
         match outcome {
             Ok(value) => {
-                self.recovered(&subject);
+                self.forget_failure(&subject);
                 Some(value)
             }
             Err(failure) => {
@@ -169,7 +169,7 @@ fn longest_limit(subject: &Subject) -> Duration {
 }
 
 impl Runner for Steps {
-    fn recovered(&mut self, subject: &Subject) {
+    fn forget_failure(&mut self, subject: &Subject) {
         if self.resting.remove(subject).is_some() {
             self.take_back(subject);
         }
@@ -223,7 +223,7 @@ impl Runner for Steps {
         self.pace.most(subject).min(guc::max_window())
     }
 
-    fn has_merged(&mut self, subject: &Subject, values: i64, took: Duration) {
+    fn note_window(&mut self, subject: &Subject, values: i64, took: Duration) {
         self.pace.note(subject, self.most_merged(subject), values, took);
     }
 
@@ -238,7 +238,7 @@ impl Runner for Steps {
         numbers >= guc::merge_rows() || since.elapsed() >= guc::merge_delay()
     }
 
-    fn merged(&mut self, source: &str) {
+    fn note_merged(&mut self, source: &str) {
         self.waiting.remove(source);
     }
 
@@ -252,7 +252,7 @@ impl Runner for Steps {
         self.watch.begins()
     }
 
-    fn settled(&mut self) {
+    fn end_watch(&mut self) {
         self.watch.settle();
     }
 }

@@ -55,7 +55,7 @@ impl Cluster {
             "shared_preload_libraries = 'litellm_spend'\nmax_prepared_transactions = 50\n\
              max_worker_processes = 100\nmax_connections = 150\nshared_buffers = 64MB\n\
              log_line_prefix = '%m [%p] %b %d '\nlitellm_spend.merge_interval = '100ms'\n\
-             litellm_spend.discovery_interval = '5s'\nautovacuum_naptime = '1s'\n",
+             litellm_spend.discovery_interval = '5s'\nautovacuum_naptime = '10s'\n",
         );
         settings.iter().for_each(|s| conf += &format!("{s}\n"));
         Cluster::run(dir, bin, user, &conf)
