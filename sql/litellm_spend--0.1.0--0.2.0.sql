@@ -994,6 +994,9 @@ DO $$ BEGIN
     IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
         GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
         DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace;
+        -- From PostgreSQL 17 on each role in it is a dependency, too.
+        DELETE FROM pg_shdepend WHERE classid = 'pg_namespace'::regclass AND objid = '@extschema@'::regnamespace AND deptype = 'i'
+            AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database());
     END IF;
 END $$;
 
@@ -1177,6 +1180,9 @@ DO $$ DECLARE old regprocedure; new regprocedure; grantee text; ours aclitem[]; 
         END LOOP;
         -- Not what the script has granted: that is not dumped.
         UPDATE pg_init_privs i SET initprivs = ours WHERE i.classoid = 'pg_proc'::regclass AND i.objoid = new;
+        DELETE FROM pg_shdepend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = new AND d.deptype = 'i'
+            AND d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND d.refobjid NOT IN (SELECT x.grantee FROM aclexplode(ours) AS x);
         EXECUTE format('ALTER EXTENSION litellm_spend DROP FUNCTION %s', old);
         EXECUTE format('DROP FUNCTION %s', old);
     END LOOP;

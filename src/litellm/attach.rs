@@ -152,7 +152,7 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
         // day that it wrote to is computed.
         locks::lock_against_writers(&relation::relation_tree(oid)?)?;
     }
-    let text = if triggers::create_triggers(&state)? > 0 { CAPTURING } else { "already capturing" };
+    let text = if triggers::create_triggers(&state)?.is_empty() { "already capturing" } else { CAPTURING };
     if text == CAPTURING {
         log::event(format_args!("{} is captured from now on", table.qualified()));
     }

@@ -64,18 +64,18 @@ fn trigger_functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
     spi::query(&sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
 }
 
-/// Creates the triggers that are missing on the table and its partitions. Returns how many. The row of
+/// Creates the triggers that are missing on the table and its partitions, and returns them. The row of
 /// `capture` is changed while they are locked: whoever calls has it already.
-pub fn create_triggers(state: &CaptureState) -> Result<usize> {
+pub fn create_triggers(state: &CaptureState) -> Result<Vec<(pg_sys::Oid, String)>> {
     let missing = missing_triggers(state.relation)?;
     lock_for_triggers(&missing)?;
     require_no_foreign_partition(state.relation)?;
     let keys = relation::partition_keys(&relation::relation_tree(state.relation)?)?;
     put_triggers(&missing, |operation, table| Capture::trigger(operation, table, &keys))?;
     if !missing.is_empty() {
-        note_triggers()?;
+        note_triggers(&missing.iter().map(|(relation, _)| *relation).collect::<Vec<_>>())?;
     }
-    Ok(missing.len())
+    Ok(missing)
 }
 
 /// Keeps the writers out of the tables of triggers, which are in a row for each table.
@@ -96,25 +96,32 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
     Ok(())
 }
 
+/// A trigger `t` as it is noted. Tables keep their OIDs through pg_upgrade, triggers do not.
+const NOTED: &str = "t.tgrelid::text || '/' || t.oid::text";
+
 /// Notes who wrote our triggers last, by which is seen later that one was disabled and enabled again: that
-/// writes it, and nothing else does but what makes it anew. (pg_upgrade gives all triggers other OIDs.)
-pub fn note_triggers() -> Result<()> {
+/// writes it, and nothing else does but what makes it anew. Of those that are noted, only the ones of tables
+/// that are locked: of others it may just have happened.
+pub fn note_triggers(locked: &[pg_sys::Oid]) -> Result<()> {
     let functions = functions_of_triggers();
     let sql = format!(
         "UPDATE {SCHEMA}.capture SET triggers = (
-             SELECT coalesce(jsonb_object_agg(t.oid::text, t.xmin::text), '{{}}')
+             SELECT coalesce(jsonb_object_agg({NOTED}, coalesce(
+                        CASE WHEN t.tgrelid <> ALL ($2) THEN triggers ->> ({NOTED}) END, t.xmin::text)), '{{}}')
              FROM pg_catalog.pg_trigger t
              WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name))"
     );
-    spi::execute(&sql, &[functions.into()]).map(drop)
+    spi::execute(&sql, &[functions.into(), locked.to_vec().into()]).map(drop)
 }
 
 /// Whether a trigger of ours is not noted: whoever made it had seen to its table's rows.
 pub fn any_unnoted() -> Result<bool> {
-    let sql = "SELECT FROM pg_catalog.pg_trigger t
-               WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)
-                   AND NOT pg_catalog.jsonb_exists($2::jsonb, t.oid::text) LIMIT 1";
-    spi::exists(sql, &[functions_of_triggers().into(), captured::noted_triggers()?.into()])
+    let sql = format!(
+        "SELECT FROM pg_catalog.pg_trigger t
+         WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)
+             AND NOT pg_catalog.jsonb_exists($2::jsonb, {NOTED}) LIMIT 1"
+    );
+    spi::exists(&sql, &[functions_of_triggers().into(), captured::noted_triggers()?.into()])
 }
 
 /// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of
@@ -221,7 +228,7 @@ pub fn missing_triggers_within(
                  SELECT FROM pg_catalog.pg_trigger t
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
                    AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
-                   AND coalesce($5::jsonb ->> t.oid::text = t.xmin::text, true)
+                   AND coalesce($5::jsonb ->> ({NOTED}) = t.xmin::text, true)
                    AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation)
                    AND (o.operation <> '{MOVE}' OR $4 = ARRAY(
                        SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a

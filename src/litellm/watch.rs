@@ -179,7 +179,7 @@ fn mend() -> Result<bool> {
             // In a row for each table.
             let mut partitions: Vec<pg_sys::Oid> = missing.iter().map(|(oid, _)| *oid).collect();
             partitions.dedup();
-            adopt_partitions(&state, &missing)?;
+            adopt_partitions(&state)?;
             log::event(format_args!(
                 "{} partitions without triggers are captured from now on",
                 partitions.len()
@@ -214,7 +214,7 @@ fn mend() -> Result<bool> {
             }
         }
         Damage::Incomplete => drop(attach_locked(state.relation, None, false)?),
-        Damage::Unnoted => note_triggers()?,
+        Damage::Unnoted => note_triggers(&[])?,
     }
     Ok(true)
 }
@@ -253,14 +253,14 @@ pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
 }
 
 /// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
-fn adopt_partitions(state: &CaptureState, missing: &[(pg_sys::Oid, String)]) -> Result<()> {
-    let missed = missing.iter().filter(|(_, operation)| operation != MOVE);
-    let mut partitions: Vec<pg_sys::Oid> = missed.map(|(oid, _)| *oid).collect();
-    partitions.dedup();
+fn adopt_partitions(state: &CaptureState) -> Result<()> {
     fence::lock_rows(guc::lock_timeout(), "capture", "")?;
     // The table before its partitions, as for everybody who uses them: no deadlock.
     locks::lock_against_dropping(state.relation)?;
-    create_triggers(state)?;
+    let made = create_triggers(state)?;
+    let missed = made.iter().filter(|(_, operation)| operation != MOVE);
+    let mut partitions: Vec<pg_sys::Oid> = missed.map(|(oid, _)| *oid).collect();
+    partitions.dedup();
     let owner = state.owner()?;
     for partition in partitions {
         // A partition of another role's may only be read through the table: then everything is computed

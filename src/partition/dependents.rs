@@ -179,7 +179,7 @@ fn key(table: pg_sys::Oid) -> Result<Option<(String, Vec<String>)>> {
     .one()
 }
 
-fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
+pub fn indexes(table: pg_sys::Oid) -> Result<Vec<Index>> {
     query(
         "SELECT c.relname::text, def.sql, d.description, substr(def.sql, length(def.head) + 1)
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid

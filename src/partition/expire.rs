@@ -60,8 +60,14 @@ pub fn has_expired(partition: &Partition, cutoff: Moment) -> bool {
     partition.range.to <= cutoff
 }
 
-/// Locks the partition against writers, checks that nobody needs it, and counts it.
-pub fn count(layout: &Layout, partition: &Partition, policy: &Policy) -> Result<Held> {
+/// Locks the partition against writers, checks that nobody needs it, and counts it; `locked` are others that
+/// are locked already.
+pub fn count(
+    layout: &Layout,
+    partition: &Partition,
+    policy: &Policy,
+    locked: &[pg_sys::Oid],
+) -> Result<Held> {
     layout.require_usable(partition)?;
     refuse_dependents(partition)?;
     if policy.on_expire == OnExpire::Drop {
@@ -74,7 +80,8 @@ pub fn count(layout: &Layout, partition: &Partition, policy: &Policy) -> Result<
     require_same(&layout.again()?, partition)?;
     let rollups = rollups(layout, partition.oid)?;
     require_captured(layout, partition)?;
-    let (rows, spend, has_others) = add_up(layout, partition, &merged_by(&rollups))?;
+    let locked = [&[partition.oid, layout.table.oid], locked].concat();
+    let (rows, spend, has_others) = add_up(layout, partition, &merged_by(&rollups), &locked)?;
     if has_others {
         require_rolled_up(layout, partition)?;
     }
@@ -93,9 +100,14 @@ fn require_same<'a>(now: &'a Layout, partition: &Partition) -> Result<&'a Partit
 const PIECE: i64 = 1024;
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The rows and the spend of a partition that we have locked, and whether there are rows that do not meet
-/// `merged`. Fails if others wait for us for too long.
-fn add_up(layout: &Layout, partition: &Partition, merged: &str) -> Result<(i64, Option<AnyNumeric>, bool)> {
+/// The rows and the spend of a partition, and whether there are rows that do not meet `merged`. Fails if others
+/// wait for too long for one of the tables that we have locked.
+fn add_up(
+    layout: &Layout,
+    partition: &Partition,
+    merged: &str,
+    locked: &[pg_sys::Oid],
+) -> Result<(i64, Option<AnyNumeric>, bool)> {
     let columns = &layout.table.columns;
     let is_number = |t: &str| ["double precision", "real", "numeric", "integer", "bigint"].contains(&t);
     let spend = if columns.iter().any(|(name, r#type)| name == "spend" && is_number(r#type)) {
@@ -133,7 +145,7 @@ fn add_up(layout: &Layout, partition: &Partition, merged: &str) -> Result<(i64, 
             };
         }
         if looked.elapsed() > LOOK {
-            locks::require_nobody_waits(&[partition.oid, layout.table.oid])?;
+            locks::require_nobody_waits(locked)?;
             looked = Instant::now();
         }
         first = next;

@@ -230,7 +230,7 @@ impl<R: Runner> Round<'_, R> {
             }
             let (policy, patience) = (self.policy.clone(), self.run.patience());
             let rows = self.step(&partition.name, || {
-                let held = expire::count(layout, &partition, &policy)?;
+                let held = expire::count(layout, &partition, &policy, &[])?;
                 expire::finish(layout, &partition, &policy, held, patience)
             });
             self.note_expired(&partition, rows);
@@ -239,13 +239,14 @@ impl<R: Runner> Round<'_, R> {
 
     /// The same in a SQL call, but only counts them: until all are, nobody but writers waits.
     fn count(&mut self, layout: &Layout, cutoff: Moment) -> Vec<(Partition, Held)> {
-        let mut counted = vec![];
+        let mut counted: Vec<(Partition, Held)> = vec![];
         for partition in expired_partitions(layout, cutoff) {
             if self.blocked.is_some() {
                 break;
             }
             let policy = self.policy.clone();
-            let held = self.step(&partition.name, || expire::count(layout, &partition, &policy));
+            let locked: Vec<_> = counted.iter().map(|(partition, _)| partition.oid).collect();
+            let held = self.step(&partition.name, || expire::count(layout, &partition, &policy, &locked));
             counted.extend(held.map(|held| (partition, held)));
         }
         counted

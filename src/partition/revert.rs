@@ -26,7 +26,7 @@ use crate::litellm::triggers;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::copy;
 use crate::partition::create::{rename, rename_index};
-use crate::partition::dependents::{Dependents, obstacles_of_partitions};
+use crate::partition::dependents::{self, Dependents, Index, obstacles_of_partitions};
 use crate::partition::layout;
 use crate::partition::swap;
 use crate::partition::times;
@@ -188,7 +188,11 @@ pub fn request(table: &Table) -> Result<()> {
 pub fn round(run: &mut impl Runner, asked_for: AskedFor) -> bool {
     let mut more = false;
     for mut reversion in run.step(Subject::Task(Task::Reversions), Reversion::all).unwrap_or_default() {
-        let subject = Subject::Conversion(reversion.schema.clone(), reversion.table.clone());
+        let (schema, table) = (reversion.schema.clone(), reversion.table.clone());
+        let subject = match reversion.options.copied_all && !reversion.options.indexed {
+            true => Subject::CopysIndex(schema, table),
+            false => Subject::Conversion(schema, table),
+        };
         let done = run.step(subject, || reversion.step(asked_for));
         if let Some(Some(done)) = &done {
             log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
@@ -243,7 +247,7 @@ impl Reversion {
             // Their rows are copied with what changed.
         } else if !self.options.copied_all {
             copy::batch(self)?;
-        } else if self.make_index(&self.dependents()?, asked_for)? {
+        } else if self.make_index(asked_for)? {
             // And the next one in a transaction of its own.
         } else if copy::catch_up_in_part(self)? {
             return self.swap(asked_for).map(Some);
@@ -263,14 +267,14 @@ impl Reversion {
     }
 
     /// The indexes that the new table is to have.
-    fn wanted_indexes(&self, dependents: &Dependents, asked_for: AskedFor) -> Result<Vec<Wanted>> {
-        let own = dependents.indexes.iter().map(|index| Wanted {
+    fn wanted_indexes(&self, table: &Table, own: &[Index], asked_for: AskedFor) -> Result<Vec<Wanted>> {
+        let own = own.iter().map(|index| Wanted {
             name: index.name.clone(),
             definition: index.definition.clone(),
             is_own: true,
         });
         let plain = self.options.made.first().copied().unwrap_or_default().into();
-        let asked = asked_for(&dependents.table, plain)?.into_iter();
+        let asked = asked_for(table, plain)?.into_iter();
         let asked = asked.filter(|index| !self.options.without.contains(&index.name));
         let asked = asked.map(|Asked { name, definition }| Wanted { name, definition, is_own: false });
         Ok(own.chain(asked).collect())
@@ -282,13 +286,15 @@ impl Reversion {
     }
 
     fn lacks_index(&self, dependents: &Dependents, asked_for: AskedFor) -> Result<bool> {
-        let wanted = self.wanted_indexes(dependents, asked_for)?;
+        let wanted = self.wanted_indexes(&dependents.table, &dependents.indexes, asked_for)?;
         Ok(wanted.iter().any(|index| self.made_index(&index.name).is_none()))
     }
 
-    /// Makes one that the new table lacks. `false`: it has them all.
-    fn make_index(&mut self, dependents: &Dependents, asked_for: AskedFor) -> Result<bool> {
-        let wanted = self.wanted_indexes(dependents, asked_for)?;
+    /// Makes one that the new table lacks. `false`: it has them all. Nothing else is asked of the old table: the
+    /// locks of what looks at its views would be held as long as the build takes.
+    fn make_index(&mut self, asked_for: AskedFor) -> Result<bool> {
+        let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
+        let wanted = self.wanted_indexes(&table, &dependents::indexes(self.relation)?, asked_for)?;
         self.drop_other_indexes(&wanted)?;
         let mut lacking = wanted.into_iter().filter(|index| self.made_index(&index.name).is_none());
         let (Some(index), next) = (lacking.next(), lacking.next()) else {

@@ -245,13 +245,14 @@ fn within(
 }
 
 /// Fails once somebody has waited for a lock of ours on one of the relations for longer than we may wait for
-/// theirs: for who works under a lock that keeps others out, and looks now and then.
+/// theirs: for who works under a lock that keeps others out, and looks now and then. No writer queues behind a
+/// VACUUM or a build of an index that waits.
 pub fn require_nobody_waits(relations: &[pg_sys::Oid]) -> Result<()> {
     let limit = or_callers(guc::lock_timeout());
     let waiters = processes(
         "NOT l.granted AND l.locktype = 'relation' AND l.relation = ANY ($1) AND l.database =
              (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
-         AND l.waitstart < clock_timestamp() - make_interval(secs => $2)
+         AND l.mode <> 'ShareUpdateExclusiveLock' AND l.waitstart < clock_timestamp() - make_interval(secs => $2)
          AND pg_catalog.pg_backend_pid() = ANY (pg_catalog.pg_blocking_pids(l.pid))",
         &[relations.to_vec().into(), limit.time.as_secs_f64().into()],
     )?;

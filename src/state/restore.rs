@@ -32,7 +32,7 @@ const WRITTEN: [(&str, &str); 5] = [
     ("source", ", candidates = '[]', node_candidates = '[]'"),
     (
         "capture",
-        ", candidates = '[]',
+        ", candidates = '[]', triggers = '{}',
          relation = CASE
              WHEN relation = pg_catalog.to_regclass(format('%I.%I', table_schema, table_name)) THEN relation
              WHEN relation IN (TABLE captured) THEN relation ELSE 0 END,

@@ -25,6 +25,8 @@ pub enum Subject {
     Stray(String),
     /// A table on its way to being partitioned, or back: its schema and name.
     Conversion(String, String),
+    /// An index of the copy that a reversion makes: it takes as long as it takes.
+    CopysIndex(String, String),
     /// What comes next for it, and whether its cutover is over: looked at also while the conversion rests.
     Look(String, String),
     /// A look at what comes next for the indexes of a table: its Oid, and what it is called.
@@ -162,7 +164,9 @@ impl fmt::Display for Subject {
             Subject::Rollup(name) => write!(f, "merge of rollup {name}"),
             Subject::Together(name) => write!(f, "merge of {name}"),
             Subject::Stray(name) => write!(f, "source of rollup {name}"),
-            Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
+            Subject::Conversion(schema, table)
+            | Subject::CopysIndex(schema, table)
+            | Subject::Look(schema, table) => {
                 write!(f, "conversion or reversion of {}", qualified(schema, table))
             }
             Subject::Indexes(_, table) | Subject::Builder(_, table) => write!(f, "indexes of {table}"),

@@ -49,6 +49,7 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
     pin_settings();
     in_transaction(log::learn_database);
     if !give_way::begin() {
+        log::now("there are too many processes that build an index");
         return;
     }
     // The next one at once: a round of the worker later there would be as many seconds as partitions.

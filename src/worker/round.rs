@@ -296,9 +296,9 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
         // Each is merged alone now, and what fails is that one's.
         Subject::Together(_) => Ok(()),
         Subject::Rollup(name) | Subject::Stray(name) => rollups::record_error(name, message),
-        Subject::Conversion(schema, table) | Subject::Look(schema, table) => {
-            conversion::record_error(schema, table, message, again)
-        }
+        Subject::Conversion(schema, table)
+        | Subject::CopysIndex(schema, table)
+        | Subject::Look(schema, table) => conversion::record_error(schema, table, message, again),
         Subject::Index(partition, name, _) => indexes::record_build((*partition).into(), name, failure),
         Subject::IndexDrop(partition, name, _) => indexes::record_drop((*partition).into(), name, failure),
         // It only reads catalogs: the server's log has what failed.
@@ -323,7 +323,7 @@ pub fn record_waits_for_nobody(subject: &Subject) -> Result<bool> {
     let table = match subject {
         Subject::Task(_) => "capture",
         Subject::Rollup(_) | Subject::Stray(_) | Subject::Summary(_) | Subject::Source(_) => "rollup",
-        Subject::Conversion(..) | Subject::Look(..) => "conversion",
+        Subject::Conversion(..) | Subject::CopysIndex(..) | Subject::Look(..) => "conversion",
         Subject::Index(..) | Subject::IndexDrop(..) => "index_failure",
         Subject::Policy(..) | Subject::Statistics(..) => "policy",
         Subject::Together(_) | Subject::Indexes(..) | Subject::Builder(..) => return Ok(true),
@@ -372,7 +372,8 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         of_rollup.into_iter().chain(source.map(Subject::Summary))
     });
     let conversions = conversions.into_iter().flat_map(|(schema, table)| {
-        [Subject::Look(schema.clone(), table.clone()), Subject::Conversion(schema, table)]
+        [Subject::Look, Subject::CopysIndex, Subject::Conversion]
+            .map(|step| step(schema.clone(), table.clone()))
     });
     Ok(rollups.chain(policies).chain(conversions).chain(tasks).collect())
 }

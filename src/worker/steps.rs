@@ -103,6 +103,7 @@ impl Steps {
         match subject {
             Subject::Rollup(_) | Subject::Together(_) => self.pace.limit(subject),
             Subject::Summary(_) => MERGE_LIMIT,
+            Subject::CopysIndex(..) => self.limits.get(subject).copied().unwrap_or(LONGEST_LIMIT),
             _ => self.limits.get(subject).copied().unwrap_or(SHORTEST_LIMIT),
         }
     }
@@ -110,7 +111,9 @@ impl Steps {
     /// How long a subject is left alone that fails now.
     fn rest(&self, subject: &Subject, timed_out: bool) -> Duration {
         let rest = self.resting.get(subject).map_or(SHORTEST_REST, |(_, rest)| (*rest * 2).min(LONGEST_REST));
-        if timed_out { rest.max(self.limit(subject) * 4) } else { rest }
+        // A build is begun anew: it would take most of the time that others get.
+        let times = if matches!(subject, Subject::CopysIndex(..)) { 1 } else { 4 };
+        if timed_out { rest.max(self.limit(subject) * times) } else { rest }
     }
 
     /// Leaves a subject that failed alone for a while, and takes its failure back when it succeeds.
@@ -139,7 +142,10 @@ impl Steps {
                 self.pace.make_easier(subject, self.most_merged(subject));
             }
             _ => {
-                let limit = (self.limit(subject) * 2).min(longest_limit(subject));
+                let limit = match subject {
+                    Subject::CopysIndex(..) => (self.limit(subject) * 8).min(LIMIT_OF_INDEX),
+                    _ => (self.limit(subject) * 2).min(LONGEST_LIMIT),
+                };
                 self.limits.insert(subject.clone(), limit);
             }
         }
@@ -162,11 +168,10 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
 const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
 
-/// An index of a table that is being reverted takes as long as it takes: hours, of hundreds of millions of
-/// rows. The swap would never come without it.
-fn longest_limit(subject: &Subject) -> Duration {
-    if matches!(subject, Subject::Conversion(..)) { LONGEST_LIMIT * 72 } else { LONGEST_LIMIT }
-}
+/// An index of the copy that a reversion makes takes hours, of hundreds of millions of rows, and the swap would
+/// never come without it: it begins with as long as others have at most, and has eight times as long at each
+/// further try, up to a day.
+const LIMIT_OF_INDEX: Duration = LONGEST_LIMIT.saturating_mul(64);
 
 impl Runner for Steps {
     fn forget_failure(&mut self, subject: &Subject) {
@@ -283,13 +288,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_limit_of_a_reversion_grows_until_its_index_is_built_and_no_other_does() {
-        let limit = |subject: Subject| {
+    fn the_limit_of_a_copys_index_grows_to_a_day_and_no_other_does() {
+        let limits = |subject: Subject, tries: usize| {
             let mut steps = Steps::default();
-            (0..20).for_each(|_| steps.make_easier(&subject));
+            (0..tries).for_each(|_| steps.make_easier(&subject));
             steps.limit(&subject)
         };
-        assert_eq!(limit(Subject::Conversion("s".into(), "t".into())), Duration::from_secs(24 * 3600));
-        assert_eq!(limit(Subject::Policy(1, "t".into())), LONGEST_LIMIT);
+        let index = || Subject::CopysIndex("s".into(), "t".into());
+        assert_eq!(limits(index(), 0), LONGEST_LIMIT);
+        assert_eq!(limits(index(), 1), LONGEST_LIMIT * 8);
+        assert_eq!(limits(index(), 20), LIMIT_OF_INDEX);
+        assert_eq!(limits(Subject::Conversion("s".into(), "t".into()), 0), SHORTEST_LIMIT);
+        assert_eq!(limits(Subject::Conversion("s".into(), "t".into()), 20), LONGEST_LIMIT);
     }
 }
