@@ -100,8 +100,8 @@ fn require_same<'a>(now: &'a Layout, partition: &Partition) -> Result<&'a Partit
 const PIECE: i64 = 1024;
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The rows and the spend of a partition, and whether there are rows that do not meet `merged`. Fails if others
-/// wait for too long for one of the tables that we have locked.
+/// The rows and the spend of a partition, and whether there are rows that do not meet `merged`. Fails if
+/// others wait for too long for one of the tables that we have locked.
 fn add_up(
     layout: &Layout,
     partition: &Partition,

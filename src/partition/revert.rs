@@ -290,8 +290,8 @@ impl Reversion {
         Ok(wanted.iter().any(|index| self.made_index(&index.name).is_none()))
     }
 
-    /// Makes one that the new table lacks. `false`: it has them all. Nothing else is asked of the old table: the
-    /// locks of what looks at its views would be held as long as the build takes.
+    /// Makes one that the new table lacks. `false`: it has them all. Nothing else is asked of the old table:
+    /// the locks of what looks at its views would be held as long as the build takes.
     fn make_index(&mut self, asked_for: AskedFor) -> Result<bool> {
         let table = Table::find(self.relation)?.ok_or_else(|| Error::NoTable(self.name()))?;
         let wanted = self.wanted_indexes(&table, &dependents::indexes(self.relation)?, asked_for)?;

@@ -245,8 +245,8 @@ fn within(
 }
 
 /// Fails once somebody has waited for a lock of ours on one of the relations for longer than we may wait for
-/// theirs: for who works under a lock that keeps others out, and looks now and then. No writer queues behind a
-/// VACUUM or a build of an index that waits.
+/// theirs: for who works under a lock that keeps others out, and looks now and then. No writer queues behind
+/// a VACUUM or a build of an index that waits.
 pub fn require_nobody_waits(relations: &[pg_sys::Oid]) -> Result<()> {
     let limit = or_callers(guc::lock_timeout());
     let waiters = processes(

@@ -168,9 +168,9 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 const SHORTEST_LIMIT: Duration = Duration::from_secs(10);
 const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
 
-/// An index of the copy that a reversion makes takes hours, of hundreds of millions of rows, and the swap would
-/// never come without it: it begins with as long as others have at most, and has eight times as long at each
-/// further try, up to a day.
+/// An index of the copy that a reversion makes takes hours, of hundreds of millions of rows, and the swap
+/// would never come without it: it begins with as long as others have at most, and has eight times as long at
+/// each further try, up to a day.
 const LIMIT_OF_INDEX: Duration = LONGEST_LIMIT.saturating_mul(64);
 
 impl Runner for Steps {
