@@ -17,7 +17,7 @@ INSERT INTO public.pv (x, pad) SELECT 1, repeat('x', 1000) FROM generate_series(
 INSERT INTO vs.v (x) VALUES (1);
 \connect - postgres
 DO $$ BEGIN FOR i IN 1..900 LOOP EXIT WHEN (SELECT bool_and(watermark = CASE name WHEN 'a' THEN 100 ELSE 1 END)
-    AND pg_read_file(current_setting('data_directory') || '/../server.log') LIKE '%in database "' || current_database() || '": BRIN indexes of "public"."pv" failed, next try in %' FROM litellm_spend.rollup WHERE name IN ('a', 'z_of_victim')); PERFORM pg_sleep(0.1); END LOOP; END $$;
+    AND pg_read_file(current_setting('data_directory') || '/../server.log') LIKE '%in database "' || current_database() || '": BRIN indexes of "public"."pv" failed, next try in 12s%' FROM litellm_spend.rollup WHERE name IN ('a', 'z_of_victim')); PERFORM pg_sleep(0.1); END LOOP; END $$;
 \connect - litellm
 INSERT INTO public.pv (x, pad) SELECT 1, repeat('x', 1000) FROM generate_series(1, 100);
 \connect - postgres
