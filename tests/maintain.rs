@@ -560,20 +560,25 @@ fn drain(client: &mut Client, table: &str, default: &str, left: i64) {
     }
 }
 
-#[test]
-fn a_date_with_more_rows_than_a_batch_moves_as_a_whole() {
+/// A table by date with a partition in the middle, and 3,000 rows of each of these days in its DEFAULT.
+fn dated(days: &str) -> (Database, Client) {
     let db = cluster().database();
     let mut client = db.connect();
     client
-        .batch_execute(
+        .batch_execute(&format!(
             "CREATE TABLE dated (id bigserial, d date NOT NULL, PRIMARY KEY (id, d)) PARTITION BY RANGE (d);
              CREATE TABLE rest PARTITION OF dated DEFAULT; CREATE INDEX ON dated (d);
              CREATE TABLE between_them PARTITION OF dated FOR VALUES FROM ('2026-11-20') TO ('2026-11-21');
-             INSERT INTO dated (d) SELECT day FROM generate_series(1, 3000),
-                 unnest('{2026-11-10,2026-11-12,2026-11-25}'::date[]) AS day;
-             SELECT spend_partition_set('dated', 'week', 0, time_column => 'd')",
-        )
+             INSERT INTO dated (d) SELECT day FROM generate_series(1, 3000), unnest('{{{days}}}'::date[]) AS day"
+        ))
         .unwrap();
+    (db, client)
+}
+
+#[test]
+fn a_date_with_more_rows_than_a_batch_moves_as_a_whole() {
+    let (_db, mut client) = dated("2026-11-10,2026-11-12,2026-11-25");
+    client.batch_execute("SELECT spend_partition_set('dated', 'week', 0, time_column => 'd')").unwrap();
     drain(&mut client, "dated", "rest", 0);
     let stored = "SELECT array_agg(DISTINCT d || ' in ' || tableoid::regclass) FROM dated";
     let stored: Vec<String> = value(&mut client, stored);
@@ -586,16 +591,10 @@ fn a_date_with_more_rows_than_a_batch_moves_as_a_whole() {
 
 #[test]
 fn more_rows_of_one_time_than_may_move_at_once_stay_and_keep_nothing_else() {
-    let db = cluster().database();
-    let mut client = db.connect();
+    let (_db, mut client) = dated("2026-11-10,2026-11-25,2026-11-29");
     client
         .batch_execute(
-            "CREATE TABLE dated (id bigserial, d date NOT NULL, PRIMARY KEY (id, d)) PARTITION BY RANGE (d);
-             CREATE TABLE rest PARTITION OF dated DEFAULT; CREATE INDEX ON dated (d);
-             CREATE TABLE between_them PARTITION OF dated FOR VALUES FROM ('2026-11-20') TO ('2026-11-21');
-             INSERT INTO dated (d) SELECT day FROM generate_series(1, 3000),
-                 unnest('{2026-11-10,2026-11-25,2026-11-29}'::date[]) AS day;
-             INSERT INTO dated (d) SELECT '2026-11-26' FROM generate_series(1, 10);
+            "INSERT INTO dated (d) SELECT '2026-11-26' FROM generate_series(1, 10);
              SELECT spend_partition_set('dated', precreate => 2, time_column => 'd');
              SET litellm_spend.drain_rows = 2999",
         )
