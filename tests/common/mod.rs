@@ -483,12 +483,18 @@ pub fn processes_in(dir: &Path) -> Vec<String> {
 
 // ---- what tests say --------------------------------------------------------------------------------------
 
+/// Asks until it is so. A question that costs much is asked seldom, so that whoever waits leaves the
+/// machine to the others.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     // Nothing takes that long but a reversion of a million rows beside writers, on a busy machine.
     let deadline = Instant::now() + Duration::from_secs(1800);
-    while !condition() {
+    loop {
+        let asked = Instant::now();
+        if condition() {
+            return;
+        }
         assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep((5 * asked.elapsed()).clamp(Duration::from_millis(20), Duration::from_secs(1)));
     }
 }
 
