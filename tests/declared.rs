@@ -1517,6 +1517,34 @@ fn a_publication_for_all_tables_does_not_stop_merging() {
 // ---- rebuild, verify, drop -------------------------------------------------------------------------------
 
 #[test]
+fn whoever_puts_his_own_cursor_in_the_place_of_a_comparisons_gets_an_error_and_no_more() {
+    let (db, mut client) = page_views_with_rollup();
+    client.batch_execute(&views(0, 2000)).unwrap();
+    merged(&mut client, "views");
+    client.batch_execute("UPDATE litellm_spend.views_rollup SET views = views + 1").unwrap();
+    client
+        .batch_execute(
+            r#"BEGIN;
+               DECLARE a CURSOR FOR SELECT spend_rollup_verify('views');
+               FETCH 1 FROM a;
+               CREATE FUNCTION pg_temp.f() RETURNS int LANGUAGE plpgsql AS
+                   $$ DECLARE c refcursor := 'a'; r record; BEGIN FOR i IN 1..2000 LOOP FETCH c INTO r; END LOOP; RETURN 1; END $$"#,
+        )
+        .unwrap();
+    let cursor: String =
+        value(&mut client, "SELECT name FROM pg_cursors WHERE name LIKE '<unnamed portal %'");
+    client
+        .batch_execute(&format!(
+            r#"CLOSE "{cursor}"; DECLARE "{cursor}" CURSOR FOR SELECT pg_temp.f() FROM generate_series(1, 3)"#
+        ))
+        .unwrap();
+    let failed = error(&mut client, &format!(r#"FETCH 1 FROM "{cursor}""#));
+    assert_eq!(failed.code().code(), "55000", "{failed:?}");
+    client.batch_execute("ROLLBACK").unwrap();
+    assert!(!db.cluster.log().contains("terminated by signal 6"), "the server was aborted");
+}
+
+#[test]
 fn a_range_is_rebuilt_and_what_differs_is_found() {
     let (_db, mut client) = page_views_with_rollup();
     client.batch_execute(&views(0, 2000)).unwrap();

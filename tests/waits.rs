@@ -643,3 +643,36 @@ fn writers_do_not_wait_until_the_copies_that_a_new_table_comes_with_are_read() {
         assert_verified(&mut client);
     }
 }
+
+#[test]
+fn a_worker_does_not_ask_all_the_time_for_a_reversion_that_somebody_keeps_locked() {
+    let db = own_cluster(&["litellm_spend.merge_interval = '1s'"]).database();
+    let (mut client, mut other) = (db.connect(), db.connect());
+    client
+        .batch_execute(
+            "SET ROLE litellm;
+             CREATE TABLE ev (id int, at timestamp NOT NULL, filler text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+             CREATE INDEX ON ev (at);
+             CREATE TABLE ev_1 PARTITION OF ev DEFAULT;
+             INSERT INTO ev SELECT i, '2026-01-01'::timestamp + i * interval '1 s', repeat('x', 100)
+             FROM generate_series(1, 300000) AS i;
+             RESET ROLE; SELECT spend_partition_revert('ev')",
+        )
+        .unwrap();
+    // Between two batches of the copy.
+    other.batch_execute("BEGIN").unwrap();
+    let kept: i64 =
+        value(&mut other, "SELECT count(*) FROM (SELECT FROM litellm_spend.conversion FOR UPDATE) AS c");
+    assert_eq!(kept, 1, "the reversion has ended already");
+    let mut taken =
+        || -> i64 { value(&mut client, "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint") };
+    let before = taken();
+    // Not for an event: what must not happen is that the worker does something.
+    std::thread::sleep(Duration::from_secs(4));
+    let taken = taken() - before;
+    assert!(taken < 60, "{taken} transaction IDs in four looks");
+    other.batch_execute("COMMIT").unwrap();
+    eventually("the reversion goes on", || {
+        holds(&mut client, "SELECT relkind = 'r' FROM pg_class WHERE oid = 'ev'::regclass")
+    });
+}

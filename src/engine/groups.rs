@@ -317,6 +317,7 @@ impl Rollup<'_> {
             return Ok(());
         }
         order.sort_unstable_by(|a, b| self.groups.key(*a).cmp(self.groups.key(*b)));
+        pgrx::check_for_interrupts!();
         self.written = order.len() as i64;
         let _ourselves = self.refills.then(Elevated::enter).transpose()?;
         let key: Vec<usize> = self.dimensions.iter().map(|dimension| dimension.attribute).collect();

@@ -237,14 +237,15 @@ impl Conversion {
             && Table::named(&self.name())?.is_some_and(|parent| parent.kind == "p"))
     }
 
-    /// Does a step that a transaction can do, if it is still the next.
-    pub fn run(&mut self, step: &Step) -> Result<()> {
+    /// Does a step that a transaction can do, if it is still the next. `false`: it is not, or somebody else
+    /// has the conversion.
+    pub fn run(&mut self, step: &Step) -> Result<bool> {
         if !self.lock(locks::Patience::None)? || self.next_step()? != *step {
-            return Ok(());
+            return Ok(false);
         }
         let name = self.name();
         match step {
-            Step::TopLevel(_) | Step::Wait => return Ok(()),
+            Step::TopLevel(_) | Step::Wait => return Ok(false),
             Step::Uncheck => self.drop_check()?,
             Step::Swap => {
                 swap::swap(self)?;
@@ -255,7 +256,7 @@ impl Conversion {
         if self.next_step()? == Step::Nothing {
             self.forget()?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Refuses a cutover that no calendar has, or that is over.
@@ -397,7 +398,7 @@ impl Conversion {
             return self.stop();
         }
         let step = self.next_step()?;
-        locks::insist(|| self.run(&step))
+        locks::insist(|| self.run(&step)).map(drop)
     }
 
     /// Whom the build or drop of its index waits for.
@@ -458,7 +459,7 @@ pub fn round(run: &mut impl Runner) -> bool {
             }
             Some(step) => run.step(subject, || conversion.run(&step)),
         };
-        more |= done.is_some();
+        more |= done == Some(true);
     }
     more
 }

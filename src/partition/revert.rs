@@ -193,11 +193,16 @@ pub fn round(run: &mut impl Runner, asked_for: AskedFor) -> bool {
             true => Subject::CopysIndex(schema, table),
             false => Subject::Conversion(schema, table),
         };
-        let done = run.step(subject, || reversion.step(asked_for));
-        if let Some(Some(done)) = &done {
+        let step = run.step(subject, || match reversion.lock(Patience::None)? {
+            true => reversion.step(asked_for).map(Some),
+            false => Ok(None),
+        });
+        // Who has the reversion may keep it: it is looked at again, and not at once.
+        let Some(Some(done)) = step else { continue };
+        if let Some(done) = done {
             log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
         }
-        more |= done.is_some();
+        more = true;
     }
     more
 }
@@ -223,11 +228,8 @@ impl Reversion {
         }
     }
 
-    /// Does the next step. After the last one it returns a sentence about the result.
+    /// Does the next step of one that is locked. After the last one it returns a sentence about the result.
     fn step(&mut self, asked_for: AskedFor) -> Result<Option<String>> {
-        if !self.lock(Patience::None)? {
-            return Ok(None);
-        }
         if Table::find(self.relation)?.is_none() {
             self.take_back()?;
             log::event(format_args!("{} was dropped during its reversion, and so is its copy", self.name()));

@@ -14,6 +14,7 @@ use pgrx::prelude::*;
 use pgrx::spi::{OwnedPreparedStatement, SpiHeapTupleData, SpiTupleTable};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::mem::ManuallyDrop;
 
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
@@ -92,10 +93,11 @@ pub fn open_cursor(sql: &str, args: Args) -> Result<String> {
 /// The next rows of a cursor, which is read as whom it was opened.
 pub fn fetch<T>(cursor: &str, most: i64, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
     Spi::connect(|client| {
-        let mut cursor = client.find_cursor(cursor)?;
+        // No error closes it: one that runs cannot be closed, and an error within a drop ends the server.
+        let mut cursor = ManuallyDrop::new(client.find_cursor(cursor)?);
         let batch = rows(cursor.fetch(most)?, row)?;
-        if !batch.is_empty() {
-            cursor.detach_into_name();
+        if batch.is_empty() {
+            drop(ManuallyDrop::into_inner(cursor));
         }
         Ok(batch)
     })

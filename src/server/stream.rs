@@ -157,6 +157,7 @@ pub fn run_over(
                 pg_sys::tuplestore_putvalues(store, (*table.0).rd_att, values, nulls);
                 rows += 1;
                 if rows % KEPT == 0 {
+                    pgrx::check_for_interrupts!();
                     memory.reset();
                 }
             }

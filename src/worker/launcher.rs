@@ -74,6 +74,9 @@ const RESTART_AFTER: Duration = Duration::from_secs(5);
 /// How long it is not said again that there is no slot for a database.
 const NOTED_FOR: Duration = Duration::from_secs(3600);
 
+/// Between two looks at who ended, and at who waits for a builder.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How long the launcher waits for a new worker to say whether it found the extension.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -186,7 +189,7 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
             }
         }
         give_way::look();
-        if !BackgroundWorker::wait_latch(Some(Duration::from_secs(1))) {
+        if !BackgroundWorker::wait_latch(Some(LOOK_INTERVAL)) {
             return;
         }
         pgrx::check_for_interrupts!();
@@ -217,8 +220,12 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
         }
         return Tenant::Unserved(Instant::now());
     };
-    let started = Instant::now();
+    let (started, mut looked) = (Instant::now(), Instant::now());
     while started.elapsed() < PROBE_LIMIT {
+        if looked.elapsed() > LOOK_INTERVAL {
+            give_way::look();
+            looked = Instant::now();
+        }
         if FOUND.get().load(Ordering::Relaxed) != found {
             return Tenant::Served { worker, _memory: memory };
         }

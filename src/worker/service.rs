@@ -13,14 +13,20 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
 /// As many databases as a server may have workers, and some. Of one that has no place it is only known since
 /// when the launcher is there.
-const PLACES: usize = 32;
+const PLACES: usize = 128;
 
-#[derive(Default)]
 struct Served {
     /// When the first launcher came; 0: none has.
     launched: AtomicI64,
     databases: [AtomicU32; PLACES],
     until: [AtomicI64; PLACES],
+}
+
+impl Default for Served {
+    fn default() -> Served {
+        let (databases, until) = (std::array::from_fn(|_| 0.into()), std::array::from_fn(|_| 0.into()));
+        Served { launched: 0.into(), databases, until }
+    }
 }
 
 // SAFETY: atomics, and nothing else.
@@ -64,7 +70,7 @@ pub fn awaited() {
 
 /// In a worker that has done a round.
 pub fn served() {
-    if PLACE.get().is_none() {
+    if own_place().is_none() {
         PLACE.set(place());
     }
     ending();
@@ -72,9 +78,14 @@ pub fn served() {
 
 /// In a worker that ends.
 pub fn ending() {
-    if let Some(place) = PLACE.get() {
+    if let Some(place) = own_place() {
         SERVED.get().until[place].store(now(), Ordering::Relaxed);
     }
+}
+
+/// Where there are more databases than places, another's worker may have taken it.
+fn own_place() -> Option<usize> {
+    PLACE.get().filter(|place| SERVED.get().databases[*place].load(Ordering::Relaxed) == database())
 }
 
 /// The place of this database, a free one, or that of whom nobody has served for the longest time.
