@@ -250,11 +250,11 @@ errors! {
             format!("Leave it out where one sequence numbers the rows, or pass its name{merged}.")
         };
 
-    Policy(given: String):
+    OnDelete(given: String):
         ERRCODE_INVALID_PARAMETER_VALUE;
         "on_delete must be \"keep\" or \"subtract\", not \"{given}\"";
-        "keep: rows that retention deletes stay in the totals. subtract: they leave them.";
-        "Leave it out for keep.";
+        "keep: deleted rows stay in the totals. subtract: a DELETE takes them out; rows that a policy lets expire stay.";
+        "Leave it out for what is set; at the first attach that is keep.";
 
     Null(what: &'static str):
         ERRCODE_NULL_VALUE_NOT_ALLOWED;

@@ -58,7 +58,7 @@ pub fn window_wait() -> Duration {
 }
 
 /// Most sequence values merged in one transaction: bounds its time after an outage. The worker begins with
-/// fewer, and comes here only where that many are merged within a second.
+/// fewer, and takes as many as it merges in a second, or in some thirty while it is behind.
 pub fn max_window() -> i64 {
     i64::from(MAX_WINDOW.get())
 }
@@ -131,7 +131,7 @@ pub fn register() {
     );
     GucRegistry::define_int_guc(
         c"litellm_spend.swap_lock_timeout",
-        c"Longest wait for an exclusive lock of a conversion.",
+        c"Longest wait for an exclusive lock of the swap of a conversion or reversion.",
         c"Readers and writers queue behind it; a lock that is not got is tried for again later.",
         &SWAP_LOCK_TIMEOUT,
         1,
@@ -152,7 +152,7 @@ pub fn register() {
     GucRegistry::define_int_guc(
         c"litellm_spend.max_window",
         c"Most sequence values merged in one transaction.",
-        c"Bounds the time of a merge after an outage; the worker's windows are as long as is merged in a second.",
+        c"Bounds the time of a merge after an outage. The worker takes what it merges in 1 s; in up to 30 s while it is behind.",
         &MAX_WINDOW,
         1,
         i32::MAX,

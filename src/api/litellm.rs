@@ -55,7 +55,7 @@ fn spend_attach(
             None => None,
             Some("keep") => Some(false),
             Some("subtract") => Some(true),
-            Some(other) => return Err(Error::Policy(other.into())),
+            Some(other) => return Err(Error::OnDelete(other.into())),
         };
         let source = source_or_default(source)?;
         let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);

@@ -31,7 +31,7 @@ pub fn require_ours() -> Result<bool> {
 pub fn ensure(owner: Owner) -> Result<()> {
     fence::lock_grants()?;
     if !require_ours()? {
-        let comment = "Tables that litellm_spend took out of use; nobody needs them";
+        let comment = "Detached partitions, what reversions left, and the copy of one that is under way";
         spi::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
         spi::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;
     }
