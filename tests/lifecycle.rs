@@ -238,7 +238,7 @@ fn attach_while_writers_run_misses_nothing() {
     let db = shared().database();
     beside_writers(&db, 3, 5, 3, || {
         let mut client = db.connect();
-        // Three writers without a pause: a lock may take longer than its timeout to come.
+        // Three writers: a lock may take longer than its timeout to come.
         client.batch_execute("SET litellm_spend.lock_timeout = '20s'").unwrap();
         for _ in 0..8 {
             wait_for_rows(&mut client, 30);
@@ -252,7 +252,7 @@ fn attach_while_writers_run_misses_nothing() {
         wait_for_rows(&mut client, 60);
         assert_no_rows(client.query(VIEW_AGAINST_RAW, &[]).unwrap(), "view and raw rows differ");
     });
-    // On a slow machine a backfill of what they write without a pause, in a debug build, takes minutes.
+    // On a slow machine a backfill of what they have written, in a debug build, takes minutes.
     let mut client = db.connect();
     attach(&mut client);
     assert_exact(&mut client);

@@ -44,7 +44,7 @@ pub fn waits_for_a_lock(client: &mut Client, pid: i32) -> bool {
 }
 
 /// Runs `body` while `writers` connections insert `rows` rows at a time; they stop when it ends, also by a
-/// panic.
+/// panic. They pause for as long as a statement takes: all that they write is read by what the test does.
 pub fn beside_writers<T>(db: &Database, writers: u32, rows: u32, days: u32, body: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -57,6 +57,7 @@ pub fn beside_writers<T>(db: &Database, writers: u32, rows: u32, days: u32, body
                         return;
                     }
                     client.batch_execute(&insert_rows(&format!("w{writer}-{i}-"), rows, days)).unwrap();
+                    std::thread::sleep(Duration::from_millis(2));
                 }
             });
         }
