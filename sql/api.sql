@@ -94,6 +94,7 @@ COMMENT ON VIEW litellm_spend.party IS 'Processes and prepared transactions, as 
 COMMENT ON VIEW litellm_spend.blocker IS 'For whom each process waits';
 COMMENT ON VIEW litellm_spend.holder IS 'Who has a lock on a table or on a partition of it';
 COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
+COMMENT ON VIEW litellm_spend.partition_survey IS 'What is known of each partition without asking for its size';
 COMMENT ON VIEW litellm_spend.index_survey IS 'What became of each index that was asked for, on its table or on each partition';
 COMMENT ON VIEW @extschema@.spend_index_status IS 'One row an index and partition: state, size, scans, what blocks it, last error';
 COMMENT ON VIEW @extschema@.spend_progress IS 'How far each long work is: backfill, conversion, reversion, repair, rebuild; looking changes nothing';

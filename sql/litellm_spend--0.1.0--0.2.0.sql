@@ -390,8 +390,11 @@ REVOKE ALL ON FUNCTION litellm_spend.bound(oid), litellm_spend.periods_ahead(tex
 GRANT EXECUTE ON FUNCTION litellm_spend.bound(oid), litellm_spend.periods_ahead(text, tsmultirange, timestamp) TO pg_monitor;
 COMMENT ON FUNCTION litellm_spend.bound(oid) IS 'The bound of a partition, whatever DateStyle and TimeZone of the session';
 COMMENT ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) IS 'How many periods are covered without a gap from the one after a time on, at most 366';
-CREATE OR REPLACE VIEW @extschema@.spend_partition_status AS
-WITH parts AS (
+
+-- What is known of each partition without asking for its size, which takes a look at its files.
+CREATE VIEW litellm_spend.partition_survey AS
+-- Once a partition, and not once for each place where its bound is read.
+WITH parts AS MATERIALIZED (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
            coalesce(i.inhdetachpending, false) AS is_pending,
            litellm_spend.bound(c.oid) AS bound, c.reltuples
@@ -429,7 +432,6 @@ SELECT table_oid::regclass AS "table",
        range_start,
        range_end,
        CASE WHEN reltuples >= 0 THEN least(reltuples, 1e18)::bigint END AS rows_estimate,
-       CASE WHEN litellm_spend.is_free(partition_oid) THEN pg_total_relation_size(partition_oid) END AS bytes,
        CASE WHEN isfinite(range_end) AND range_end < '200000-01-01' THEN range_end + retention END AS expires_at,
        (SELECT periods FROM ahead WHERE ahead.table_oid = ranges.table_oid) AS partitions_ahead,
        sum(least(greatest(reltuples, 0), 1e18)::bigint) FILTER (WHERE is_default) OVER per_table AS default_rows_estimate,
@@ -446,8 +448,17 @@ SELECT table_oid::regclass AS "table",
        blocked_since,
        CASE WHEN blocked IS NOT NULL THEN retry_at END AS retry_at
 FROM ranges
-WINDOW per_table AS (PARTITION BY table_oid)
-ORDER BY table_oid::regclass::text, is_default, range_start;
+WINDOW per_table AS (PARTITION BY table_oid);
+COMMENT ON VIEW litellm_spend.partition_survey IS 'What is known of each partition without asking for its size';
+
+-- One row a partition (a table without any: one for itself), with what concerns the whole table repeated.
+CREATE OR REPLACE VIEW @extschema@.spend_partition_status AS
+SELECT "table", partition, is_default, range_start, range_end, rows_estimate,
+       CASE WHEN litellm_spend.is_free(partition) THEN pg_total_relation_size(partition) END AS bytes,
+       expires_at, partitions_ahead, default_rows_estimate, "interval", precreate, retention, on_expire, last_maintained_at,
+       last_error, last_error_at, blocked, blocked_since, retry_at
+FROM litellm_spend.partition_survey
+ORDER BY "table"::text, is_default, range_start;
 
 -- Who is named as being in the way, or at work, and what ends that: a process, or a prepared transaction,
 -- whose locks have none.
@@ -507,7 +518,7 @@ WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datn
 
 -- What became of each index that was asked for, on its table or on each partition.
 CREATE VIEW litellm_spend.index_survey AS
-WITH parts AS (
+WITH parts AS MATERIALIZED (
     SELECT s.*, t.relkind = 'p' AS partitioned, t.relowner AS owner_now, c.oid AS partition_oid, c.relkind AS kind,
            c.relowner AS partition_owner, substring(litellm_spend.bound(c.oid) FROM ' TO \((.*)\)$') AS bound
     FROM litellm_spend.index_set s
@@ -674,8 +685,17 @@ GROUP BY c.relation;
 -- What somebody must act on, a row a fault; none: all is well. One fault is one row: what follows from
 -- another is left out.
 CREATE VIEW @extschema@.spend_health AS
-WITH status AS (
-    SELECT * FROM @extschema@.spend_rollup_status
+-- What several branches read, computed once, or not at all where no branch comes to it.
+WITH status AS MATERIALIZED (
+    TABLE @extschema@.spend_rollup_status
+), partitions AS MATERIALIZED (
+    TABLE litellm_spend.partition_survey
+), indexes AS MATERIALIZED (
+    TABLE litellm_spend.index_survey
+), party AS MATERIALIZED (
+    TABLE litellm_spend.party
+), holder AS MATERIALIZED (
+    TABLE litellm_spend.holder
 ), worker AS (
     SELECT pid, xact_start, wait_event, query FROM pg_stat_activity
     WHERE backend_type = 'litellm_spend worker' AND datname = current_database()
@@ -710,7 +730,7 @@ WITH status AS (
     FROM litellm_spend.conversion WHERE last_error IS NOT NULL
     UNION ALL
     SELECT last_error, min(last_error_at), format('index %s of %s', name, string_agg(partition::text, ', ' ORDER BY range_end DESC))
-    FROM litellm_spend.index_survey
+    FROM indexes
     WHERE state = 'failed' OR state = 'to drop' AND last_error IS NOT NULL AND coalesce(retry_at > last_error_at + interval '1 minute', true)
     GROUP BY relation, name, last_error
 ), tails AS (
@@ -723,12 +743,12 @@ WITH status AS (
 ), at_work AS (
     -- Who has been working on a rollup for long, in a transaction that a worker has not begun: nobody merges
     -- it meanwhile.
-    SELECT string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy FROM litellm_spend.holder
+    SELECT string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy FROM holder
     WHERE relation = 'litellm_spend.rollup'::regclass AND mode = 'RowShareLock' AND kind IN ('client backend', 'prepared transaction')
       AND since < clock_timestamp() - interval '30 seconds'
 ), expired AS (
     SELECT "table", count(*) AS partitions, min(expires_at) AS since, min(blocked) AS blocked
-    FROM @extschema@.spend_partition_status
+    FROM partitions
     WHERE expires_at < clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour'
       -- Not what a policy has let expire a moment ago.
       AND (blocked IS NOT NULL OR coalesce(last_maintained_at, 'infinity') < clock_timestamp() - interval '1 hour')
@@ -736,7 +756,7 @@ WITH status AS (
 ), holders AS (
     -- Who is in the way of maintenance now, the oldest transaction first; not who is there for a moment.
     SELECT relation::regclass AS "table", string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy
-    FROM (SELECT DISTINCT relation, who, remedy, since FROM litellm_spend.holder
+    FROM (SELECT DISTINCT relation, who, remedy, since FROM holder
           WHERE since < clock_timestamp() - interval '1 second' AND kind NOT LIKE 'litellm\_spend %') AS holder
     GROUP BY relation
 ), readers AS (
@@ -764,7 +784,7 @@ SELECT 'warning', 'this database came out of a dump, and the end of its restore 
        restorers.who, CASE WHEN restorers.who IS NULL THEN 'when the restore has ended, not before: SELECT spend_restored();'
                            ELSE 'wait until the restore has ended' END
 FROM served, (
-    SELECT string_agg(who, '; ') AS who FROM litellm_spend.party
+    SELECT string_agg(who, '; ') AS who FROM party
     WHERE pid IN (SELECT pid FROM pg_stat_progress_copy WHERE datname = current_database() AND command LIKE 'COPY FROM%'
                   UNION SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database())
 ) AS restorers
@@ -780,7 +800,7 @@ SELECT CASE WHEN is_lock THEN 'warning' ELSE 'error' END,
        substring(message FROM E'\nDETAIL:  ([^\n]*)'),
        coalesce(CASE WHEN is_lock THEN (
                     -- If it is the same process still.
-                    SELECT remedy FROM litellm_spend.party p
+                    SELECT remedy FROM party p
                     WHERE pid = substring(message FROM E'\nDETAIL:  [^\n]*?It is held by process (\\d{1,9}) \\(')::integer AND p.since < errors.since
                        OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  [^\n]*It is held by prepared transaction (''.*'')\\.\n')
                 ) END,
@@ -808,7 +828,7 @@ SELECT 'warning',
 FROM tails
 CROSS JOIN LATERAL (
     SELECT string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy
-    FROM litellm_spend.party WHERE pid = ANY (pids) OR gid = ANY (prepared)
+    FROM party WHERE pid = ANY (pids) OR gid = ANY (prepared)
 ) AS blockers
 CROSS JOIN at_work CROSS JOIN served
 WHERE (has_worker OR NOT preloaded) AND NOT restored
@@ -849,13 +869,13 @@ WHERE w.relation IN (SELECT v.relation FROM litellm_spend.conversion v) AND w.st
   AND w.held_since < clock_timestamp() - interval '20 seconds'
 UNION ALL
 SELECT 'warning', format('index %s of %s waits for an hour', name, partition), started_at, waits_for, remedy
-FROM litellm_spend.index_survey
+FROM indexes
 WHERE state = 'building' AND waits_for IS NOT NULL AND started_at < clock_timestamp() - interval '1 hour'
 UNION ALL
 -- Not where statistics do not reach back so far.
 SELECT 'warning', format('nothing has used index %s of %s for 30 days', name, relation), min(asked_at), NULL,
        format('SELECT * FROM spend_index_drop(%L, ARRAY[%L]);', relation, name)
-FROM litellm_spend.index_survey
+FROM indexes
 WHERE asked_at < clock_timestamp() - interval '30 days'
   AND NOT EXISTS (SELECT FROM pg_stat_database WHERE datname = current_database()
                     AND coalesce(stats_reset, pg_postmaster_start_time()) > clock_timestamp() - interval '30 days')
@@ -868,14 +888,14 @@ FROM expired LEFT JOIN holders USING ("table")
 UNION ALL
 SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
        coalesce(min(holders.remedy), format('SELECT * FROM spend_partition_maintain(%L);', "table"))
-FROM @extschema@.spend_partition_status LEFT JOIN holders USING ("table")
+FROM partitions LEFT JOIN holders USING ("table")
 WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
 GROUP BY "table", blocked
 UNION ALL
 SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at),
        CASE WHEN current_setting('litellm_spend.maintain_interval', true) IN ('0', '0s') THEN 'litellm_spend.maintain_interval is 0' END,
        format('SELECT * FROM spend_partition_maintain(%L);', "table")
-FROM @extschema@.spend_partition_status, served
+FROM partitions, served
 WHERE partitions_ahead < precreate AND last_error IS NULL AND blocked IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
   -- A worker comes to a new policy within a second, or says what it met.
   AND coalesce(last_maintained_at, CASE WHEN has_worker THEN 'infinity' ELSE '-infinity' END::timestamptz) < clock_timestamp() - interval '1 hour'
