@@ -176,7 +176,7 @@ CREATE VIEW litellm_spend.partition_survey AS
 WITH parts AS MATERIALIZED (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
            coalesce(i.inhdetachpending, false) AS is_pending,
-           litellm_spend.bound(c.oid) AS bound, c.reltuples
+           litellm_spend.bound(c.oid) AS bound, c.reltuples, t.relowner
     FROM litellm_spend.policy p
     JOIN pg_class t ON t.oid = p.relation AND t.relkind IN ('r', 'p')
     JOIN pg_attribute a ON a.attrelid = t.oid AND a.attname = p.time_column AND NOT a.attisdropped
@@ -221,7 +221,9 @@ SELECT table_oid::regclass AS "table",
        maintained_at AS last_maintained_at,
        CASE WHEN origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
            THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
-           ELSE last_error END AS last_error,
+           -- The message may hold values of rows.
+           WHEN pg_has_role(current_user, relowner, 'USAGE') OR pg_has_role(current_user, 'pg_monitor', 'USAGE') THEN last_error
+           WHEN last_error IS NOT NULL THEN 'failed: its owner and members of pg_monitor see how' END AS last_error,
        last_error_at,
        blocked,
        blocked_since,

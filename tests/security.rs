@@ -316,22 +316,23 @@ fn an_admin_does_everything_that_takes_no_superuser() {
         denied(&mut litellm, call);
     }
     // What a member of pg_monitor gets, nobody else keeps.
-    let reads = "SELECT has_table_privilege('watcher_s', 'spend_health', 'SELECT')";
+    let reads = "SELECT count(*) FROM unnest('{spend_health, litellm_spend.index_survey, litellm_spend.blocker, litellm_spend.holder}'::text[]) AS view
+                 WHERE has_table_privilege('watcher_s', view, 'SELECT')";
     client
         .batch_execute(
             "DROP ROLE IF EXISTS watcher_s; CREATE ROLE watcher_s NOINHERIT; SELECT spend_grant_admin('watcher_s')",
         )
         .unwrap();
-    assert!(!holds(&mut client, reads));
+    assert_eq!(value::<i64>(&mut client, reads), 0);
     client
         .batch_execute(
             "ALTER ROLE watcher_s INHERIT; GRANT pg_monitor TO watcher_s; SELECT spend_grant_admin('watcher_s');
              SET ROLE watcher_s; SELECT * FROM spend_health; RESET ROLE; REVOKE pg_monitor FROM watcher_s",
         )
         .unwrap();
-    assert!(holds(&mut client, reads));
+    assert_eq!(value::<i64>(&mut client, reads), 4);
     client.batch_execute("SELECT spend_revoke_admin('watcher_s'), spend_revoke_admin('litellm')").unwrap();
-    assert!(!holds(&mut client, reads));
+    assert_eq!(value::<i64>(&mut client, reads), 0);
     client.batch_execute("DROP OWNED BY watcher_s; DROP ROLE watcher_s").unwrap();
     for call in ["SELECT spend_attach()", "CALL spend_backfill()", "SELECT * FROM spend_rollup_status"] {
         denied(&mut litellm, call);
@@ -482,6 +483,37 @@ fn what_a_merge_failed_with_is_for_the_rollups_owner_and_monitors() {
         client.batch_execute("RESET ROLE").unwrap();
     }
     client.batch_execute("DROP OWNED BY ops_b; DROP ROLE ops_b").unwrap();
+}
+
+#[test]
+fn what_maintenance_failed_with_is_for_the_tables_owner_and_monitors() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS ops_c; CREATE ROLE ops_c; SELECT * FROM spend_grant_admin('ops_c');
+             SELECT * FROM spend_grant_admin('litellm'); SET ROLE litellm;
+             CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             CREATE TABLE logs_default PARTITION OF logs DEFAULT;
+             SELECT spend_partition_set('logs'); RESET ROLE",
+        )
+        .unwrap();
+    let said = "SELECT DISTINCT last_error FROM spend_partition_status";
+    for (role, sees) in [
+        ("litellm", "a secret"),
+        ("ops_c", "failed: its owner and members of pg_monitor see how"),
+        ("pg_monitor", "a secret"),
+    ] {
+        // In a transaction: a round of maintenance would take it back.
+        client
+            .batch_execute(&format!(
+                "BEGIN; UPDATE litellm_spend.policy SET last_error = 'a secret', last_error_at = now(); SET LOCAL ROLE {role}"
+            ))
+            .unwrap();
+        assert_eq!(value::<String>(&mut client, said), sees, "{role}");
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+    client.batch_execute("DROP OWNED BY ops_c; DROP ROLE ops_c").unwrap();
 }
 
 /// What a detach has kept is for who may act for the owner of the table that was detached, and for

@@ -25,14 +25,23 @@ const OF_SUPERUSERS: [&str; 5] =
 
 /// The objects that are granted, as GRANT and REVOKE name them: those that the extension has in this version.
 /// A view of other sessions' activity is for roles that may see that: to others it would say that no worker
-/// is there.
+/// is there. So is what is made of such a view.
 fn rights(sees_sessions: bool) -> Result<Vec<(String, String)>> {
     spi::query(
-        "WITH member AS (
+        "WITH RECURSIVE member AS (
              SELECT d.classid, d.objid FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e
                  ON e.oid = d.refobjid
              WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
-                 AND e.extname = 'litellm_spend')
+                 AND e.extname = 'litellm_spend'
+         ), of_sessions(view) AS (
+             SELECT c.oid FROM pg_catalog.pg_class c JOIN member m
+                 ON m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid
+             WHERE c.relkind = 'v' AND pg_catalog.pg_get_viewdef(c.oid) LIKE '%pg_stat_%'
+             UNION
+             SELECT w.ev_class FROM of_sessions s JOIN pg_catalog.pg_depend d
+                 ON d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = s.view
+                     AND d.classid = 'pg_catalog.pg_rewrite'::regclass
+             JOIN pg_catalog.pg_rewrite w ON w.oid = d.objid)
          SELECT 'EXECUTE', pg_catalog.format('%s %s',
              CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END,
                                              p.oid::regprocedure)
@@ -44,7 +53,7 @@ fn rights(sees_sessions: bool) -> Result<Vec<(String, String)>> {
          FROM pg_catalog.pg_class c JOIN member m ON m.classid = 'pg_catalog.pg_class'::regclass
              AND m.objid = c.oid
          WHERE c.relkind = 'v'
-           AND ($2 OR pg_catalog.pg_get_viewdef(c.oid) NOT LIKE '%pg_stat_%')
+           AND ($2 OR c.oid NOT IN (SELECT view FROM of_sessions))
          ORDER BY 1, 2",
         &[OF_SUPERUSERS.map(str::to_string).to_vec().into(), sees_sessions.into()],
         |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
