@@ -671,6 +671,23 @@ fn a_day_that_cannot_be_put_right_is_named_until_somebody_says_what_it_shall_be(
     }
 }
 
+#[test]
+fn a_rollup_that_is_dropped_while_a_status_is_read_does_not_fail_it() {
+    let db = shared().database();
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    client.batch_execute("CREATE TABLE ev (id bigserial, k int)").unwrap();
+    for view in ["spend_rollup_status", "spend_health"] {
+        client.batch_execute("SELECT spend_rollup_create('by_k', 'ev', '{k}', '{count(*) AS n}')").unwrap();
+        // A transaction with an XID reads our state on a snapshot of now, a cursor's is older.
+        let begin = format!("BEGIN; CREATE TEMP TABLE t (); DECLARE status CURSOR FOR SELECT * FROM {view}");
+        reader.batch_execute(&begin).unwrap();
+        client.batch_execute("SELECT spend_rollup_drop('by_k')").unwrap();
+        let found = reader.query("FETCH ALL FROM status", &[]).unwrap_or_else(|e| panic!("{view}: {e:?}"));
+        assert_eq!(found.len(), usize::from(view == "spend_rollup_status"), "{view}");
+        reader.batch_execute("ROLLBACK").unwrap();
+    }
+}
+
 /// What owners, readers and old tables can put where the status looks.
 #[test]
 fn no_value_of_anybodys_breaks_it() {

@@ -6,7 +6,7 @@
 //! does, and what the planner computes in one go, in a function of the server's own. Where that could be, how
 //! far the sequence is ahead has to do.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::server::limit::Limit;
 use crate::server::locks;
 use crate::server::relation;
@@ -38,7 +38,11 @@ const LOCK_TIMEOUT: Duration = Duration::from_millis(20);
 /// was captured, or, for a declared rollup, the time that it carries. If the source is not read, how many
 /// numbers the sequence is ahead, and no time. Nothing: somebody is changing it.
 pub fn tail(name: &str) -> Result<Tail> {
-    let fence = Fence::look(name)?;
+    let fence = match Fence::look(name) {
+        // It was dropped since the statement began that names it.
+        Err(Error::NoRollup(_)) => return Ok((None, None)),
+        fence => fence?,
+    };
     if fence.source.is_none() {
         return Ok((None, None));
     }
