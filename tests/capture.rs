@@ -1212,6 +1212,58 @@ fn a_merge_that_moves_a_row_is_captured_whatever_the_table_is_partitioned_by() {
 }
 
 #[test]
+fn a_merge_that_moves_a_row_and_whose_capture_fails_is_repaired_on_both_days() {
+    let db = shared().database();
+    let (mut client, mut other) = (db.connect(), db.connect());
+    if !knows_merge(&mut client) {
+        return;
+    }
+    let rows = r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+                  SELECT id, 'c', '2026-11-05', now(), 1 FROM unnest('{a,b,c,d}'::text[]) AS id;"#;
+    client.batch_execute(&format!("{} SELECT spend_attach()", partitioned(BY_TIME))).unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute(rows).unwrap();
+    wait_until_merged(&mut client);
+    let merge = |ids: &str, actions: &str| {
+        format!(
+            r#"MERGE INTO "LiteLLM_SpendLogs" AS t USING unnest('{{{ids}}}'::text[]) AS s(id) ON t.request_id = s.id
+                   {actions}"#
+        )
+    };
+    let moves = r#"WHEN MATCHED AND s.id <> 'b' THEN UPDATE SET "startTime" = "startTime" + interval '15 days'"#;
+    let assert_right = |client: &mut Client, expected: &str| {
+        eventually("the days are repaired", || {
+            let settled = "SELECT bool_and(dirty_ranges = 0 AND unrepairable_ranges = 0 AND backfill_progress = 100)
+                               AND (SELECT failures_seen FROM litellm_spend.capture) = max(capture_errors)
+                           FROM spend_rollup_status WHERE kind = 'built-in'";
+            holds(client, settled)
+        });
+        let days = "SELECT string_agg(date || ' ' || requests || ' ' || spend, ', ' ORDER BY date)
+                    FROM (SELECT date, sum(requests) AS requests, sum(spend)::int AS spend
+                          FROM litellm_spend.daily_spend GROUP BY 1) AS days";
+        assert_eq!(value::<String>(client, days), expected);
+        assert_verified(client);
+    };
+    // One row moves; that another stays is what cannot be written.
+    make_unwritable(&mut client, "change_log");
+    client.batch_execute(&merge("a,b", &format!("{moves} WHEN MATCHED THEN UPDATE SET spend = 2"))).unwrap();
+    make_writable(&mut client, "change_log");
+    assert_right(&mut client, "2026-11-05 3 4, 2026-11-20 1 1");
+    // All rows move, so there is none to write. Everything stays covered: the failure is noted.
+    client.batch_execute("CREATE TABLE uncovered (); CREATE FUNCTION uncovered() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO uncovered DEFAULT VALUES; RETURN NEW; END $$;
+        GRANT INSERT ON uncovered TO PUBLIC;
+        CREATE TRIGGER uncovered BEFORE UPDATE ON litellm_spend.rollup FOR EACH ROW
+            WHEN (NEW.covered_from = 'infinity') EXECUTE FUNCTION public.uncovered()").unwrap();
+    other.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ACCESS EXCLUSIVE MODE").unwrap();
+    client.batch_execute(&merge("c,d", moves)).unwrap();
+    other.batch_execute("ROLLBACK").unwrap();
+    assert_right(&mut client, "2026-11-05 1 2, 2026-11-20 3 3");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM uncovered"), 0);
+    assert_eq!(capture_errors(&mut client), 2);
+}
+
+#[test]
 fn a_detach_puts_right_what_was_not_captured_before_nobody_can() {
     let db = shared().database();
     let mut client = db.connect();

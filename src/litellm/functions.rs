@@ -53,14 +53,15 @@ impl Capture<'_> {
             (unless_held(&|capture, conditions| capture.retire_deleted(conditions)), "'keep'".into())
         };
         vec![
-            self.function("insert", &insert, "new_rows", "'rebuild'", ""),
-            self.function("update", &update, "both", "'rebuild'", ""),
+            self.function("insert", &insert, "new_rows", "'rebuild'", "", ""),
+            self.function("update", &update, "both", "'rebuild'", "", &note_moves()),
             self.function(
                 "delete",
                 &delete,
                 "old_rows",
                 &delete_repair,
                 &format!("IF {expiring} THEN RAISE; END IF;"),
+                "",
             ),
             (function_name("move"), move_function()),
             (function_name("truncate"), truncate_function()),
@@ -85,7 +86,8 @@ impl Capture<'_> {
         )
     }
 
-    /// `unless` comes first where the body has failed, and may let it fail.
+    /// `unless` comes first where the body has failed, and may let it fail. `beside` notes what is not among
+    /// the rows, with the number of the failure: what the body has noted of it was rolled back with it.
     fn function(
         &self,
         operation: &str,
@@ -93,6 +95,7 @@ impl Capture<'_> {
         rows: &str,
         repair: &str,
         unless: &str,
+        beside: &str,
     ) -> (String, String) {
         let time = quoted(TIME);
         let rows = match rows {
@@ -111,6 +114,7 @@ EXCEPTION WHEN OTHERS THEN
     {unless}
     BEGIN
         failure := nextval('{SCHEMA}.capture_failures');
+        {beside}
         INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate,
             message)
         SELECT DISTINCT failure, date_trunc('day', {time}), {end}, {repair}, TG_OP, SQLSTATE, SQLERRM
@@ -344,7 +348,8 @@ END
 
 /// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment
 /// ago: it may become less than the rollups say, also if none are left (`MOVE`). If rows could not be noted,
-/// a failure is counted that says no days: everything is computed again.
+/// a failure is counted that says no days: everything is computed again. `failure` is the function's: NULL, or
+/// the number of the failure of which this is noted.
 fn note_moves() -> String {
     let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
     let noted = format!("nullif(current_setting('{MOVED}'), '')::jsonb");
@@ -354,8 +359,8 @@ fn note_moves() -> String {
             PERFORM nextval('{SCHEMA}.capture_failures');
             PERFORM set_config('{MOVED}', '', true);
         END IF;
-        INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-        SELECT day::timestamp, {end}, 'rebuild', operation
+        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation)
+        SELECT failure, day::timestamp, {end}, 'rebuild', operation
             FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
         WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'
                           AND r.{time} = ({noted} ->> 'time')::timestamp);
