@@ -1230,10 +1230,12 @@ fn a_merge_that_moves_a_row_and_whose_capture_fails_is_repaired_on_both_days() {
                    {actions}"#
         )
     };
-    let moves = r#"WHEN MATCHED AND s.id <> 'b' THEN UPDATE SET "startTime" = "startTime" + interval '15 days'"#;
+    let moves =
+        r#"WHEN MATCHED AND s.id <> 'b' THEN UPDATE SET "startTime" = "startTime" + interval '15 days'"#;
     let assert_right = |client: &mut Client, expected: &str| {
         eventually("the days are repaired", || {
-            let settled = "SELECT bool_and(dirty_ranges = 0 AND unrepairable_ranges = 0 AND backfill_progress = 100)
+            let settled =
+                "SELECT bool_and(dirty_ranges = 0 AND unrepairable_ranges = 0 AND backfill_progress = 100)
                                AND (SELECT failures_seen FROM litellm_spend.capture) = max(capture_errors)
                            FROM spend_rollup_status WHERE kind = 'built-in'";
             holds(client, settled)
@@ -1250,11 +1252,15 @@ fn a_merge_that_moves_a_row_and_whose_capture_fails_is_repaired_on_both_days() {
     make_writable(&mut client, "change_log");
     assert_right(&mut client, "2026-11-05 3 4, 2026-11-20 1 1");
     // All rows move, so there is none to write. Everything stays covered: the failure is noted.
-    client.batch_execute("CREATE TABLE uncovered (); CREATE FUNCTION uncovered() RETURNS trigger LANGUAGE plpgsql AS
+    client
+        .batch_execute(
+            "CREATE TABLE uncovered (); CREATE FUNCTION uncovered() RETURNS trigger LANGUAGE plpgsql AS
             $$ BEGIN INSERT INTO uncovered DEFAULT VALUES; RETURN NEW; END $$;
         GRANT INSERT ON uncovered TO PUBLIC;
         CREATE TRIGGER uncovered BEFORE UPDATE ON litellm_spend.rollup FOR EACH ROW
-            WHEN (NEW.covered_from = 'infinity') EXECUTE FUNCTION public.uncovered()").unwrap();
+            WHEN (NEW.covered_from = 'infinity') EXECUTE FUNCTION public.uncovered()",
+        )
+        .unwrap();
     other.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ACCESS EXCLUSIVE MODE").unwrap();
     client.batch_execute(&merge("c,d", moves)).unwrap();
     other.batch_execute("ROLLBACK").unwrap();

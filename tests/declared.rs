@@ -176,6 +176,44 @@ fn a_bucket_is_that_of_date_trunc_for_every_time_there_is() {
 }
 
 #[test]
+fn a_rebuild_takes_the_rows_of_a_day_with_two_midnights_together() {
+    let (_db, mut client) = without_worker();
+    // In the Azores, 2025-10-26 01:00 became 00:00: the day has the second midnight, 01:00 UTC.
+    client
+        .batch_execute(
+            "CREATE TABLE ev (id bigserial PRIMARY KEY, t timestamptz NOT NULL);
+             SELECT spend_rollup_create('ev', 'ev', ARRAY[$$date_trunc('day', t, 'Atlantic/Azores') AS day$$],
+                 ARRAY['count(*) AS n']);
+             INSERT INTO ev (t) VALUES ('2025-10-25 12:00Z'), ('2025-10-26 00:30Z'), ('2025-10-26 12:00Z');
+             SELECT spend_rollup_run('ev')",
+        )
+        .unwrap();
+    let days = "SELECT string_agg(extract(day FROM day AT TIME ZONE 'UTC') || ': ' || n, ', ' ORDER BY day)
+                FROM litellm_spend.ev";
+    for hashed in ["on", "off"] {
+        client.batch_execute(&format!("SET litellm_spend.hash_groups = {hashed}")).unwrap();
+        for (start, end) in
+            [("'2025-10-25'", "'2025-10-26'"), ("'2025-10-26'", "NULL"), ("NULL", "'2025-10-27 01:00'")]
+        {
+            let range = format!("'ev', {start}, {end}");
+            client.batch_execute(&format!("SELECT spend_rollup_rebuild({range})")).unwrap();
+            assert_eq!(value::<String>(&mut client, days), "25: 1, 26: 2", "{range}");
+            let differences =
+                client.query(&format!("SELECT * FROM spend_rollup_verify({range})"), &[]).unwrap();
+            assert_no_rows(differences, &range);
+        }
+        for border in ["2025-10-26 01:00", "2025-10-26 00:30", "2025-10-27"] {
+            let error = error(&mut client, &format!("SELECT spend_rollup_rebuild('ev', '{border}')"));
+            assert_eq!(error.code().code(), "22023", "{border}");
+        }
+        // A row that a rebuild meets where it has cleared is an error, not a second count.
+        let wrong = r#"UPDATE litellm_spend.rollup SET definition = jsonb_set(definition, '{bucket,source_time}', to_jsonb(text '(t - interval ''1 hour'')'));
+                       SELECT spend_rollup_rebuild('ev', '2025-10-25', '2025-10-26 01:00')"#;
+        assert_eq!(error(&mut client, wrong).code().code(), "23505", "{hashed}");
+    }
+}
+
+#[test]
 fn odd_types_collations_and_merge_functions_stay_exact() {
     let db = shared().database();
     let mut client = db.connect();

@@ -72,7 +72,8 @@ pub fn merge(rollups: &[&Definition], start: i64, end: i64) -> Result<Option<Vec
 pub fn refill(rollups: &[(&Definition, i64)], truth: Option<&str>, range: Range) -> Result<Option<i64>> {
     let Some(mut scans) = scans(rollups.iter().copied())? else { return Ok(None) };
     for rollup in scans.iter_mut().flat_map(|scan| &mut scan.rollups) {
-        rollup.refills = truth.is_some();
+        rollup.refills = true;
+        rollup.is_ours = truth.is_some();
     }
     let sql = |scan: &Scan| scan.rollups[0].definition.refill_rows(&scan.columns, truth, scan.watermark);
     let done = run(&mut scans, sql, &[range.start.into(), range.end.into()])?;
@@ -153,8 +154,10 @@ struct Rollup<'a> {
     measures: Vec<Measure>,
     groups: Groups,
     written: i64,
-    /// It is one of ours, and gets the difference of a truth and a tail, which may be nothing.
+    /// Its range was cleared: a group that is there all the same is an error, as of [`Definition::refill`].
     refills: bool,
+    /// It is refilled with the difference of a truth and a tail, which may be nothing.
+    is_ours: bool,
 }
 
 /// A type and its modifier, -1 where it has none.
@@ -219,8 +222,17 @@ impl<'a> Scan<'a> {
         });
         let measures = measures.collect();
         let groups = Groups::default();
-        let rollup =
-            Rollup { place, definition, table, dimensions, measures, groups, written: 0, refills: false };
+        let rollup = Rollup {
+            place,
+            definition,
+            table,
+            dimensions,
+            measures,
+            groups,
+            written: 0,
+            refills: false,
+            is_ours: false,
+        };
         self.rollups.push(rollup);
         Ok(())
     }
@@ -308,7 +320,7 @@ impl Rollup<'_> {
     /// Writes the groups, in the order of their keys.
     fn write(&mut self) -> Result<()> {
         let mut order: Vec<usize> = (0..self.groups.len()).collect();
-        if self.refills {
+        if self.is_ours {
             let (groups, count) = (&self.groups, self.measures.len());
             let states = |group: usize| &groups.states[group * count..][..count];
             order.retain(|group| !states(*group).iter().all(State::is_zero));
@@ -319,7 +331,7 @@ impl Rollup<'_> {
         order.sort_unstable_by(|a, b| self.groups.key(*a).cmp(self.groups.key(*b)));
         pgrx::check_for_interrupts!();
         self.written = order.len() as i64;
-        let _ourselves = self.refills.then(Elevated::enter).transpose()?;
+        let _ourselves = self.is_ours.then(Elevated::enter).transpose()?;
         let key: Vec<usize> = self.dimensions.iter().map(|dimension| dimension.attribute).collect();
         match Keyed::open(self.table.oid(), &key, key.len() + self.measures.len()) {
             Some(table) => self.write_by_key(table, &order),
@@ -332,7 +344,7 @@ impl Rollup<'_> {
         let mut row = table.row();
         for group in order {
             table.make(|| self.key_values(*group, &mut row.values, &mut row.nulls));
-            let found = table.find(&row);
+            let found = !self.refills && table.find(&row);
             if found {
                 let states = &mut self.groups.states[group * count..][..count];
                 for (measure, state) in self.measures.iter().zip(states) {

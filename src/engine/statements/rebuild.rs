@@ -121,16 +121,26 @@ impl Definition {
         )
     }
 
-    /// Whether `$1` is a border between two buckets.
+    /// Whether `$1` is a border between two buckets. Where rows are looked up by the column itself, those before
+    /// it have to be in buckets before it, and those from it on in later ones. As a rule that is the time that a
+    /// bucket has. Not so where the clock of a zone is set back across midnight: the day has that of its second
+    /// midnight, and begins with the first.
     pub fn is_border(&self) -> Option<String> {
         let bucket = self.bucket.as_ref()?;
         let dimension = self.dimensions.iter().find(|d| d.column.name == bucket.dimension)?;
-        Some(format!(
-            "SELECT $1 IN ('-infinity', 'infinity') OR ({})::timestamp = $1 FROM (SELECT $1::{} AS {}) AS r",
-            dimension.column.expression,
-            bucket.column_type,
-            quoted(&bucket.column)
-        ))
+        let of = |moment: &str| {
+            format!(
+                "(SELECT ({})::timestamp FROM (SELECT ({moment})::{} AS {}) AS r)",
+                dimension.column.expression,
+                bucket.column_type,
+                quoted(&bucket.column)
+            )
+        };
+        let is_border = match bucket.source_time == quoted(&bucket.column) {
+            true => format!("{} < $1 AND {} >= $1", of("$1 - interval '1 microsecond'"), of("$1")),
+            false => format!("{} = $1", of("$1")),
+        };
+        Some(format!("SELECT CASE WHEN $1 IN ('-infinity', 'infinity') THEN true ELSE {is_border} END"))
     }
 
     /// The groups of the range `[$1, $2)` in which rollup + tail differ from the truth, all in one snapshot.
