@@ -1362,6 +1362,16 @@ fn a_sequence_set_back_stops_the_rollup_and_says_so() {
     client.batch_execute(&views(300, 20)).unwrap();
     merged(&mut client, "views");
     assert_views_exact(&mut client);
+    // One to the last merged number goes back: it is given again.
+    client.batch_execute("ALTER SEQUENCE page_views_view_id_seq RESTART 5019").unwrap();
+    eventually("the status says so", || {
+        holds(&mut client, "SELECT last_error LIKE '%was set back%' FROM spend_rollup_status")
+    });
+    client.batch_execute("ALTER SEQUENCE page_views_view_id_seq RESTART 5020").unwrap();
+    eventually("the error goes", || holds(&mut client, "SELECT last_error IS NULL FROM spend_rollup_status"));
+    client.batch_execute(&views(320, 20)).unwrap();
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
 }
 
 /// An explicit number may lie between two of the sequence's.

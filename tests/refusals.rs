@@ -543,6 +543,43 @@ fn the_change_logs_sequence_that_was_set_back_is_raised_and_the_gap_repaired() {
 }
 
 #[test]
+fn the_change_logs_sequence_is_raised_to_the_rollup_that_is_furthest() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_merged(&mut client);
+    let furthest = "(SELECT max(watermark) FROM litellm_spend.rollup WHERE source = 'change_log')";
+    let raised = format!("SELECT is_called AND last_value >= {furthest} FROM litellm_spend.change_log_seq");
+    // It is about to give the last number that is merged again.
+    client
+        .batch_execute(&format!(
+            "DELETE FROM litellm_spend.change_log; SELECT setval('litellm_spend.change_log_seq', {furthest}, false)"
+        ))
+        .unwrap();
+    eventually("it is raised to what is merged", || holds(&mut client, &raised));
+    // One rollup is behind, and the last numbers that the others have merged are of no row.
+    make_unwritable(&mut client, "daily_spend_by_model_rollup");
+    client.batch_execute(&insert_rows("b", 5, 5)).unwrap();
+    client.batch_execute(&format!("BEGIN; {}; ROLLBACK", insert_rows("c", 5, 5))).unwrap();
+    let all = "SELECT max(watermark) = (SELECT last_value FROM litellm_spend.change_log_seq)
+                   AND min(watermark) < max(watermark) - 5
+               FROM litellm_spend.rollup WHERE source = 'change_log'";
+    eventually("the others have merged all", || holds(&mut client, all));
+    client
+        .batch_execute(
+            "SELECT setval('litellm_spend.change_log_seq', (SELECT max(seq) FROM litellm_spend.change_log))",
+        )
+        .unwrap();
+    eventually("it is raised to what the others have merged", || holds(&mut client, &raised));
+    make_writable(&mut client, "daily_spend_by_model_rollup");
+    client.batch_execute(&insert_rows("d", 5, 5)).unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    assert_exact(&mut client);
+    assert_eq!(capture_errors(&mut client), 2);
+}
+
+#[test]
 fn code_of_an_owner_or_a_monitor_never_runs_with_our_rights() {
     let db = shared().database();
     let mut client = db.connect();

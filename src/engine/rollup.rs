@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::server::locks::{self, Patience};
 use crate::server::relation::{self, Table};
-use crate::server::session::{self, Failure, attempt};
+use crate::server::session::{self, Failure, Owner, attempt};
 use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::definition::Definition;
@@ -70,7 +70,7 @@ pub fn look(source: &mut Source, patience: Patience, more: Duration) -> Result<L
         // 1. the last value, before the writers: every value up to it was drawn by one of them or by somebody
         //    who has ended. And before the relations that they write to, which are read as they are now:
         //    whoever drew such a value through a partition that has just been attached is found there.
-        let last_value = relation::last_value(source.sequence)?.unwrap_or(source.merged_to);
+        let last_value = last_value(source.sequence, source.merged_to)?;
         let nothing = Look { safe_end: source.merged_to, last_value };
         source.window.forget_above(last_value);
         source.nodes.forget_above(last_value);
@@ -113,6 +113,21 @@ pub fn look(source: &mut Source, patience: Patience, more: Duration) -> Result<L
             return Ok(Look { safe_end, last_value });
         }
     }
+}
+
+/// The last value that a sequence has given: one that has given none since it was made or restarted, as many
+/// as are merged, unless it is about to give some of those again.
+fn last_value(sequence: pg_sys::Oid, merged: i64) -> Result<i64> {
+    if let Some(last_value) = relation::last_value(sequence)? {
+        return Ok(last_value);
+    }
+    let sql = "SELECT relowner FROM pg_catalog.pg_class WHERE oid = $1";
+    let owner = spi::query(sql, &[sequence.into()], |r| spi::value::<pg_sys::Oid>(r, 1)).one()?;
+    let Some(owner) = owner else { return Ok(merged) };
+    // As its owner, by whom its name could come to mean something else.
+    let sql = format!("SELECT last_value FROM {} WHERE NOT is_called", relation::relation_name(sequence)?);
+    let next = Owner::role(owner).query(&sql, &[], |r| spi::value::<i64>(r, 1)).one()?;
+    Ok(next.map_or(merged, |next| merged.min(next - 1)))
 }
 
 fn store_unless_same(source: &Source, before: &(Window, Window)) -> Result<()> {
@@ -316,13 +331,12 @@ fn check_sequence_has_given(fence: &Fence, merged: i64) -> Result<()> {
     )
     .one()?;
     let Some((oid, sequence)) = sequence else { return Ok(()) };
-    match relation::last_value(oid)?.filter(|last_value| *last_value < merged) {
-        None => Ok(()),
-        Some(last_value) => {
-            let by_hand = fence.definition.is_none();
-            Err(Error::SequenceSetBack { sequence, last_value, watermark: merged, by_hand })
-        }
+    let last_value = last_value(oid, merged)?;
+    if last_value >= merged {
+        return Ok(());
     }
+    let by_hand = fence.definition.is_none();
+    Err(Error::SequenceSetBack { sequence, last_value, watermark: merged, by_hand })
 }
 
 /// Rows removed from the change log in one transaction.

@@ -246,7 +246,7 @@ pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
     let sequence = relation::relation_name(source.sequence)?;
     spi::execute(
         "SELECT pg_catalog.setval($1::regclass, $2)",
-        &[sequence.into(), to.max(source.merged_to).into()],
+        &[sequence.into(), to.max(source.furthest).into()],
     )?;
     spi::execute(&format!("SELECT pg_catalog.nextval('{SCHEMA}.capture_failures')"), &[])?;
     Ok(())

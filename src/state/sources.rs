@@ -22,6 +22,8 @@ pub struct Source {
     pub trimmed_to: i64,
     /// The lowest watermark of its rollups, but for those that are filled by hand.
     pub merged_to: i64,
+    /// The highest.
+    pub furthest: i64,
     /// Their names.
     pub rollups: Vec<String>,
 }
@@ -69,7 +71,7 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
     query(
         &format!(
             "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.node_candidates::text,
-                 s.trimmed_to, min(r.watermark),
+                 s.trimmed_to, min(r.watermark), max(r.watermark),
                     array_agg(r.name ORDER BY r.name)
              FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
              WHERE {condition} AND s.origin = {HERE} GROUP BY s.name ORDER BY s.name"
@@ -84,7 +86,8 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
                 nodes: serde_json::from_str(&value::<String>(r, 5)?)?,
                 trimmed_to: value(r, 6)?,
                 merged_to: value(r, 7)?,
-                rollups: value(r, 8)?,
+                furthest: value(r, 8)?,
+                rollups: value(r, 9)?,
             })
         },
     )

@@ -103,6 +103,7 @@ impl Steps {
         for news::Numbers { source, last_value, merged_to, trims } in news.sources {
             if self.last_values.insert(source.clone(), last_value).is_some_and(|before| last_value < before) {
                 self.watch.expect();
+                work = true;
             }
             let numbers = last_value.map_or(0, |last_value| last_value - merged_to);
             if numbers == 0 {

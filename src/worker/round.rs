@@ -149,12 +149,14 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         outcomes.extend(source.rollups.into_iter().map(failed));
         return false;
     };
-    if source.name == CHANGE_LOG && last_value < source.merged_to {
-        run.step(Subject::Task(Task::Watch), || watch::raise_sequence(&source, source.merged_to));
+    if source.name == CHANGE_LOG && last_value < source.furthest {
+        run.step(Subject::Task(Task::Watch), || watch::raise_sequence(&source, source.furthest));
     }
     // With nothing new the fences are not touched: an idle source writes no WAL.
     let waiting = safe_end != source.merged_to;
-    let news = waiting && run.merge_is_due(&source.name, safe_end - source.merged_to);
+    // What is wrong with a sequence that was set back is said at once.
+    let set_back = safe_end < source.merged_to;
+    let news = waiting && (set_back || run.merge_is_due(&source.name, safe_end - source.merged_to));
     if news && run.commits_each_step() && source.name != CHANGE_LOG {
         summarize(run, &source);
     }
