@@ -64,6 +64,50 @@ fn a_full_disk_does_not_fail_the_statement() {
 }
 
 #[test]
+fn a_day_that_keeps_a_row_which_nobody_captured_leaving_it_is_said_to_be_wrong() {
+    let db = shared().database().attached();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               SELECT id, 'c', CURRENT_DATE - 3, now(), 1 FROM unnest('{batch,other}'::text[]) AS id;
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               SELECT 'before' || i, 'c', CURRENT_DATE - 9, now(), 1 FROM generate_series(1, 20) AS i"#,
+        )
+        .unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    // What is written before the worker sees it has numbers that count as merged.
+    client
+        .batch_execute(
+            r#"DELETE FROM litellm_spend.change_log; SELECT setval('litellm_spend.change_log_seq', 1);
+               UPDATE "LiteLLM_SpendLogs" SET "startTime" = CURRENT_DATE - 2 WHERE request_id = 'batch'"#,
+        )
+        .unwrap();
+    let settled = "SELECT bool_and(dirty_ranges = 0 AND backfill_progress = 100 AND capture_errors = 1)
+                       AND (SELECT failures_seen FROM litellm_spend.capture) = 1
+                   FROM spend_rollup_status WHERE kind = 'built-in'";
+    eventually("all is computed again", || holds(&mut client, settled));
+    let unrepairable =
+        "SELECT string_agg((CURRENT_DATE - range_start::date) || ' ' || (range_end - range_start), ', ')
+                        FROM litellm_spend.dirty_range WHERE unrepairable";
+    assert_eq!(value::<String>(&mut client, unrepairable), "3 1 day");
+    assert!(holds(&mut client, "SELECT count(*) = 1 FROM litellm_spend.dirty_range"));
+    assert!(holds(
+        &mut client,
+        "SELECT caused_by LIKE 'a statement: its failure%' FROM spend_health WHERE problem LIKE 'totals of%'"
+    ));
+    client
+        .batch_execute("SELECT spend_rollup_rebuild(NULL, CURRENT_DATE - 3, CURRENT_DATE - 2, force => true)")
+        .unwrap();
+    assert_verified(&mut client);
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(unrepairable_ranges = 0) FROM spend_rollup_status WHERE kind = 'built-in'"
+    ));
+}
+
+#[test]
 fn a_failure_that_commits_late_is_repaired_when_it_commits() {
     let db = shared().database().attached();
     let (mut client, mut writer) = (db.connect(), db.connect());

@@ -51,9 +51,8 @@ pub fn step(patience: Patience) -> Result<bool> {
         // it are computed.
         if !compute(&behind, &fences, part)? {
             let rest = Range { start: day_after(part.start)?, ..part };
-            if part.end != Some(rest.start) {
-                compute(&behind, &fences, rest)?;
-            }
+            let computed = part.end != Some(rest.start) && compute(&behind, &fences, rest)?;
+            note_kept(if computed { Range { end: Some(rest.start), ..part } } else { part })?;
         }
     }
     spi::execute(
@@ -72,8 +71,47 @@ pub fn step(patience: Patience) -> Result<bool> {
     if covered_from.is_neg_infinity() {
         log::event("all days are covered: the backfill is complete");
     }
-    Ok(fences.iter().any(|f| f.covered_from < front && !f.covered_from.is_neg_infinity())
-        || !covered_from.is_neg_infinity())
+    let more = fences.iter().any(|f| f.covered_from < front && !f.covered_from.is_neg_infinity())
+        || !covered_from.is_neg_infinity();
+    if !more {
+        spi::execute(&format!("DELETE FROM {SCHEMA}.dirty_range WHERE {OF_ALL_DAYS}"), &[])?;
+    }
+    Ok(more)
+}
+
+/// The note that a failure was of nobody knows which days: those that are not computed again keep the totals
+/// that they have.
+const OF_ALL_DAYS: &str = "failure IS NULL AND repair = 'keep'";
+
+/// Notes that a failure may have been of any day, and has everything computed again.
+pub fn recompute_all(source: &str) -> Result<()> {
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, message, repaired_at)
+             VALUES ('-infinity', 'infinity', 'keep', 'a statement', 'its failure could not be noted',
+                 clock_timestamp())"
+        ),
+        &[],
+    )?;
+    uncover_all(source)
+}
+
+/// A range that is not computed again has lost rows, or has too many: an UPDATE may have taken one of them to
+/// another day, where it counts too. After such a failure that is said.
+fn note_kept(range: Range) -> Result<()> {
+    spi::execute(
+        &format!(
+            "INSERT INTO {SCHEMA}.dirty_range
+                 (range_start, range_end, repair, operation, message, repaired_at, unrepairable)
+             SELECT DISTINCT $1, coalesce($2, 'infinity'::timestamp), 'rebuild', operation, message,
+                 clock_timestamp(), true
+             FROM {SCHEMA}.dirty_range WHERE {OF_ALL_DAYS}
+                 AND NOT EXISTS (SELECT FROM {SCHEMA}.dirty_range WHERE unrepairable AND range_start = $1
+                     AND range_end = coalesce($2, 'infinity'))"
+        ),
+        &[range.start.into(), range.end.into()],
+    )
+    .map(drop)
 }
 
 /// Computes a range, unless raw rows of it are gone.

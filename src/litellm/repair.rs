@@ -10,7 +10,7 @@
 
 use crate::engine::rebuild::{Shrink, has_lost_rows, is_exact, rebuild, smallest, start_of_raw};
 use crate::error::{Error, Result};
-use crate::litellm::backfill::{day_after, days_with_rows, uncover_all};
+use crate::litellm::backfill::{day_after, days_with_rows, recompute_all};
 use crate::litellm::capture::attached;
 use crate::server::locks::Patience;
 use crate::server::relation;
@@ -141,7 +141,8 @@ pub fn is_noted() -> Result<bool> {
 }
 
 /// A failure that could not even be noted left only its number in the sequence. Once every writer of that
-/// time has ended, a number without a note is either rolled back or lost: then everything is computed again.
+/// time has ended, a number without a note is either rolled back or lost: then everything is computed again, but
+/// for days that the rollups know more rows of than there are, which are noted as unrepairable.
 fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<bool> {
     let sequence = format!("{SCHEMA}.capture_failures");
     let sequence = relation::find_relation(&sequence)?.ok_or(Error::NoTable(sequence))?;
@@ -170,7 +171,7 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     )
     .one()?;
     if noted.unwrap_or(0) < safe - capture.failures_seen {
-        uncover_all(&capture.source)?;
+        recompute_all(&capture.source)?;
     }
     spi::execute(
         &format!("UPDATE {SCHEMA}.capture SET failures_seen = $2 WHERE source = $1"),
