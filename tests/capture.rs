@@ -208,6 +208,41 @@ fn one_statement_with_equal_tags_of_other_text_keeps_them_apart() {
 }
 
 #[test]
+fn values_that_only_the_tables_collation_calls_equal_are_groups_of_their_own() {
+    let db = shared().database();
+    let mut client = db.connect();
+    if !holds(&mut client, "SELECT EXISTS (SELECT FROM pg_collation WHERE collprovider = 'i')") {
+        return;
+    }
+    client
+        .batch_execute(&format!(
+            r#"CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+               {} ALTER TABLE "LiteLLM_SpendLogs" ALTER api_key TYPE text COLLATE ci;
+               SELECT spend_attach(on_delete => 'subtract')"#,
+            partitioned("")
+        ))
+        .unwrap();
+    wait_until_live(&mut client);
+    let keys = "SELECT string_agg(api_key || ' ' || requests, ', ' ORDER BY api_key COLLATE \"C\")
+                FROM litellm_spend.daily_spend_by_key";
+    client
+        .batch_execute(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, "startTime", "endTime", spend)
+               SELECT key, 'c', key, now(), now(), 1 FROM unnest('{ACME,Acme,other}'::text[]) AS key;
+               UPDATE "LiteLLM_SpendLogs" SET api_key = 'acme' WHERE request_id = 'ACME'"#,
+        )
+        .unwrap();
+    wait_until_merged(&mut client);
+    assert_eq!(value::<String>(&mut client, keys), "Acme 1, acme 1, other 1");
+    assert_verified(&mut client);
+    client.batch_execute("SELECT spend_rollup_rebuild(NULL)").unwrap();
+    assert_eq!(value::<String>(&mut client, keys), "Acme 1, acme 1, other 1");
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'ACME'"#).unwrap();
+    assert_eq!(value::<String>(&mut client, keys), "Acme 1, other 1");
+    assert_verified(&mut client);
+}
+
+#[test]
 fn a_dropped_change_log_does_not_fail_the_statement_and_is_made_again() {
     let db = shared().database().attached();
     let mut client = db.connect();

@@ -110,6 +110,8 @@ impl Capture<'_> {
         let dimensions = DIMENSIONS.iter().map(|d| {
             let name = quoted(d.name);
             match wanted(d.name) && self.has(d.name) {
+                // Groups are those of the log, where values differ that may be equal in the table.
+                true if d.r#type == "text" => format!("r.{name} COLLATE pg_catalog.\"default\" AS {name}"),
                 true => format!("r.{name}"),
                 false => format!("NULL::{} AS {name}", d.r#type),
             }
