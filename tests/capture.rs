@@ -1279,6 +1279,36 @@ fn a_merge_that_moves_a_row_is_captured_as_a_move_where_deletions_subtract() {
 }
 
 #[test]
+fn an_update_in_a_trigger_of_one_that_moves_a_row_is_taken_for_no_merge() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(&format!(
+            r#"{} SELECT spend_attach();
+               CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                   UPDATE public."LiteLLM_SpendLogs" SET spend = 7 WHERE request_id = 'b'; RETURN NEW; END $$;
+               CREATE TRIGGER touch BEFORE UPDATE ON p1 FOR EACH ROW WHEN (OLD.request_id = 'a')
+                   EXECUTE FUNCTION touch();
+               INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, "startTime", "endTime", spend)
+               SELECT id, 'c', '2026-11-05', now(), 1 FROM unnest('{{a,b}}'::text[]) AS id"#,
+            partitioned(BY_TIME)
+        ))
+        .unwrap();
+    client
+        .batch_execute(
+            r#"BEGIN; UPDATE "LiteLLM_SpendLogs" SET "startTime" = '2026-11-20' WHERE request_id = 'a'"#,
+        )
+        .unwrap();
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.dirty_range"), 0);
+    client.batch_execute("COMMIT").unwrap();
+    wait_until_live(&mut client);
+    wait_until_merged(&mut client);
+    let days = "SELECT string_agg(date || ' ' || requests || ' ' || spend, ', ' ORDER BY date) FROM litellm_spend.daily_spend";
+    assert_eq!(value::<String>(&mut client, days), "2026-11-05 1 7, 2026-11-20 1 1");
+    assert_verified(&mut client);
+}
+
+#[test]
 fn a_merge_that_moves_a_row_is_captured_whatever_the_table_is_partitioned_by() {
     merge_beside(
         "keep",

@@ -75,7 +75,7 @@ impl Capture<'_> {
         let conditions = [conditions, &[not_in("litellm_spend_table")]].concat();
         let gone = self.retire("old_rows", &conditions).replace('%', "%%");
         format!(
-            "IF coalesce(current_setting('{MOVED}', true), '') = ''
+            "IF coalesce(current_setting({MOVED}, true), '') = ''
        OR NOT EXISTS (SELECT FROM pg_class WHERE oid = TG_RELID
            AND pg_get_userbyid(relowner) = current_user) THEN
         {all};
@@ -231,9 +231,10 @@ pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOV
 /// be allowed to execute its function.
 pub const MOVE: &str = "move";
 
-/// The setting in which a statement remembers a row that moves to another partition, and days that such rows
-/// leave and come to.
-const MOVED: &str = "litellm_spend_capture.moved";
+/// The name of the setting in which a statement remembers a row that moves to another partition, and days that
+/// such rows leave and come to. One that runs in a trigger of another has a setting of its own: its rows are
+/// not those of that one.
+const MOVED: &str = "'litellm_spend_capture.moved' || pg_trigger_depth()";
 
 pub fn trigger_name(operation: &str) -> String {
     format!("litellm_spend_capture_{operation}")
@@ -319,10 +320,10 @@ DECLARE
     noted jsonb;
     stays boolean;
 BEGIN
-    IF current_setting('{MOVED}', true) = 'lost' THEN
+    IF current_setting({MOVED}, true) = 'lost' THEN
         RETURN NEW;
     END IF;
-    noted := nullif(current_setting('{MOVED}', true), '')::jsonb;
+    noted := nullif(current_setting({MOVED}, true), '')::jsonb;
     IF noted IS NULL THEN
         EXECUTE format('SELECT %s FROM (SELECT ($1).*) AS r',
             coalesce(pg_get_partition_constraintdef(TG_RELID), 'true'))
@@ -334,10 +335,10 @@ BEGIN
     END IF;
     noted := jsonb_set(noted, '{{days}}', jsonb_build_object(date_trunc('day', NEW.{time}), 'UPDATE')
         || (noted -> 'days') || jsonb_build_object(date_trunc('day', OLD.{time}), 'MOVE'));
-    PERFORM set_config('{MOVED}', noted::text, true);
+    PERFORM set_config({MOVED}, noted::text, true);
     RETURN NEW;
 EXCEPTION WHEN OTHERS THEN
-    PERFORM set_config('{MOVED}', 'lost', true);
+    PERFORM set_config({MOVED}, 'lost', true);
     RAISE WARNING 'litellm_spend could not note a row that moves in %: %', TG_TABLE_NAME, SQLERRM
         USING HINT = 'The statement itself is not affected; the totals are computed again.';
     RETURN NEW;
@@ -352,19 +353,19 @@ END
 /// the number of the failure of which this is noted.
 fn note_moves() -> String {
     let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
-    let noted = format!("nullif(current_setting('{MOVED}'), '')::jsonb");
+    let noted = format!("nullif(current_setting({MOVED}), '')::jsonb");
     format!(
-        "IF coalesce(current_setting('{MOVED}', true), '') <> '' THEN
-        IF current_setting('{MOVED}') = 'lost' THEN
+        "IF coalesce(current_setting({MOVED}, true), '') <> '' THEN
+        IF current_setting({MOVED}) = 'lost' THEN
             PERFORM nextval('{SCHEMA}.capture_failures');
-            PERFORM set_config('{MOVED}', '', true);
+            PERFORM set_config({MOVED}, '', true);
         END IF;
         INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation)
         SELECT failure, day::timestamp, {end}, 'rebuild', operation
             FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
         WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'
                           AND r.{time} = ({noted} ->> 'time')::timestamp);
-        PERFORM set_config('{MOVED}', '', true);
+        PERFORM set_config({MOVED}, '', true);
     END IF;"
     )
 }
