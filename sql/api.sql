@@ -4,8 +4,9 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 -- PL/pgSQL: STABLE gives it the caller's snapshot (so it agrees with the rest of the statement), its plans
 -- are kept for the session, and it answers even when the library cannot be loaded. Until a rollup covers the
--- days asked for, the raw rows are added up: slow, and as exact. Where "MonthlyGlobalSpend" is answered from
--- it, it goes on to answer while it is computed again: rows that have expired are in it only. What no double
+-- days asked for, the raw rows are added up: slow, and without what is in the rollups only, as rows that were
+-- deleted and stay in the totals. Where "MonthlyGlobalSpend" is answered from it, it goes on to answer while it
+-- is computed again. What no double
 -- precision can be is infinite, or 0: a cast of it fails.
 CREATE FUNCTION @extschema@.monthly_global_spend(days integer DEFAULT 30)
 RETURNS TABLE (date date, spend double precision)
@@ -112,7 +113,7 @@ COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_
 COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
 COMMENT ON FUNCTION @extschema@.spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
 COMMENT ON PROCEDURE @extschema@.spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
-COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, exact now';
+COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, as of now; until a rollup covers them, of the rows in the table';
 COMMENT ON FUNCTION @extschema@.spend_rollup_run(text) IS 'Merges what is safe to merge; with no worker, call it regularly';
 COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
 COMMENT ON FUNCTION @extschema@.spend_rollup_register(text, regclass, regclass, bigint) IS 'Keeps a watermark for a rollup that its owner fills with SQL of their own';

@@ -977,6 +977,7 @@ BEGIN
          ORDER BY 1$raw$, raw) USING days;
 END
 $monthly$;
+COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, as of now; until a rollup covers them, of the rows in the table';
 
 -- A type was looked up on the caller's search_path.
 CREATE OR REPLACE PROCEDURE @extschema@.spend_backfill(source regclass DEFAULT NULL)
