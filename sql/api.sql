@@ -4,9 +4,9 @@ SET LOCAL search_path = pg_catalog, pg_temp;
 
 -- PL/pgSQL: STABLE gives it the caller's snapshot (so it agrees with the rest of the statement), its plans
 -- are kept for the session, and it answers even when the library cannot be loaded. Until a rollup covers the
--- days asked for, the raw rows are added up: slow, and without what is in the rollups only, as rows that were
--- deleted and stay in the totals. Where "MonthlyGlobalSpend" is answered from it, it goes on to answer while it
--- is computed again. What no double
+-- days asked for, the raw rows are added up: slow, and without what is in the rollups only, as rows that
+-- were deleted and stay in the totals. Where "MonthlyGlobalSpend" is answered from it, it goes on to answer
+-- while it is computed again. What no double
 -- precision can be is infinite, or 0: a cast of it fails.
 CREATE FUNCTION @extschema@.monthly_global_spend(days integer DEFAULT 30)
 RETURNS TABLE (date date, spend double precision)

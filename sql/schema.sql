@@ -101,8 +101,8 @@ CREATE TABLE litellm_spend.dirty_range (
     failure      bigint,
     range_start  timestamp NOT NULL,
     range_end    timestamp NOT NULL,
-    -- rebuild: recompute the range. keep: nothing, the rollups are right; without a failure: it was of any day,
-    -- and everything is computed again, but for days that keep what they are. freeze: raw rows may be gone; once
+    -- rebuild: recompute the range. keep: nothing, the rollups are right; without a failure: it was of any
+    -- day, and all is computed again but days that keep what they are. freeze: raw rows may be gone; once
     -- repaired_at is set they are, and the range is never recomputed.
     repair       text NOT NULL CHECK (repair IN ('rebuild', 'keep', 'freeze')),
     operation    text NOT NULL,

@@ -231,9 +231,9 @@ pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOV
 /// be allowed to execute its function.
 pub const MOVE: &str = "move";
 
-/// The name of the setting in which a statement remembers a row that moves to another partition, and days that
-/// such rows leave and come to. One that runs in a trigger of another has a setting of its own: its rows are
-/// not those of that one.
+/// The name of the setting in which a statement remembers a row that moves to another partition, and days
+/// that such rows leave and come to. One that runs in a trigger of another has a setting of its own: its rows
+/// are not those of that one.
 const MOVED: &str = "'litellm_spend_capture.moved' || pg_trigger_depth()";
 
 pub fn trigger_name(operation: &str) -> String {
@@ -349,8 +349,8 @@ END
 
 /// What the trigger of UPDATE does about rows that moved. The day that one has left had raw rows a moment
 /// ago: it may become less than the rollups say, also if none are left (`MOVE`). If rows could not be noted,
-/// a failure is counted that says no days: everything is computed again. `failure` is the function's: NULL, or
-/// the number of the failure of which this is noted.
+/// a failure is counted that says no days: everything is computed again. `failure` is the function's: NULL,
+/// or the number of the failure of which this is noted.
 fn note_moves() -> String {
     let (time, end) = (quoted(TIME), next_midnight("day::timestamp"));
     let noted = format!("nullif(current_setting({MOVED}), '')::jsonb");

@@ -141,8 +141,8 @@ pub fn is_noted() -> Result<bool> {
 }
 
 /// A failure that could not even be noted left only its number in the sequence. Once every writer of that
-/// time has ended, a number without a note is either rolled back or lost: then everything is computed again, but
-/// for days that the rollups know more rows of than there are, which are noted as unrepairable.
+/// time has ended, a number without a note is either rolled back or lost: then everything is computed again,
+/// but for days that the rollups know more rows of than there are, which are noted as unrepairable.
 fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<bool> {
     let sequence = format!("{SCHEMA}.capture_failures");
     let sequence = relation::find_relation(&sequence)?.ok_or(Error::NoTable(sequence))?;

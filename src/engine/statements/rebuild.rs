@@ -121,10 +121,10 @@ impl Definition {
         )
     }
 
-    /// Whether `$1` is a border between two buckets. Where rows are looked up by the column itself, those before
-    /// it have to be in buckets before it, and those from it on in later ones. As a rule that is the time that a
-    /// bucket has. Not so where the clock of a zone is set back across midnight: the day has that of its second
-    /// midnight, and begins with the first.
+    /// Whether `$1` is a border between two buckets. Where rows are looked up by the column itself, those
+    /// before it have to be in buckets before it, and those from it on in later ones. As a rule that is the
+    /// time that a bucket has. Not so where the clock of a zone is set back across midnight: the day has that
+    /// of its second midnight, and begins with the first.
     pub fn is_border(&self) -> Option<String> {
         let bucket = self.bucket.as_ref()?;
         let dimension = self.dimensions.iter().find(|d| d.column.name == bucket.dimension)?;
