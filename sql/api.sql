@@ -78,7 +78,7 @@ COMMENT ON FUNCTION litellm_spend.restored() IS 'Of the event trigger that a res
 COMMENT ON TABLE litellm_spend.source IS 'Relations whose rows are numbered by a sequence, and what is known of it';
 COMMENT ON TABLE litellm_spend.rollup IS 'Rollups: definition, watermark, coverage, last merge';
 COMMENT ON TABLE litellm_spend.capture IS 'The table that triggers capture into the change log';
-COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of time in which capture failed, and whether they are repaired';
+COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of days that are to be computed again, or that are frozen, and why';
 COMMENT ON TABLE litellm_spend.public_view IS 'LiteLLM''s views that are answered from rollups, with their own definitions';
 COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
 COMMENT ON TABLE litellm_spend.conversion IS 'Tables on their way to being partitioned, or back';
@@ -86,7 +86,7 @@ COMMENT ON TABLE litellm_spend.index_set IS 'Indexes that were asked for on Lite
 COMMENT ON TABLE litellm_spend.index_failure IS 'Indexes that could not be built or dropped, why, and when it is tried again';
 COMMENT ON TABLE litellm_spend.expired_partition IS 'Proof of each partition that expired: its bounds, rows, spend, and by which policy';
 COMMENT ON SEQUENCE litellm_spend.capture_failures IS 'Counts the failures of capture; no rollback takes it back';
-COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of the days';
+COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of its days, or of its sequence values if it is declared';
 COMMENT ON VIEW litellm_spend.leftover IS 'Rollups whose table is there and whose state is not';
 COMMENT ON VIEW litellm_spend.coverage IS 'From which day on each rollup equals the truth';
 COMMENT ON VIEW @extschema@.spend_rollup_status IS 'One row a rollup: watermark, tail, lag, what blocks it, last merge, backfill, damage, last error';
@@ -94,7 +94,7 @@ COMMENT ON VIEW @extschema@.spend_worker_status IS 'The launcher and the workers
 COMMENT ON VIEW litellm_spend.party IS 'Processes and prepared transactions, as they are named where one is in the way';
 COMMENT ON VIEW litellm_spend.blocker IS 'For whom each process waits';
 COMMENT ON VIEW litellm_spend.holder IS 'Who has a lock on a table or on a partition of it';
-COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
+COMMENT ON VIEW litellm_spend.index_work IS 'Who builds or drops an index on a table, and for whom that waits';
 COMMENT ON VIEW litellm_spend.partition_survey IS 'What is known of each partition without asking for its size';
 COMMENT ON VIEW litellm_spend.index_survey IS 'What became of each index that was asked for, on its table or on each partition';
 COMMENT ON VIEW @extschema@.spend_index_status IS 'One row an index and partition: state, size, scans, what blocks it, last error';
@@ -110,7 +110,7 @@ COMMENT ON FUNCTION litellm_spend.served_until() IS 'Until when a worker has loo
 COMMENT ON FUNCTION litellm_spend.is_free(oid) IS 'Whether nobody keeps a reader from a relation, its indexes or its TOAST table at the moment';
 COMMENT ON FUNCTION litellm_spend.tail(text) IS 'Rows of a rollup''s tail (at most a million) and the time of the oldest';
 COMMENT ON FUNCTION litellm_spend.backfill_step(regclass) IS 'One step of spend_backfill(): how far it is, NULL when all is covered';
-COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
+COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means the attached table, else the only "LiteLLM_SpendLogs"';
 COMMENT ON FUNCTION @extschema@.spend_detach(regclass, boolean) IS 'Gives LiteLLM''s own views back and stops capturing; keeps the rollups unless drop_history';
 COMMENT ON PROCEDURE @extschema@.spend_backfill(regclass) IS 'Computes the rollups of the rows that were there before, a day or a window a transaction';
 COMMENT ON FUNCTION @extschema@.monthly_global_spend(integer) IS 'Spend in US dollars per UTC day since CURRENT_DATE minus days, as of now; until a rollup covers them, of the rows in the table';
@@ -121,10 +121,10 @@ COMMENT ON FUNCTION @extschema@.spend_rollup_window(text) IS 'The next window of
 COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup or a report with its history, or the watermark of a registered one';
 COMMENT ON FUNCTION @extschema@.spend_partition_plan(regclass, text, "any", text, integer) IS 'What spend_partition_convert() would do, with locks, sizes and all objects it touches; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_partition_convert(regclass, text, "any", text, integer) IS 'Partitions a table by time without copying it; says how far it is';
-COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet';
+COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet; abort => true takes back a reversion';
 COMMENT ON FUNCTION @extschema@.spend_index_plan(regclass) IS 'What each index for LiteLLM''s Logs page would cost and serve here, and what else would help; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_index_set(regclass, text[], boolean) IS 'Asks for indexes that LiteLLM leaves alone, built on closed partitions, or on all with hot; says how far they are';
-COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has the indexes that spend_index_set() made dropped; NULL means all';
+COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has indexes dropped that spend_index_set() made, or whose state was lost; NULL means all';
 COMMENT ON FUNCTION @extschema@.spend_upgrade_check(text, regclass) IS 'What a release of LiteLLM does to its spend log when it starts, and what to do before; changes nothing';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';

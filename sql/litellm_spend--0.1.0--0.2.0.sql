@@ -916,7 +916,7 @@ FROM fault;
 COMMENT ON VIEW litellm_spend.party IS 'Processes and prepared transactions, as they are named where one is in the way';
 COMMENT ON VIEW litellm_spend.blocker IS 'For whom each process waits';
 COMMENT ON VIEW litellm_spend.holder IS 'Who has a lock on a table or on a partition of it';
-COMMENT ON VIEW litellm_spend.index_work IS 'Who builds an index on a table, or drops one of a conversion, and for whom that waits';
+COMMENT ON VIEW litellm_spend.index_work IS 'Who builds or drops an index on a table, and for whom that waits';
 COMMENT ON TABLE litellm_spend.index_set IS 'Indexes that were asked for on LiteLLM''s spend log';
 COMMENT ON TABLE litellm_spend.index_failure IS 'Indexes that could not be built or dropped, why, and when it is tried again';
 COMMENT ON VIEW litellm_spend.index_survey IS 'What became of each index that was asked for, on its table or on each partition';
@@ -1037,7 +1037,7 @@ CREATE FUNCTION @extschema@.spend_attach(
 VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_attach_wrapper';
-COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means "LiteLLM_SpendLogs"';
+COMMENT ON FUNCTION @extschema@.spend_attach(regclass, text, boolean) IS 'Captures LiteLLM''s spend log and keeps its views exact; NULL means the attached table, else the only "LiteLLM_SpendLogs"';
 COMMENT ON FUNCTION @extschema@.spend_rollup_drop(text) IS 'Drops a declared rollup or a report with its history, or the watermark of a registered one';
 CREATE FUNCTION @extschema@.spend_partition_convert(
     "source" regclass DEFAULT NULL,
@@ -1158,7 +1158,10 @@ CREATE FUNCTION @extschema@.spend_index_drop(
 VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_index_drop_wrapper';
-COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has the indexes that spend_index_set() made dropped; NULL means all';
+COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has indexes dropped that spend_index_set() made, or whose state was lost; NULL means all';
+COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet; abort => true takes back a reversion';
+COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of its days, or of its sequence values if it is declared';
+COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of days that are to be computed again, or that are frozen, and why';
 REVOKE ALL ON FUNCTION
     @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[]),
     @extschema@.spend_upgrade_check(text, regclass)

@@ -245,7 +245,7 @@ pub fn describe_log() -> [String; 3] {
             "COMMENT ON TABLE {SCHEMA}.change_log IS 'What statements on the captured table added (+) and removed (-)'"
         ),
         format!(
-            "COMMENT ON TABLE {SCHEMA}.retired IS 'Sums of rows that retention deleted, by hour, while their day can be rebuilt'"
+            "COMMENT ON TABLE {SCHEMA}.retired IS 'Sums of deleted rows, by hour, while their day can be computed again'"
         ),
     ]
 }
