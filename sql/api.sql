@@ -133,24 +133,26 @@ COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role rea
 COMMENT ON FUNCTION @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean) IS 'Recomputes whole buckets of a rollup (NULL: of all built-in ones) from the raw rows; returns the groups written';
 COMMENT ON FUNCTION @extschema@.spend_rollup_verify(text, timestamp, timestamp) IS 'Groups in which a rollup and its tail differ from the raw rows; none is the only pass';
 
-REVOKE ALL ON FUNCTION
-    litellm_spend.tail(text), litellm_spend.backfill_step(regclass), litellm_spend.served_until(), litellm_spend.is_free(oid),
-    litellm_spend.bound(oid), litellm_spend.periods_ahead(text, tsmultirange, timestamp),
-    @extschema@.spend_attach(regclass, text, boolean), @extschema@.spend_detach(regclass, boolean), @extschema@.monthly_global_spend(integer),
-    @extschema@.spend_rollup_run(text), @extschema@.spend_rollup_rebuild(text, timestamp, timestamp, boolean),
-    @extschema@.spend_rollup_verify(text, timestamp, timestamp),
-    @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean),
-    @extschema@.spend_rollup_register(text, regclass, regclass, bigint), @extschema@.spend_rollup_window(text), @extschema@.spend_rollup_drop(text),
-    @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole),
-    @extschema@.spend_grant_reports(regrole), @extschema@.spend_restored(), litellm_spend.restored(),
-    @extschema@.spend_partition_plan(regclass, text, "any", text, integer), @extschema@.spend_partition_revert(regclass, boolean),
-    @extschema@.spend_partition_convert(regclass, text, "any", text, integer),
-    litellm_spend.maintain_at(regclass, "any"),
-    @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean), @extschema@.spend_partition_maintain(regclass),
-    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[]),
-    @extschema@.spend_upgrade_check(text, regclass)
-FROM PUBLIC;
-REVOKE ALL ON PROCEDURE @extschema@.spend_backfill(regclass) FROM PUBLIC;
+-- Nobody but the owner has anything of ours, PUBLIC included, until somebody grants it: ALTER DEFAULT
+-- PRIVILEGES may have granted anything, and what is in the state tables runs with the owner's rights.
+DO $$ DECLARE statement text; BEGIN
+    FOR statement IN
+        SELECT DISTINCT format('REVOKE ALL ON %s %s FROM %s CASCADE', o.kind, o.name,
+                               CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END)
+        FROM pg_depend d CROSS JOIN LATERAL (
+            SELECT 'SCHEMA', oid::regnamespace::text, nspowner, nspacl FROM pg_namespace
+            WHERE d.classid = 'pg_namespace'::regclass AND oid = d.objid
+            UNION ALL SELECT 'TABLE', oid::regclass::text, relowner, relacl FROM pg_class
+            WHERE d.classid = 'pg_class'::regclass AND oid = d.objid
+            UNION ALL SELECT 'ROUTINE', oid::regprocedure::text, proowner, coalesce(proacl, acldefault('f', proowner)) FROM pg_proc
+            WHERE d.classid = 'pg_proc'::regclass AND oid = d.objid) AS o(kind, name, owner, acl)
+        CROSS JOIN LATERAL aclexplode(o.acl) AS x
+        WHERE d.deptype = 'e' AND d.refclassid = 'pg_extension'::regclass
+          AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend') AND x.grantee <> o.owner
+    LOOP
+        EXECUTE statement;
+    END LOOP;
+END $$;
 
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
 -- Its schema may be closed to others. What an extension's script has granted is not dumped, nor is what

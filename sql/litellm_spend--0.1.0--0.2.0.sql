@@ -18,6 +18,13 @@ DO $$ BEGIN
     END;
 END $$;
 
+-- What is there before this file: only of that others may have been granted something.
+DO $$ BEGIN
+    PERFORM set_config('litellm_spend_update.members', array_agg(classid || ' ' || objid)::text, true) FROM pg_depend
+    WHERE deptype = 'e' AND refclassid = 'pg_extension'::regclass
+      AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend');
+END $$;
+
 -- First every lock that this file needs, none waited for longer than two seconds, or the caller's own limit:
 -- LiteLLM's views read the watermark, and whoever reads them waits behind us. (After one second,
 -- deadlock_timeout, an autovacuum in the way is cancelled.) The status views come before what they read, as
@@ -68,7 +75,6 @@ INSERT INTO litellm_spend.installation VALUES (gen_random_uuid());
 COMMENT ON TABLE litellm_spend.installation IS 'Names this database among those that its dumps are restored to';
 CREATE FUNCTION litellm_spend.restored() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN NULL; END';
 COMMENT ON FUNCTION litellm_spend.restored() IS 'Of the event trigger that a restore makes last; it never fires';
-REVOKE ALL ON FUNCTION litellm_spend.restored() FROM PUBLIC;
 ALTER TABLE litellm_spend.rollup DROP CONSTRAINT rollup_source_fkey;
 ALTER TABLE litellm_spend.capture DROP CONSTRAINT capture_source_fkey;
 ALTER TABLE litellm_spend.source ADD COLUMN origin uuid;
@@ -999,7 +1005,6 @@ STRICT VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_restored_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_restored() IS 'Says that the restore which brought the state here is over; true if any was waiting for that';
-REVOKE ALL ON FUNCTION @extschema@.spend_restored() FROM PUBLIC;
 
 CREATE FUNCTION @extschema@.spend_grant_admin("role" regrole) RETURNS TABLE ("object" text, "action" text)
 VOLATILE PARALLEL UNSAFE LANGUAGE c AS 'MODULE_PATHNAME', 'spend_grant_admin_wrapper';
@@ -1008,7 +1013,6 @@ VOLATILE PARALLEL UNSAFE LANGUAGE c AS 'MODULE_PATHNAME', 'spend_revoke_admin_wr
 COMMENT ON FUNCTION @extschema@.spend_grant_admin(regrole) IS 'Lets a role call everything that needs no superuser, and read the status; says what still takes one';
 COMMENT ON FUNCTION @extschema@.spend_grant_reports(regrole) IS 'Lets a role read the report views, and the names of keys, teams and users';
 COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a role what spend_grant_admin() gave it';
-REVOKE ALL ON FUNCTION @extschema@.spend_grant_admin(regrole), @extschema@.spend_revoke_admin(regrole) FROM PUBLIC;
 
 -- pg_monitor reads the status, also where the extension's schema is closed to others. What an extension's
 -- script has granted is not dumped, nor is what others were granted on that object before: so the schema's
@@ -1162,10 +1166,6 @@ COMMENT ON FUNCTION @extschema@.spend_index_drop(regclass, text[]) IS 'Has index
 COMMENT ON FUNCTION @extschema@.spend_partition_revert(regclass, boolean) IS 'Turns a partitioned table back into a plain one, or takes back a conversion that has not swapped yet; abort => true takes back a reversion';
 COMMENT ON VIEW litellm_spend.backfill IS 'How far the backfill of each rollup is, in per cent of its days, or of its sequence values if it is declared';
 COMMENT ON TABLE litellm_spend.dirty_range IS 'Ranges of days that are to be computed again, or that are frozen, and why';
-REVOKE ALL ON FUNCTION
-    @extschema@.spend_index_plan(regclass), @extschema@.spend_index_set(regclass, text[], boolean), @extschema@.spend_index_drop(regclass, text[]),
-    @extschema@.spend_upgrade_check(text, regclass)
-FROM PUBLIC;
 
 CREATE FUNCTION @extschema@.spend_rollup_create(
     "name" TEXT,
@@ -1180,6 +1180,43 @@ VOLATILE PARALLEL UNSAFE
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'spend_rollup_create_wrapper';
 COMMENT ON FUNCTION @extschema@.spend_rollup_create(text, regclass, text[], text[], regclass, text, boolean) IS 'Declares a rollup, with its live view, over a table whose rows a sequence numbers';
+
+-- Nobody but the owner and pg_monitor has anything of what is new, PUBLIC included: ALTER DEFAULT PRIVILEGES
+-- may have granted anything. Of what was there before, others keep what they may read and call, and write to
+-- nothing: what is in the state tables runs with the owner's rights. What the owner of LiteLLM's table needs
+-- is granted at the worker's next look.
+DO $$ DECLARE
+    before text[] := current_setting('litellm_spend_update.members');
+    ours pg_init_privs[] := ARRAY(SELECT i FROM pg_init_privs i WHERE i.classoid || ' ' || i.objoid = ANY (before));
+    statement text;
+BEGIN
+    FOR statement IN
+        SELECT format('REVOKE %s ON %s %s FROM %s CASCADE', string_agg(DISTINCT x.privilege_type, ', '), o.kind, o.name,
+                      CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END)
+        FROM pg_depend d CROSS JOIN LATERAL (
+            SELECT 'SCHEMA', oid::regnamespace::text, nspowner, nspacl FROM pg_namespace
+            WHERE d.classid = 'pg_namespace'::regclass AND oid = d.objid
+            UNION ALL SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, oid::regclass::text, relowner, relacl FROM pg_class
+            WHERE d.classid = 'pg_class'::regclass AND oid = d.objid
+            UNION ALL SELECT 'ROUTINE', oid::regprocedure::text, proowner, coalesce(proacl, acldefault('f', proowner)) FROM pg_proc
+            WHERE d.classid = 'pg_proc'::regclass AND oid = d.objid) AS o(kind, name, owner, acl)
+        CROSS JOIN LATERAL aclexplode(o.acl) AS x
+        WHERE d.deptype = 'e' AND d.refclassid = 'pg_extension'::regclass
+          AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend') AND x.grantee <> o.owner
+          AND (x.privilege_type NOT IN ('SELECT', 'EXECUTE') AND NOT (o.kind = 'SCHEMA' AND x.privilege_type = 'USAGE')
+               OR d.classid || ' ' || d.objid <> ALL (before) AND x.grantee <> 'pg_monitor'::regrole)
+        GROUP BY o.kind, o.name, x.grantee
+    LOOP
+        EXECUTE statement;
+    END LOOP;
+    -- What a script's REVOKE leaves to others would be taken for the extension's own, which is not dumped.
+    DELETE FROM pg_init_privs i WHERE i.classoid || ' ' || i.objoid = ANY (before);
+    INSERT INTO pg_init_privs SELECT i.* FROM unnest(ours) AS i;
+    DELETE FROM pg_shdepend d WHERE d.classid || ' ' || d.objid = ANY (before) AND d.deptype = 'i'
+        AND d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND NOT EXISTS (SELECT FROM unnest(ours) AS i, aclexplode(i.initprivs) AS x
+                        WHERE (i.classoid, i.objoid, i.objsubid, x.grantee) = (d.classid, d.objid, d.objsubid, d.refobjid));
+END $$;
 
 -- Whoever may call the old one may call the new one.
 DO $$ DECLARE old regprocedure; new regprocedure; grantee text; ours aclitem[]; BEGIN
@@ -1196,7 +1233,6 @@ DO $$ DECLARE old regprocedure; new regprocedure; grantee text; ours aclitem[]; 
         ('@extschema@.spend_partition_set(regclass, text, integer, interval, text, text)',
          '@extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean)')
     LOOP
-        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', new);
         SELECT i.initprivs INTO ours FROM pg_init_privs i WHERE i.classoid = 'pg_proc'::regclass AND i.objoid = new;
         FOR grantee IN
             SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END

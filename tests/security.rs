@@ -194,11 +194,11 @@ fn what_has_more_rights_than_its_user_is_on_a_short_list() {
     }
 }
 
-/// What ALTER DEFAULT PRIVILEGES of the extension's owner grants on all that it makes would let others have
-/// rows of theirs captured, number them, or change history.
+/// What ALTER DEFAULT PRIVILEGES of the extension's owner grants on all that it makes would let others change
+/// our state, by which we act, have rows of theirs captured, number them, or change history.
 #[test]
-fn what_is_made_for_a_capture_or_a_rollup_has_no_default_privileges() {
-    let db = shared().database();
+fn nothing_of_ours_has_default_privileges() {
+    let db = shared().litellm_database();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 50, 20)).unwrap();
     client
@@ -208,6 +208,8 @@ fn what_is_made_for_a_capture_or_a_rollup_has_no_default_privileges() {
              ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO default_p;
              ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC;
              ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO default_p;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO default_p;
+             CREATE EXTENSION litellm_spend;
              SET ROLE litellm; CREATE TABLE page_views (id bigserial, x int); RESET ROLE;
              SELECT spend_rollup_create('views', 'page_views', '{x}', '{array_agg(x) AS xs MERGE WITH array_cat}')",
         )
@@ -216,10 +218,12 @@ fn what_is_made_for_a_capture_or_a_rollup_has_no_default_privileges() {
     wait_until_live(&mut client);
     let granted = "SELECT coalesce(array_agg(DISTINCT o.name ORDER BY o.name), '{}')
         FROM (SELECT oid, relname::text, relnamespace, relacl FROM pg_class
-              UNION ALL SELECT oid, proname, pronamespace, proacl FROM pg_proc) AS o(oid, name, schema, acl)
-        WHERE o.schema = 'litellm_spend'::regnamespace
+              UNION ALL SELECT oid, proname, pronamespace, coalesce(proacl, acldefault('f', proowner)) FROM pg_proc
+              UNION ALL SELECT oid, nspname, oid, nspacl FROM pg_namespace) AS o(oid, name, schema, acl)
+        WHERE (o.schema = 'litellm_spend'::regnamespace
+               OR EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.deptype = 'e'
+                          AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend')))
           AND EXISTS (SELECT FROM aclexplode(o.acl) AS x WHERE x.grantee IN (0, 'default_p'::regrole))
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.deptype = 'e')
           -- The aggregate of a live view, which runs as whoever reads that.
           AND o.name <> 'views.xs'";
     let none: Vec<String> = vec![];

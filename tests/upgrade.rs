@@ -337,6 +337,59 @@ fn an_updated_database_is_like_a_new_one() {
     assert_eq!(old.len(), new.len());
 }
 
+/// A state table that somebody may write to makes him a superuser: the worker does what it says.
+#[test]
+fn an_update_takes_default_privileges_from_what_it_makes_and_writing_from_what_there_was() {
+    let db = shared().litellm_database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS default_u, reader_u; CREATE ROLE default_u; CREATE ROLE reader_u;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO default_u, PUBLIC;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO default_u;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO default_u;
+             ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO default_u;
+             CREATE EXTENSION litellm_spend VERSION '0.1.0';
+             GRANT SELECT ON litellm_spend.source, spend_rollup_status TO reader_u;
+             GRANT SELECT (name) ON litellm_spend.rollup TO reader_u; GRANT USAGE ON SCHEMA litellm_spend TO reader_u;
+             ALTER EXTENSION litellm_spend UPDATE",
+        )
+        .unwrap();
+    let granted = "SELECT coalesce(string_agg(DISTINCT o.name || ' ' || x.privilege_type, ', ' ORDER BY o.name || ' ' || x.privilege_type), '')
+        FROM (SELECT oid, relname::text, relacl FROM pg_class
+              UNION ALL SELECT oid, proname, coalesce(proacl, acldefault('f', proowner)) FROM pg_proc
+              UNION ALL SELECT oid, nspname, nspacl FROM pg_namespace) AS o(oid, name, acl), aclexplode(o.acl) AS x
+        WHERE EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.deptype = 'e'
+                      AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend'))
+          AND x.grantee IN (0, 'default_u'::regrole) AND ";
+    let writing = format!("{granted} x.privilege_type NOT IN ('SELECT', 'EXECUTE') AND x.privilege_type || o.name <> 'USAGElitellm_spend'");
+    assert_eq!(value::<String>(&mut client, &writing), "");
+    let new = format!("{granted} o.name IN ('installation', 'policy', 'index_set', 'index_failure', 'party', 'spend_health', 'spend_restored', 'bound')");
+    assert_eq!(value::<String>(&mut client, &new), "");
+    // What somebody was granted stays, and is dumped.
+    assert!(holds(
+        &mut client,
+        "SELECT has_table_privilege('reader_u', 'litellm_spend.source', 'SELECT')
+             AND has_column_privilege('reader_u', 'litellm_spend.rollup', 'name', 'SELECT')"
+    ));
+    let dumped = grants_in_a_dump(&db);
+    for object in ["ON TABLE litellm_spend.source", "(name) ON TABLE litellm_spend.rollup", "ON SCHEMA litellm_spend"] {
+        assert!(
+            dumped.iter().any(|line| line.contains(object) && line.ends_with("TO reader_u;")),
+            "{object}: {dumped:#?}"
+        );
+    }
+    client.batch_execute("DROP OWNED BY default_u, reader_u; DROP ROLE default_u, reader_u").unwrap();
+}
+
+/// What pg_dump says of privileges.
+fn grants_in_a_dump(db: &Database) -> Vec<String> {
+    let mut pg_dump = db.cluster.program("pg_dump");
+    pg_dump.args(["-s", "-h", db.cluster.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"]);
+    let text = String::from_utf8(pg_dump.arg(&db.name).output().unwrap().stdout).unwrap();
+    text.lines().filter(|line| line.starts_with("GRANT ")).map(String::from).collect()
+}
+
 #[test]
 fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
     let (db, mut client) = of_0_1_0(true);
@@ -354,10 +407,7 @@ fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
     let may = "SELECT has_function_privilege('litellm', 'spend_partition_convert(regclass, text, \"any\", text, integer)', 'EXECUTE')";
     assert!(holds(&mut client, may));
     // It is the user's grant still, and dumped.
-    let mut pg_dump = db.cluster.program("pg_dump");
-    pg_dump.args(["-s", "-h", db.cluster.dir.to_str().unwrap(), "-p", &PORT.to_string(), "-U", "postgres"]);
-    let text = String::from_utf8(pg_dump.arg(&db.name).output().unwrap().stdout).unwrap();
-    let granted: Vec<&str> = text.lines().filter(|line| line.starts_with("GRANT ALL ON FUNCTION")).collect();
+    let granted = grants_in_a_dump(&db);
     assert!(
         granted.iter().any(|line| line.contains("spend_partition_convert") && line.ends_with("TO litellm;")),
         "{granted:?}"
