@@ -157,13 +157,20 @@ END $$;
 GRANT USAGE ON SCHEMA litellm_spend TO pg_monitor;
 -- Its schema may be closed to others. What an extension's script has granted is not dumped, nor is what
 -- others were granted on that object before: so the schema's privileges are made its own again.
-DO $$ BEGIN
+DO $$ DECLARE
+    before aclitem[] := (SELECT initprivs FROM pg_init_privs
+                         WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace);
+BEGIN
     IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
         GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
-        DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace;
+        -- "public" has some of initdb's, which a dump of PostgreSQL 14 needs.
+        DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace AND before IS NULL;
+        UPDATE pg_init_privs SET initprivs = before
+        WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace AND before IS NOT NULL;
         -- From PostgreSQL 17 on each role in it is a dependency, too.
         DELETE FROM pg_shdepend WHERE classid = 'pg_namespace'::regclass AND objid = '@extschema@'::regnamespace AND deptype = 'i'
-            AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database());
+            AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND refobjid NOT IN (SELECT x.grantee FROM aclexplode(before) AS x);
     END IF;
 END $$;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text), litellm_spend.served_until(), litellm_spend.periods_ahead(text, tsmultirange, timestamp),

@@ -1017,13 +1017,20 @@ COMMENT ON FUNCTION @extschema@.spend_revoke_admin(regrole) IS 'Takes from a rol
 -- pg_monitor reads the status, also where the extension's schema is closed to others. What an extension's
 -- script has granted is not dumped, nor is what others were granted on that object before: so the schema's
 -- privileges are made its own again.
-DO $$ BEGIN
+DO $$ DECLARE
+    before aclitem[] := (SELECT initprivs FROM pg_init_privs
+                         WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace);
+BEGIN
     IF NOT has_schema_privilege('pg_monitor', '@extschema@'::regnamespace, 'USAGE') THEN
         GRANT USAGE ON SCHEMA @extschema@ TO pg_monitor;
-        DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace;
+        -- "public" has some of initdb's, which a dump of PostgreSQL 14 needs.
+        DELETE FROM pg_init_privs WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace AND before IS NULL;
+        UPDATE pg_init_privs SET initprivs = before
+        WHERE classoid = 'pg_namespace'::regclass AND objoid = '@extschema@'::regnamespace AND before IS NOT NULL;
         -- From PostgreSQL 17 on each role in it is a dependency, too.
         DELETE FROM pg_shdepend WHERE classid = 'pg_namespace'::regclass AND objid = '@extschema@'::regnamespace AND deptype = 'i'
-            AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database());
+            AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND refobjid NOT IN (SELECT x.grantee FROM aclexplode(before) AS x);
     END IF;
 END $$;
 
@@ -1236,6 +1243,7 @@ DO $$ DECLARE old regprocedure; new regprocedure; grantee text; ours aclitem[]; 
         SELECT i.initprivs INTO ours FROM pg_init_privs i WHERE i.classoid = 'pg_proc'::regclass AND i.objoid = new;
         FOR grantee IN
             SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
+                || CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
             FROM pg_proc p, aclexplode(p.proacl) AS x WHERE p.oid = old AND x.grantee <> p.proowner
         LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', new, grantee);

@@ -362,9 +362,13 @@ fn an_update_takes_default_privileges_from_what_it_makes_and_writing_from_what_t
         WHERE EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.deptype = 'e'
                       AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'litellm_spend'))
           AND x.grantee IN (0, 'default_u'::regrole) AND ";
-    let writing = format!("{granted} x.privilege_type NOT IN ('SELECT', 'EXECUTE') AND x.privilege_type || o.name <> 'USAGElitellm_spend'");
+    let writing = format!(
+        "{granted} x.privilege_type NOT IN ('SELECT', 'EXECUTE') AND x.privilege_type || o.name <> 'USAGElitellm_spend'"
+    );
     assert_eq!(value::<String>(&mut client, &writing), "");
-    let new = format!("{granted} o.name IN ('installation', 'policy', 'index_set', 'index_failure', 'party', 'spend_health', 'spend_restored', 'bound')");
+    let new = format!(
+        "{granted} o.name IN ('installation', 'policy', 'index_set', 'index_failure', 'party', 'spend_health', 'spend_restored', 'bound')"
+    );
     assert_eq!(value::<String>(&mut client, &new), "");
     // What somebody was granted stays, and is dumped.
     assert!(holds(
@@ -373,13 +377,32 @@ fn an_update_takes_default_privileges_from_what_it_makes_and_writing_from_what_t
              AND has_column_privilege('reader_u', 'litellm_spend.rollup', 'name', 'SELECT')"
     ));
     let dumped = grants_in_a_dump(&db);
-    for object in ["ON TABLE litellm_spend.source", "(name) ON TABLE litellm_spend.rollup", "ON SCHEMA litellm_spend"] {
+    for object in
+        ["ON TABLE litellm_spend.source", "(name) ON TABLE litellm_spend.rollup", "ON SCHEMA litellm_spend"]
+    {
         assert!(
             dumped.iter().any(|line| line.contains(object) && line.ends_with("TO reader_u;")),
             "{object}: {dumped:#?}"
         );
     }
     client.batch_execute("DROP OWNED BY default_u, reader_u; DROP ROLE default_u, reader_u").unwrap();
+}
+
+/// By it pg_dump 14 knows that PUBLIC was taken something.
+#[test]
+fn what_initdb_has_granted_on_the_schema_of_the_extension_stays_initdbs() {
+    let update = "CREATE EXTENSION litellm_spend VERSION '0.1.0'; ALTER EXTENSION litellm_spend UPDATE";
+    for make in ["CREATE EXTENSION litellm_spend", update] {
+        let db = shared().litellm_database();
+        let mut client = db.connect();
+        client.batch_execute("REVOKE ALL ON SCHEMA public FROM PUBLIC").unwrap();
+        let granted = "SELECT initprivs::text FROM pg_init_privs
+                       WHERE classoid = 'pg_namespace'::regclass AND objoid = 'public'::regnamespace";
+        let before: String = value(&mut client, granted);
+        client.batch_execute(make).unwrap();
+        assert!(holds(&mut client, "SELECT has_schema_privilege('pg_monitor', 'public', 'USAGE')"), "{make}");
+        assert_eq!(value::<Option<String>>(&mut client, granted), Some(before), "{make}");
+    }
 }
 
 /// What pg_dump says of privileges.
@@ -396,6 +419,7 @@ fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
     client
         .batch_execute(
             r#"GRANT EXECUTE ON FUNCTION spend_partition_convert TO litellm;
+               GRANT EXECUTE ON FUNCTION spend_partition_plan TO litellm WITH GRANT OPTION;
                INSERT INTO litellm_spend.conversion (table_schema, table_name, relation, direction, options)
                VALUES ('public', 'LiteLLM_SpendLogs', '"LiteLLM_SpendLogs"', 'revert', '{}')"#,
         )
@@ -406,6 +430,9 @@ fn who_may_call_may_call_afterwards_and_a_reversion_under_way_is_not_cut_off() {
         .unwrap();
     let may = "SELECT has_function_privilege('litellm', 'spend_partition_convert(regclass, text, \"any\", text, integer)', 'EXECUTE')";
     assert!(holds(&mut client, may));
+    let may_grant = "SELECT has_function_privilege('litellm', 'spend_partition_plan(regclass, text, \"any\", text, integer)',
+                         'EXECUTE WITH GRANT OPTION')";
+    assert!(holds(&mut client, may_grant));
     // It is the user's grant still, and dumped.
     let granted = grants_in_a_dump(&db);
     assert!(
