@@ -161,9 +161,10 @@ SELECT c.oid, c.relowner, p.time_column, p."interval", p.precreate, p.retention,
 FROM litellm_spend.policy_by_name p
 JOIN pg_namespace n ON n.nspname = p.table_schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.table_name AND c.relkind IN ('r', 'p');
--- A table that is gone would be dumped as its number, which may be another table's where it is restored.
+-- A table or role that is gone would be dumped as its number, which may be another's where it is restored.
 SELECT pg_extension_config_dump('litellm_spend.policy',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = owner)');
 COMMENT ON TABLE litellm_spend.policy IS 'How tables are partitioned and how long their rows stay';
 
 -- Indexes that were asked for, by their names in the catalogue. They hold for this table while it belongs to
@@ -199,9 +200,11 @@ CREATE TABLE litellm_spend.index_failure (
 );
 
 SELECT pg_extension_config_dump('litellm_spend.index_set',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = owner)');
 SELECT pg_extension_config_dump('litellm_spend.conversion',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = owner)');
 SELECT pg_extension_config_dump('litellm_spend.source',
     'WHERE name = ''change_log'' OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
          AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = sequence)');

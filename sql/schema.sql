@@ -226,13 +226,16 @@ CREATE TABLE litellm_spend.expired_partition (
     PRIMARY KEY (table_schema, table_name, partition, expired_at)
 );
 
--- A table that is gone would be dumped as its number, which may be another table's where it is restored.
+-- A table or role that is gone would be dumped as its number, which may be another's where it is restored.
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.policy',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = owner)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.conversion',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = owner)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.index_set',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)
+         AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = owner)');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.expired_partition', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.source',
     'WHERE name = ''change_log'' OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)

@@ -322,6 +322,67 @@ fn state_of_a_table_that_is_gone_is_not_dumped() {
     }
 }
 
+/// The number of a role that was dropped may be another's in the new server: a policy would be live again there,
+/// and history would be shown to whoever has it.
+#[test]
+fn a_role_that_is_gone_is_not_dumped_as_its_number() {
+    let (db, mut client) = without_worker();
+    for (name, role) in [("stays", "heir"), ("given", "former")] {
+        let noted = format!(
+            "CREATE ROLE {role}; CREATE TABLE {name} (id bigserial, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('{name}', retention => '30 days');
+             UPDATE litellm_spend.policy SET owner = '{role}' WHERE relation = '{name}'::regclass;
+             INSERT INTO litellm_spend.conversion (table_schema, table_name, relation, direction, options, owner, origin)
+             SELECT 'public', '{name}', '{name}', 'convert', '{{}}', '{role}', id FROM litellm_spend.installation;
+             INSERT INTO litellm_spend.index_set (relation, name, owner, hot, keys, included, origin)
+             SELECT '{name}', 'i', '{role}', false, '{{}}', '{{}}', id FROM litellm_spend.installation"
+        );
+        client.batch_execute(&noted).unwrap();
+    }
+    client.batch_execute("DROP ROLE former").unwrap();
+    let mut pg_dump = db.cluster.program("pg_dump");
+    pg_dump.args([
+        "-h",
+        db.cluster.dir.to_str().unwrap(),
+        "-p",
+        &PORT.to_string(),
+        "-U",
+        "postgres",
+        &db.name,
+    ]);
+    let text = String::from_utf8(pg_dump.output().unwrap().stdout).unwrap();
+    for table in ["policy", "conversion", "index_set"] {
+        let (_, rows) = text.split_once(&format!("COPY litellm_spend.{table} (")).unwrap();
+        let rows: Vec<&str> = rows.lines().skip(1).take_while(|line| *line != "\\.").collect();
+        assert!(rows.len() == 1 && rows[0].contains("public.stays\t"), "{table}: {rows:?}");
+    }
+}
+
+#[test]
+fn a_role_that_is_gone_is_forgotten_where_history_is_kept_for_it() {
+    let db = shared().database();
+    let mut client = db.connect();
+    client
+        .batch_execute(
+            r#"DROP ROLE IF EXISTS former_d; CREATE ROLE former_d;
+               ALTER TABLE "LiteLLM_SpendLogs" OWNER TO former_d; SELECT spend_attach()"#,
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT owner = 'former_d'::regrole FROM litellm_spend.capture"));
+    client
+        .batch_execute(
+            r#"DROP TABLE "LiteLLM_SpendLogs" CASCADE; DROP OWNED BY former_d; DROP ROLE former_d"#,
+        )
+        .unwrap();
+    eventually("the role is forgotten", || holds(&mut client, "SELECT owner = 1 FROM litellm_spend.capture"));
+    client.batch_execute("CREATE ROLE former_d; SELECT spend_detach()").unwrap();
+    assert!(holds(&mut client, "SELECT bool_and(owner = 1) FROM litellm_spend.rollup"));
+    client.batch_execute("UPDATE litellm_spend.rollup SET owner = 'former_d'; DROP ROLE former_d").unwrap();
+    eventually("that of history too", || {
+        holds(&mut client, "SELECT bool_and(owner = 1) FROM litellm_spend.rollup")
+    });
+}
+
 /// What was captured is dumped as a number when its table is gone, and the number may be any table's.
 #[test]
 fn a_table_that_has_the_number_of_one_that_is_gone_is_not_captured() {

@@ -14,12 +14,16 @@
 //! table. Tables of rollups without their state, and without a marker, are a restore that has not come to
 //! either, or was cut: it counts as one under way.
 //!
+//! What is gone when a dump is made is in it as a number, which may be another's where it is restored. So what
+//! is noted of such a table or role is not dumped where it asks for work. Of history and of a captured table,
+//! where it says for whom they are kept, a role that is gone is [`NO_ROLE`].
+//!
 //! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything
 //! goes on.
 
 use crate::error::{Error, Result};
 use crate::server::locks::Patience;
-use crate::server::spi::{Found, execute, query, value};
+use crate::server::spi::{Found, execute, exists, query, value};
 use crate::server::text::SCHEMA;
 use crate::state::fence;
 
@@ -97,6 +101,7 @@ fn is_cut() -> Result<bool> {
 pub fn look(patience: Patience) -> Result<bool> {
     match restored()? {
         None => {
+            forget_dropped_roles()?;
             let marker = Marker::look()?;
             if !marker.wanted && marker.names_us {
                 drop_marker()?;
@@ -106,6 +111,28 @@ pub fn look(patience: Patience) -> Result<bool> {
         Some(Restore::Over) => adopt(patience),
         Some(Restore::UnderWay) => Ok(false),
     }
+}
+
+/// Nobody ever has this number: the server gives roles those from 16384 on.
+const NO_ROLE: u32 = 1;
+
+fn forget_dropped_roles() -> Result<()> {
+    for table in ["rollup", "capture"] {
+        let gone = format!(
+            "SELECT t.ctid FROM {SCHEMA}.{table} t WHERE t.owner <> {NO_ROLE}
+                 AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = t.owner)"
+        );
+        // Who keeps a row for long keeps nobody here: the next look comes.
+        let forget = format!(
+            "UPDATE {SCHEMA}.{table} SET owner = {NO_ROLE}
+             WHERE ctid = ANY (ARRAY({gone} FOR UPDATE SKIP LOCKED))"
+        );
+        // An UPDATE would take an XID also where there is nothing to do.
+        if exists(&gone, &[])? {
+            execute(&forget, &[])?;
+        }
+    }
+    Ok(())
 }
 
 /// There is state, or a rollup's table, that DROP EXTENSION is refused for anyhow, so that a marker may be.
