@@ -322,8 +322,8 @@ fn state_of_a_table_that_is_gone_is_not_dumped() {
     }
 }
 
-/// The number of a role that was dropped may be another's in the new server: a policy would be live again there,
-/// and history would be shown to whoever has it.
+/// The number of a role that was dropped may be another's in the new server: a policy would be live again
+/// there, and history would be shown to whoever has it.
 #[test]
 fn a_role_that_is_gone_is_not_dumped_as_its_number() {
     let (db, mut client) = without_worker();
@@ -381,6 +381,50 @@ fn a_role_that_is_gone_is_forgotten_where_history_is_kept_for_it() {
     eventually("that of history too", || {
         holds(&mut client, "SELECT bool_and(owner = 1) FROM litellm_spend.rollup")
     });
+}
+
+/// As those that are made from template1 while that has the extension.
+#[test]
+fn a_dump_of_a_database_is_a_restore_in_another_from_the_same_template() {
+    let mut admin = shared().connect("postgres");
+    admin.batch_execute("CREATE DATABASE same_template").unwrap();
+    shared().connect("same_template").batch_execute("CREATE EXTENSION litellm_spend").unwrap();
+    for copy in ["same_a", "same_b"] {
+        admin.batch_execute(&format!("CREATE DATABASE {copy} TEMPLATE same_template")).unwrap();
+    }
+    let mut a = shared().connect("same_a");
+    a.batch_execute(
+        "CREATE TABLE ev (id bigserial PRIMARY KEY, kind int);
+         SELECT spend_rollup_create('by_kind', 'ev', '{kind}', '{count(*) AS n}');
+         INSERT INTO ev (kind) SELECT i % 3 FROM generate_series(1, 30) AS i",
+    )
+    .unwrap();
+    let file = shared().dir.join("same_a.c").to_str().unwrap().to_string();
+    run("pg_dump", &["-F", "c", "-f", &file, "same_a"]);
+    for section in ["pre-data", "data"] {
+        run("pg_restore", &["--section", section, "-d", "same_b", &file]);
+    }
+    let mut b = shared().connect("same_b");
+    assert_refused(&mut b, "SELECT spend_rollup_run()", "55000");
+    run("pg_restore", &["--section", "post-data", "-d", "same_b", &file]);
+    eventually("the end of the restore is seen", || {
+        b.batch_execute("INSERT INTO ev (kind) VALUES (1); SELECT spend_rollup_run()").is_ok()
+    });
+    assert!(holds(&mut b, "SELECT sum(n) = (SELECT count(*) FROM ev) FROM litellm_spend.by_kind"));
+    // What only has a policy, too.
+    let mut template = shared().connect("same_template");
+    let id = "SELECT id::text FROM litellm_spend.installation";
+    let (of_a, of_template): (String, String) = (value(&mut a, id), value(&mut template, id));
+    template
+        .batch_execute(
+            "CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+             SELECT spend_partition_set('logs', precreate => 1)",
+        )
+        .unwrap();
+    let now: String = value(&mut template, id);
+    assert!(now != of_template && of_a != of_template && now != of_a);
+    template.batch_execute("SELECT spend_partition_set('logs', precreate => 2)").unwrap();
+    assert_eq!(value::<String>(&mut template, id), now);
 }
 
 /// What was captured is dumped as a number when its table is gone, and the number may be any table's.

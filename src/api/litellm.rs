@@ -66,6 +66,7 @@ fn spend_attach(
             Err(_) if !captured::captured_relations()?.contains(&source) => restore::require_over()?,
             _ => drop(restore::adopt(Patience::of_call())?),
         }
+        restore::begin()?;
         let actions = attach::attach(elevated.caller(), source, subtract, reports == Some(true))?;
         let kept = if reports == Some(false) { reports::here()? } else { vec![] };
         Ok((actions, relation::relation_name(source)?, kept))

@@ -33,6 +33,7 @@ pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
     let table = session::open(elevated.caller(), source)?;
     restore::require_over()?;
+    restore::begin()?;
     Ok((elevated, table))
 }
 

@@ -32,6 +32,7 @@ use pgrx::prelude::*;
 pub fn create(request: &Request) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
     restore::require_over()?;
+    restore::begin()?;
     source::require_sequence(request.sequence, false)?;
     let (table, numbering) = open_source(elevated.caller(), request.source, request.sequence)?;
     check_name(&request.name)?;
@@ -176,6 +177,7 @@ pub fn register(
 ) -> Result<Vec<Notice>> {
     let elevated = Elevated::enter()?;
     restore::require_over()?;
+    restore::begin()?;
     source::require_sequence(sequence, true)?;
     let (table, numbering) = open_source(elevated.caller(), source, sequence)?;
     if name.is_empty() {

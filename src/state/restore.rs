@@ -14,12 +14,13 @@
 //! table. Tables of rollups without their state, and without a marker, are a restore that has not come to
 //! either, or was cut: it counts as one under way.
 //!
-//! What is gone when a dump is made is in it as a number, which may be another's where it is restored. So what
-//! is noted of such a table or role is not dumped where it asks for work. Of history and of a captured table,
-//! where it says for whom they are kept, a role that is gone is [`NO_ROLE`].
+//! What is gone when a dump is made is in it as a number, which may be another's where it is restored. So
+//! what is noted of such a table or role is not dumped where it asks for work. Of history and of a captured
+//! table, where it says for whom they are kept, a role that is gone is [`NO_ROLE`].
 //!
 //! pg_upgrade and CREATE DATABASE … TEMPLATE copy files: there `installation` comes along, and everything
-//! goes on.
+//! goes on. All databases that were made from a template with the extension would be one installation, and a
+//! dump of one no restore in another: so the first state of a database begins a new one.
 
 use crate::error::{Error, Result};
 use crate::server::locks::Patience;
@@ -147,6 +148,30 @@ pub fn require_over() -> Result<()> {
         Some(Restore::Over) => adopt(Patience::of_call()).map(drop),
         Some(Restore::UnderWay) => Err(Error::Restoring),
     }
+}
+
+/// Before a call makes state. If it is the first, it is of a new installation. (Who made state before the
+/// last of it was dropped, and commits after another has begun anew, leaves what looks like a dump's; the
+/// calls say so.)
+pub fn begin() -> Result<()> {
+    if any_state()? {
+        return Ok(());
+    }
+    // One at a time: what another has begun is seen afterwards.
+    fence::change_marker(Patience::of_call())?;
+    if any_state()? {
+        return Ok(());
+    }
+    if Marker::look()?.names_us {
+        drop_marker()?;
+    }
+    execute(&format!("UPDATE {SCHEMA}.installation SET id = gen_random_uuid()"), &[]).map(drop)
+}
+
+fn any_state() -> Result<bool> {
+    let tables = WRITTEN.map(|(table, _)| format!("SELECT FROM {SCHEMA}.{table}")).join(" UNION ALL ");
+    let others = format!("SELECT FROM {SCHEMA}.rollup UNION ALL SELECT FROM {SCHEMA}.leftover");
+    exists(&format!("{tables} UNION ALL {others}"), &[])
 }
 
 /// Makes all state that was restored ours, and the marker. `false`: there is none.
