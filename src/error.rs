@@ -470,6 +470,12 @@ errors! {
         "What another installation wrote is here, and not what a restore of it makes last.";
         "When all is there, a superuser calls spend_restored(); or call spend_attach() for LiteLLM's table.";
 
+    Restored:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "this database came out of a dump, and nothing has gone on with it yet";
+        "A call that changes nothing does not do that either.";
+        "Wait for the worker, or call spend_rollup_run().";
+
     AttachmentBusy { holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
         "another transaction is attaching or detaching";

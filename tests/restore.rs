@@ -383,6 +383,46 @@ fn a_role_that_is_gone_is_forgotten_where_history_is_kept_for_it() {
     });
 }
 
+#[test]
+fn a_call_that_changes_nothing_does_not_go_on_with_a_restore() {
+    let (_db, mut client) = without_worker();
+    let calls = [
+        "SELECT * FROM spend_partition_plan()",
+        "SELECT * FROM spend_index_plan()",
+        "SELECT * FROM spend_upgrade_check('1.92.0')",
+    ];
+    // Without any state they begin nothing.
+    let id = "SELECT id::text FROM litellm_spend.installation";
+    let before: String = value(&mut client, id);
+    for call in calls {
+        client.batch_execute(&format!("BEGIN READ ONLY; {call}; ROLLBACK; {call}")).unwrap();
+    }
+    assert_eq!(value::<String>(&mut client, id), before);
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    // As another server's dump leaves it, which has brought its marker.
+    client
+        .batch_execute(
+            "UPDATE litellm_spend.installation SET id = gen_random_uuid();
+             UPDATE litellm_spend.source SET candidates = '[]'",
+        )
+        .unwrap();
+    let marker = "SELECT obj_description(oid, 'pg_event_trigger') FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored'";
+    let brought: String = value(&mut client, marker);
+    for call in calls {
+        let refused = error(&mut client, call);
+        assert_eq!(refused.code().code(), "55000", "{call}: {refused:?}");
+        assert!(refused.message().contains("nothing has gone on with it"), "{refused:?}");
+        assert_refused(&mut client, &format!("BEGIN READ ONLY; {call}"), "55000");
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+    assert_eq!(value::<String>(&mut client, marker), brought);
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert!(value::<String>(&mut client, marker) != brought);
+    for call in calls {
+        client.batch_execute(&format!("BEGIN READ ONLY; {call}; ROLLBACK")).unwrap();
+    }
+}
+
 /// As those that are made from template1 while that has the extension.
 #[test]
 fn a_dump_of_a_database_is_a_restore_in_another_from_the_same_template() {

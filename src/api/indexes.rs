@@ -2,7 +2,7 @@
 
 use crate::api::arguments::Regclass;
 use crate::api::call::{report, require_changeable};
-use crate::api::partitions::{enter, lock_to_read};
+use crate::api::partitions::{enter, lock_to_read, look};
 use crate::error::{self, Error};
 use crate::index::build::{self, Row};
 use crate::index::catalogue::{self, CATALOGUE, Index};
@@ -41,7 +41,7 @@ fn spend_index_plan(
 > {
     report(|| {
         session::require_primary()?;
-        let (elevated, table) = enter(source)?;
+        let (elevated, table) = look(source)?;
         let table = lock_to_read(&elevated, table)?;
         plan::plan(&table)
     })
@@ -77,7 +77,7 @@ fn spend_upgrade_check(
     ErrorReport,
 > {
     report(|| {
-        let (elevated, table) = enter(source)?;
+        let (elevated, table) = look(source)?;
         let table = lock_to_read(&elevated, table)?;
         upgrade::check(&table, version.ok_or(Error::Null("version"))?)
     })

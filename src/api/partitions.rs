@@ -29,11 +29,23 @@ use std::time::Duration;
 /// The table, open to a caller who may act for its owner. Who holds its lock waits for nothing without a
 /// limit.
 pub fn enter(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
+    let (elevated, table) = open(source)?;
+    restore::require_over()?;
+    restore::begin()?;
+    Ok((elevated, table))
+}
+
+/// The same for a call that changes nothing, also on a standby.
+pub fn look(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
+    let (elevated, table) = open(source)?;
+    restore::require_none()?;
+    Ok((elevated, table))
+}
+
+fn open(source: Option<Regclass>) -> error::Result<(Elevated, Table)> {
     let source = source_or_default(source)?;
     let elevated = Elevated::enter()?.impatient(guc::lock_timeout().time);
     let table = session::open(elevated.caller(), source)?;
-    restore::require_over()?;
-    restore::begin()?;
     Ok((elevated, table))
 }
 
@@ -116,7 +128,7 @@ fn spend_partition_plan(
 > {
     report(|| {
         session::require_primary()?;
-        let (elevated, table) = enter(source)?;
+        let (elevated, table) = look(source)?;
         if let Some(policy) = converted(&table)? {
             let name = qualified(&policy.schema, &policy.table);
             let done = ["swap", "is done; spend_partition_status shows its partitions", &name, "", ""];

@@ -150,6 +150,15 @@ pub fn require_over() -> Result<()> {
     }
 }
 
+/// The same for a call that changes nothing: it does not make ours what was restored, and sees nothing of it.
+pub fn require_none() -> Result<()> {
+    match restored()? {
+        None => Ok(()),
+        Some(Restore::Over) => Err(Error::Restored),
+        Some(Restore::UnderWay) => Err(Error::Restoring),
+    }
+}
+
 /// Before a call makes state. If it is the first, it is of a new installation. (Who made state before the
 /// last of it was dropped, and commits after another has begun anew, leaves what looks like a dump's; the
 /// calls say so.)
