@@ -402,7 +402,7 @@ COMMENT ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) I
 
 -- What is known of each partition without asking for its size, which takes a look at its files.
 CREATE VIEW litellm_spend.partition_survey AS
--- Once a partition, and not once for each place where its bound is read.
+-- A bound is asked for and taken apart once, not once for each place where it is read.
 WITH parts AS MATERIALIZED (
     SELECT p.*, t.oid AS table_oid, i.inhrelid IS NOT NULL AS is_partition, coalesce(i.inhrelid, t.oid) AS partition_oid,
            coalesce(i.inhdetachpending, false) AS is_pending,
@@ -418,7 +418,7 @@ WITH parts AS MATERIALIZED (
     WHERE t.relkind = 'r' OR i.inhrelid IS NOT NULL AND EXISTS (
         SELECT FROM pg_partitioned_table k
         WHERE k.partrelid = t.oid AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum)
-), bounds AS (
+), bounds AS MATERIALIZED (
     SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
 ), ranges AS (
     SELECT bounds.*, is_partition AND bound = 'DEFAULT' AS is_default,

@@ -190,7 +190,7 @@ mod tests {
                 spi::query(sql, &[], |_| Ok(())).map(drop),
                 spi::current(sql, &[], |_| Ok(())).map(drop),
                 spi::fresh(sql, &[], |_| Ok(())).map(drop),
-                spi::kept(sql, |_| Ok(())).map(drop),
+                spi::kept(sql, &[], |_| Ok(())).map(drop),
                 spi::execute(sql, &[]).map(drop),
                 spi::open_cursor(sql, &[]).map(drop),
             ] {

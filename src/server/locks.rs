@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
 use crate::server::relation::{find_relation, relation_name, relation_tree};
 use crate::server::session;
-use crate::server::spi::{Found, execute, query, value};
+use crate::server::spi::{Found, execute, kept, query, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -103,7 +103,7 @@ pub fn try_lock(relation: pg_sys::Oid, mode: Mode) -> bool {
 /// Whether nobody keeps a reader from the relation, its indexes or its TOAST table: for a moment, so that who
 /// drops them waits no longer than that.
 pub fn is_free(relation: pg_sys::Oid) -> Result<bool> {
-    let tables = query(
+    let tables = kept(
         "SELECT $1 UNION ALL
          SELECT reltoastrelid FROM pg_catalog.pg_class WHERE oid = $1 AND reltoastrelid <> 0",
         &[relation.into()],
@@ -122,7 +122,7 @@ pub fn is_free(relation: pg_sys::Oid) -> Result<bool> {
 
 fn with_indexes(tables: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid>> {
     let sql = "SELECT indexrelid FROM pg_catalog.pg_index WHERE indrelid = ANY ($1)";
-    let indexes = query(sql, &[tables.to_vec().into()], |r| value(r, 1))?;
+    let indexes = kept(sql, &[tables.to_vec().into()], |r| value(r, 1))?;
     Ok(tables.iter().copied().chain(indexes).collect())
 }
 
@@ -139,7 +139,7 @@ pub fn lock_against_changes(table: pg_sys::Oid) -> Result<()> {
 
 /// The relations, which we have locked, are what their names mean.
 fn require_names(relations: &[pg_sys::Oid]) -> Result<()> {
-    let stranger = query(
+    let stranger = kept(
         "SELECT coalesce(quote_ident(nspname) || '.' || quote_ident(relname), o.oid::text, 'none')
          FROM unnest($1::oid[]) AS o(oid)
          LEFT JOIN pg_catalog.pg_class c ON c.oid = o.oid LEFT JOIN pg_catalog.pg_namespace n

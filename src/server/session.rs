@@ -14,7 +14,7 @@ use std::time::Duration;
 pub fn require_version() -> Result<()> {
     let _pinned = Elevated::pinned();
     let sql = "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'";
-    match kept(sql, |r| value::<String>(r, 1)).one()? {
+    match kept(sql, &[], |r| value::<String>(r, 1)).one()? {
         Some(installed) if installed != VERSION => Err(Error::OtherVersion { installed, library: VERSION }),
         _ => Ok(()),
     }
@@ -164,7 +164,7 @@ impl Elevated {
         // The first look for the owner is on the pinned path already.
         let guard = Elevated::act(user(), 0);
         let owner =
-            kept("SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'", |r| {
+            kept("SELECT extowner FROM pg_catalog.pg_extension WHERE extname = 'litellm_spend'", &[], |r| {
                 value::<pg_sys::Oid>(r, 1)
             })
             .one()?

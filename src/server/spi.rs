@@ -15,6 +15,7 @@ use pgrx::spi::{OwnedPreparedStatement, SpiHeapTupleData, SpiTupleTable};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::mem::ManuallyDrop;
+use std::rc::Rc;
 
 pub type Args<'a> = &'a [DatumWithOid<'a>];
 
@@ -44,19 +45,23 @@ pub fn query<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result
 }
 
 thread_local! {
-    static KEPT: RefCell<HashMap<String, OwnedPreparedStatement>> = RefCell::default();
+    static KEPT: RefCell<HashMap<String, Rc<OwnedPreparedStatement>>> = RefCell::default();
 }
 
 /// As [`query`], with a plan that the session keeps: for what is asked again and again.
-pub fn kept<T>(sql: &str, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
+pub fn kept<T>(sql: &str, args: Args, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<Vec<T>> {
     require_safe(sql)?;
     Spi::connect(|client| {
-        KEPT.with_borrow_mut(|kept| {
-            if !kept.contains_key(sql) {
-                kept.insert(sql.into(), client.prepare(sql, &[])?.keep());
+        let plan = match KEPT.with_borrow(|kept| kept.get(sql).cloned()) {
+            Some(plan) => plan,
+            None => {
+                let types: Vec<PgOid> = args.iter().map(|arg| arg.oid().into()).collect();
+                let plan = Rc::new(client.prepare(sql, &types)?.keep());
+                KEPT.with_borrow_mut(|kept| kept.insert(sql.into(), plan.clone()));
+                plan
             }
-            rows(client.select(&kept[sql], None, &[])?, row)
-        })
+        };
+        rows(client.select(&*plan, None, args)?, row)
     })
 }
 

@@ -14,7 +14,7 @@ use crate::guc::LockLimit;
 use crate::server::locks::{Mode, Patience, holders, lock_within, try_lock};
 use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
-use crate::server::spi::{Found, execute, exists, fresh, query, value};
+use crate::server::spi::{Found, execute, exists, fresh, kept, value};
 use crate::server::text::{SCHEMA, qualified};
 use crate::state::definition::Definition;
 use crate::state::rollups::rollup_names;
@@ -130,7 +130,7 @@ impl Fence {
 
     /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
     pub fn look(name: &str) -> Result<Fence> {
-        let state = query(&Fence::state(), &[name.into()], |r| Fence::read(name, r)).one()?;
+        let state = kept(&Fence::state(), &[name.into()], |r| Fence::read(name, r)).one()?;
         state.ok_or_else(|| Error::NoRollup(name.into()))
     }
 

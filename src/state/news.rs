@@ -61,7 +61,7 @@ pub fn look() -> Result<News> {
                            EXCEPT SELECT id FROM {SCHEMA}.installation)"
     );
     let mut news = News::default();
-    let rows = spi::kept(&sql, |r| {
+    let rows = spi::kept(&sql, &[], |r| {
         Ok(match r.get::<String>(1)? {
             Some(source) => {
                 let (last_value, merged_to, trims) = (r.get(2)?, value(r, 3)?, value(r, 4)?);
