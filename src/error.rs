@@ -790,9 +790,9 @@ errors! {
 
     NotCaptured(relation: String):
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
-        "{relation} is not captured: triggers are missing or disabled";
+        "{relation} is not captured: triggers are missing or disabled, or may not write to our tables";
         "Rows that are written or deleted meanwhile may be in no total, so none expires.";
-        "SELECT spend_rollup_run(); mends the triggers, as the worker does by itself.";
+        "SELECT spend_rollup_run(); mends that, as the worker does by itself.";
 
     LockNotAvailable { relation: String, limit: LockLimit, holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;

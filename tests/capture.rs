@@ -379,6 +379,75 @@ fn a_column_that_is_added_waits_for_who_captured_without_it() {
     assert!(holds(&mut client, "SELECT bool_or(agent_id = 'agent') FROM litellm_spend.hourly_usage"));
 }
 
+/// As after `pg_restore --no-privileges`. Not even the failure is counted then.
+#[test]
+fn what_is_written_while_capture_may_not_write_to_our_tables_is_computed_again() {
+    let (db, mut client) = without_worker();
+    let mut writer = db.connect();
+    attach_by_hand(&mut client);
+    client.batch_execute("SET litellm_spend.lock_timeout = '100ms'").unwrap();
+    let mut rows = 0;
+    for right in ["USAGE ON SCHEMA", "ALL ON ALL TABLES IN SCHEMA", "ALL ON ALL SEQUENCES IN SCHEMA"] {
+        client.batch_execute(&format!("REVOKE {right} litellm_spend FROM litellm")).unwrap();
+        writer.batch_execute(&format!("BEGIN; {}", insert_rows(&format!("open {right}"), 20, 3))).unwrap();
+        client.batch_execute(&insert_rows(right, 20, 3)).unwrap();
+        // Who has written waits for nobody, and is waited for.
+        run_until_computed(&mut client);
+        writer.batch_execute("COMMIT").unwrap();
+        run_until_computed(&mut client);
+        rows += 40;
+        assert_eq!(value::<i64>(&mut client, REQUESTS), rows, "{right}");
+        assert_verified(&mut client);
+        client.batch_execute(&insert_rows(&format!("after {right}"), 20, 3)).unwrap();
+        run_until_computed(&mut client);
+        rows += 20;
+        assert_eq!(value::<i64>(&mut client, REQUESTS), rows, "after {right}");
+    }
+    // Those of the tables.
+    assert_eq!(capture_errors(&mut client), 2);
+}
+
+const OWNERS_OF_FUNCTIONS: &str = "SELECT string_agg(DISTINCT proowner::regrole::text, ' ') FROM pg_proc
+    WHERE pronamespace = 'litellm_spend'::regnamespace AND proname LIKE 'capture\\_%'";
+
+/// The new owner gets the functions in that statement, and its rights later.
+#[test]
+fn what_is_written_after_reassign_owned_is_computed_again() {
+    let (db, mut client) = without_worker();
+    attach_by_hand(&mut client);
+    client
+        .batch_execute(
+            "CREATE ROLE heir; GRANT CREATE ON SCHEMA public TO heir; REASSIGN OWNED BY litellm TO heir",
+        )
+        .unwrap();
+    assert_eq!(value::<String>(&mut client, OWNERS_OF_FUNCTIONS), "heir");
+    let mut writer = db.connect();
+    writer.batch_execute(&format!("BEGIN; {}", insert_rows("open", 20, 3))).unwrap();
+    client.batch_execute(&insert_rows("lost", 20, 3)).unwrap();
+    client.batch_execute("SET litellm_spend.lock_timeout = '100ms'").unwrap();
+    run_until_computed(&mut client);
+    writer.batch_execute("COMMIT").unwrap();
+    run_until_computed(&mut client);
+    client.batch_execute(&insert_rows("after", 20, 3)).unwrap();
+    run_until_computed(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 60);
+    assert_verified(&mut client);
+}
+
+/// A superuser may be given the table, but capture does not run with its rights.
+#[test]
+fn capture_stays_the_former_owners_when_a_superuser_gets_the_table() {
+    let (_db, mut client) = without_worker();
+    attach_by_hand(&mut client);
+    client.batch_execute("REASSIGN OWNED BY litellm TO postgres; SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<String>(&mut client, OWNERS_OF_FUNCTIONS), "litellm");
+    client.batch_execute(&insert_rows("a", 20, 3)).unwrap();
+    client.batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" OWNER TO litellm"#).unwrap();
+    run_until_computed(&mut client);
+    assert_eq!((value::<i64>(&mut client, REQUESTS), capture_errors(&mut client)), (20, 0));
+    assert_verified(&mut client);
+}
+
 #[test]
 fn a_column_that_the_replaced_table_lacks_is_null_there() {
     let (_db, mut client) = without_worker();

@@ -258,6 +258,22 @@ fn another_superuser_restores_what_one_has_made() {
 }
 
 #[test]
+fn a_restore_without_privileges_is_captured() {
+    let db = shared().database().attached();
+    db.connect().batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    let (file, database) = (dump(&db, "c"), target("without_privileges"));
+    run("pg_restore", &["-x", "-d", &database, &file]);
+    let mut client = shared().connect(&database);
+    client.batch_execute(&insert_rows("b", 20, 3)).unwrap();
+    wait_until_restored(&mut client);
+    eventually("all is counted", || value::<Option<i64>>(&mut client, REQUESTS) == Some(120));
+    wait_until_live(&mut client);
+    assert_exact(&mut client);
+    drop(client);
+    shared().connect("postgres").batch_execute(&format!("DROP DATABASE {database} WITH (FORCE)")).unwrap();
+}
+
+#[test]
 fn who_may_use_a_schema_of_a_users_may_after_a_restore() {
     let db = shared().litellm_database();
     let mut client = db.connect();

@@ -627,6 +627,7 @@ mod preloaded {
         a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
         code_that_outlives_its_cancel "35-code-that-outlives-its-cancel.sql" WithExtension;
         a_table_given_to_a_superuser "36-a-table-given-to-a-superuser.sql" Attached;
+        capture_left_to_a_superuser "56-capture-left-to-a-superuser.sql" Attached;
         a_source_given_to_a_superuser "37-a-source-given-to-a-superuser.sql" WithExtension;
         a_policy_of_the_former_owner "38-a-policy-of-the-former-owner.sql" WithExtension;
         code_of_a_third_role_in_a_conversion "39-code-of-a-third-role-in-a-conversion.sql" WithExtension;
@@ -666,6 +667,7 @@ mod not_preloaded {
         a_role_that_does_not_exist "31-internal-error.sql" Attached;
         a_merge_within_a_merge "34-a-merge-within-a-merge.sql" WithExtension;
         a_table_given_to_a_superuser "36-a-table-given-to-a-superuser.sql" Attached;
+        capture_left_to_a_superuser "56-capture-left-to-a-superuser.sql" Attached;
         a_source_given_to_a_superuser "37-a-source-given-to-a-superuser.sql" WithExtension;
         a_table_by_its_name "40-a-table-by-its-name.sql" WithExtension;
         a_sequence_of_another_role "42-a-sequence-of-another-role.sql" WithExtension;

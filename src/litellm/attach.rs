@@ -131,14 +131,13 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     if !rollups.iter().any(|rollup| rollup.optional) {
         actions.push(("reports".into(), "not made: spend_attach(reports => true) makes them".into()));
     }
+    // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows
+    // meanwhile keep what the rollups say. Asked before the grants, without which there was a gap.
+    let has_others = current.as_ref().is_some_and(|current| current.columns != columns);
+    let has_gap = triggers::missing_triggers(oid)?.iter().any(|(_, operation)| operation != MOVE);
+    complete &= current.is_some() && !has_others && !has_gap;
     store_state(&table, &columns, subtract)?;
     grant(Owner::of(oid)?, &rollups)?;
-    // Unless capture has gone on without a gap, everything is computed again; days that have lost raw rows
-    // meanwhile keep what the rollups say.
-    let has_others = current.as_ref().is_some_and(|current| current.columns != columns);
-    complete &= current.is_some()
-        && !has_others
-        && triggers::missing_triggers(oid)?.iter().all(|(_, operation)| operation == MOVE);
     if !complete {
         backfill::uncover_all(CHANGE_LOG)?;
     }
@@ -147,9 +146,9 @@ pub fn attach_locked(oid: pg_sys::Oid, subtract: Option<bool>, reports: bool) ->
     actions.push(triggers::create_functions(&state)?);
 
     // 2. the triggers, last: from here on writers wait until the transaction ends.
-    if added || has_others {
-        // A statement that captured with the function of before, for fewer rollups or columns, ends before a
-        // day that it wrote to is computed.
+    if added || has_others || has_gap {
+        // A statement that captured with the function of before, for fewer rollups or columns or without a
+        // right to, ends before a day that it wrote to is computed.
         locks::lock_against_writers(&relation::relation_tree(oid)?)?;
     }
     let text = if triggers::create_triggers(&state)?.is_empty() { "already capturing" } else { CAPTURING };

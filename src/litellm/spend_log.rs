@@ -150,23 +150,47 @@ impl Capture<'_> {
     }
 }
 
+/// The tables that capture writes, and the columns.
+fn written() -> [(&'static str, String); 3] {
+    let note = "failure, range_start, range_end, repair, operation, sqlstate, message";
+    [(CHANGE_LOG, log_columns()), ("retired", log_columns()), ("dirty_range", note.into())]
+}
+
+/// The sequences that capture draws from.
+const DRAWN: [&str; 2] = ["change_log_seq", "capture_failures"];
+
 /// What the owner of the captured table needs, as whom capture writes and rows are recomputed: to add to the
 /// log, the ledger, the notes and the rollups, never to change or remove what is there; and to read it all.
 pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
-    let log = log_columns();
-    let mut grants = vec![
-        format!("GRANT SELECT, INSERT ({log}) ON {SCHEMA}.change_log TO {role}"),
-        format!("GRANT USAGE ON SEQUENCE {SCHEMA}.change_log_seq, {SCHEMA}.capture_failures TO {role}"),
-        format!("GRANT SELECT, INSERT ({log}) ON {SCHEMA}.retired TO {role}"),
-        format!(
-            "GRANT INSERT (failure, range_start, range_end, repair, operation, sqlstate, message)
-             ON {SCHEMA}.dirty_range TO {role}"
-        ),
+    let mut grants: Vec<String> = written()
+        .iter()
+        .map(|(table, columns)| format!("GRANT INSERT ({columns}) ON {SCHEMA}.{table} TO {role}"))
+        .collect();
+    grants.extend(DRAWN.map(|sequence| format!("GRANT USAGE ON SEQUENCE {SCHEMA}.{sequence} TO {role}")));
+    grants.extend([
+        format!("GRANT SELECT ON {SCHEMA}.change_log, {SCHEMA}.retired TO {role}"),
         format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}"),
         format!("GRANT SELECT (name, hours_from) ON {SCHEMA}.source TO {role}"),
-    ];
+    ]);
     grants.extend(rollups.iter().map(|table| format!("GRANT SELECT, INSERT ON {table} TO {role}")));
     grants
+}
+
+/// Whether `role`, an OID, may do what capture does as whom it runs. If not, not even its failure is counted.
+/// As SQL, for which NULL is no: what is to be written to is not there.
+pub fn may_capture(role: &str) -> String {
+    let mut rights = vec![format!("has_schema_privilege({role}, '{SCHEMA}', 'USAGE')")];
+    rights.extend(
+        DRAWN.map(|name| format!("has_sequence_privilege({role}, to_regclass('{SCHEMA}.{name}'), 'USAGE')")),
+    );
+    rights.extend(written().map(|(table, columns)| {
+        format!(
+            "(SELECT bool_and(has_column_privilege({role}, a.attrelid, a.attnum, 'INSERT'))
+              FROM pg_catalog.pg_attribute a
+              WHERE a.attrelid = to_regclass('{SCHEMA}.{table}') AND a.attname = ANY ('{{{columns}}}'))"
+        )
+    }));
+    rights.join(" AND ")
 }
 
 pub fn not_in(relation: &str) -> String {

@@ -17,12 +17,13 @@ use crate::litellm::builtin;
 use crate::litellm::capture::columns_of_predecessor;
 use crate::litellm::functions::{self, MOVE, OPERATIONS, Replaced, function_name};
 use crate::litellm::reports;
-use crate::litellm::spend_log::Capture;
+use crate::litellm::spend_log::{Capture, may_capture};
 use crate::litellm::views::Action;
 use crate::server::locks;
 use crate::server::relation::{self, Table};
+use crate::server::session::Owner;
 use crate::server::spi;
-use crate::server::text::{SCHEMA, quoted};
+use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence;
 use pgrx::prelude::*;
@@ -62,6 +63,21 @@ fn trigger_functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
          WHERE pronamespace = '{SCHEMA}'::pg_catalog.regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1"
     );
     spi::query(&sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
+}
+
+/// Whether a trigger function belongs to another role than it should.
+pub fn any_of_another(owner: Owner) -> Result<bool> {
+    Ok(trigger_functions()?.iter().any(|(.., found)| *found != owner.oid()))
+}
+
+/// Gives those to the owner as whom they captured.
+pub fn give_functions(owner: Owner) -> Result<()> {
+    let role = quoted(&owner.name()?);
+    for (name, ..) in trigger_functions()?.into_iter().filter(|(.., found)| *found != owner.oid()) {
+        let name = qualified(SCHEMA, &name);
+        spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {role}"), &[])?;
+    }
+    Ok(())
 }
 
 /// Creates the triggers that are missing on the table and its partitions, and returns them. The row of
@@ -200,7 +216,7 @@ pub fn drop_triggers(triggers: &[(pg_sys::Oid, String)], locked: &[pg_sys::Oid])
 }
 
 /// The enabled capture triggers that the table and its partitions lack, or that may have been disabled since
-/// they were made; the table first, as its users lock it.
+/// they were made, or that cannot write what they capture; the table first, as its users lock it.
 pub fn missing_triggers(relation: pg_sys::Oid) -> Result<Vec<(pg_sys::Oid, String)>> {
     missing_triggers_within(relation, relation)
 }
@@ -219,7 +235,10 @@ pub fn missing_triggers_within(
     };
     spi::query(
         &format!(
-            "SELECT r.oid, o.operation
+            "WITH able AS MATERIALIZED (
+                 SELECT p.oid FROM pg_catalog.pg_proc p
+                 WHERE p.oid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($6::text[]) AS name) AND {})
+             SELECT r.oid, o.operation
              FROM unnest($1::oid[]) WITH ORDINALITY AS r(oid, n) JOIN pg_catalog.pg_class c ON c.oid = r.oid
              CROSS JOIN unnest($2::text[]) AS o(operation)
              WHERE (o.operation <> '{MOVE}' OR c.relkind = 'r'
@@ -230,12 +249,21 @@ pub fn missing_triggers_within(
                    AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
                    AND coalesce($5::jsonb ->> ({NOTED}) = t.xmin::text, true)
                    AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation)
+                   AND t.tgfoid IN (TABLE able)
                    AND (o.operation <> '{MOVE}' OR $4 = ARRAY(
                        SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a
                        WHERE a.attrelid = r.oid AND a.attnum = ANY (t.tgattr) ORDER BY 1)))
-             ORDER BY r.n"
+             ORDER BY r.n",
+            may_capture("p.proowner")
         ),
-        &[tree.into(), operations.into(), table.into(), keys.into(), captured::noted_triggers()?.into()],
+        &[
+            tree.into(),
+            operations.into(),
+            table.into(),
+            keys.into(),
+            captured::noted_triggers()?.into(),
+            functions_of_triggers().into(),
+        ],
         |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?)),
     )
 }

@@ -19,8 +19,9 @@ use crate::litellm::functions::MOVE;
 use crate::litellm::reports;
 use crate::litellm::spend_log::Capture;
 use crate::litellm::triggers::{
-    any_unnoted, create_functions, create_triggers, drop_triggers, failing_triggers, foreign_partition,
-    missing_triggers, note_triggers, require_all_rows_seen, silence, triggers,
+    any_of_another, any_unnoted, create_functions, create_triggers, drop_triggers, failing_triggers,
+    foreign_partition, give_functions, missing_triggers, note_triggers, require_all_rows_seen, silence,
+    triggers,
 };
 use crate::litellm::views::{self, PublicView, Stray};
 use crate::server::locks::{self, Patience};
@@ -63,7 +64,10 @@ enum Damage {
     Detached(Vec<(pg_sys::Oid, String)>),
     /// Views of ours were replaced, or have another owner.
     Views(Vec<(&'static PublicView, Stray)>),
-    /// Triggers, tables of ours or columns are not as they should be.
+    /// A superuser has got the table, for whom capture does not go on, and with it the trigger functions, which
+    /// would run code of the owner's who was before.
+    Functions(Owner),
+    /// Triggers, their functions, tables of ours or columns are not as they should be.
     Incomplete,
     /// Triggers are new, as those of a new partition, and not noted yet.
     Unnoted,
@@ -104,10 +108,16 @@ fn damage() -> Result<Option<Damage>> {
     }
     let (known, owner) = (state.owner.map(Owner::role), Owner::role(table.owner_oid));
     if known != Some(owner) {
-        return match known.map(|known| known.may_pass_to(owner)).transpose()? {
-            Some(false) => state.owner().map(|_| None),
+        return match known {
+            Some(known) if !known.may_pass_to(owner)? => match any_of_another(known)? {
+                true => Ok(Some(Damage::Functions(known))),
+                false => state.owner().map(|_| None),
+            },
             _ => Ok(Some(Damage::Incomplete)),
         };
+    }
+    if any_of_another(owner)? {
+        return Ok(Some(Damage::Incomplete));
     }
     let missing = missing_triggers(state.relation)?;
     if captured_columns(&table)? != state.columns || missing.iter().any(|(oid, _)| *oid == state.relation) {
@@ -213,6 +223,7 @@ fn mend() -> Result<bool> {
                 captured::record_capture_error(Some(&said))?;
             }
         }
+        Damage::Functions(owner) => give_functions(owner)?,
         Damage::Incomplete => drop(attach_locked(state.relation, None, false)?),
         Damage::Unnoted => note_triggers(&[])?,
     }
