@@ -222,6 +222,31 @@ fn detach_says_what_goes_on_and_may_be_called_again() {
 }
 
 #[test]
+fn history_that_is_taken_up_while_somebody_waits_to_drop_it_stays() {
+    let (db, mut client) = without_worker();
+    client.batch_execute(&insert_rows("a", 20, 3)).unwrap();
+    for sql in ["SELECT spend_attach()", "CALL spend_backfill()", "SELECT spend_detach()"] {
+        client.batch_execute(sql).unwrap();
+    }
+    let mut dropper = db.connect();
+    client.batch_execute("BEGIN; SELECT spend_attach()").unwrap();
+    let dropped = std::thread::scope(|scope| {
+        let running = scope.spawn(|| dropper.batch_execute("SELECT spend_detach(drop_history => true)"));
+        // An attachment is tried again and again, which is no wait that the server knows of.
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!running.is_finished(), "it has not waited: {:?}", running.join());
+        client.batch_execute("COMMIT").unwrap();
+        running.join().unwrap().unwrap_err()
+    });
+    assert_eq!(dropped.code().unwrap().code(), "55006", "{dropped:?}");
+    client.batch_execute(&insert_rows("b", 20, 3)).unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 40);
+    assert_exact(&mut client);
+}
+
+#[test]
 fn history_outlives_detach_and_attach() {
     let db = shared().database().with_rows("a", 500, 20).attached();
     let mut client = db.connect();

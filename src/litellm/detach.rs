@@ -163,9 +163,12 @@ pub fn history_is_kept() -> Result<bool> {
     Ok(!relations_of_rollups()?.is_empty() || !relations_of_log()?.is_empty())
 }
 
-/// Drops what a detach has kept.
+/// Drops what a detach has kept, unless somebody has attached a table to it while we waited.
 pub fn forget_history() -> Result<Vec<Action>> {
     let _impatient = hold()?;
+    if let Some(relation) = captured::captured_relations()?.first() {
+        return Err(Error::CameBetween(relation::relation_name(*relation)?));
+    }
     let locked: Vec<_> = relations_of_rollups()?.into_iter().chain(relations_of_log()?).collect();
     lock_exclusively(&locked)?;
     drop_rollups()
