@@ -467,7 +467,7 @@ errors! {
     Restoring:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "this database came out of a dump, and its restore may not be over";
-        "What another installation wrote is here, and not what a restore of it makes last.";
+        "What another installation wrote is here, and not what a restore of it makes last, or that came first.";
         "When all is there, a superuser calls spend_restored(); or call spend_attach() for LiteLLM's table.";
 
     Restored:

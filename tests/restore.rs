@@ -553,6 +553,36 @@ fn a_restore_in_pieces_is_left_alone_until_the_last() {
     check(&database, &totals);
 }
 
+/// The marker comes with the schema.
+#[test]
+fn data_that_come_after_the_schema_are_left_alone_until_somebody_says_that_all_is_there() {
+    let (db, _open) = original();
+    let totals: String = value(&mut db.connect(), TOTALS);
+    let custom = dump(&db, "c");
+    let database = target("data_later");
+    run("pg_restore", &["--schema-only", "-d", &database, &custom]);
+    let_the_worker_look(&database);
+    // Longer than the worker takes to look, before what it must not act on is complete.
+    run(
+        "pg_restore",
+        &["--data-only", "--disable-triggers", "-n", "litellm_spend", "-d", &database, &custom],
+    );
+    let_the_worker_look(&database);
+    let mut client = shared().connect(&database);
+    assert_refused(&mut client, "SELECT spend_rollup_run()", "55000");
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(origin <> id) FROM litellm_spend.capture, litellm_spend.installation"
+    ));
+    run(
+        "pg_restore",
+        &["--data-only", "--disable-triggers", "-N", "litellm_spend", "-d", &database, &custom],
+    );
+    assert!(holds(&mut client, "SELECT spend_restored()"));
+    drop(client);
+    check(&database, &totals);
+}
+
 #[test]
 fn a_restore_over_what_is_there_replaces_it() {
     let (db, _open) = original();

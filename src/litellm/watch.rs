@@ -64,8 +64,8 @@ enum Damage {
     Detached(Vec<(pg_sys::Oid, String)>),
     /// Views of ours were replaced, or have another owner.
     Views(Vec<(&'static PublicView, Stray)>),
-    /// A superuser has got the table, for whom capture does not go on, and with it the trigger functions, which
-    /// would run code of the owner's who was before.
+    /// A superuser, for whom capture does not go on, has got the table, and with it the trigger functions.
+    /// They belong to the role of before, whose code they may run.
     Functions(Owner),
     /// Triggers, their functions, tables of ours or columns are not as they should be.
     Incomplete,

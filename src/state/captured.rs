@@ -18,7 +18,8 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
 
 /// As [`record_capture_error`], of a task. What the watch has found wrong
 /// with the table stays until that is mended: what fails of the others follows from it. What it said of views
-/// that were replaced stays until the next attach, behind what fails: it would not find them again.
+/// that were replaced stays until the next attach, behind what fails: it would not find them again. What came
+/// out of a dump is not written to: the marker must not be older.
 pub fn record_task_error(task: Task, message: Option<&str>) -> Result<()> {
     let sql = format!(
         "UPDATE {SCHEMA}.capture SET last_error = now.error,
@@ -27,7 +28,7 @@ pub fn record_task_error(task: Task, message: Option<&str>) -> Result<()> {
          FROM (SELECT source, nullif(concat_ws('\n', $2,
                    substring(last_error FROM '(?:^|\\n)(views? \".*)$')), '') AS error
                FROM {SCHEMA}.capture) AS now
-         WHERE now.source = capture.source AND capture.last_error IS DISTINCT FROM now.error
+         WHERE now.source = capture.source AND origin = {HERE} AND capture.last_error IS DISTINCT FROM now.error
            AND ($1 OR capture.last_error IS NULL OR capture.last_error NOT LIKE 'watch: %')"
     );
     execute(&sql, &[(task == Task::Watch).into(), message.map(str::to_string).into()]).map(drop)

@@ -9,10 +9,11 @@
 //! makes the event triggers and their comments, after all data, indexes, triggers and grants. So a database
 //! with state has one of ours, the *marker*: disabled, of a function that does nothing. Its comment names the
 //! installation, so that the marker of what was here before is none of what is being restored. Once it is
-//! there we make the state ours, and the marker. Where a dump has none (`--no-comments`, or of an older
-//! version), somebody has to say that its restore is over: `spend_restored()`, or `spend_attach()` of the
-//! table. Tables of rollups without their state, and without a marker, are a restore that has not come to
-//! either, or was cut: it counts as one under way.
+//! there we make the state ours, and the marker. One that is older than state came first, without the data
+//! (`--schema-only`): it says nothing of the restore that brings those. Then, and where a dump has none
+//! (`--no-comments`, or of an older version), somebody has to say that its restore is over:
+//! `spend_restored()`, or `spend_attach()` of the table. Tables of rollups without their state, and without
+//! a marker, are a restore that has not come to either, or was cut: it counts as one under way.
 //!
 //! What is gone when a dump is made is in it as a number, which may be another's where it is restored. So
 //! what is noted of such a table or role is not dumped where it asks for work. Of history and of a captured
@@ -70,12 +71,15 @@ enum Restore {
 }
 
 fn restored() -> Result<Option<Restore>> {
-    let rows = WRITTEN.map(|(table, _)| format!("SELECT origin FROM {SCHEMA}.{table}")).join(" UNION ");
+    let rows = WRITTEN
+        .map(|(table, _)| format!("SELECT origin, age(xmin) AS age FROM {SCHEMA}.{table}"))
+        .join(" UNION ");
     let sql = format!(
         "SELECT count(*) > 0, coalesce(bool_and(EXISTS (
-             SELECT FROM pg_catalog.pg_event_trigger
-             WHERE evtname = '{MARKER}'
-                 AND obj_description(oid, 'pg_event_trigger') = '{COMMENT}' || origin)), false)
+             SELECT FROM pg_catalog.pg_event_trigger t JOIN pg_catalog.pg_description d
+                 ON d.classoid = 'pg_catalog.pg_event_trigger'::pg_catalog.regclass AND d.objoid = t.oid
+             WHERE t.evtname = '{MARKER}' AND d.description = '{COMMENT}' || origin
+                 AND age(d.xmin) <= written.age)), false)
          FROM ({rows}) AS written WHERE origin IS DISTINCT FROM {HERE}"
     );
     let found = query(&sql, &[], |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?)))?;
