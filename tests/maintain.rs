@@ -1400,6 +1400,69 @@ fn default_is_drained_after_upstreams_script_while_others_read_and_write() {
     ));
 }
 
+/// LiteLLM's table after its own script, with `rows` rows in DEFAULT of each of the days three and one ago,
+/// and a partition for the day between; captured, and all of it counted, where no worker runs.
+fn two_gaps_of_litellms_table(rows: u32) -> (Database, Client) {
+    let (db, mut client) = without_worker();
+    client.batch_execute(UPSTREAM_SCRIPT).unwrap();
+    client.batch_execute(&day_partition("between", -2)).unwrap();
+    client
+        .batch_execute(&format!(
+            r#"INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, spend, "startTime", "endTime")
+               SELECT d || '/' || i, 'x', 0.5, CURRENT_DATE - d + i * interval '1 second', now()
+               FROM unnest(ARRAY[1, 3]) AS d, generate_series(1, {rows}) AS i;
+               SELECT spend_attach();
+               SELECT spend_partition_set(precreate => 1)"#
+        ))
+        .unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    (db, client)
+}
+
+fn drain_by_hand(client: &mut Client) -> Vec<(String, String, i64, String)> {
+    let mut seen = vec![];
+    eventually("DEFAULT is drained", || {
+        seen.extend(maintain(client, "\"LiteLLM_SpendLogs\""));
+        value::<i64>(client, r#"SELECT count(*) FROM "LiteLLM_SpendLogs_pdefault""#) == 0
+    });
+    seen
+}
+
+#[test]
+fn rows_that_leave_default_are_not_computed_again() {
+    let (db, mut client) = two_gaps_of_litellms_table(2100);
+    let seen = drain_by_hand(&mut client);
+    let drained: Vec<_> = seen.iter().filter(|a| a.0 == "drained").collect();
+    // A part of a day, the rest of it, and DEFAULT itself.
+    assert!(drained.len() >= 3 && drained.iter().any(|a| a.3.contains("became this partition")), "{seen:?}");
+    client.batch_execute("SELECT spend_rollup_run(); SELECT spend_rollup_run()").unwrap();
+    let log = db.cluster.log();
+    assert!(!log.contains("without triggers are captured"), "they are taken for missed: {log}");
+    assert_verified(&mut client);
+}
+
+#[test]
+fn what_was_written_past_capture_before_rows_leave_default_is_counted() {
+    let (_db, mut client) = two_gaps_of_litellms_table(2100);
+    client
+        .batch_execute(
+            r#"BEGIN;
+               ALTER TABLE "LiteLLM_SpendLogs_pdefault" DISABLE TRIGGER ALL;
+               INSERT INTO "LiteLLM_SpendLogs_pdefault" (request_id, call_type, spend, "startTime", "endTime")
+               VALUES ('unseen', 'x', 0.5, CURRENT_DATE - interval '12 hours', now());
+               ALTER TABLE "LiteLLM_SpendLogs_pdefault" ENABLE TRIGGER ALL;
+               COMMIT"#,
+        )
+        .unwrap();
+    drain_by_hand(&mut client);
+    for _ in 0..5 {
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    }
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 4201);
+    assert_verified(&mut client);
+}
+
 #[test]
 fn a_long_reader_delays_maintenance_and_nobody_else() {
     let db = cluster().database();

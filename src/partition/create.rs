@@ -22,7 +22,7 @@
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::spend_log::Capture;
-use crate::litellm::triggers::missing_triggers_within;
+use crate::litellm::triggers::{missing_triggers_within, note_triggers};
 use crate::partition::calendar::{self, Interval, Moment, Range};
 use crate::partition::dependents::revoke_default_privileges;
 use crate::partition::layout::{Layout, Partition};
@@ -34,6 +34,7 @@ use crate::server::session::Owner;
 use crate::server::spi::{self, Found};
 use crate::server::text::{self, qualified, quoted};
 use crate::state::captured;
+use crate::state::fence;
 use pgrx::prelude::*;
 
 pub struct Placed {
@@ -143,6 +144,9 @@ fn times(layout: &Layout, partition: &Partition) -> Result<Times> {
 
 /// The table first, as its users do.
 fn lock(layout: &Layout, strong: bool, continued: Option<&Partition>) -> Result<()> {
+    if strong {
+        lock_capture(layout)?;
+    }
     let mode = if strong { pg_sys::AccessExclusiveLock } else { pg_sys::ShareUpdateExclusiveLock };
     let mut locks: Vec<(pg_sys::Oid, Mode)> = vec![(layout.table.oid, mode)];
     locks.extend(
@@ -235,14 +239,27 @@ fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
 /// Capture's triggers, if it is the captured table that gets the partition. Before it is attached: no row is
 /// missed.
 pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
-    let captured = captured::capture()?.is_some_and(|state| state.relation == layout.table.oid);
-    if captured && let Some(table) = Table::named(table)? {
+    if is_captured(layout)?
+        && let Some(table) = Table::named(table)?
+    {
         let keys = relation::partition_keys(&relation::relation_tree(layout.table.oid)?)?;
         for (_, operation) in missing_triggers_within(layout.table.oid, table.oid)? {
             spi::execute(&Capture::trigger(&operation, &table.qualified(), &keys), &[])?;
         }
     }
     Ok(())
+}
+
+fn is_captured(layout: &Layout) -> Result<bool> {
+    Ok(captured::capture()?.is_some_and(|state| state.relation == layout.table.oid))
+}
+
+/// The right to write what [`move_rows`] notes of capture's triggers, before the table is locked.
+pub fn lock_capture(layout: &Layout) -> Result<()> {
+    match is_captured(layout)? {
+        true => fence::lock_rows(guc::lock_timeout(), "capture", ""),
+        false => Ok(()),
+    }
 }
 
 /// Renames a table, and its indexes: LiteLLM's index job goes by their names. `T_x_idx` becomes `NAME_x_idx`;
@@ -279,15 +296,19 @@ pub fn index_names(relation: &str) -> Result<Vec<String>> {
 // ---- the rows --------------------------------------------------------------------------------------------
 
 /// Moves the rows that meet `condition`, for which there is an index, from one table to another, past all
-/// triggers. Both are locked by us alone.
+/// triggers. Both are locked by us alone, and so is what is noted of capture ([`lock_capture`]).
 pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) -> Result<i64> {
     refuse_references(&relation::relation_tree(layout.table.oid)?, &layout.table.name)?;
     let name = relation::relation_name(from)?;
     let columns = relation::stored_columns(from)?;
     // Nobody sees them disabled: we hold the lock that this takes.
-    let mut triggers = triggers(from)?;
-    if let Some(to) = relation::find_relation(to)? {
-        triggers.extend(self::triggers(to)?);
+    let (mut triggers, mut captured) = (vec![], vec![]);
+    for table in std::iter::once(from).chain(relation::find_relation(to)?) {
+        triggers.extend(self::triggers(table)?);
+        // Where one is missing already, rows may have been missed: that is for the watch to see.
+        if is_captured(layout)? && missing_triggers_within(layout.table.oid, table)?.is_empty() {
+            captured.push(table);
+        }
     }
     let owner = layout.owner;
     for trigger in &triggers {
@@ -322,6 +343,10 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
     }
     for trigger in &triggers {
         trigger.set(owner, trigger.enable)?;
+    }
+    if !captured.is_empty() {
+        // The watch would take them for ones that somebody has disabled for a while.
+        note_triggers(&captured)?;
     }
     Ok(rows)
 }

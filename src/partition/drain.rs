@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::calendar::{self, Drain, Group, Interval, Moment, Range};
 use crate::partition::create::{
-    attach, attach_default, create, create_triggers, detach, inside, move_rows, outside, rename,
+    attach, attach_default, create, create_triggers, detach, inside, lock_capture, move_rows, outside, rename,
 };
 use crate::partition::layout::Layout;
 use crate::partition::times::Times;
@@ -99,6 +99,7 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Moment)
     let Some(default) = &layout.default else { return Ok(None) };
     let batch = batch_size(default.oid)?;
     // 1. nobody reads or writes from here on; then what was seen before is looked at again.
+    lock_capture(layout)?;
     locks::lock_all(
         guc::lock_timeout(),
         &[(layout.table.oid, pg_sys::AccessExclusiveLock), (default.oid, pg_sys::AccessExclusiveLock)],

@@ -11,7 +11,7 @@
 
 use crate::error::{Error, Result};
 use crate::guc::LockLimit;
-use crate::server::locks::{Mode, Patience, holders, lock_within, try_lock};
+use crate::server::locks::{Mode, Patience, holders, lock_all, lock_within, try_lock};
 use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
 use crate::server::spi::{Found, execute, exists, fresh, kept, value};
@@ -387,7 +387,9 @@ fn fnv(name: &str) -> u32 {
 /// whoever has them must not keep that locked, too.
 pub fn lock_rows(limit: LockLimit, table: &str, condition: &str) -> Result<()> {
     let name = qualified(SCHEMA, table);
-    let oid = find_relation(&name)?.unwrap_or(pg_sys::InvalidOid);
+    let oid = find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
+    // As the change will: whoever attaches keeps that away, but not the query.
+    lock_all(limit, &[(oid, pg_sys::RowExclusiveLock)])?;
     lock_within(limit, &format!("SELECT FROM {name} {condition} FOR UPDATE"), &name, oid)
 }
 
