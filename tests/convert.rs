@@ -941,6 +941,44 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
     assert!(holds(&mut client, "SELECT bool_and(state = 'done') FROM spend_partition_convert('theirs')"));
 }
 
+/// As the table is that LiteLLM's script had renamed, and that somebody has given its name back; or the old
+/// partition of a conversion of ours.
+#[test]
+fn an_index_that_merely_has_the_name_of_the_one_to_be_built_is_in_the_way_and_stays() {
+    let (_db, mut client) = without_worker();
+    let index = r#""LiteLLM_SpendLogs_legacy_pkey""#;
+    let key = |name: &str, columns: &str| {
+        format!(
+            r#"ALTER TABLE "LiteLLM_SpendLogs" DROP CONSTRAINT "LiteLLM_SpendLogs_pkey",
+                   ADD CONSTRAINT "LiteLLM_SpendLogs_{name}" PRIMARY KEY ({columns})"#
+        )
+    };
+    let mut accepted = vec![];
+    for make in [
+        format!(r#"ALTER INDEX "LiteLLM_SpendLogs_pkey" RENAME TO {index}"#),
+        key("legacy_pkey", r#"request_id, "startTime""#),
+        format!(r#"CREATE UNIQUE INDEX {index} ON "LiteLLM_SpendLogs" (api_key, request_id)"#),
+        format!(r#"CREATE UNIQUE INDEX {index} ON "LiteLLM_SpendLogs" (request_id) INCLUDE ("startTime")"#),
+        format!(r#"ALTER TABLE "LiteLLM_SpendLogs" ADD CONSTRAINT {index} UNIQUE (request_id, "startTime")"#),
+    ] {
+        client.batch_execute(&format!("BEGIN; {make}")).unwrap();
+        match client.query("SELECT * FROM spend_partition_convert()", &[]) {
+            Ok(_) => accepted.push(make),
+            Err(error) => {
+                let error = error.as_db_error().unwrap().clone();
+                assert_eq!(error.code().code(), "55000", "{make}: {error:?}");
+                let detail = error.detail().unwrap();
+                assert!(
+                    detail.contains("already, which is what its own would be called"),
+                    "{make}: {detail}"
+                );
+            }
+        }
+        client.batch_execute("ROLLBACK").unwrap();
+    }
+    assert_eq!(accepted, Vec::<String>::new());
+}
+
 /// LiteLLM's inserts queue behind a migration that waits.
 #[test]
 fn the_build_of_a_conversion_gives_way_to_who_changes_the_table() {

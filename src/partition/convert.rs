@@ -32,6 +32,7 @@ use crate::server::session::advised;
 use crate::server::spi::{self, Found, value};
 use crate::server::text::{SCHEMA, literal, qualified, quoted, suffixed};
 use crate::state::conversion::{self, Pending, Progress, has_worker, progress};
+use crate::state::definition::TIME_TYPES;
 use crate::state::step::{Runner, Subject, Task};
 use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -349,7 +350,8 @@ enum Index {
     /// Half built, or of other columns than the key is to have.
     Invalid,
     Valid,
-    /// No index of ours, whatever its columns are: it is not unique, or not of all rows.
+    /// No index of ours: it is not unique, or not of all rows, or a constraint's, or complete and of columns
+    /// that no conversion would give it.
     Foreign,
 }
 
@@ -357,13 +359,11 @@ enum Index {
 fn index_state(index: &str, table: pg_sys::Oid, time_column: &str) -> Result<Index> {
     let look = || {
         spi::current(
-            "SELECT i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL,
-                 i.indisvalid AND EXISTS (
-                     SELECT FROM pg_catalog.pg_constraint k
-                     JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND a.attname = $3::name
-                     WHERE k.conrelid = i.indrelid AND k.contype = 'p'
-                       AND ARRAY(SELECT unnest(i.indkey::int2[])) = k.conkey
-                           || CASE WHEN a.attnum = ANY (k.conkey) THEN '{}' ELSE ARRAY[a.attnum] END),
+            "SELECT i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL
+                     AND i.indnatts = i.indnkeyatts
+                     AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE conindid = i.indexrelid)
+                     AND (NOT i.indisvalid OR times.columns <> '{}'),
+                 i.indisvalid AND $3 = ANY (times.columns),
                  NOT i.indisvalid AND EXISTS (
                      SELECT FROM pg_catalog.pg_stat_progress_create_index p
                      JOIN pg_catalog.pg_locks l ON l.pid = p.pid
@@ -371,8 +371,18 @@ fn index_state(index: &str, table: pg_sys::Oid, time_column: &str) -> Result<Ind
                        AND l.locktype = 'relation' AND l.relation = i.indrelid
                        AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
                        AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid())
-             FROM pg_catalog.pg_index i WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
-            &[index.into(), table.into(), time_column.into()],
+             FROM pg_catalog.pg_index i
+             -- The time columns by which it is what a conversion builds.
+             CROSS JOIN LATERAL (SELECT ARRAY(
+                 SELECT a.attname::text FROM pg_catalog.pg_constraint k
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND NOT a.attisdropped
+                     AND pg_catalog.format_type(a.atttypid, NULL) = ANY ($4)
+                 WHERE k.conrelid = i.indrelid AND k.contype = 'p'
+                   AND ARRAY(SELECT unnest(i.indkey::int2[])) = k.conkey
+                       || CASE WHEN a.attnum = ANY (k.conkey) THEN '{}' ELSE ARRAY[a.attnum] END)
+                 AS columns) AS times
+             WHERE i.indexrelid = pg_catalog.to_regclass($1) AND i.indrelid = $2",
+            &[index.into(), table.into(), time_column.into(), TIME_TYPES.map(String::from).to_vec().into()],
             |r| Ok((value::<bool>(r, 1)?, value::<bool>(r, 2)?, value::<bool>(r, 3)?)),
         )
     };
