@@ -456,6 +456,36 @@ fn a_cutover_that_passes_before_the_swap_stops_the_conversion_and_refuses_no_row
 }
 
 #[test]
+fn a_cutover_that_is_asked_for_while_another_passes_is_not_stopped_for_that() {
+    let db = shared().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 100, 40)).unwrap();
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.capture IN SHARE ROW EXCLUSIVE MODE").unwrap();
+    client
+        .batch_execute("SELECT spend_partition_convert(cutover => (clock_timestamp() AT TIME ZONE 'UTC' + interval '6 seconds')::timestamp)")
+        .unwrap();
+    let began = Instant::now();
+    client
+        .batch_execute("BEGIN; SELECT spend_partition_convert(cutover => (clock_timestamp() AT TIME ZONE 'UTC' + interval '1 hour')::timestamp)")
+        .unwrap();
+    let waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'litellm_spend worker'
+                 AND datname = current_database() AND wait_event_type = 'Lock')";
+    let mut watcher = db.connect();
+    // A look that waits for the row would find it after the commit.
+    while began.elapsed() < Duration::from_secs(12)
+        && (began.elapsed() < Duration::from_secs(6) || !holds(&mut watcher, waits))
+    {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    client.batch_execute("COMMIT").unwrap();
+    wait_for_a_round(&mut client);
+    assert!(holds(&mut client, "SELECT NOT stopped FROM litellm_spend.conversion"));
+    holder.batch_execute("COMMIT").unwrap();
+    wait_until_partitioned(&mut client);
+}
+
+#[test]
 fn a_table_without_an_index_on_its_time_is_asked_for_one() {
     let db = shared().database().attached();
     let mut client = db.connect();
@@ -1068,6 +1098,54 @@ fn a_conversion_that_is_aborted_leaves_everything_as_it_was() {
     holder.batch_execute("COMMIT").unwrap();
     client.batch_execute("SELECT spend_partition_convert()").unwrap();
     wait_until_partitioned(&mut client);
+}
+
+const BUILDERS: &str = "SELECT count(*) FROM pg_stat_activity
+                        WHERE backend_type = 'litellm_spend builder' AND datname = current_database()";
+
+/// What a builder has in hand is not seen before it has the table's lock.
+#[test]
+fn a_conversion_that_is_taken_back_before_its_index_is_begun_leaves_none() {
+    let db = shared().database();
+    let mut client = db.connect();
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    let before = inventory_of_table(&mut client);
+    // As VACUUM does.
+    let mut vacuum = db.connect();
+    vacuum.batch_execute(r#"BEGIN; LOCK TABLE "LiteLLM_SpendLogs" IN SHARE UPDATE EXCLUSIVE MODE"#).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("the builder waits for the table", || {
+        let waits = r#"SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+                       WHERE a.backend_type = 'litellm_spend builder' AND NOT l.granted
+                           AND l.relation = '"LiteLLM_SpendLogs"'::regclass)"#;
+        holds(&mut client, waits)
+    });
+    client.batch_execute("SELECT spend_partition_revert()").unwrap();
+    eventually("it is forgotten", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM litellm_spend.conversion") == 0
+    });
+    vacuum.batch_execute("COMMIT").unwrap();
+    eventually("the builder ends", || value::<i64>(&mut client, BUILDERS) == 0);
+    assert_eq!(inventory_of_table(&mut client), before);
+}
+
+#[test]
+fn an_index_that_is_there_when_its_conversion_is_forgotten_is_dropped() {
+    let db = shared().database();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    wait_for_worker(&mut client);
+    client.batch_execute(&insert_rows("old", 1000, 40)).unwrap();
+    let before = inventory_of_table(&mut client);
+    writer.batch_execute(&format!("BEGIN; {}", insert_rows("open", 1, 3))).unwrap();
+    client.batch_execute("SELECT spend_partition_convert()").unwrap();
+    eventually("the index is being built", || {
+        holds(&mut client, "SELECT EXISTS (SELECT FROM pg_index WHERE NOT indisvalid)")
+    });
+    client.batch_execute("DELETE FROM litellm_spend.conversion").unwrap();
+    writer.batch_execute("COMMIT").unwrap();
+    eventually("the builder ends", || value::<i64>(&mut client, BUILDERS) == 0);
+    assert_eq!(inventory_of_table(&mut client), before);
 }
 
 fn inventory_of_table(client: &mut Client) -> Vec<String> {

@@ -217,6 +217,7 @@ impl Conversion {
         }
         let index = qualified(&self.schema, &self.key_index());
         match index_state(&index, self.relation, &self.options.time_column)? {
+            Index::Missing if self.options.aborted && self.is_begun()? => Ok(Step::Wait),
             Index::Missing | Index::Foreign if self.options.aborted => Ok(Step::Nothing),
             Index::Foreign => Err(self.cannot(&format!("Index {index} is not the one that it would be."))),
             Index::Missing => {
@@ -329,19 +330,40 @@ impl Conversion {
 
     /// Ends the build of its index, which nobody wants any more.
     fn cancel_build(&self) -> Result<()> {
-        spi::current(
-            "SELECT pg_catalog.pg_cancel_backend(l.pid)
-             FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-             WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
-               AND l.database = (SELECT oid FROM pg_catalog.pg_database
-                                 WHERE datname = pg_catalog.current_database())
-               AND a.backend_type = 'litellm_spend builder'",
-            &[self.relation.into()],
-            |_| Ok(()),
-        )
-        .map(drop)
+        let sql = format!("SELECT pg_catalog.pg_cancel_backend(l.pid) {AT_WORK}");
+        spi::current(&sql, &[self.relation.into()], |_| Ok(())).map(drop)
+    }
+
+    /// Whether a builder is at work, or waits for the table, of whose index nothing can be seen yet.
+    fn is_begun(&self) -> Result<bool> {
+        let sql = format!(
+            "SELECT FROM (SELECT l.pid {AT_WORK}) AS b WHERE NOT EXISTS (
+                 SELECT FROM pg_catalog.pg_stat_progress_create_index p
+                 JOIN pg_catalog.pg_index i ON i.indexrelid = p.index_relid WHERE p.pid = b.pid)"
+        );
+        spi::current(&sql, &[self.relation.into()], |_| Ok(())).any()
+    }
+
+    /// What drops the index, if it was built although the conversion has been taken back and forgotten: the
+    /// builder had looked before, and nobody saw yet that it was at work.
+    pub fn drop_unwanted(mut self) -> Result<Option<String>> {
+        if Self::all()?.iter().any(|other| other.relation == self.relation) {
+            return Ok(None);
+        }
+        self.options.aborted = true;
+        match self.next_step()? {
+            Step::TopLevel(sql) => Ok(Some(sql)),
+            _ => Ok(None),
+        }
     }
 }
+
+/// A builder that has or awaits the lock of a build on table `$1`.
+const AT_WORK: &str = "FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+     WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
+       AND l.database = (SELECT oid FROM pg_catalog.pg_database
+                         WHERE datname = pg_catalog.current_database())
+       AND a.backend_type = 'litellm_spend builder' AND l.pid <> pg_catalog.pg_backend_pid()";
 
 enum Index {
     Missing,
@@ -452,7 +474,12 @@ pub fn round(run: &mut impl Runner) -> bool {
         // One step, or a look that succeeds would take back the rest of the one that fails.
         let next = run.step(look, || {
             if !conversion.options.aborted && conversion.is_too_late()? {
-                return conversion.stop().map(|_| Step::Wait);
+                // Looked at again: another cutover may have been asked for meanwhile.
+                let is_ours = conversion.lock(locks::Patience::None)? && !conversion.options.aborted;
+                if is_ours && conversion.is_too_late()? {
+                    conversion.stop()?;
+                }
+                return Ok(Step::Wait);
             }
             let next = conversion.next_step()?;
             // Only now: the call that takes it back has committed.

@@ -59,7 +59,7 @@ pub extern "C-unwind" fn litellm_spend_builder(argument: pg_sys::Datum) {
 /// `false`: nothing is left to do, or it failed, and it is for the worker to say when it is tried again.
 fn build_one(relation: pg_sys::Oid) -> bool {
     let found = attempt_in_transaction(|| statement(relation));
-    let Ok(Some((subject, owner, sql))) = found else { return false };
+    let Ok(Some(Statement { subject, owner, sql, conversion })) = found else { return false };
     log::now(&sql);
     report_running(&subject);
     let mut outcome = utility(owner, &sql);
@@ -73,6 +73,14 @@ fn build_one(relation: pg_sys::Oid) -> bool {
         log::failure(format_args!("{subject} failed"), failure);
     }
     drop(attempt_in_transaction(|| round::record(&subject, outcome.as_ref().err(), None)));
+    if let Some(conversion) = conversion
+        && let Ok(Some(sql)) = attempt_in_transaction(|| conversion.drop_unwanted())
+    {
+        log::now(&sql);
+        if let Err(failure) = utility(owner, &sql) {
+            log::failure(format_args!("{sql} failed"), &failure);
+        }
+    }
     outcome.is_ok()
 }
 
@@ -81,10 +89,19 @@ fn is_aborted(relation: pg_sys::Oid) -> Result<bool> {
     Ok(all.iter().any(|conversion| conversion.relation == relation && conversion.options.aborted))
 }
 
+/// What a builder runs.
+struct Statement {
+    subject: Subject,
+    owner: Owner,
+    sql: String,
+    /// It is one of this conversion.
+    conversion: Option<Conversion>,
+}
+
 /// What is to be run for the conversion or the indexes of a table, if that is still what comes next and
 /// nobody is at it: a builder goes on when its worker is terminated, and what it builds must not be taken for
 /// an index that was left half built.
-fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> {
+fn statement(relation: pg_sys::Oid) -> Result<Option<Statement>> {
     // By its lock: the progress of a REINDEX is that of the table's TOAST table, too.
     let at_work = "SELECT FROM pg_catalog.pg_stat_progress_create_index p
          JOIN pg_catalog.pg_locks l ON l.pid = p.pid AND l.locktype = 'relation' AND l.relation = $1
@@ -96,11 +113,14 @@ fn statement(relation: pg_sys::Oid) -> Result<Option<(Subject, Owner, String)>> 
     if let Some(conversion) = all.into_iter().find(|conversion| conversion.relation == relation)
         && let Step::TopLevel(sql) = conversion.next_step()?
     {
-        let subject = Subject::Conversion(conversion.schema, conversion.table);
-        return Ok(Some((subject, conversion.owner, sql)));
+        let subject = Subject::Conversion(conversion.schema.clone(), conversion.table.clone());
+        let owner = conversion.owner;
+        return Ok(Some(Statement { subject, owner, sql, conversion: Some(conversion) }));
     }
     Ok(match build::next(relation)? {
-        Next::Do(work) => Some((work.subject, work.owner, work.sql)),
+        Next::Do(work) => {
+            Some(Statement { subject: work.subject, owner: work.owner, sql: work.sql, conversion: None })
+        }
         Next::Wait | Next::Nothing => None,
     })
 }
