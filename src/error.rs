@@ -746,6 +746,13 @@ errors! {
             quoted(column)
         );
 
+    NoKeyIndex { relation: String, columns: Vec<String> }:
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{relation} has no index that begins with its key without the time";
+        "The rows that change while it is copied are found by that: without an index the whole table would be \
+         read for each, also while everybody waits for the swap.";
+        ("CREATE INDEX ON {relation} ({});", columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", "));
+
     CameBetween(relation: String):
         ERRCODE_OBJECT_IN_USE;
         "somebody changed \"{relation}\" at the same time";

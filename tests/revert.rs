@@ -357,6 +357,49 @@ fn the_swap_of_a_reversion_leaves_what_comes_in_bulk_to_a_step_without_its_locks
 }
 
 #[test]
+fn a_key_that_no_index_begins_with_is_asked_for_one() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client.batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (at, n, id)").unwrap();
+    let asked = error(&mut client, "SELECT spend_partition_revert('t')");
+    assert_eq!(asked.code().code(), "55000", "{asked:?}");
+    let hint = asked.hint().unwrap();
+    assert_eq!(hint, r#"CREATE INDEX ON "public"."t" ("n", "id");"#);
+    client.batch_execute("CREATE INDEX by_key ON t (id, n, at)").unwrap();
+    steps_until(&mut client, "t", "swap");
+    // It is still there when everybody waits for it.
+    client.batch_execute("DROP INDEX by_key; UPDATE t SET status = 'changed' WHERE id = 1").unwrap();
+    let refused = step(&mut client, "t");
+    assert!(refused.contains("55000") && refused.contains("begins with its key"), "{refused}");
+    client.batch_execute(hint).unwrap();
+    steps_until(&mut client, "t", "done");
+    assert!(holds(&mut client, "SELECT status = 'changed' FROM t WHERE id = 1"));
+}
+
+#[test]
+fn what_was_slow_to_catch_up_with_is_not_followed_by_the_swap() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    make_table(&mut client, "t");
+    client
+        .batch_execute(
+            "SET ROLE litellm;
+             CREATE FUNCTION take_time(status text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
+                 IF status = 'slow' THEN PERFORM pg_sleep(1.2); END IF;
+                 RETURN true;
+             END $$;
+             ALTER TABLE t ADD CHECK (take_time(status)); RESET ROLE",
+        )
+        .unwrap();
+    steps_until(&mut client, "t", "swap");
+    client.batch_execute("UPDATE t SET status = 'slow' WHERE id = 1").unwrap();
+    assert_eq!(step(&mut client, "t"), "swap");
+    assert!(holds(&mut client, "SELECT status = 'slow' FROM litellm_spend_archive.t_plain WHERE id = 1"));
+    assert_eq!(step(&mut client, "t"), "done");
+}
+
+#[test]
 fn a_call_that_keeps_writers_waiting_copies_nothing() {
     let db = cluster().database();
     let mut client = db.connect();

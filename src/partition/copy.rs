@@ -36,7 +36,8 @@ use std::time::{Duration, Instant};
 /// Rows copied in one transaction.
 const BATCH: i64 = 10_000;
 
-/// Changes that there may be when the swap asks for its lock, and how long the last ones may have taken.
+/// Changes that there may be when the swap asks for its lock, or how long the last ones may have taken if
+/// they were more.
 const FEW: i64 = BATCH / 20;
 const SHORT: Duration = Duration::from_millis(50);
 
@@ -45,7 +46,7 @@ const SHORT: Duration = Duration::from_millis(50);
 const LAST: i64 = BATCH / 2;
 
 /// For how long one transaction goes on catching up: far less than a step's limit of time, which would undo
-/// all of it.
+/// all of it. Where even a few changes took that long, the swap does not come next: everybody would wait.
 const LONG: Duration = Duration::from_secs(1);
 
 /// What the table of changes, the sequence of failures and the function are called, after the plain table.
@@ -472,11 +473,13 @@ fn unknown(reversion: &Reversion, tree: &[u32]) -> Vec<u32> {
 /// swap is tried: a lock that is not to be had must not undo it.
 pub fn catch_up_in_part(reversion: &Reversion) -> Result<bool> {
     hold_name(reversion)?;
+    reversion.require_key_index()?;
     let step = Instant::now();
     for round in 0.. {
         let began = Instant::now();
         let changes = catch_up_some(reversion)?;
-        if changes < FEW || changes < BATCH && began.elapsed() < SHORT {
+        let took = began.elapsed();
+        if changes < FEW && took < LONG || changes < BATCH && took < SHORT {
             return Ok(round == 0);
         }
         if step.elapsed() > LONG {

@@ -132,6 +132,15 @@ impl Reversion {
         Ok(())
     }
 
+    /// The index by which the rows that change are found.
+    pub fn require_key_index(&self) -> Result<()> {
+        let columns = &self.options.key;
+        match times::are_indexed(self.relation, columns)? {
+            true => Ok(()),
+            false => Err(Error::NoKeyIndex { relation: self.name(), columns: columns.clone() }),
+        }
+    }
+
     pub fn dependents(&self) -> Result<Dependents> {
         self.require_owner()?;
         self.require_name()?;
@@ -163,6 +172,7 @@ pub fn request(table: &Table) -> Result<()> {
         return Err(refuse(obstacle.clone()));
     }
     reversion.read_key(&dependents)?;
+    reversion.require_key_index()?;
     let renamed = qualified(&table.schema, &reversion.renamed());
     if relation::find_relation(&renamed)?.is_some() {
         return Err(refuse(format!("There is a {renamed} already, which is what it would be called.")));

@@ -120,12 +120,19 @@ pub fn condition(time: &str, range: Range) -> String {
 
 /// A B-tree over all rows begins with the column.
 pub fn is_indexed(relation: pg_sys::Oid, column: &str) -> Result<bool> {
+    are_indexed(relation, &[column.into()])
+}
+
+/// A B-tree over all rows begins with the columns, in whatever order.
+pub fn are_indexed(relation: pg_sys::Oid, columns: &[String]) -> Result<bool> {
     let sql = "SELECT FROM pg_catalog.pg_index i
          JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid JOIN pg_catalog.pg_am m ON m.oid = c.relam
-         JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2::name
-             AND m.amname = 'btree'";
-    spi::query(sql, &[relation.into(), column.into()], |_| Ok(())).any()
+         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND m.amname = 'btree'
+             AND i.indnkeyatts >= cardinality($2) AND ARRAY(
+                 SELECT a.attname::text FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, n)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+                 WHERE k.n <= cardinality($2)) @> $2";
+    spi::query(sql, &[relation.into(), columns.to_vec().into()], |_| Ok(())).any()
 }
 
 pub fn size(relation: pg_sys::Oid) -> Result<i64> {
