@@ -201,6 +201,29 @@ fn default_with_many_rows_becomes_a_partition_itself() {
     assert_refused_row(&mut client, "INSERT INTO events_p20261101 (at) VALUES ('2026-11-15')");
 }
 
+#[test]
+fn default_that_becomes_a_partition_is_followed_by_one_that_is_stored_alike() {
+    let db = cluster().database();
+    let mut client = db.connect();
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "ALTER TABLE events_pdefault SET (fillfactor = 70);
+             ALTER TABLE events_pdefault REPLICA IDENTITY FULL;
+             INSERT INTO events (at) SELECT '2026-11-01'::timestamp + i * interval '1 minute'
+             FROM generate_series(1, 5000) AS i;
+             SELECT spend_partition_set('events', 'day', 0)",
+        )
+        .unwrap();
+    let actions = maintain_at(&mut client, "events", "2026-11-15 12:00");
+    assert!(actions.iter().any(|a| a.3.contains("became this partition")), "{actions:?}");
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(relreplident = 'f' AND reloptions = '{fillfactor=70}') FROM pg_class
+         WHERE oid IN ('events_p20261101'::regclass, 'events_pdefault'::regclass)"
+    ));
+}
+
 fn assert_refused_row(client: &mut Client, sql: &str) {
     assert_eq!(error(client, sql).code().code(), "23514", "{sql}");
 }
@@ -825,6 +848,32 @@ fn a_partition_of_a_table_that_a_foreign_key_references_is_not_counted_to_be_dro
     client.batch_execute("SELECT spend_partition_set('events', on_expire => 'detach')").unwrap();
     let actions = maintain(&mut client, "events");
     assert!(actions.iter().any(|a| a.0 == "detached" && a.1 == "older"), "{actions:?}");
+}
+
+#[test]
+fn rows_of_a_table_that_a_foreign_key_references_stay_before_anybody_is_locked_out() {
+    let db = cluster().database();
+    let (mut client, mut reader) = (db.connect(), db.connect());
+    client.batch_execute(EVENTS).unwrap();
+    client
+        .batch_execute(
+            "CREATE TABLE of_event (id bigint, at timestamp, FOREIGN KEY (id, at) REFERENCES events);
+             SELECT spend_partition_set('events', 'day', 0); SET litellm_spend.lock_timeout = '200ms'",
+        )
+        .unwrap();
+    reader.batch_execute("BEGIN; SELECT FROM events").unwrap();
+    // A row moves; then DEFAULT itself would become a partition.
+    for rows in [1, 3000] {
+        client
+            .batch_execute(&format!(
+                "INSERT INTO events (at) SELECT '2026-11-01'::timestamp + i * interval '1 second'
+                 FROM generate_series(1, {rows}) AS i"
+            ))
+            .unwrap();
+        let actions = maintain_at(&mut client, "events", "2026-11-15");
+        let skipped = actions.iter().find(|a| a.0 == "skipped").unwrap_or_else(|| panic!("{actions:?}"));
+        assert_eq!(skipped.3, "\"events\" is referenced by public.of_event", "{actions:?}");
+    }
 }
 
 #[test]

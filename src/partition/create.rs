@@ -68,7 +68,10 @@ pub fn place(
     // 1. the new table, which nobody sees yet.
     let new = match continued {
         Some(_) => None,
-        None => Some(create(layout, &layout.free_name(&calendar::name(&layout.table.name, range))?)?),
+        None => {
+            let name = layout.free_name(&calendar::name(&layout.table.name, range))?;
+            Some(create(layout, &name, template(layout))?)
+        }
     };
     // 2. the locks. What was seen before them may be out of date.
     let moves = match &layout.default {
@@ -78,6 +81,10 @@ pub fn place(
         }
         None => false,
     };
+    if moves || continued.is_some() {
+        // Before anybody waits: DETACH has the server look for references under the lock.
+        refuse_references_to(layout)?;
+    }
     let strong = moves || continued.is_some() || (range.from <= now && layout.default.is_some());
     lock(layout, strong, continued)?;
     let layout = layout.again()?;
@@ -164,12 +171,16 @@ fn drop_unused(layout: &Layout, table: Option<&String>) -> Result<Option<Placed>
 
 // ---- the table -------------------------------------------------------------------------------------------
 
-/// Makes a table that can be attached: as the partitioned one, stored as its newest partition, and the same
-/// may be done with it, by the same roles. Returns its qualified name.
-pub fn create(layout: &Layout, name: &str) -> Result<String> {
+/// As what a new partition is stored: the newest one.
+pub fn template(layout: &Layout) -> pg_sys::Oid {
+    layout.partitions.last().or(layout.default.as_ref()).map_or(layout.table.oid, |p| p.oid)
+}
+
+/// Makes a table that can be attached: as the partitioned one, stored as `template`, and the same may be done
+/// with it, by the same roles. Returns its qualified name.
+pub fn create(layout: &Layout, name: &str, template: pg_sys::Oid) -> Result<String> {
     let parent = &layout.table;
     let table = qualified(&parent.schema, name);
-    let template = layout.partitions.last().or(layout.default.as_ref()).map_or(parent.oid, |p| p.oid);
     let (storage, identity) = storage(template)?;
     let sql = format!(
         "CREATE TABLE {table} (LIKE {} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS) {storage}",
@@ -298,7 +309,7 @@ pub fn index_names(relation: &str) -> Result<Vec<String>> {
 /// Moves the rows that meet `condition`, for which there is an index, from one table to another, past all
 /// triggers. Both are locked by us alone, and so is what is noted of capture ([`lock_capture`]).
 pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) -> Result<i64> {
-    refuse_references(&relation::relation_tree(layout.table.oid)?, &layout.table.name)?;
+    refuse_references_to(layout)?;
     let name = relation::relation_name(from)?;
     let columns = relation::stored_columns(from)?;
     // Nobody sees them disabled: we hold the lock that this takes.
@@ -412,6 +423,11 @@ fn triggers(relation: pg_sys::Oid) -> Result<Vec<Trigger>> {
             Ok(Trigger { table: relation, name: spi::value(r, 1)?, enable, is_internal: spi::value(r, 3)? })
         },
     )
+}
+
+/// As [`refuse_references`], to the table or any partition of it: who moves rows between those.
+pub fn refuse_references_to(layout: &Layout) -> Result<()> {
+    refuse_references(&relation::relation_tree(layout.table.oid)?, &layout.table.name)
 }
 
 /// A foreign key could delete rows of other tables when a row leaves one of these, and keeps them from being

@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::guc;
 use crate::partition::calendar::{self, Drain, Group, Interval, Moment, Range};
 use crate::partition::create::{
-    attach, attach_default, create, create_triggers, detach, inside, lock_capture, move_rows, outside, rename,
+    attach, attach_default, create, create_triggers, detach, inside, lock_capture, move_rows, outside,
+    refuse_references_to, rename,
 };
 use crate::partition::layout::Layout;
 use crate::partition::times::Times;
@@ -98,6 +99,8 @@ pub struct Adopted {
 pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Moment) -> Result<Option<Adopted>> {
     let Some(default) = &layout.default else { return Ok(None) };
     let batch = batch_size(default.oid)?;
+    // DETACH has the server look for references under the lock.
+    refuse_references_to(layout)?;
     // 1. nobody reads or writes from here on; then what was seen before is looked at again.
     lock_capture(layout)?;
     locks::lock_all(
@@ -119,9 +122,9 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Moment)
     let name = layout.free_name(&calendar::name(&layout.table.name, range))?;
     rename(layout.owner, &default.schema, &default.name, &name, None)?;
     let old = qualified(&default.schema, &name);
-    // 3. the new DEFAULT, with the rows that do not fit.
+    // 3. the new DEFAULT, stored as the old one, with the rows that do not fit.
     let layout = layout.again()?;
-    let new = create(&layout, &default.name)?;
+    let new = create(&layout, &default.name, default.oid)?;
     let rows = move_rows(&layout, default.oid, &new, &outside(&layout, range))?;
     create_triggers(&layout, &new)?;
     // 4. both are attached, the old one without being read.

@@ -25,7 +25,7 @@ use crate::guc;
 use crate::litellm::triggers;
 use crate::partition::calendar::{Moment, Range};
 use crate::partition::convert::{Conversion, LEGACY};
-use crate::partition::create::{attach, attach_default, create, inside, rename};
+use crate::partition::create::{attach, attach_default, create, inside, rename, template};
 use crate::partition::dependents::Dependents;
 use crate::partition::layout::Layout;
 use crate::server::locks::{self, Patience};
@@ -85,7 +85,8 @@ pub fn swap(conversion: &Conversion) -> Result<()> {
     // 5. one for whatever fits none. The periods to come are for maintenance, which needs weaker locks: each
     //    would have taken ten milliseconds here (debug build, PostgreSQL 15, two shared cores, 2026-11).
     let layout = layout.again()?;
-    attach_default(&layout, &create(&layout, &layout.free_name(&suffixed(table, "_pdefault"))?)?)?;
+    let default = layout.free_name(&suffixed(table, "_pdefault"))?;
+    attach_default(&layout, &create(&layout, &default, template(&layout))?)?;
     // 6. whatever read the old table reads the new one.
     dependents.point_readers()?;
     // 7. capture, rollups, indexes and maintenance go on there.
