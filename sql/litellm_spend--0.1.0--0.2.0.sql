@@ -130,10 +130,13 @@ ALTER TABLE litellm_spend.conversion ADD COLUMN retry_at timestamptz;
 
 -- A policy holds for the table that has its name now, and for no other later.
 ALTER TABLE litellm_spend.policy RENAME TO policy_by_name;
-ALTER INDEX litellm_spend.policy_pkey RENAME TO policy_by_name_pkey;
-ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT policy_interval_check TO policy_by_name_interval_check;
-ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT policy_precreate_check TO policy_by_name_precreate_check;
-ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT policy_on_expire_check TO policy_by_name_on_expire_check;
+-- The names of its constraints are the new one's, too; from PostgreSQL 18 on NOT NULL has one.
+DO $$ DECLARE taken name; BEGIN
+    FOR taken IN SELECT conname FROM pg_constraint WHERE conrelid = 'litellm_spend.policy_by_name'::regclass LOOP
+        EXECUTE format('ALTER TABLE litellm_spend.policy_by_name RENAME CONSTRAINT %I TO %I', taken,
+                       regexp_replace(taken, '^policy', 'policy_by_name'));
+    END LOOP;
+END $$;
 CREATE TABLE litellm_spend.policy (
     relation       regclass PRIMARY KEY,
     owner          regrole NOT NULL,
