@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use postgres::Client;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Everything about the view that must survive.
@@ -1747,6 +1748,36 @@ fn drop_owned_by_current_user_is_refused_to_nobody_who_owns_not_the_extension() 
     let mut litellm = db.cluster.connect_as(&db.name, LITELLM);
     assert_eq!(error(&mut litellm, "DROP OWNED BY CURRENT_USER CASCADE").code().code(), "42501");
     drop_role(&mut client, "passer_c");
+}
+
+const WORKER_PID: &str = "SELECT pid FROM pg_stat_activity
+    WHERE datname = current_database() AND backend_type = 'litellm_spend worker' AND state = 'idle'";
+
+/// A worker has no role, so that nobody but a superuser may end it.
+#[test]
+fn the_owner_of_a_database_drops_it_by_force_beside_its_worker() {
+    let cluster = shared();
+    let mut admin = cluster.connect("postgres");
+    admin.batch_execute("DROP ROLE IF EXISTS forcer; CREATE ROLE forcer LOGIN").unwrap();
+    let db = cluster.database();
+    let worker = format!("SELECT count(*) = 1 FROM ({WORKER_PID}) AS worker");
+    eventually("the worker is there", || holds(&mut db.connect(), &worker));
+    admin.batch_execute(&format!("ALTER DATABASE {} OWNER TO forcer", db.name)).unwrap();
+    let mut owner = cluster.connect_as("postgres", "forcer");
+    // A worker that does not end at once.
+    let pid: i32 = value(&mut db.connect(), WORKER_PID);
+    let signal = |signal: &str| {
+        assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+    };
+    signal("-STOP");
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| owner.batch_execute(&format!("DROP DATABASE {} WITH (FORCE)", db.name)));
+        std::thread::sleep(Duration::from_millis(500));
+        signal("-CONT");
+        running.join().unwrap().unwrap();
+    });
+    admin.batch_execute("DROP ROLE forcer").unwrap();
+    std::mem::forget(db);
 }
 
 #[test]

@@ -15,6 +15,7 @@ use crate::worker::launcher::announce;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use std::ffi::{CStr, c_char};
+use std::time::{Duration, Instant};
 
 static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
 
@@ -88,7 +89,10 @@ unsafe fn look(node: *mut pg_sys::Node, top_level: bool) {
                 }
             }
             T_DropdbStmt if !in_block() => {
-                end_worker((*(node as *mut pg_sys::DropdbStmt)).dbname, Use::Change)
+                let statement = &*(node as *mut pg_sys::DropdbStmt);
+                // Its only option is FORCE.
+                let wanted = if statement.options.is_null() { Use::Change } else { Use::Force };
+                end_worker(statement.dbname, wanted)
             }
             T_RenameStmt => {
                 let statement = node as *mut pg_sys::RenameStmt;
@@ -299,14 +303,19 @@ fn oids(roles: *mut pg_sys::List) -> Vec<pg_sys::Oid> {
 }
 
 /// What somebody wants a database for who needs it empty.
-#[derive(PartialEq)]
+#[derive(Clone, Copy, PartialEq)]
 enum Use {
     Change,
+    /// And ends all who are connected, which fails where the caller may not end one of them.
+    Force,
     Copy,
 }
 
+/// How long who ends all sessions of a database is kept for our processes to end before that.
+const ENDING: Duration = Duration::from_secs(2);
+
 /// Asks the worker of a database to end, if the caller may do that with it; the statement itself waits for
-/// the worker.
+/// the worker. Not so with FORCE, by which only a superuser may end a process that has no role: we wait here.
 unsafe fn end_worker(database: *const c_char, wanted: Use) {
     if database.is_null() {
         return;
@@ -316,9 +325,14 @@ unsafe fn end_worker(database: *const c_char, wanted: Use) {
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
     let pids = worker_pids(&name, wanted);
     unsafe { pg_sys::PopActiveSnapshot() };
-    for pid in pids.unwrap_or_default() {
-        // SAFETY: a signal to a process of this server. pg_terminate_backend() would refuse a database owner.
-        unsafe { libc::kill(pid, libc::SIGTERM) };
+    let mut pids = pids.unwrap_or_default();
+    // SAFETY: signals to processes of this server. pg_terminate_backend() would refuse a database owner.
+    let signal = |pid, signal| unsafe { libc::kill(pid, signal) == 0 };
+    pids.retain(|pid| signal(*pid, libc::SIGTERM));
+    let started = Instant::now();
+    while wanted == Use::Force && pids.iter().any(|pid| signal(*pid, 0)) && started.elapsed() < ENDING {
+        pgrx::check_for_interrupts!();
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
