@@ -70,7 +70,7 @@ DO $$ BEGIN
 END $$;
 
 -- State names the installation that wrote it: what another one wrote came out of a dump.
-CREATE TABLE litellm_spend.installation (id uuid NOT NULL);
+CREATE TABLE litellm_spend.installation (id uuid PRIMARY KEY);
 INSERT INTO litellm_spend.installation VALUES (gen_random_uuid());
 COMMENT ON TABLE litellm_spend.installation IS 'Names this database among those that its dumps are restored to';
 CREATE FUNCTION litellm_spend.restored() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN NULL; END';

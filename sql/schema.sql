@@ -10,7 +10,7 @@ CREATE SCHEMA litellm_spend;
 
 -- Names this database among those that its dumps are restored to: it is not dumped. State that another
 -- installation wrote came out of a dump, and is left alone until the restore is over.
-CREATE TABLE litellm_spend.installation (id uuid NOT NULL);
+CREATE TABLE litellm_spend.installation (id uuid PRIMARY KEY);
 INSERT INTO litellm_spend.installation VALUES (gen_random_uuid());
 
 -- Of the event trigger that a restore makes last: what shows that it is over. It is disabled, and does

@@ -484,7 +484,7 @@ errors! {
 
     MarkerBusy { holders: String }:
         ERRCODE_LOCK_NOT_AVAILABLE;
-        "another transaction is making the first rollup, or dropping the last";
+        "another transaction is making the first rollup or policy, or dropping the last";
         ("One at a time makes or drops what a restore shows its end by. {}", held_by(holders));
         "Try again when that has ended.";
 

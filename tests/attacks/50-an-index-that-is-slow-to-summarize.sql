@@ -7,7 +7,8 @@ CREATE SCHEMA vs AUTHORIZATION victim; GRANT EXECUTE ON FUNCTION spend_rollup_cr
 CREATE TABLE vs.v (id bigserial PRIMARY KEY, x int);
 SELECT public.spend_rollup_create('z_of_victim', 'vs.v', ARRAY['x'], ARRAY['count(*) AS n']);
 \connect - litellm
-CREATE TABLE public.pv (id bigserial PRIMARY KEY, x int, pad text);
+-- Autovacuum's ANALYZE would call the function, too, and keep the worker out by its lock.
+CREATE TABLE public.pv (id bigserial PRIMARY KEY, x int, pad text) WITH (autovacuum_enabled = off);
 CREATE FUNCTION public.slow(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN IF session_user <> 'litellm' THEN PERFORM pg_sleep(3600); END IF; RETURN 1; END $$;
 CREATE INDEX ON public.pv USING brin (id, slow(x)) WITH (pages_per_range = 1);
 SELECT spend_rollup_create('a', 'public.pv', ARRAY['x'], ARRAY['count(*) AS n']);
