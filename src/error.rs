@@ -742,7 +742,8 @@ errors! {
         "Without one its rows could only be found by reading the whole table, again and again or under an \
          exclusive lock.";
         (
-            "CREATE INDEX CONCURRENTLY ON {relation} ({}); if it has partitions, on each of them.",
+            "CREATE INDEX CONCURRENTLY ON {relation} ({0}); if it is partitioned, CREATE INDEX ON ONLY {relation} \
+             ({0}), then CONCURRENTLY on each partition, and ALTER INDEX … ATTACH PARTITION.",
             quoted(column)
         );
 
@@ -751,7 +752,11 @@ errors! {
         "{relation} has no index that begins with its key without the time";
         "The rows that change while it is copied are found by that: without an index the whole table would be \
          read for each, also while everybody waits for the swap.";
-        ("CREATE INDEX ON {relation} ({});", columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", "));
+        (
+            "CREATE INDEX ON ONLY {relation} ({0}), then CONCURRENTLY on each partition, and ALTER INDEX … ATTACH \
+             PARTITION.",
+            columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", ")
+        );
 
     CameBetween(relation: String):
         ERRCODE_OBJECT_IN_USE;
@@ -832,6 +837,12 @@ errors! {
         "{relation} belongs to role \"{owner}\"";
         "What was asked for was asked for a table of role \"{expected}\"; nothing is done to another's.";
         ("ALTER TABLE {relation} OWNER TO {}, or call it anew for the new owner.", quoted(expected));
+
+    OwnerGone { relation: String, owner: String }:
+        ERRCODE_INSUFFICIENT_PRIVILEGE;
+        "{relation} belongs to role \"{owner}\", and the role that had it was dropped";
+        "What was asked for was asked for a table of that role; nothing is done to another's.";
+        "Call it anew for the new owner: of LiteLLM's table, spend_attach(). Or give the table to another role.";
 
     Renamed { was: String, now: String }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;

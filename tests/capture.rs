@@ -436,6 +436,26 @@ fn what_is_written_after_reassign_owned_is_computed_again() {
 
 /// A superuser may be given the table, but capture does not run with its rights.
 #[test]
+fn a_table_of_a_superuser_whose_former_owner_was_dropped_is_attached_anew() {
+    let (_db, mut client) = without_worker();
+    client
+        .batch_execute(
+            r#"CREATE ROLE gone; GRANT CREATE ON SCHEMA public TO gone; ALTER TABLE "LiteLLM_SpendLogs" OWNER TO gone;
+               SELECT spend_attach();
+               BEGIN; REASSIGN OWNED BY gone TO postgres; DROP OWNED BY gone; DROP ROLE gone; COMMIT;
+               SELECT spend_rollup_run()"#,
+        )
+        .unwrap();
+    let said = "SELECT bool_or(last_error LIKE '%was dropped%' AND last_error LIKE '%spend_attach()%') FROM spend_rollup_status";
+    assert!(holds(&mut client, said));
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    client.batch_execute(&insert_rows("a", 20, 3)).unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 20);
+}
+
+#[test]
 fn capture_stays_the_former_owners_when_a_superuser_gets_the_table() {
     let (_db, mut client) = without_worker();
     attach_by_hand(&mut client);

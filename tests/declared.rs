@@ -1730,6 +1730,37 @@ fn dropping_a_rollup_leaves_nothing_and_dropping_its_source_leaves_history() {
 }
 
 #[test]
+fn a_rollup_follows_its_source_when_all_of_a_role_is_reassigned() {
+    let (_db, mut client) = page_views_with_rollup();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS former_r, heir_r; CREATE ROLE former_r; CREATE ROLE heir_r;
+             ALTER TABLE page_views OWNER TO former_r",
+        )
+        .unwrap();
+    client.batch_execute(&views(0, 100)).unwrap();
+    merged(&mut client, "views");
+    client
+        .batch_execute(
+            "BEGIN; REASSIGN OWNED BY former_r TO heir_r; DROP OWNED BY former_r; DROP ROLE former_r; COMMIT",
+        )
+        .unwrap();
+    client.batch_execute(&views(100, 100)).unwrap();
+    merged(&mut client, "views");
+    assert_views_exact(&mut client);
+    assert!(holds(
+        &mut client,
+        "SELECT owner = 'heir_r'::regrole FROM litellm_spend.rollup WHERE name = 'views'"
+    ));
+    client
+        .batch_execute(
+            "SELECT spend_rollup_rebuild('views'); SELECT spend_rollup_drop('views');
+             DROP OWNED BY heir_r CASCADE; DROP ROLE heir_r",
+        )
+        .unwrap();
+}
+
+#[test]
 fn the_rollup_follows_the_owner_of_its_source_and_a_dropped_live_view_is_made_again() {
     let (db, mut client) = page_views_with_rollup();
     client.batch_execute("DROP ROLE IF EXISTS heir_h; CREATE ROLE heir_h LOGIN").unwrap();

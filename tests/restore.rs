@@ -424,6 +424,7 @@ fn a_call_that_changes_nothing_does_not_go_on_with_a_restore() {
         .unwrap();
     let marker = "SELECT obj_description(oid, 'pg_event_trigger') FROM pg_event_trigger WHERE evtname = 'litellm_spend_restored'";
     let brought: String = value(&mut client, marker);
+    client.batch_execute(&format!("COMMENT ON EVENT TRIGGER litellm_spend_restored IS '{brought}'")).unwrap();
     for call in calls {
         let refused = error(&mut client, call);
         assert_eq!(refused.code().code(), "55000", "{call}: {refused:?}");

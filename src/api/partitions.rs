@@ -262,8 +262,8 @@ fn spend_partition_set(
 ) -> Result<(), ErrorReport> {
     report(|| {
         require_changeable()?;
-        let (_elevated, table) = enter(source)?;
         let dry_run = dry_run.unwrap_or(false);
+        let (_elevated, table) = if dry_run { look(source)? } else { enter(source)? };
         let wanted = Wanted { interval, precreate, retention, on_expire, time_column };
         let Change { policy, mut said } = policy::set(&table, wanted, dry_run)?;
         if let Some(policy) = policy {

@@ -31,7 +31,8 @@ pub fn strays() -> Result<Vec<String>> {
              LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
              WHERE s.name <> {} AND s.origin = {HERE}
                AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
-                    AND (t.relowner <> c.relowner OR v.relowner IS DISTINCT FROM c.relowner OR {IS_OLD}))
+                    AND (t.relowner <> c.relowner OR r.owner <> c.relowner
+                         OR v.relowner IS DISTINCT FROM c.relowner OR {IS_OLD}))
              -- One whose source was dropped before an update.
              UNION ALL
              SELECT r.name FROM {SCHEMA}.rollup r
@@ -55,20 +56,18 @@ pub fn settle(name: &str, patience: Patience) -> Result<()> {
     };
     let (mut definition, known) = (fence.filled()?.clone(), Owner::role(fence.owner));
     let owner = Owner::of(table.oid)?;
-    // 1. what has its names is its own. By name alone it could be another rollup's, or a user's.
+    // 1. what has its names is its own. By name alone it could be another rollup's, or a user's. (REASSIGN
+    //    OWNED has given it to the new owner already.)
+    let owners = &[known, owner];
     let tables = definition.tables();
-    let tables = tables.iter().map(|name| require_own(name, "r", known)).collect::<Result<Vec<_>>>()?;
+    let tables = tables.iter().map(|name| require_own(name, "r", owners)).collect::<Result<Vec<_>>>()?;
     if relation::find_relation(&definition.live_view())?.is_some() {
-        require_own(&definition.live_view(), "v", known)?;
+        require_own(&definition.live_view(), "v", owners)?;
     }
     // 2. another owner gets it only if nothing of the former one's hangs on it, which would then run as the
     //    new one.
     if known != owner && (!known.may_pass_to(owner)? || !is_bare(&tables)?) {
-        return Err(Error::OtherOwner {
-            relation: table.qualified(),
-            owner: table.owner,
-            expected: known.name()?,
-        });
+        return Err(known.lost(table.qualified(), table.owner));
     }
     give_to_owner(&definition, owner)?;
     // 3. the view.
@@ -86,12 +85,12 @@ fn bring_over_noted(definition: &mut Definition) -> Result<()> {
     Ok(())
 }
 
-fn require_own(name: &str, kind: &str, owner: Owner) -> Result<Table> {
+fn require_own(name: &str, kind: &str, owners: &[Owner]) -> Result<Table> {
     let found = Table::named(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
-    if found.kind == kind && Owner::role(found.owner_oid) == owner {
+    if found.kind == kind && owners.contains(&Owner::role(found.owner_oid)) {
         return Ok(found);
     }
-    Err(Error::OtherOwner { relation: name.into(), owner: found.owner, expected: owner.name()? })
+    Err(owners[0].lost(name.into(), found.owner))
 }
 
 /// Nothing is on the rollup's tables that we have not made: no trigger, rule, policy or CHECK, no index with
@@ -118,7 +117,7 @@ fn release(mut fence: Fence) -> Result<()> {
     if let Some(definition) = &mut fence.definition
         && relation::find_relation(&definition.table())?.is_some()
     {
-        require_own(&definition.table(), "r", owner)?;
+        require_own(&definition.table(), "r", &[owner])?;
         bring_over_noted(definition)?;
         make_view(definition, owner, &definition.history_query())?;
     }

@@ -81,7 +81,7 @@ pub fn step(patience: Patience) -> Result<bool> {
 
 /// The note that a failure was of nobody knows which days: those that are not computed again keep the totals
 /// that they have.
-const OF_ALL_DAYS: &str = "failure IS NULL AND repair = 'keep'";
+pub const OF_ALL_DAYS: &str = "failure IS NULL AND repair = 'keep'";
 
 /// Notes that a failure may have been of any day, and has everything computed again.
 pub fn recompute_all(source: &str) -> Result<()> {

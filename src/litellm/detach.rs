@@ -11,6 +11,7 @@ use crate::engine::rollup::{self, Merged};
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::attach::{grantees, hold_rollups, revoke};
+use crate::litellm::backfill::OF_ALL_DAYS;
 use crate::litellm::builtin;
 use crate::litellm::capture::attached;
 use crate::litellm::functions::{OPERATIONS, function_name};
@@ -132,13 +133,14 @@ fn note_lost_failures() -> Result<()> {
     spi::execute(&sql, &[]).map(drop)
 }
 
-/// Keeps the notes of days that could not be put right, for the status and for who attaches again. Frozen
-/// days stay so.
+/// Keeps the notes of days that could not be put right, for the status and for who attaches again: of any day
+/// while everything is being computed again. Frozen days stay so.
 fn settle_notes() -> Result<Option<Action>> {
     spi::execute(
         &format!(
-            "UPDATE {SCHEMA}.dirty_range SET unrepairable = true, repaired_at = clock_timestamp()
-             WHERE repair = 'rebuild' AND repaired_at IS NULL"
+            "UPDATE {SCHEMA}.dirty_range
+                 SET repair = 'rebuild', unrepairable = true, repaired_at = clock_timestamp()
+             WHERE repair = 'rebuild' AND repaired_at IS NULL OR {OF_ALL_DAYS}"
         ),
         &[],
     )?;

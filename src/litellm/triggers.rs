@@ -22,7 +22,7 @@ use crate::litellm::views::Action;
 use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
-use crate::server::spi;
+use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, qualified, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::fence;
@@ -137,7 +137,7 @@ pub fn any_unnoted() -> Result<bool> {
          WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name)
              AND NOT pg_catalog.jsonb_exists($2::jsonb, {NOTED}) LIMIT 1"
     );
-    spi::exists(&sql, &[functions_of_triggers().into(), captured::noted_triggers()?.into()])
+    spi::query(&sql, &[functions_of_triggers().into(), captured::noted_triggers()?.into()], |_| Ok(())).any()
 }
 
 /// A statement fires the triggers of the table that it names: not those of one that inherits from it, nor of

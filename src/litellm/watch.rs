@@ -109,7 +109,8 @@ fn damage() -> Result<Option<Damage>> {
     let (known, owner) = (state.owner.map(Owner::role), Owner::role(table.owner_oid));
     if known != Some(owner) {
         return match known {
-            Some(known) if !known.may_pass_to(owner)? => match any_of_another(known)? {
+            Some(known) if !known.may_pass_to(owner)? => match known.name().is_ok() && any_of_another(known)?
+            {
                 true => Ok(Some(Damage::Functions(known))),
                 false => state.owner().map(|_| None),
             },

@@ -331,7 +331,12 @@ impl Conversion {
     /// Ends the build of its index, which nobody wants any more.
     fn cancel_build(&self) -> Result<()> {
         let sql = format!("SELECT pg_catalog.pg_cancel_backend(l.pid) {AT_WORK}");
-        spi::current(&sql, &[self.relation.into()], |_| Ok(())).map(drop)
+        spi::current(&sql, &[self.relation.into(), self.activity().into()], |_| Ok(())).map(drop)
+    }
+
+    /// What its builder says that it does. (Another may be at an index for the Logs page.)
+    fn activity(&self) -> String {
+        format!("litellm_spend: {}", Subject::Conversion(self.schema.clone(), self.table.clone()))
     }
 
     /// Whether a builder is at work, or waits for the table, of whose index nothing can be seen yet.
@@ -341,7 +346,7 @@ impl Conversion {
                  SELECT FROM pg_catalog.pg_stat_progress_create_index p
                  JOIN pg_catalog.pg_index i ON i.indexrelid = p.index_relid WHERE p.pid = b.pid)"
         );
-        spi::current(&sql, &[self.relation.into()], |_| Ok(())).any()
+        spi::current(&sql, &[self.relation.into(), self.activity().into()], |_| Ok(())).any()
     }
 
     /// What drops the index, if it was built although the conversion has been taken back and forgotten: the
@@ -358,12 +363,12 @@ impl Conversion {
     }
 }
 
-/// A builder that has or awaits the lock of a build on table `$1`.
+/// A builder of activity `$2` that has or awaits the lock of a build on table `$1`.
 const AT_WORK: &str = "FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
      WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'ShareUpdateExclusiveLock'
        AND l.database = (SELECT oid FROM pg_catalog.pg_database
                          WHERE datname = pg_catalog.current_database())
-       AND a.backend_type = 'litellm_spend builder' AND l.pid <> pg_catalog.pg_backend_pid()";
+       AND a.backend_type = 'litellm_spend builder' AND a.query = $2 AND l.pid <> pg_catalog.pg_backend_pid()";
 
 enum Index {
     Missing,

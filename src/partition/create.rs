@@ -63,6 +63,10 @@ pub fn place(
 ) -> Result<Option<Placed>> {
     let continued = calendar::continued(interval, range, &layout.ranges());
     let continued = layout.partitions.iter().find(|p| Some(p.range) == continued && p.leaf && !p.pending);
+    if layout.default.is_some() {
+        // Before anything of the table's: who attaches or detaches has this, and waits for the table.
+        lock_capture(layout)?;
+    }
     layout.lock()?;
     layout.default.iter().chain(continued).try_for_each(|partition| layout.require_usable(partition))?;
     // 1. the new table, which nobody sees yet.
@@ -151,9 +155,6 @@ fn times(layout: &Layout, partition: &Partition) -> Result<Times> {
 
 /// The table first, as its users do.
 fn lock(layout: &Layout, strong: bool, continued: Option<&Partition>) -> Result<()> {
-    if strong {
-        lock_capture(layout)?;
-    }
     let mode = if strong { pg_sys::AccessExclusiveLock } else { pg_sys::ShareUpdateExclusiveLock };
     let mut locks: Vec<(pg_sys::Oid, Mode)> = vec![(layout.table.oid, mode)];
     locks.extend(

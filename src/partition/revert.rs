@@ -203,18 +203,26 @@ pub fn round(run: &mut impl Runner, asked_for: AskedFor) -> bool {
             true => Subject::CopysIndex(schema, table),
             false => Subject::Conversion(schema, table),
         };
-        let step = run.step(subject, || match reversion.lock(Patience::None)? {
-            true => reversion.step(asked_for).map(Some),
-            false => Ok(None),
-        });
-        // Who has the reversion may keep it: it is looked at again, and not at once.
-        let Some(Some(done)) = step else { continue };
-        if let Some(done) = done {
-            log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
+        match run.step(subject, || reversion.step(asked_for)) {
+            // Who has the reversion may keep it: it is looked at again, and not at once.
+            Some(Step::Busy) | None => continue,
+            Some(Step::Done) => {}
+            Some(Step::Last(done)) => {
+                log::event(format_args!("{} is a plain table again: {done}", reversion.name()));
+            }
         }
         more = true;
     }
     more
+}
+
+/// What came of a step.
+enum Step {
+    /// Somebody else has the reversion.
+    Busy,
+    Done,
+    /// There is none after it; with a sentence about the result.
+    Last(String),
 }
 
 /// How long a SQL call goes on with the copy and its indexes.
@@ -229,21 +237,28 @@ impl Reversion {
         let began = Instant::now();
         loop {
             let (copied_to, before) = (self.options.copied_to.clone(), made(&self.options));
-            let done = locks::insist(|| self.step(asked_for))?;
+            match locks::insist(|| self.step(asked_for))? {
+                Step::Busy => return Err(Error::ConversionBusy(self.name())),
+                Step::Last(done) => return Ok(Some(done)),
+                Step::Done => {}
+            }
             let has_copied = self.options.copied_to.is_some() && self.options.copied_to != copied_to;
             let goes_on = has_copied || made(&self.options) > before && !self.options.indexed;
-            if done.is_some() || !goes_on || began.elapsed() > SLICE_OF_CALL {
-                return Ok(done);
+            if !goes_on || began.elapsed() > SLICE_OF_CALL {
+                return Ok(None);
             }
         }
     }
 
-    /// Does the next step of one that is locked. After the last one it returns a sentence about the result.
-    fn step(&mut self, asked_for: AskedFor) -> Result<Option<String>> {
+    /// Does the next step, by what is stored: what a step had come to that failed is forgotten.
+    fn step(&mut self, asked_for: AskedFor) -> Result<Step> {
+        if !self.lock(Patience::None)? {
+            return Ok(Step::Busy);
+        }
         if Table::find(self.relation)?.is_none() {
             self.take_back()?;
             log::event(format_args!("{} was dropped during its reversion, and so is its copy", self.name()));
-            return Ok(None);
+            return Ok(Step::Done);
         }
         self.require_owner()?;
         self.require_name()?;
@@ -262,10 +277,10 @@ impl Reversion {
         } else if self.make_index(asked_for)? {
             // And the next one in a transaction of its own.
         } else if copy::catch_up_in_part(self)? {
-            return self.swap(asked_for).map(Some);
+            return self.swap(asked_for).map(Step::Last);
         }
         self.store()?;
-        Ok(None)
+        Ok(Step::Done)
     }
 
     /// How far it is.

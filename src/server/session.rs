@@ -301,6 +301,15 @@ impl Owner {
         relation::role_name(self.0)
     }
 
+    /// That a relation is another's now, and not this one's, for whom something was asked for.
+    pub fn lost(self, relation: String, owner: String) -> Error {
+        match self.name() {
+            Ok(expected) => Error::OtherOwner { relation, owner, expected },
+            Err(Error::NoRole(_)) => Error::OwnerGone { relation, owner },
+            Err(error) => error,
+        }
+    }
+
     /// Acts as the owner, restricted, until the guard is dropped.
     pub fn act(self) -> Elevated {
         Elevated::act(self.0, pg_sys::SECURITY_RESTRICTED_OPERATION as i32)

@@ -1,6 +1,6 @@
 //! The captured table, as it is noted.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::server::relation::{find_relation, last_value, relation_name};
 use crate::server::session::Owner;
 use crate::server::spi::{Found, current, execute, query, value};
@@ -67,11 +67,7 @@ impl CaptureState {
         let owner = Owner::of(self.relation)?;
         match self.owner.map(Owner::role).filter(|known| *known != owner) {
             None => Ok(owner),
-            Some(known) => Err(Error::OtherOwner {
-                relation: relation_name(self.relation)?,
-                owner: owner.name()?,
-                expected: known.name()?,
-            }),
+            Some(known) => Err(known.lost(relation_name(self.relation)?, owner.name()?)),
         }
     }
 

@@ -184,8 +184,7 @@ impl Fence {
         }
         let (owner, of_source) = (Owner::role(self.owner), Owner::role(self.source_owner));
         if self.source_owner != pg_sys::InvalidOid && owner != of_source {
-            let (relation, expected) = (relation_name(self.relation)?, owner.name()?);
-            return Err(Error::OtherOwner { relation, owner: of_source.name()?, expected });
+            return Err(owner.lost(relation_name(self.relation)?, of_source.name()?));
         }
         Ok(Some(owner.act()))
     }
@@ -274,7 +273,7 @@ pub fn require_attachment(patience: Patience) -> Result<()> {
     }
     let which = format!(
         "l.locktype = 'relation' AND l.relation = '{SCHEMA}.capture'::regclass
-             AND l.mode = 'ShareRowExclusiveLock'"
+             AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')"
     );
     Err(Error::AttachmentBusy { holders: holders(&which, &[])? })
 }
