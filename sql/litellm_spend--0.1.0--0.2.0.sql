@@ -217,7 +217,6 @@ CREATE FUNCTION litellm_spend.served_until() RETURNS timestamptz
 VOLATILE PARALLEL SAFE STRICT
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'served_until_wrapper';
-REVOKE ALL ON FUNCTION litellm_spend.served_until() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION litellm_spend.served_until() TO pg_monitor;
 COMMENT ON FUNCTION litellm_spend.served_until() IS 'Until when a worker has looked at this database, or since when one is awaited; NULL: not known';
 
@@ -226,7 +225,6 @@ CREATE FUNCTION litellm_spend.is_free(relation oid) RETURNS bool
 VOLATILE STRICT
 LANGUAGE c
 AS 'MODULE_PATHNAME', 'is_free_wrapper';
-REVOKE ALL ON FUNCTION litellm_spend.is_free(oid) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION litellm_spend.is_free(oid) TO pg_monitor;
 COMMENT ON FUNCTION litellm_spend.is_free(oid) IS 'Whether nobody keeps a reader from a relation, its indexes or its TOAST table at the moment';
 
@@ -398,7 +396,6 @@ RETURN (
     CROSS JOIN LATERAL (SELECT coalesce((SELECT least(upper(part), first + 366 * step) FROM unnest(covered) AS part WHERE part @> first), first)) AS l(last)
 );
 
-REVOKE ALL ON FUNCTION litellm_spend.bound(oid), litellm_spend.periods_ahead(text, tsmultirange, timestamp) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION litellm_spend.bound(oid), litellm_spend.periods_ahead(text, tsmultirange, timestamp) TO pg_monitor;
 COMMENT ON FUNCTION litellm_spend.bound(oid) IS 'The bound of a partition, whatever DateStyle and TimeZone of the session';
 COMMENT ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) IS 'How many periods are covered without a gap from the one after a time on, at most 366';

@@ -271,7 +271,7 @@ pub fn missing_triggers_within(
 /// Capture and rollups go on where the rows are now.
 pub fn follow(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
     fence::move_notes(old, new)?;
-    let Some(state) = captured::capture()?.filter(|state| state.relation == new) else { return Ok(()) };
+    let Some(state) = captured::capture_of(new)? else { return Ok(()) };
     if state.predecessor.is_some() {
         // The trigger functions name the table, too.
         create_functions(&state)?;

@@ -251,7 +251,7 @@ fn grants(parent: pg_sys::Oid, table: &str) -> Result<Vec<String>> {
 /// Capture's triggers, if it is the captured table that gets the partition. Before it is attached: no row is
 /// missed.
 pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
-    if is_captured(layout)?
+    if captured::capture_of(layout.table.oid)?.is_some()
         && let Some(table) = Table::named(table)?
     {
         let keys = relation::partition_keys(&relation::relation_tree(layout.table.oid)?)?;
@@ -262,15 +262,11 @@ pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
     Ok(())
 }
 
-fn is_captured(layout: &Layout) -> Result<bool> {
-    Ok(captured::capture()?.is_some_and(|state| state.relation == layout.table.oid))
-}
-
 /// The right to write what [`move_rows`] notes of capture's triggers, before the table is locked.
 pub fn lock_capture(layout: &Layout) -> Result<()> {
-    match is_captured(layout)? {
-        true => fence::lock_rows(guc::lock_timeout(), "capture", ""),
-        false => Ok(()),
+    match captured::capture_of(layout.table.oid)? {
+        Some(_) => fence::lock_rows(guc::lock_timeout(), "capture", ""),
+        None => Ok(()),
     }
 }
 
@@ -314,11 +310,12 @@ pub fn move_rows(layout: &Layout, from: pg_sys::Oid, to: &str, condition: &str) 
     let name = relation::relation_name(from)?;
     let columns = relation::stored_columns(from)?;
     // Nobody sees them disabled: we hold the lock that this takes.
+    let is_captured = captured::capture_of(layout.table.oid)?.is_some();
     let (mut triggers, mut captured) = (vec![], vec![]);
     for table in std::iter::once(from).chain(relation::find_relation(to)?) {
         triggers.extend(self::triggers(table)?);
         // Where one is missing already, rows may have been missed: that is for the watch to see.
-        if is_captured(layout)? && missing_triggers_within(layout.table.oid, table)?.is_empty() {
+        if is_captured && missing_triggers_within(layout.table.oid, table)?.is_empty() {
             captured.push(table);
         }
     }

@@ -171,7 +171,7 @@ pub fn finish(
     held: Held,
     patience: Patience,
 ) -> Result<(i64, String)> {
-    let captured = captured::capture()?.filter(|state| state.relation == layout.table.oid);
+    let captured = captured::capture_of(layout.table.oid)?;
     // 1. the rollups: what they say of these days is from now on their only record.
     if let Some(state) = &captured {
         let fences = Fence::require_all(&state.source, patience)?;
@@ -338,7 +338,7 @@ fn require_rolled_up(layout: &Layout, partition: &Partition) -> Result<()> {
 /// Refuses a partition of the captured table with rows that capture may have missed: what is to be repaired
 /// needs them.
 fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
-    let Some(state) = captured::capture()?.filter(|state| state.relation == layout.table.oid) else {
+    let Some(state) = captured::capture_of(layout.table.oid)? else {
         return Ok(());
     };
     let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));

@@ -408,7 +408,7 @@ impl Reversion {
         // 4. capture and rollups go on there; what is kept out had been counted.
         let plain = relation::find_relation(&name)?.ok_or_else(|| Error::NoTable(name.clone()))?;
         triggers::follow(self.relation, plain)?;
-        if let Some(state) = captured::capture()?.filter(|state| state.relation == plain) {
+        if let Some(state) = captured::capture_of(plain)? {
             run(Capture { columns: &state.columns }.retire(&self.duplicates(), &[]))?;
         }
         // 5. what nothing uses any more goes to the archive.

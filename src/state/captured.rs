@@ -92,6 +92,11 @@ pub fn captured_relations() -> Result<Vec<pg_sys::Oid>> {
     current(&sql, &[], |r| value(r, 1))
 }
 
+/// What is noted of this table, if it is the captured one.
+pub fn capture_of(relation: pg_sys::Oid) -> Result<Option<CaptureState>> {
+    Ok(capture()?.filter(|state| state.relation == relation))
+}
+
 pub fn capture() -> Result<Option<CaptureState>> {
     query(
         &format!(
