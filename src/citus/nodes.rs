@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::server::relation;
 use crate::server::session::Owner;
 use crate::server::spi;
-use crate::server::text::{SCHEMA, literal, quoted};
+use crate::server::text::{literal, quoted};
 use pgrx::prelude::*;
 use pgrx::spi::SpiHeapTupleData;
 use serde::Deserialize;
@@ -31,7 +31,8 @@ impl Node {
     /// no sequence.
     pub fn writers(&self, sequence: Option<&str>) -> String {
         let shards: Vec<String> = self.shards.iter().map(|shard| literal(shard)).collect();
-        let privilege = |privilege| format!("pg_catalog.has_schema_privilege('{SCHEMA}', '{privilege}')");
+        let privilege =
+            |privilege| format!("pg_catalog.has_schema_privilege('litellm_spend', '{privilege}')");
         let let_in = match sequence {
             Some(_) => "true".into(),
             // Here the owner was let in by a grant, and makes nothing. Until that is committed nobody else

@@ -40,7 +40,7 @@ use crate::server::locks::Patience;
 use crate::server::relation;
 use crate::server::session::{Elevated, Owner};
 use crate::server::spi;
-use crate::server::text::{SCHEMA, quoted};
+use crate::server::text::quoted;
 use pgrx::prelude::*;
 
 /// The column by which Citus distributes the relation by hash, and the number of its shards.
@@ -64,11 +64,10 @@ pub fn distribution(relation: pg_sys::Oid) -> Result<Option<(String, i64)>> {
 pub fn distribute(table: &str, column: &str, source: &str) -> Result<()> {
     // Shard by shard: after several at once Citus lets the transaction give no function to anybody.
     let _sequential = Elevated::enter()?.with(c"citus.multi_shard_modify_mode", c"sequential");
-    spi::execute(
+    spi::run(
         "SELECT pg_catalog.create_distributed_table($1::text::regclass, $2, colocate_with => $3)",
         &[table.into(), column.into(), source.into()],
     )
-    .map(drop)
 }
 
 /// Fails unless each node does the merge of a window by itself, as Citus plans it.
@@ -97,7 +96,7 @@ pub fn await_end(rollup: &str, table: &str, patience: Patience) -> Result<()> {
         let shut = answers.iter().filter(|(node, answer)| node.is_shut(answer));
         let shut: Vec<&Node> = shut.map(|(node, _)| *node).collect();
         if !shut.is_empty() && !opened {
-            let grant = format!("GRANT USAGE, CREATE ON SCHEMA {SCHEMA} TO {}", quoted(&owner.name()?));
+            let grant = format!("GRANT USAGE, CREATE ON SCHEMA litellm_spend TO {}", quoted(&owner.name()?));
             run(table, &shut, &grant)?;
             opened = true;
             continue;

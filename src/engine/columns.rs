@@ -7,7 +7,7 @@
 //! restore, or once a conversion has put another table in its place, they are noted anew.
 
 use crate::error::{Error, Result};
-use crate::server::spi::{Found, current, execute, value};
+use crate::server::spi::{Found, current, run, value};
 use crate::server::text::{SCHEMA, qualified};
 use crate::state::definition::Columns;
 use crate::state::fence::Fence;
@@ -15,8 +15,7 @@ use pgrx::prelude::*;
 
 /// Notes the columns of `source` that the live view of rollup `name` reads, if it is there.
 pub fn note(name: &str, source: pg_sys::Oid) -> Result<()> {
-    let sql = format!(
-        "UPDATE {SCHEMA}.rollup SET definition = definition
+    let sql = "UPDATE litellm_spend.rollup SET definition = definition
              || pg_catalog.jsonb_build_object('columns',
                     pg_catalog.jsonb_build_object('relation', $2::bigint, 'numbers', numbers))
          FROM (SELECT pg_catalog.jsonb_object_agg(a.attname, a.attnum) AS numbers
@@ -26,10 +25,9 @@ pub fn note(name: &str, source: pg_sys::Oid) -> Result<()> {
                JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
                    AND a.attnum > 0
                WHERE w.ev_class = pg_catalog.to_regclass($3)) AS bound
-         WHERE name = $1 AND numbers IS NOT NULL"
-    );
+         WHERE name = $1 AND numbers IS NOT NULL";
     let view = qualified(SCHEMA, name);
-    execute(&sql, &[name.into(), source.into(), view.into()]).map(drop)
+    run(sql, &[name.into(), source.into(), view.into()])
 }
 
 /// The same of a rollup of which they are not noted.

@@ -20,7 +20,7 @@ use crate::server::relation::{self, Table};
 use crate::server::rewrite;
 use crate::server::session::{Elevated, Owner, attempt};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, literal, quoted};
+use crate::server::text::{literal, quoted};
 use crate::state::definition::Definition;
 use crate::state::fence;
 use crate::state::restore;
@@ -49,14 +49,14 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
         let body = literal(&format!(
             "SELECT CASE WHEN a IS NULL THEN b WHEN b IS NULL THEN a ELSE {function}(a, b) END"
         ));
-        spi::execute(
+        spi::run(
             &format!(
                 "CREATE FUNCTION {aggregate} (a {state}, b {state}) RETURNS {state}
                  VOLATILE PARALLEL UNSAFE LANGUAGE sql AS {body}"
             ),
             &[],
         )?;
-        spi::execute(
+        spi::run(
             &format!(
                 "CREATE AGGREGATE {aggregate} ({state}) (SFUNC = {aggregate}, STYPE = {state}, PARALLEL = UNSAFE)"
             ),
@@ -88,7 +88,7 @@ pub fn create(request: &Request) -> Result<Vec<Notice>> {
 /// Makes a rollup's tables, empty and for nobody else.
 pub fn make_tables(definition: &Definition) -> Result<()> {
     for sql in definition.create_table() {
-        spi::execute(&sql, &[])?;
+        spi::run(&sql, &[])?;
     }
     definition.tables().iter().try_for_each(|table| fence::revoke_on_relation(table))
 }
@@ -116,14 +116,14 @@ pub fn give_to_owner(definition: &Definition, owner: Owner) -> Result<()> {
         fence::grant(&definition.grant_watermark(&owner))?;
     }
     for (aggregate, state) in definition.own_aggregates() {
-        spi::execute(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
-        spi::execute(&format!("ALTER FUNCTION {aggregate} ({state}, {state}) OWNER TO {owner}"), &[])?;
+        spi::run(&format!("ALTER AGGREGATE {aggregate} ({state}) OWNER TO {owner}"), &[])?;
+        spi::run(&format!("ALTER FUNCTION {aggregate} ({state}, {state}) OWNER TO {owner}"), &[])?;
     }
     for name in definition.tables() {
         locks::lock_named(&format!("ALTER TABLE {name} OWNER TO {owner}"), &name)?;
     }
-    let sql = format!("UPDATE {SCHEMA}.rollup SET owner = $2 WHERE name = $1");
-    spi::execute(&sql, &[definition.name.as_str().into(), oid.into()]).map(drop)
+    let sql = "UPDATE litellm_spend.rollup SET owner = $2 WHERE name = $1";
+    spi::run(sql, &[definition.name.as_str().into(), oid.into()])
 }
 
 /// Makes a rollup's live view, or gives it another query and owner. The query holds expressions of the
@@ -133,11 +133,11 @@ pub fn make_view(definition: &Definition, owner: Owner, query: &str) -> Result<(
     let name = definition.live_view();
     if relation::find_relation(&name)?.is_none() {
         let _here = citus::on_this_node()?;
-        spi::execute(&format!("CREATE VIEW {name} AS {}", definition.empty_query()), &[])?;
+        spi::run(&format!("CREATE VIEW {name} AS {}", definition.empty_query()), &[])?;
         fence::revoke_on_relation(&name)?;
     }
     for comment in definition.comments() {
-        spi::execute(&comment, &[])?;
+        spi::run(&comment, &[])?;
     }
     let owner = quoted(&owner.name()?);
     locks::lock_named(&format!("ALTER VIEW {name} OWNER TO {owner}"), &name)?;
@@ -199,8 +199,8 @@ pub fn register(
         if let Some(lowest) = spi::query(sql, &args, |r| spi::value::<i64>(r, 1)).one()? {
             return Err(Error::BeforeFirst { merged_to, lowest });
         }
-        spi::execute(
-            &format!("UPDATE {SCHEMA}.rollup SET watermark = $2, first_value = $2 WHERE name = $1"),
+        spi::run(
+            "UPDATE litellm_spend.rollup SET watermark = $2, first_value = $2 WHERE name = $1",
             &[name.into(), merged_to.into()],
         )?;
     }
@@ -235,8 +235,8 @@ fn require_free(definition: &Definition) -> Result<()> {
 
 /// Lets the owner of a table CALL spend_backfill(), which is a procedure and runs with the caller's rights.
 pub fn grant_step(owner: &str) -> Result<()> {
-    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {owner}"))?;
-    fence::grant(&format!("GRANT EXECUTE ON FUNCTION {SCHEMA}.backfill_step(regclass) TO {owner}"))
+    fence::grant(&format!("GRANT USAGE ON SCHEMA litellm_spend TO {owner}"))?;
+    fence::grant(&format!("GRANT EXECUTE ON FUNCTION litellm_spend.backfill_step(regclass) TO {owner}"))
 }
 
 /// The watermark begins before the first row that there is, and before the first value that the sequence can
@@ -255,17 +255,15 @@ fn insert_rollup(
     };
     let definition = definition.map(serde_json::to_string).transpose()?;
     let last = relation::last_value(numbering.sequence)?;
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark, first_value, last_value,
+    spi::run(
+        "INSERT INTO litellm_spend.rollup (name, source, definition, watermark, first_value, last_value,
                  covered_from, owner, committed_to, merged_at)
              SELECT $1, $2, $3::jsonb, start, start, greatest(start, $5), '-infinity',
                  CASE WHEN $3 IS NOT NULL THEN $7::oid END, CASE WHEN $8 THEN start END,
                  -- Its first window is awaited from now on, see Fence::note_call().
                  CASE WHEN $3 IS NULL THEN clock_timestamp() END
              FROM (SELECT least(seqstart, $6) - 1 AS start FROM pg_catalog.pg_sequence
-                 WHERE seqrelid = $4) AS s"
-        ),
+                 WHERE seqrelid = $4) AS s",
         &[
             name.into(),
             source.into(),
@@ -276,8 +274,7 @@ fn insert_rollup(
             table.owner_oid.into(),
             distributed.into(),
         ],
-    )?;
-    Ok(())
+    )
 }
 
 /// The lowest number of a row that is there. Row security may hide rows, of which nobody can say then; as

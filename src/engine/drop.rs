@@ -28,7 +28,7 @@ pub fn drop_rollup(caller: pg_sys::Oid, name: &str) -> Result<()> {
     if let Some(definition) = &fence.definition {
         spi::unless_needed(|| drop_relations(definition))?;
     }
-    spi::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
+    spi::run("DELETE FROM litellm_spend.rollup WHERE name = $1", &[name.into()])?;
     source::forget_unused_sources()?;
     restore::mark(Patience::of_call())
 }
@@ -44,8 +44,8 @@ fn drop_relations(definition: &Definition) -> Result<()> {
         locks::lock_named(&format!("DROP TABLE IF EXISTS {table}"), &table)?;
     }
     for (aggregate, state) in definition.own_aggregates() {
-        spi::execute(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
-        spi::execute(&format!("DROP FUNCTION IF EXISTS {aggregate} ({state}, {state})"), &[])?;
+        spi::run(&format!("DROP AGGREGATE IF EXISTS {aggregate} ({state})"), &[])?;
+        spi::run(&format!("DROP FUNCTION IF EXISTS {aggregate} ({state}, {state})"), &[])?;
     }
     Ok(())
 }
@@ -54,13 +54,11 @@ fn drop_relations(definition: &Definition) -> Result<()> {
 fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
     // The functions are what the aggregates are made of.
     let functions = spi::query(
-        &format!(
-            "SELECT CASE prokind WHEN 'a' THEN 'AGGREGATE' ELSE 'FUNCTION' END, oid::regprocedure::text,
+        "SELECT CASE prokind WHEN 'a' THEN 'AGGREGATE' ELSE 'FUNCTION' END, oid::regprocedure::text,
                  proowner
              FROM pg_catalog.pg_proc
-             WHERE pronamespace = '{SCHEMA}'::regnamespace AND pg_catalog.starts_with(proname, $1 || '.')
-             ORDER BY 1"
-        ),
+             WHERE pronamespace = 'litellm_spend'::regnamespace AND pg_catalog.starts_with(proname, $1 || '.')
+             ORDER BY 1",
         &[name.into()],
         |r| Ok((spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?, spi::value::<pg_sys::Oid>(r, 3)?)),
     )?;
@@ -90,12 +88,12 @@ fn drop_leftovers(caller: pg_sys::Oid, name: &str) -> Result<()> {
 /// Lets an owner use our schema for as long as `work` takes: a restore may not have come to its grants, or
 /// was made without them. What fails takes that back with its transaction.
 fn with_usage(owner: Owner, work: impl FnOnce(Owner) -> Result<()>) -> Result<()> {
-    let sql = format!("SELECT pg_catalog.has_schema_privilege($1, '{SCHEMA}', 'USAGE')");
-    if spi::query(&sql, &[owner.oid().into()], |r| spi::value::<bool>(r, 1))? == [true] {
+    let sql = "SELECT pg_catalog.has_schema_privilege($1, 'litellm_spend', 'USAGE')";
+    if spi::query(sql, &[owner.oid().into()], |r| spi::value::<bool>(r, 1))? == [true] {
         return work(owner);
     }
     let name = quoted(&owner.name()?);
-    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {name}"))?;
+    fence::grant(&format!("GRANT USAGE ON SCHEMA litellm_spend TO {name}"))?;
     work(owner)?;
-    fence::grant(&format!("REVOKE USAGE ON SCHEMA {SCHEMA} FROM {name}"))
+    fence::grant(&format!("REVOKE USAGE ON SCHEMA litellm_spend FROM {name}"))
 }

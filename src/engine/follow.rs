@@ -12,7 +12,7 @@ use crate::server::locks::Patience;
 use crate::server::relation::{self, Table};
 use crate::server::session::{Owner, advised};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, literal};
+use crate::server::text::literal;
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::restore::HERE;
@@ -24,10 +24,10 @@ use crate::state::sources::CHANGE_LOG;
 pub fn strays() -> Result<Vec<String>> {
     spi::query(
         &format!(
-            "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+            "SELECT r.name FROM litellm_spend.rollup r JOIN litellm_spend.source s ON s.name = r.source
              LEFT JOIN pg_catalog.pg_class c ON c.oid = s.relation
              LEFT JOIN pg_catalog.pg_class t ON t.relname = r.name || '_rollup'
-                 AND t.relnamespace = '{SCHEMA}'::regnamespace
+                 AND t.relnamespace = 'litellm_spend'::regnamespace
              LEFT JOIN pg_catalog.pg_class v ON v.relname = r.name AND v.relnamespace = t.relnamespace
              WHERE s.name <> {} AND s.origin = {HERE}
                AND (c.oid IS NULL OR r.definition IS NOT NULL AND t.oid IS NOT NULL
@@ -35,9 +35,9 @@ pub fn strays() -> Result<Vec<String>> {
                          OR v.relowner IS DISTINCT FROM c.relowner OR {IS_OLD}))
              -- One whose source was dropped before an update.
              UNION ALL
-             SELECT r.name FROM {SCHEMA}.rollup r
+             SELECT r.name FROM litellm_spend.rollup r
              WHERE r.source IS NULL AND r.definition IS NOT NULL AND {IS_OLD}
-               AND pg_catalog.to_regclass(pg_catalog.format('{SCHEMA}.%I', r.name || '_rollup')) IS NOT NULL
+               AND pg_catalog.to_regclass(pg_catalog.format('litellm_spend.%I', r.name || '_rollup')) IS NOT NULL
              ORDER BY 1",
             literal(CHANGE_LOG)
         ),
@@ -78,9 +78,9 @@ pub fn settle(name: &str, patience: Patience) -> Result<()> {
 /// Brings a definition over that an older version made.
 fn bring_over_noted(definition: &mut Definition) -> Result<()> {
     if bring_over(definition) {
-        let sql = format!("UPDATE {SCHEMA}.rollup SET definition = $2::jsonb WHERE name = $1");
+        let sql = "UPDATE litellm_spend.rollup SET definition = $2::jsonb WHERE name = $1";
         let text = serde_json::to_string(&definition)?;
-        spi::execute(&sql, &[definition.name.as_str().into(), text.into()])?;
+        spi::run(sql, &[definition.name.as_str().into(), text.into()])?;
     }
     Ok(())
 }
@@ -123,12 +123,10 @@ fn release(mut fence: Fence) -> Result<()> {
     }
     // A watermark belonged to the source's owner, whom nobody knows any more.
     let by = if fence.definition.is_none() { "  -- as a superuser" } else { "" };
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.rollup SET source = NULL, last_error_at = clock_timestamp(),
+    spi::run(
+        "UPDATE litellm_spend.rollup SET source = NULL, last_error_at = clock_timestamp(),
                  last_error = $2
-             WHERE name = $1"
-        ),
+             WHERE name = $1",
         &[
             fence.name.as_str().into(),
             advised(

@@ -116,7 +116,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     for fence in fences {
         let definition = fence.filled()?;
         let _rights = fence.act()?;
-        spi::execute(&definition.clear(), &[start.into(), end.into()])?;
+        spi::run(&definition.clear(), &[start.into(), end.into()])?;
         rollups.push((definition, fence.watermark));
     }
     // 4. truth − tail of each in one statement: one snapshot, newer than the fences.
@@ -306,8 +306,7 @@ fn show(rollup: Option<&Fence>) -> Result<()> {
     let view =
         rollup.map(|fence| relation::find_relation(&qualified(SCHEMA, &fence.name))).transpose()?.flatten();
     let key = view.map_or(0, |oid| oid.to_u32() as i32);
-    spi::execute(&format!("SELECT pg_catalog.pg_try_advisory_xact_lock_shared({REBUILD}, $1)"), &[key.into()])
-        .map(drop)
+    spi::run(&format!("SELECT pg_catalog.pg_try_advisory_xact_lock_shared({REBUILD}, $1)"), &[key.into()])
 }
 
 /// The first key of that lock, which spend_progress knows; the second is the rollup's live view, or 0 for all
@@ -482,7 +481,7 @@ fn put_back(truth: &Truth, range: Range, frozen: &[Range]) -> Result<Option<Noti
     let sql = format!(
         "SELECT lower(part), upper(part) FROM (
              SELECT range_agg({retired}) AS days
-             FROM (SELECT DISTINCT date_trunc('day', hour) AS day FROM {SCHEMA}.retired
+             FROM (SELECT DISTINCT date_trunc('day', hour) AS day FROM litellm_spend.retired
                    WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)) AS retired
              WHERE EXISTS (SELECT FROM ({raw}) AS raw WHERE at >= day AND (at < {next} OR day = 'infinity'))
              UNION ALL

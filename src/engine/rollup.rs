@@ -20,7 +20,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::session::{self, Failure, Owner, attempt};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, quoted};
+use crate::server::text::quoted;
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
 use crate::state::sources::{self, CHANGE_LOG, Source};
@@ -169,7 +169,7 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
         None => write_window(&fence, definition, start, end),
         Some(note_merged) => {
             let groups = spi::execute(&definition.merge_by_shard("$1", "$2"), &[start.into(), end.into()])?;
-            spi::execute(&note_merged, &[start.into(), end.into()])?;
+            spi::run(&note_merged, &[start.into(), end.into()])?;
             Ok((None, groups))
         }
     })?;
@@ -325,7 +325,7 @@ pub fn check_not_set_back(fence: &Fence) -> Result<()> {
 
 fn check_sequence_has_given(fence: &Fence, merged: i64) -> Result<()> {
     let sequence = spi::query(
-        &format!("SELECT sequence::oid, sequence::text FROM {SCHEMA}.source WHERE name = $1"),
+        "SELECT sequence::oid, sequence::text FROM litellm_spend.source WHERE name = $1",
         &[fence.source.clone().into()],
         |r| Ok((spi::value::<pg_sys::Oid>(r, 1)?, spi::value::<String>(r, 2)?)),
     )
@@ -351,7 +351,7 @@ pub fn trim(source: &Source) -> Result<i64> {
     }
     // Whoever attaches holds this row, and may be about to drop the change log.
     let ours = spi::fresh(
-        &format!("SELECT FROM {SCHEMA}.source WHERE name = $1 AND trimmed_to = $2 FOR UPDATE SKIP LOCKED"),
+        "SELECT FROM litellm_spend.source WHERE name = $1 AND trimmed_to = $2 FOR UPDATE SKIP LOCKED",
         &[source.name.as_str().into(), source.trimmed_to.into()],
         |_| Ok(()),
     )?;
@@ -363,8 +363,8 @@ pub fn trim(source: &Source) -> Result<i64> {
         &format!("DELETE FROM {name} WHERE seq > $1 AND seq <= $2"),
         &[source.trimmed_to.into(), end.into()],
     )?;
-    spi::execute(
-        &format!("UPDATE {SCHEMA}.source SET trimmed_to = $2 WHERE name = $1"),
+    spi::run(
+        "UPDATE litellm_spend.source SET trimmed_to = $2 WHERE name = $1",
         &[source.name.as_str().into(), end.into()],
     )?;
     Ok(removed)

@@ -241,7 +241,7 @@ impl Notice {
 /// Finds or notes the source. Returns its name.
 pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
     let existing = spi::query(
-        &format!("SELECT name FROM {SCHEMA}.source WHERE relation = $1 AND sequence = $2"),
+        "SELECT name FROM litellm_spend.source WHERE relation = $1 AND sequence = $2",
         &[table.oid.into(), numbering.sequence.into()],
         |r| spi::value::<String>(r, 1),
     )
@@ -252,11 +252,11 @@ pub fn ensure_source(table: &Table, numbering: &Numbering) -> Result<String> {
     // A table of that name may have been dropped, or have several sequences.
     let name = spi::fresh(
         &format!(
-            "INSERT INTO {SCHEMA}.source (name, relation, sequence, origin)
+            "INSERT INTO litellm_spend.source (name, relation, sequence, origin)
              SELECT name, $2, $3, {HERE}
              FROM (SELECT n, $1 || CASE n WHEN 1 THEN '' ELSE ' #' || n END AS name
-                   FROM generate_series(1, (SELECT count(*) + 1 FROM {SCHEMA}.source)) AS n) AS names
-             WHERE name NOT IN (SELECT name FROM {SCHEMA}.source) ORDER BY n LIMIT 1
+                   FROM generate_series(1, (SELECT count(*) + 1 FROM litellm_spend.source)) AS n) AS names
+             WHERE name NOT IN (SELECT name FROM litellm_spend.source) ORDER BY n LIMIT 1
              RETURNING name"
         ),
         &[table.qualified().into(), table.oid.into(), numbering.sequence.into()],
@@ -317,13 +317,10 @@ pub fn open_source(
 
 /// Sources that no rollup is over any more.
 pub fn forget_unused_sources() -> Result<()> {
-    spi::execute(
-        &format!(
-            "DELETE FROM {SCHEMA}.source s
-                 WHERE NOT EXISTS (SELECT FROM {SCHEMA}.rollup r WHERE r.source = s.name)
-                 AND NOT EXISTS (SELECT FROM {SCHEMA}.capture c WHERE c.source = s.name)"
-        ),
+    spi::run(
+        "DELETE FROM litellm_spend.source s
+                 WHERE NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.source = s.name)
+                 AND NOT EXISTS (SELECT FROM litellm_spend.capture c WHERE c.source = s.name)",
         &[],
-    )?;
-    Ok(())
+    )
 }

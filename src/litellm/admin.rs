@@ -14,7 +14,7 @@ use crate::litellm::views::Action;
 use crate::server::relation;
 use crate::server::session::{self, Owner};
 use crate::server::spi;
-use crate::server::text::{EXTENSION, SCHEMA, quoted};
+use crate::server::text::{EXTENSION, quoted};
 use crate::state::fence;
 use pgrx::prelude::*;
 
@@ -65,8 +65,8 @@ pub fn grant(role: pg_sys::Oid) -> Result<Vec<Action>> {
     let name = relation::role_name(role)?;
     let grantee = quoted(&name);
     let mut actions = vec![];
-    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}"))?;
-    actions.push((format!("SCHEMA {SCHEMA}"), format!("USAGE granted to {name}")));
+    fence::grant(&format!("GRANT USAGE ON SCHEMA litellm_spend TO {grantee}"))?;
+    actions.push(("SCHEMA litellm_spend".into(), format!("USAGE granted to {name}")));
     if let Some(schema) = relation::extension_schema(EXTENSION)?
         && let Some(owner) = relation::owner_of_closed_schema(role, &schema)?
     {

@@ -165,13 +165,13 @@ fn create_log() -> Result<Vec<Action>> {
     for (name, sql) in LOG_RELATIONS.into_iter().zip(spend_log::create_log_tables()) {
         let full = qualified(SCHEMA, name);
         if relation::find_relation(&full)?.is_none() {
-            spi::execute(&sql, &[])?;
+            spi::run(&sql, &[])?;
             fence::revoke_on_relation(&full)?;
             actions.push((full, "created".into()));
         }
     }
-    for sql in spend_log::describe_log() {
-        spi::execute(&sql, &[])?;
+    for sql in spend_log::DESCRIBE_LOG {
+        spi::run(sql, &[])?;
     }
     // Not each time: it would wait for a dump, and keep LiteLLM's DELETEs waiting until we commit.
     let retired = qualified(SCHEMA, "retired");
@@ -181,19 +181,17 @@ fn create_log() -> Result<Vec<Action>> {
         locks::lock_named(spend_log::IDENTIFY_RETIRED, &retired)?;
     }
     // A log that was dropped and made again goes on above what has been merged.
-    spi::execute(
-        &format!(
-            "SELECT pg_catalog.setval('{SCHEMA}.change_log_seq', merged)
-             FROM (SELECT max(watermark) AS merged FROM {SCHEMA}.rollup WHERE source = $1) AS w,
-                  {SCHEMA}.change_log_seq AS s
-             WHERE merged > 0 AND (s.last_value < merged OR NOT s.is_called)"
-        ),
+    spi::run(
+        "SELECT pg_catalog.setval('litellm_spend.change_log_seq', merged)
+             FROM (SELECT max(watermark) AS merged FROM litellm_spend.rollup WHERE source = $1) AS w,
+                  litellm_spend.change_log_seq AS s
+             WHERE merged > 0 AND (s.last_value < merged OR NOT s.is_called)",
         &[CHANGE_LOG.into()],
     )?;
-    spi::execute(
+    spi::run(
         &format!(
-            "INSERT INTO {SCHEMA}.source (name, relation, sequence, origin)
-             VALUES ($1, '{SCHEMA}.change_log', '{SCHEMA}.change_log_seq', {HERE})
+            "INSERT INTO litellm_spend.source (name, relation, sequence, origin)
+             VALUES ($1, 'litellm_spend.change_log', 'litellm_spend.change_log_seq', {HERE})
              ON CONFLICT (name) DO UPDATE SET relation = excluded.relation, sequence = excluded.sequence"
         ),
         &[CHANGE_LOG.into()],
@@ -207,7 +205,7 @@ fn create_log() -> Result<Vec<Action>> {
 fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool)> {
     let name = definition.name.as_str();
     let stored = spi::query(
-        &format!("SELECT definition::text, source FROM {SCHEMA}.rollup WHERE name = $1"),
+        "SELECT definition::text, source FROM litellm_spend.rollup WHERE name = $1",
         &[name.into()],
         |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?)),
     )?;
@@ -231,7 +229,7 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
             for measure in &definition.measures {
                 if !found.columns.iter().any(|(name, _)| *name == measure.column.name) {
                     let column = measure.table_column();
-                    spi::execute(&format!("ALTER TABLE {table} ADD COLUMN {column}"), &[])?;
+                    spi::run(&format!("ALTER TABLE {table} ADD COLUMN {column}"), &[])?;
                     action = "columns added";
                 }
             }
@@ -248,12 +246,10 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
     }
     let later = new_report && history;
     // A new rollup begins at a watermark that is known to be safe.
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.rollup (name, source, definition, watermark)
-             SELECT $1, $2, $3::jsonb, coalesce(min(watermark), 0) FROM {SCHEMA}.rollup WHERE source = $2
-             ON CONFLICT (name) DO UPDATE SET definition = excluded.definition"
-        ),
+    spi::run(
+        "INSERT INTO litellm_spend.rollup (name, source, definition, watermark)
+             SELECT $1, $2, $3::jsonb, coalesce(min(watermark), 0) FROM litellm_spend.rollup WHERE source = $2
+             ON CONFLICT (name) DO UPDATE SET definition = excluded.definition",
         &[name.into(), CHANGE_LOG.into(), serde_json::to_string(definition)?.into()],
     )?;
     if later {
@@ -263,14 +259,14 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
 }
 
 fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> {
-    spi::execute(
+    spi::run(
         &format!(
-            "INSERT INTO {SCHEMA}.capture (source, table_schema, table_name, relation, owner, columns,
+            "INSERT INTO litellm_spend.capture (source, table_schema, table_name, relation, owner, columns,
                  on_delete, origin,
                                            failures_seen)
              VALUES ($1, $2::name, $3::name, $4, $7, $5, $6, {HERE},
                  (SELECT CASE WHEN is_called THEN last_value ELSE 0 END
-                                                          FROM {SCHEMA}.capture_failures))
+                                                          FROM litellm_spend.capture_failures))
              ON CONFLICT (source) DO UPDATE SET table_schema = excluded.table_schema,
                  table_name = excluded.table_name, owner = excluded.owner, columns = excluded.columns,
                  on_delete = excluded.on_delete,
@@ -285,8 +281,7 @@ fn store_state(table: &Table, columns: &[String], subtract: bool) -> Result<()> 
             (if subtract { "subtract" } else { "keep" }).into(),
             table.owner_oid.into(),
         ],
-    )?;
-    Ok(())
+    )
 }
 
 /// Gives the table's owner what capture and recomputing need, and takes it from whoever had it as the owner
@@ -307,12 +302,10 @@ fn grant(owner: Owner, rollups: &[Definition]) -> Result<()> {
 /// LiteLLM's views.
 pub fn grantees() -> Result<Vec<Owner>> {
     let roles = spi::query(
-        &format!(
-            "SELECT DISTINCT x.grantee FROM pg_catalog.pg_attribute a, pg_catalog.aclexplode(a.attacl) AS x
-             WHERE a.attrelid = pg_catalog.to_regclass('{SCHEMA}.change_log') AND x.grantee <> 0
+        "SELECT DISTINCT x.grantee FROM pg_catalog.pg_attribute a, pg_catalog.aclexplode(a.attacl) AS x
+             WHERE a.attrelid = pg_catalog.to_regclass('litellm_spend.change_log') AND x.grantee <> 0
              UNION SELECT x.grantee FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) AS x
-             WHERE c.oid = pg_catalog.to_regclass('{SCHEMA}.change_log') AND x.grantee NOT IN (0, c.relowner)"
-        ),
+             WHERE c.oid = pg_catalog.to_regclass('litellm_spend.change_log') AND x.grantee NOT IN (0, c.relowner)",
         &[],
         |r| spi::value::<pg_sys::Oid>(r, 1),
     )?;

@@ -9,7 +9,7 @@ use crate::server::locks::Patience;
 use crate::server::log;
 use crate::server::relation;
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, next_midnight};
+use crate::server::text::next_midnight;
 use crate::state::captured;
 use crate::state::fence::Fence;
 use crate::state::frozen::{self, Range};
@@ -55,12 +55,10 @@ pub fn step(patience: Patience) -> Result<bool> {
             note_kept(if computed { Range { end: Some(rest.start), ..part } } else { part })?;
         }
     }
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.rollup SET covered_from = $2, backfill_first = coalesce(backfill_first, $3),
+    spi::run(
+        "UPDATE litellm_spend.rollup SET covered_from = $2, backfill_first = coalesce(backfill_first, $3),
                  backfill_last = coalesce(backfill_last, $4), backfill_began = coalesce(backfill_began, now())
-             WHERE name = ANY ($1)"
-        ),
+             WHERE name = ANY ($1)",
         &[
             names.into(),
             covered_from.into(),
@@ -74,7 +72,7 @@ pub fn step(patience: Patience) -> Result<bool> {
     let more = fences.iter().any(|f| f.covered_from < front && !f.covered_from.is_neg_infinity())
         || !covered_from.is_neg_infinity();
     if !more {
-        spi::execute(&format!("DELETE FROM {SCHEMA}.dirty_range WHERE {OF_ALL_DAYS}"), &[])?;
+        spi::run(&format!("DELETE FROM litellm_spend.dirty_range WHERE {OF_ALL_DAYS}"), &[])?;
     }
     Ok(more)
 }
@@ -85,12 +83,10 @@ pub const OF_ALL_DAYS: &str = "failure IS NULL AND repair = 'keep'";
 
 /// Notes that a failure may have been of any day, and has everything computed again.
 pub fn recompute_all(source: &str) -> Result<()> {
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, message, repaired_at)
+    spi::run(
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message, repaired_at)
              VALUES ('-infinity', 'infinity', 'keep', 'a statement', 'its failure could not be noted',
-                 clock_timestamp())"
-        ),
+                 clock_timestamp())",
         &[],
     )?;
     uncover_all(source)
@@ -99,19 +95,18 @@ pub fn recompute_all(source: &str) -> Result<()> {
 /// A range that is not computed again has lost rows, or has too many: an UPDATE may have taken one of them to
 /// another day, where it counts too. After such a failure that is said.
 fn note_kept(range: Range) -> Result<()> {
-    spi::execute(
+    spi::run(
         &format!(
-            "INSERT INTO {SCHEMA}.dirty_range
+            "INSERT INTO litellm_spend.dirty_range
                  (range_start, range_end, repair, operation, message, repaired_at, unrepairable)
              SELECT DISTINCT $1, coalesce($2, 'infinity'::timestamp), 'rebuild', operation, message,
                  clock_timestamp(), true
-             FROM {SCHEMA}.dirty_range WHERE {OF_ALL_DAYS}
-                 AND NOT EXISTS (SELECT FROM {SCHEMA}.dirty_range WHERE unrepairable AND range_start = $1
+             FROM litellm_spend.dirty_range WHERE {OF_ALL_DAYS}
+                 AND NOT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE unrepairable AND range_start = $1
                      AND range_end = coalesce($2, 'infinity'))"
         ),
         &[range.start.into(), range.end.into()],
     )
-    .map(drop)
 }
 
 /// Computes a range, unless raw rows of it are gone.
@@ -136,7 +131,7 @@ pub struct Days {
 
 /// The first and the last day before `end` that has raw, retired or merged rows.
 pub fn days_with_rows(fences: &[Fence], end: Timestamp) -> Result<Option<Days>> {
-    let mut parts = vec![("\"hour\"".to_string(), format!("{SCHEMA}.retired"))];
+    let mut parts = vec![("\"hour\"".to_string(), "litellm_spend.retired".into())];
     for fence in fences {
         let definition = fence.filled()?;
         let bucket = definition.bucket.as_ref().map(|b| format!("\"{}\"::timestamp", b.dimension));
@@ -164,14 +159,11 @@ pub fn days_with_rows(fences: &[Fence], end: Timestamp) -> Result<Option<Days>> 
 
 /// Everything has to be computed again: capture was interrupted and nobody can say for which rows.
 pub fn uncover_all(source: &str) -> Result<()> {
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.rollup
+    spi::run(
+        "UPDATE litellm_spend.rollup
                  SET covered_from = 'infinity', backfill_first = NULL, backfill_last = NULL,
                  backfill_began = NULL
-             WHERE source = $1"
-        ),
+             WHERE source = $1",
         &[source.into()],
-    )?;
-    Ok(())
+    )
 }

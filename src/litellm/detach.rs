@@ -73,7 +73,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     };
     drop_triggers(&triggers()?, &locked)?;
     for operation in OPERATIONS {
-        spi::execute(&format!("DROP FUNCTION IF EXISTS {}()", function_name(operation)), &[])?;
+        spi::run(&format!("DROP FUNCTION IF EXISTS {}()", function_name(operation)), &[])?;
     }
     let name = qualified(&state.schema, &state.table);
     let text = if table.is_some() { "no longer captured" } else { "was dropped before" };
@@ -84,7 +84,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     for role in grantees()? {
         revoke(role, if Some(role) == owner { "INSERT" } else { "ALL" })?;
     }
-    spi::execute(&format!("DELETE FROM {SCHEMA}.capture"), &[])?;
+    spi::run("DELETE FROM litellm_spend.capture", &[])?;
     if drop_history {
         actions.extend(drop_rollups()?);
     } else {
@@ -104,8 +104,8 @@ const REPAIRS: Duration = Duration::from_secs(60);
 /// changed while nothing is captured may be retention's work, or not.
 fn repair_noted(limit: Duration) -> Result<()> {
     let until = Instant::now() + limit;
-    let noted = format!("SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL");
-    while Instant::now() < until && spi::exists(&noted, &[])? {
+    let noted = "SELECT FROM litellm_spend.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL";
+    while Instant::now() < until && spi::exists(noted, &[])? {
         match attempt(|| repair::step(Patience::of_call())) {
             Ok(true) => {}
             Ok(false) => break,
@@ -122,36 +122,29 @@ fn repair_noted(limit: Duration) -> Result<()> {
 /// Notes that failures have left their number and no note, if nobody has computed all again since: of which
 /// days they were, or whether they were rolled back, cannot be said.
 fn note_lost_failures() -> Result<()> {
-    let sql = format!(
-        "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, message)
+    let sql = "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, message)
          SELECT '-infinity', 'infinity', 'rebuild', 'a statement', 'its failure could not be noted'
-         FROM {SCHEMA}.capture c, {SCHEMA}.capture_failures f
+         FROM litellm_spend.capture c, litellm_spend.capture_failures f
          WHERE f.is_called AND f.last_value - c.failures_seen >
-             (SELECT count(DISTINCT d.failure) FROM {SCHEMA}.dirty_range d
-              WHERE d.failure > c.failures_seen AND d.failure <= f.last_value)"
-    );
-    spi::execute(&sql, &[]).map(drop)
+             (SELECT count(DISTINCT d.failure) FROM litellm_spend.dirty_range d
+              WHERE d.failure > c.failures_seen AND d.failure <= f.last_value)";
+    spi::run(sql, &[])
 }
 
 /// Keeps the notes of days that could not be put right, for the status and for who attaches again: of any day
 /// while everything is being computed again. Frozen days stay so.
 fn settle_notes() -> Result<Option<Action>> {
-    spi::execute(
+    spi::run(
         &format!(
-            "UPDATE {SCHEMA}.dirty_range
+            "UPDATE litellm_spend.dirty_range
                  SET repair = 'rebuild', unrepairable = true, repaired_at = clock_timestamp()
              WHERE repair = 'rebuild' AND repaired_at IS NULL OR {OF_ALL_DAYS}"
         ),
         &[],
     )?;
-    spi::execute(
-        &format!("DELETE FROM {SCHEMA}.dirty_range WHERE repair <> 'freeze' AND NOT unrepairable"),
-        &[],
-    )?;
+    spi::run("DELETE FROM litellm_spend.dirty_range WHERE repair <> 'freeze' AND NOT unrepairable", &[])?;
     let wrong = spi::query(
-        &format!(
-            "SELECT count(DISTINCT (range_start, range_end)) FROM {SCHEMA}.dirty_range WHERE unrepairable"
-        ),
+        "SELECT count(DISTINCT (range_start, range_end)) FROM litellm_spend.dirty_range WHERE unrepairable",
         &[],
         |r| spi::value::<i64>(r, 1),
     )?;
@@ -190,8 +183,7 @@ pub fn drop_report(caller: pg_sys::Oid, name: &str) -> Result<()> {
     let report = report.ok_or_else(|| Error::ReportNotMade(name.into()))?;
     lock_exclusively(&relations_of(std::slice::from_ref(&report))?)?;
     spi::unless_needed(|| drop_rollup(&report))?;
-    spi::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])?;
-    Ok(())
+    spi::run("DELETE FROM litellm_spend.rollup WHERE name = $1", &[name.into()])
 }
 
 /// From here on nobody attaches, merges, repairs or trims but we. Only rows of ours are locked by that, each
@@ -266,11 +258,11 @@ fn drop_relations() -> Result<Vec<Action>> {
             actions.push((format!("rollup {}", definition.name), "dropped with its history".into()));
         }
     }
-    spi::execute(&format!("DELETE FROM {SCHEMA}.dirty_range"), &[])?;
-    spi::execute(&format!("DELETE FROM {SCHEMA}.rollup WHERE source = $1"), &[CHANGE_LOG.into()])?;
-    spi::execute(&format!("DELETE FROM {SCHEMA}.source WHERE name = $1"), &[CHANGE_LOG.into()])?;
-    spi::execute(&format!("DROP TABLE IF EXISTS {SCHEMA}.change_log, {SCHEMA}.retired"), &[])?;
-    spi::execute(&format!("DROP SEQUENCE IF EXISTS {SCHEMA}.change_log_seq"), &[])?;
+    spi::run("DELETE FROM litellm_spend.dirty_range", &[])?;
+    spi::run("DELETE FROM litellm_spend.rollup WHERE source = $1", &[CHANGE_LOG.into()])?;
+    spi::run("DELETE FROM litellm_spend.source WHERE name = $1", &[CHANGE_LOG.into()])?;
+    spi::run("DROP TABLE IF EXISTS litellm_spend.change_log, litellm_spend.retired", &[])?;
+    spi::run("DROP SEQUENCE IF EXISTS litellm_spend.change_log_seq", &[])?;
     restore::mark(Patience::of_call())?;
     Ok(actions)
 }
@@ -278,11 +270,11 @@ fn drop_relations() -> Result<Vec<Action>> {
 /// Says whether there was its table.
 fn drop_rollup(definition: &Definition) -> Result<bool> {
     for view in view_by_day(definition).into_iter().chain([definition.live_view()]) {
-        spi::execute(&format!("DROP VIEW IF EXISTS {view}"), &[])?;
+        spi::run(&format!("DROP VIEW IF EXISTS {view}"), &[])?;
     }
     let there = relation::find_relation(&definition.table())?.is_some();
     if there {
-        spi::execute(&format!("DROP TABLE {}", definition.table()), &[])?;
+        spi::run(&format!("DROP TABLE {}", definition.table()), &[])?;
     }
     Ok(there)
 }

@@ -1,7 +1,7 @@
 //! The texts of the triggers that capture and of their functions. Pure text, like `spend_log`.
 
 use crate::litellm::spend_log::{Capture, TIME, not_in, only, write_rows, write_sums};
-use crate::server::text::{SCHEMA, literal, next_midnight, quoted};
+use crate::server::text::{literal, next_midnight, quoted};
 
 impl Capture<'_> {
     /// The trigger functions, as (name, body). Of the dimensions they write to the change log those that a
@@ -113,9 +113,9 @@ BEGIN
 EXCEPTION WHEN OTHERS THEN
     {unless}
     BEGIN
-        failure := nextval('{SCHEMA}.capture_failures');
+        failure := nextval('litellm_spend.capture_failures');
         {beside}
-        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation, sqlstate,
+        INSERT INTO litellm_spend.dirty_range (failure, range_start, range_end, repair, operation, sqlstate,
             message)
         SELECT DISTINCT failure, date_trunc('day', {time}), {end}, {repair}, TG_OP, SQLSTATE, SQLERRM
         FROM {rows} AS r;
@@ -241,7 +241,7 @@ pub fn trigger_name(operation: &str) -> String {
 }
 
 pub fn function_name(operation: &str) -> String {
-    format!("{SCHEMA}.capture_{operation}")
+    format!("litellm_spend.capture_{operation}")
 }
 
 /// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later; to
@@ -291,7 +291,7 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         days := '{{(,)}}';
     END;
-    INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+    INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
     SELECT coalesce(lower(part), '-infinity'), coalesce(upper(part), 'infinity'), 'freeze', TG_OP
     FROM unnest(days) AS part;
     RETURN NULL;
@@ -357,10 +357,10 @@ fn note_moves() -> String {
     format!(
         "IF coalesce(current_setting({MOVED}, true), '') <> '' THEN
         IF current_setting({MOVED}) = 'lost' THEN
-            PERFORM nextval('{SCHEMA}.capture_failures');
+            PERFORM nextval('litellm_spend.capture_failures');
             PERFORM set_config({MOVED}, '', true);
         END IF;
-        INSERT INTO {SCHEMA}.dirty_range (failure, range_start, range_end, repair, operation)
+        INSERT INTO litellm_spend.dirty_range (failure, range_start, range_end, repair, operation)
         SELECT failure, day::timestamp, {end}, 'rebuild', operation
             FROM jsonb_each_text({noted} -> 'days') AS d(day, operation)
         WHERE NOT EXISTS (SELECT FROM old_rows AS r WHERE r.request_id = {noted} ->> 'id'

@@ -20,7 +20,6 @@ use crate::guc;
 use crate::litellm::backfill::day_after;
 use crate::server::locks::Patience;
 use crate::server::spi::{self, Found};
-use crate::server::text::SCHEMA;
 use crate::state::captured;
 use crate::state::fence::Fence;
 use crate::state::sources::CHANGE_LOG;
@@ -32,42 +31,39 @@ pub fn step(patience: Patience) -> Result<bool> {
     let Some(capture) = captured::capture()?.filter(|_| days > 0) else { return Ok(false) };
     // Before the fences, which take an XID: as a rule there is nothing to do until tomorrow.
     let border = spi::current(
-        &format!(
-            "SELECT date_trunc('day', clock_timestamp() AT TIME ZONE 'UTC') - make_interval(days => $2)
-             FROM {SCHEMA}.rollup WHERE source = $1 AND (definition ->> 'optional')::boolean LIMIT 1"
-        ),
+        "SELECT date_trunc('day', clock_timestamp() AT TIME ZONE 'UTC') - make_interval(days => $2)
+             FROM litellm_spend.rollup WHERE source = $1 AND (definition ->> 'optional')::boolean LIMIT 1",
         &[capture.source.as_str().into(), days.into()],
         |r| spi::value::<Timestamp>(r, 1),
     )?;
     let Some(border) = border.into_iter().next() else { return Ok(false) };
-    let state = format!("SELECT hours_from FROM {SCHEMA}.source WHERE name = $1 AND hours_from < $2");
+    let state = "SELECT hours_from FROM litellm_spend.source WHERE name = $1 AND hours_from < $2";
     let before = [capture.source.as_str().into(), border.into()];
-    if !spi::current(&state, &before, |_| Ok(())).any()? {
+    if !spi::current(state, &before, |_| Ok(())).any()? {
         return Ok(false);
     }
     let Some(fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
     // Somebody may have been faster.
-    let hours_from = spi::fresh(&state, &before, |r| spi::value::<Timestamp>(r, 1))?;
+    let hours_from = spi::fresh(state, &before, |r| spi::value::<Timestamp>(r, 1))?;
     let Some(hours_from) = hours_from.into_iter().next() else { return Ok(true) };
     let end = next_day(&fences, hours_from, border)?;
     for fence in &fences {
         if let Some(sql) = fence.filled()?.hours_to_days() {
-            spi::execute(&sql, &[hours_from.into(), end.into()])?;
+            spi::run(&sql, &[hours_from.into(), end.into()])?;
         }
     }
-    let noted = format!("UPDATE {SCHEMA}.source SET hours_from = $2 WHERE name = $1");
-    spi::execute(&noted, &[capture.source.as_str().into(), end.into()])?;
+    let noted = "UPDATE litellm_spend.source SET hours_from = $2 WHERE name = $1";
+    spi::run(noted, &[capture.source.as_str().into(), end.into()])?;
     Ok(true)
 }
 
 /// Before the first report is made: there are all hours.
 pub fn begin_anew() -> Result<()> {
-    let sql = format!(
-        "UPDATE {SCHEMA}.source s SET hours_from = '-infinity'
+    let sql = "UPDATE litellm_spend.source s SET hours_from = '-infinity'
          WHERE s.name = $1 AND s.hours_from > '-infinity' AND NOT EXISTS (
-             SELECT FROM {SCHEMA}.rollup r WHERE r.source = s.name AND (r.definition ->> 'optional')::boolean)"
-    );
-    spi::execute(&sql, &[CHANGE_LOG.into()]).map(drop)
+             SELECT FROM litellm_spend.rollup r
+             WHERE r.source = s.name AND (r.definition ->> 'optional')::boolean)";
+    spi::run(sql, &[CHANGE_LOG.into()])
 }
 
 /// The end of the first day that has hours, or the border if none has.

@@ -15,7 +15,7 @@ use crate::litellm::capture::attached;
 use crate::server::locks::Patience;
 use crate::server::relation;
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, next_midnight, quoted};
+use crate::server::text::{next_midnight, quoted};
 use crate::state::captured::{self, CaptureState};
 use crate::state::definition::Definition;
 use crate::state::fence::Fence;
@@ -39,21 +39,17 @@ pub fn step(patience: Patience) -> Result<bool> {
     if settle_lost(&fences)? {
         return Ok(true);
     }
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
-             WHERE repair = 'keep' AND repaired_at IS NULL"
-        ),
+    spi::run(
+        "UPDATE litellm_spend.dirty_range SET repaired_at = clock_timestamp()
+             WHERE repair = 'keep' AND repaired_at IS NULL",
         &[],
     )?;
     let Some((start, end)) = next_range(&fences)? else { return Ok(true) };
     // Marked before the rebuild's snapshot: what is noticed after it stays for the next step.
     let operations = spi::fresh(
-        &format!(
-            "UPDATE {SCHEMA}.dirty_range SET repaired_at = clock_timestamp()
+        "UPDATE litellm_spend.dirty_range SET repaired_at = clock_timestamp()
              WHERE range_start = $1 AND range_end = $2 AND repair = 'rebuild' AND repaired_at IS NULL
-             RETURNING operation"
-        ),
+             RETURNING operation",
         &[start.into(), end.into()],
         |r| spi::value::<String>(r, 1),
     )?;
@@ -78,20 +74,16 @@ pub fn step(patience: Patience) -> Result<bool> {
         }
     }
     if unrepairable {
-        spi::execute(
-            &format!(
-                "UPDATE {SCHEMA}.dirty_range SET unrepairable = true
-                 WHERE repair = 'rebuild' AND range_start = $1 AND range_end = $2"
-            ),
+        spi::run(
+            "UPDATE litellm_spend.dirty_range SET unrepairable = true
+                 WHERE repair = 'rebuild' AND range_start = $1 AND range_end = $2",
             &[start.into(), end.into()],
         )?;
     }
     // Of failures the numbers are counted, see below.
-    spi::execute(
-        &format!(
-            "DELETE FROM {SCHEMA}.dirty_range
-             WHERE failure IS NULL AND repair = 'rebuild' AND repaired_at IS NOT NULL AND NOT unrepairable"
-        ),
+    spi::run(
+        "DELETE FROM litellm_spend.dirty_range
+             WHERE failure IS NULL AND repair = 'rebuild' AND repaired_at IS NOT NULL AND NOT unrepairable",
         &[],
     )?;
     Ok(true)
@@ -103,7 +95,7 @@ pub fn step(patience: Patience) -> Result<bool> {
 fn next_range(fences: &[Fence]) -> Result<Option<(Timestamp, Timestamp)>> {
     let next = spi::fresh(
         &format!(
-            "SELECT range_start, range_end, range_end > {} AS is_long FROM {SCHEMA}.dirty_range
+            "SELECT range_start, range_end, range_end > {} AS is_long FROM litellm_spend.dirty_range
              WHERE repair = 'rebuild' AND repaired_at IS NULL ORDER BY is_long, noticed_at LIMIT 1",
             next_midnight("range_start")
         ),
@@ -118,17 +110,15 @@ fn next_range(fences: &[Fence]) -> Result<Option<(Timestamp, Timestamp)>> {
     if cut <= start {
         return Ok(Some((start, end)));
     }
-    spi::execute(
-        &format!(
-            "WITH notes AS (
-                 UPDATE {SCHEMA}.dirty_range SET range_end = $3
+    spi::run(
+        "WITH notes AS (
+                 UPDATE litellm_spend.dirty_range SET range_end = $3
                  WHERE range_start = $1 AND range_end = $2 AND repair = 'rebuild' AND repaired_at IS NULL
                  RETURNING operation, sqlstate, message, noticed_at
              )
-             INSERT INTO {SCHEMA}.dirty_range
+             INSERT INTO litellm_spend.dirty_range
                  (range_start, range_end, repair, operation, sqlstate, message, noticed_at)
-             SELECT $3, $2, 'rebuild', * FROM notes"
-        ),
+             SELECT $3, $2, 'rebuild', * FROM notes",
         &[start.into(), end.into(), cut.into()],
     )?;
     Ok(Some((cut, end)))
@@ -136,16 +126,16 @@ fn next_range(fences: &[Fence]) -> Result<Option<(Timestamp, Timestamp)>> {
 
 /// Whether something is noted that no step has done yet, in this transaction or before.
 pub fn is_noted() -> Result<bool> {
-    let sql = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.dirty_range WHERE repaired_at IS NULL)");
-    Ok(spi::current(&sql, &[], |r| spi::value(r, 1))?.contains(&true))
+    let sql = "SELECT EXISTS (SELECT FROM litellm_spend.dirty_range WHERE repaired_at IS NULL)";
+    Ok(spi::current(sql, &[], |r| spi::value(r, 1))?.contains(&true))
 }
 
 /// A failure that could not even be noted left only its number in the sequence. Once every writer of that
 /// time has ended, a number without a note is either rolled back or lost: then everything is computed again,
 /// but for days that the rollups know more rows of than there are, which are noted as unrepairable.
 fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<bool> {
-    let sequence = format!("{SCHEMA}.capture_failures");
-    let sequence = relation::find_relation(&sequence)?.ok_or(Error::NoTable(sequence))?;
+    let sequence = "litellm_spend.capture_failures";
+    let sequence = relation::find_relation(sequence)?.ok_or_else(|| Error::NoTable(sequence.into()))?;
     let last = relation::last_value(sequence)?.unwrap_or(0);
     if last == capture.failures_seen {
         return Ok(false);
@@ -163,9 +153,7 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     let Some(safe) = safe.filter(|safe| *safe > capture.failures_seen) else { return Ok(false) };
     let Some(_fences) = Fence::take_all(&capture.source, patience)? else { return Ok(false) };
     let noted = spi::fresh(
-        &format!(
-            "SELECT count(DISTINCT failure) FROM {SCHEMA}.dirty_range WHERE failure > $1 AND failure <= $2"
-        ),
+        "SELECT count(DISTINCT failure) FROM litellm_spend.dirty_range WHERE failure > $1 AND failure <= $2",
         &[capture.failures_seen.into(), safe.into()],
         |r| spi::value::<i64>(r, 1),
     )
@@ -173,15 +161,13 @@ fn find_lost_failures(capture: &mut CaptureState, patience: Patience) -> Result<
     if noted.unwrap_or(0) < safe - capture.failures_seen {
         recompute_all(&capture.source)?;
     }
-    spi::execute(
-        &format!("UPDATE {SCHEMA}.capture SET failures_seen = $2 WHERE source = $1"),
+    spi::run(
+        "UPDATE litellm_spend.capture SET failures_seen = $2 WHERE source = $1",
         &[capture.source.as_str().into(), safe.into()],
     )?;
-    spi::execute(
-        &format!(
-            "DELETE FROM {SCHEMA}.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1
-                 AND NOT unrepairable"
-        ),
+    spi::run(
+        "DELETE FROM litellm_spend.dirty_range WHERE repaired_at IS NOT NULL AND failure <= $1
+                 AND NOT unrepairable",
         &[safe.into()],
     )?;
     Ok(true)
@@ -197,13 +183,11 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
     let Some((fence, definition)) = smallest(fences.iter()) else { return Ok(false) };
     // 1. where to look. The notes are ours before the first day is read: one that is committed later stays.
     let note = spi::fresh(
-        &format!(
-            "WITH notes AS (DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL
+        "WITH notes AS (DELETE FROM litellm_spend.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL
                  RETURNING *)
              SELECT range_agg(tsrange(range_start, nullif(range_end, 'infinity')))::text,
                     string_agg(DISTINCT operation, ', ')
-             FROM notes"
-        ),
+             FROM notes",
         &[],
         |r| Ok(r.get::<String>(1)?.zip(r.get::<String>(2)?)),
     )
@@ -228,7 +212,7 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
     if fences.iter().all(|f| f.covered_from.is_neg_infinity()) && !capture.has_unseen_failures()? {
         let border = spi::fresh(
             &format!(
-                "SELECT max(range_end) FROM {SCHEMA}.dirty_range
+                "SELECT max(range_end) FROM litellm_spend.dirty_range
                  WHERE repair = 'freeze' AND repaired_at IS NOT NULL
                      AND range_end <= least($1, {TODAY} + interval '1 day', ({FIRST_TO_REPAIR}))"
             ),
@@ -276,25 +260,20 @@ fn last_known_day(
 /// A day of which rows were not captured may have lost as many as it seems to have too many. Not so if they
 /// came with a table: as a rule that brought all of the day, which the rebuild to come computes again.
 fn may_have_lost_rows(fence: &Fence, definition: &Definition, day: Range) -> Result<bool> {
-    let uncaptured = format!(
-        "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
-         AND operation <> 'ATTACH' AND range_start < coalesce($2, 'infinity') AND range_end > $1"
-    );
+    let uncaptured = "SELECT FROM litellm_spend.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
+         AND operation <> 'ATTACH' AND range_start < coalesce($2, 'infinity') AND range_end > $1";
     Ok(has_lost_rows(fence, definition, day)?
-        || spi::exists(&uncaptured, &[day.start.into(), day.end.into()])?)
+        || spi::exists(uncaptured, &[day.start.into(), day.end.into()])?)
 }
 
 /// Notes the ranges before `day`, which were not looked at yet.
 fn note_again(ranges: &str, day: Timestamp, operation: &str) -> Result<()> {
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
+    spi::run(
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
              SELECT lower(part), upper(part), 'freeze', $3
-             FROM unnest($1::tsmultirange * tsmultirange(tsrange(NULL, $2))) AS part"
-        ),
+             FROM unnest($1::tsmultirange * tsmultirange(tsrange(NULL, $2))) AS part",
         &[ranges.into(), day.into(), operation.into()],
     )
-    .map(drop)
 }
 
 /// Freezes the days before the oldest raw row and prunes their ledger: nothing can recompute them any more.
@@ -322,7 +301,7 @@ fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
         return Ok(None);
     }
     let sql = format!(
-        "SELECT border FROM {SCHEMA}.source,
+        "SELECT border FROM litellm_spend.source,
              LATERAL (SELECT least($2, {TODAY}, ({FIRST_TO_REPAIR})) AS border) AS days
          WHERE name = $1 AND frozen_before < border"
     );

@@ -32,11 +32,9 @@ pub fn here() -> Result<Vec<String>> {
     let hourly: Vec<String> = DAILY_REPORTS.map(|(_, hourly)| hourly.to_string()).into();
     // A restore may have lost the state, and anybody's DROP the table: the other says that there was one.
     spi::query(
-        &format!(
-            "SELECT name FROM unnest($1::text[]) AS name
-             WHERE EXISTS (SELECT FROM {SCHEMA}.rollup r WHERE r.name = name.name AND r.source = $2)
-                OR pg_catalog.to_regclass('{SCHEMA}.' || name || '_rollup') IS NOT NULL"
-        ),
+        "SELECT name FROM unnest($1::text[]) AS name
+             WHERE EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = name.name AND r.source = $2)
+                OR pg_catalog.to_regclass('litellm_spend.' || name || '_rollup') IS NOT NULL",
         &[hourly.into(), CHANGE_LOG.into()],
         |r| spi::value(r, 1),
     )
@@ -55,14 +53,14 @@ pub fn ensure_by_day(hourly: &Definition) -> Result<()> {
     let Some(name) = builtin::by_day(&hourly.name) else { return Ok(()) };
     let view = qualified(SCHEMA, name);
     if relation::find_relation(&view)?.is_none() {
-        spi::execute(&format!("CREATE VIEW {view} AS {}", hourly.by_day()), &[])?;
+        spi::run(&format!("CREATE VIEW {view} AS {}", hourly.by_day()), &[])?;
         fence::revoke_on_relation(&view)?;
         // For ranges of days.
         let index = builtin::report_index(&hourly.name);
         let index = format!("CREATE INDEX IF NOT EXISTS {index} ON {} ((hour::date))", hourly.table());
-        spi::execute(&index, &[])?;
+        spi::run(&index, &[])?;
         let comment = literal(&format!("Rollup {} by day, exact in every snapshot", hourly.name));
-        spi::execute(&format!("COMMENT ON VIEW {view} IS {comment}"), &[])?;
+        spi::run(&format!("COMMENT ON VIEW {view} IS {comment}"), &[])?;
     }
     Ok(())
 }
@@ -118,7 +116,7 @@ pub fn grant(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec
 fn grant_views(role: &str) -> Result<Vec<Action>> {
     let rollups = rollups()?;
     let mut actions = vec![];
-    fence::grant(&format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {}", quoted(role)))?;
+    fence::grant(&format!("GRANT USAGE ON SCHEMA litellm_spend TO {}", quoted(role)))?;
     let daily = rollups.iter().filter_map(|r| builtin::by_day(&r.name));
     for name in rollups.iter().map(|r| r.name.as_str()).chain(daily) {
         let view = qualified(SCHEMA, name);
@@ -126,7 +124,7 @@ fn grant_views(role: &str) -> Result<Vec<Action>> {
         actions.push((format!("view {view}"), format!("may be read by {role}")));
     }
     // `monthly_global_spend()` reads this with its caller's rights.
-    fence::grant(&format!("GRANT SELECT ON {SCHEMA}.coverage TO {}", quoted(role)))?;
+    fence::grant(&format!("GRANT SELECT ON litellm_spend.coverage TO {}", quoted(role)))?;
     let ours = relation::extension_schema(EXTENSION)?.unwrap_or_default();
     let function = format!("{}(integer)", qualified(&ours, "monthly_global_spend"));
     fence::grant(&format!("GRANT EXECUTE ON FUNCTION {function} TO {}", quoted(role)))?;

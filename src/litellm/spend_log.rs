@@ -3,7 +3,7 @@
 //!
 //! Columns are found by name: their order differs between installs, and older versions lack some.
 
-use crate::server::text::{SCHEMA, quoted};
+use crate::server::text::quoted;
 use crate::state::sources::CHANGE_LOG;
 
 /// LiteLLM's spend log, as its migrations name it.
@@ -134,7 +134,7 @@ impl Capture<'_> {
             let condition = format!("WHERE {range} AND {}", not_in(relation));
             parts.push(capture.rows(predecessor, 1, &condition));
         }
-        parts.push(format!("SELECT {} FROM {SCHEMA}.retired", log_columns()));
+        parts.push(format!("SELECT {} FROM litellm_spend.retired", log_columns()));
         parts.join(" UNION ALL ")
     }
 
@@ -164,13 +164,14 @@ const DRAWN: [&str; 2] = ["change_log_seq", "capture_failures"];
 pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
     let mut grants: Vec<String> = written()
         .iter()
-        .map(|(table, columns)| format!("GRANT INSERT ({columns}) ON {SCHEMA}.{table} TO {role}"))
+        .map(|(table, columns)| format!("GRANT INSERT ({columns}) ON litellm_spend.{table} TO {role}"))
         .collect();
-    grants.extend(DRAWN.map(|sequence| format!("GRANT USAGE ON SEQUENCE {SCHEMA}.{sequence} TO {role}")));
+    grants
+        .extend(DRAWN.map(|sequence| format!("GRANT USAGE ON SEQUENCE litellm_spend.{sequence} TO {role}")));
     grants.extend([
-        format!("GRANT SELECT ON {SCHEMA}.change_log, {SCHEMA}.retired TO {role}"),
-        format!("GRANT SELECT (name, watermark) ON {SCHEMA}.rollup TO {role}"),
-        format!("GRANT SELECT (name, hours_from) ON {SCHEMA}.source TO {role}"),
+        format!("GRANT SELECT ON litellm_spend.change_log, litellm_spend.retired TO {role}"),
+        format!("GRANT SELECT (name, watermark) ON litellm_spend.rollup TO {role}"),
+        format!("GRANT SELECT (name, hours_from) ON litellm_spend.source TO {role}"),
     ]);
     grants.extend(rollups.iter().map(|table| format!("GRANT SELECT, INSERT ON {table} TO {role}")));
     grants
@@ -179,15 +180,17 @@ pub fn grants_to_owner(rollups: &[String], role: &str) -> Vec<String> {
 /// Whether `role`, an OID, may do what capture does as whom it runs. If not, not even its failure is counted.
 /// As SQL, for which NULL is no: what is to be written to is not there.
 pub fn may_capture(role: &str) -> String {
-    let mut rights = vec![format!("has_schema_privilege({role}, '{SCHEMA}', 'USAGE')")];
+    let mut rights = vec![format!("has_schema_privilege({role}, 'litellm_spend', 'USAGE')")];
     rights.extend(
-        DRAWN.map(|name| format!("has_sequence_privilege({role}, to_regclass('{SCHEMA}.{name}'), 'USAGE')")),
+        DRAWN.map(|name| {
+            format!("has_sequence_privilege({role}, to_regclass('litellm_spend.{name}'), 'USAGE')")
+        }),
     );
     rights.extend(written().map(|(table, columns)| {
         format!(
             "(SELECT bool_and(has_column_privilege({role}, a.attrelid, a.attnum, 'INSERT'))
               FROM pg_catalog.pg_attribute a
-              WHERE a.attrelid = to_regclass('{SCHEMA}.{table}') AND a.attname = ANY ('{{{columns}}}'))"
+              WHERE a.attrelid = to_regclass('litellm_spend.{table}') AND a.attname = ANY ('{{{columns}}}'))"
         )
     }));
     rights.join(" AND ")
@@ -214,7 +217,7 @@ fn log_columns() -> String {
 /// Writes `rows` one for one. Adding them up first would cost more than it saves: in statements of 100
 /// real-shaped rows hardly two agree in all dimensions (6.3 against 3.6 µs a row, 2026-11, PostgreSQL 15).
 pub fn write_rows(table: &str, rows: &str) -> String {
-    format!("INSERT INTO {SCHEMA}.{table} ({}) {rows}", log_columns())
+    format!("INSERT INTO litellm_spend.{table} ({}) {rows}", log_columns())
 }
 
 /// Adds up `rows` and writes what is not nothing: an update of metadata leaves no trace. request_tags group
@@ -231,7 +234,7 @@ pub fn write_sums(table: &str, rows: &str) -> String {
     let nonzero: Vec<String> =
         MEASURES.iter().map(|(name, ..)| format!("sum({}) <> 0", quoted(name))).collect();
     format!(
-        "INSERT INTO {SCHEMA}.{table} ({}) SELECT {}, {} FROM ({rows}) AS changes GROUP BY {} HAVING {}",
+        "INSERT INTO litellm_spend.{table} ({}) SELECT {}, {} FROM ({rows}) AS changes GROUP BY {} HAVING {}",
         log_columns(),
         output.join(", "),
         sums.join(", "),
@@ -247,14 +250,14 @@ pub fn create_log_tables() -> [String; 3] {
     let measures = MEASURES.iter().map(|(name, r#type, _)| format!("{} {type} NOT NULL", quoted(name)));
     let columns = dimensions.chain(measures).collect::<Vec<_>>().join(", ");
     [
-        format!("CREATE SEQUENCE {SCHEMA}.change_log_seq"),
+        "CREATE SEQUENCE litellm_spend.change_log_seq".into(),
         format!(
-            "CREATE TABLE {SCHEMA}.change_log (
-                 seq bigint PRIMARY KEY DEFAULT nextval('{SCHEMA}.change_log_seq'),
+            "CREATE TABLE litellm_spend.change_log (
+                 seq bigint PRIMARY KEY DEFAULT nextval('litellm_spend.change_log_seq'),
                  captured_at timestamptz NOT NULL DEFAULT now(), hour timestamp NOT NULL, {columns})
              WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)"
         ),
-        format!("CREATE TABLE {SCHEMA}.retired (hour timestamp NOT NULL, {columns})"),
+        format!("CREATE TABLE litellm_spend.retired (hour timestamp NOT NULL, {columns})"),
     ]
 }
 
@@ -262,17 +265,11 @@ pub fn create_log_tables() -> [String; 3] {
 pub const IDENTIFY_RETIRED: &str = "ALTER TABLE litellm_spend.retired REPLICA IDENTITY FULL";
 
 /// What is said of what [`create_log_tables`] makes.
-pub fn describe_log() -> [String; 3] {
-    [
-        format!("COMMENT ON SEQUENCE {SCHEMA}.change_log_seq IS 'Numbers the rows of the change log'"),
-        format!(
-            "COMMENT ON TABLE {SCHEMA}.change_log IS 'What statements on the captured table added (+) and removed (-)'"
-        ),
-        format!(
-            "COMMENT ON TABLE {SCHEMA}.retired IS 'Sums of deleted rows, by hour, while their day can be computed again'"
-        ),
-    ]
-}
+pub const DESCRIBE_LOG: [&str; 3] = [
+    "COMMENT ON SEQUENCE litellm_spend.change_log_seq IS 'Numbers the rows of the change log'",
+    "COMMENT ON TABLE litellm_spend.change_log IS 'What statements on the captured table added (+) and removed (-)'",
+    "COMMENT ON TABLE litellm_spend.retired IS 'Sums of deleted rows, by hour, while their day can be computed again'",
+];
 
 #[cfg(test)]
 mod tests {

@@ -44,25 +44,23 @@ pub fn create_functions(state: &CaptureState) -> Result<Action> {
     let rollups = reports::rollups()?;
     let capture = Capture { columns: &state.columns };
     for (name, body) in capture.functions(&builtin::read_by(&rollups), state.subtract, replaced.as_ref()) {
-        spi::execute(&functions::create_function(&name, &body), &[])?;
+        spi::run(&functions::create_function(&name, &body), &[])?;
         fence::revoke_on_function(&format!("{name}()"))?;
-        spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
+        spi::run(&format!("ALTER FUNCTION {name}() OWNER TO {owner}"), &[])?;
     }
     let text = if trigger_functions()? == before {
         "already there"
     } else {
         "made for the table's columns and owner"
     };
-    Ok((format!("functions {SCHEMA}.capture_*"), text.into()))
+    Ok(("functions litellm_spend.capture_*".into(), text.into()))
 }
 
 /// What the trigger functions do, and whose they are.
 fn trigger_functions() -> Result<Vec<(String, String, pg_sys::Oid)>> {
-    let sql = format!(
-        "SELECT proname::text, prosrc, proowner FROM pg_catalog.pg_proc
-         WHERE pronamespace = '{SCHEMA}'::pg_catalog.regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1"
-    );
-    spi::query(&sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
+    let sql = "SELECT proname::text, prosrc, proowner FROM pg_catalog.pg_proc
+         WHERE pronamespace = 'litellm_spend'::pg_catalog.regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1";
+    spi::query(sql, &[], |r| Ok((spi::value(r, 1)?, spi::value(r, 2)?, spi::value(r, 3)?)))
 }
 
 /// Whether a trigger function belongs to another role than it should.
@@ -75,7 +73,7 @@ pub fn give_functions(owner: Owner) -> Result<()> {
     let role = quoted(&owner.name()?);
     for (name, ..) in trigger_functions()?.into_iter().filter(|(.., found)| *found != owner.oid()) {
         let name = qualified(SCHEMA, &name);
-        spi::execute(&format!("ALTER FUNCTION {name}() OWNER TO {role}"), &[])?;
+        spi::run(&format!("ALTER FUNCTION {name}() OWNER TO {role}"), &[])?;
     }
     Ok(())
 }
@@ -107,7 +105,7 @@ fn put_triggers(triggers: &[(pg_sys::Oid, String)], make: impl Fn(&str, &str) ->
     let names = relation::relation_names(&tables)?;
     for (relation, operation) in triggers {
         let name = names.get(relation).ok_or_else(|| Error::NoTable(relation.to_u32().to_string()))?;
-        spi::execute(&make(operation, name), &[])?;
+        spi::run(&make(operation, name), &[])?;
     }
     Ok(())
 }
@@ -121,13 +119,13 @@ const NOTED: &str = "t.tgrelid::text || '/' || t.oid::text";
 pub fn note_triggers(locked: &[pg_sys::Oid]) -> Result<()> {
     let functions = functions_of_triggers();
     let sql = format!(
-        "UPDATE {SCHEMA}.capture SET triggers = (
+        "UPDATE litellm_spend.capture SET triggers = (
              SELECT coalesce(jsonb_object_agg({NOTED}, coalesce(
                         CASE WHEN t.tgrelid <> ALL ($2) THEN triggers ->> ({NOTED}) END, t.xmin::text)), '{{}}')
              FROM pg_catalog.pg_trigger t
              WHERE t.tgfoid IN (SELECT pg_catalog.to_regproc(name) FROM unnest($1::text[]) AS name))"
     );
-    spi::execute(&sql, &[functions.into(), locked.to_vec().into()]).map(drop)
+    spi::run(&sql, &[functions.into(), locked.to_vec().into()])
 }
 
 /// Whether a trigger of ours is not noted: whoever made it had seen to its table's rows.
@@ -210,7 +208,7 @@ pub fn drop_triggers(triggers: &[(pg_sys::Oid, String)], locked: &[pg_sys::Oid])
     let names = relation::relation_names(locked)?;
     for (relation, trigger) in triggers {
         let name = names.get(relation).ok_or_else(|| Error::CameBetween(trigger.clone()))?;
-        spi::execute(&format!("DROP TRIGGER {} ON {name}", quoted(trigger)), &[])?;
+        spi::run(&format!("DROP TRIGGER {} ON {name}", quoted(trigger)), &[])?;
     }
     Ok(())
 }
@@ -248,7 +246,7 @@ pub fn missing_triggers_within(
                  WHERE t.tgrelid = r.oid AND t.tgname = 'litellm_spend_capture_' || o.operation
                    AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL
                    AND coalesce($5::jsonb ->> ({NOTED}) = t.xmin::text, true)
-                   AND t.tgfoid = pg_catalog.to_regproc('{SCHEMA}.capture_' || o.operation)
+                   AND t.tgfoid = pg_catalog.to_regproc('litellm_spend.capture_' || o.operation)
                    AND t.tgfoid IN (TABLE able)
                    AND (o.operation <> '{MOVE}' OR $4 = ARRAY(
                        SELECT a.attname::text COLLATE \"C\" FROM pg_catalog.pg_attribute a

@@ -19,7 +19,7 @@ use crate::server::relation::{self, Table};
 use crate::server::rewrite;
 use crate::server::session::{Failure, Owner, advised, attempt};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, qualified, quoted};
+use crate::server::text::{qualified, quoted};
 use crate::state::captured;
 use crate::state::definition::Definition;
 use crate::state::fence;
@@ -94,11 +94,9 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
             None => definition(&found)?,
         },
     };
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.public_view (name, rollup, original) VALUES ($1, $2, $3)
-             ON CONFLICT (name) DO UPDATE SET original = excluded.original, installed = NULL"
-        ),
+    spi::run(
+        "INSERT INTO litellm_spend.public_view (name, rollup, original) VALUES ($1, $2, $3)
+             ON CONFLICT (name) DO UPDATE SET original = excluded.original, installed = NULL",
         &[view.name.into(), view.rollup.into(), original.into()],
     )?;
     action("goes live when its days are covered")
@@ -148,8 +146,8 @@ fn switch(view: &PublicView, source: &Table, schema: &str, waits: bool) -> Resul
 /// Somebody may have given the view another query since it was adopted: what is given back is that one.
 fn note_original(view: &PublicView, found: &Table) -> Result<()> {
     locks::lock_all(guc::lock_timeout(), &[(found.oid, pg_sys::AccessExclusiveLock)])?;
-    let sql = format!("UPDATE {SCHEMA}.public_view SET original = $2 WHERE name = $1");
-    spi::execute(&sql, &[view.name.into(), definition(found)?.into()]).map(drop)
+    let sql = "UPDATE litellm_spend.public_view SET original = $2 WHERE name = $1";
+    spi::run(sql, &[view.name.into(), definition(found)?.into()])
 }
 
 /// The views that are LiteLLM's still, and whose rollup covers what they show and a day more: CURRENT_DATE
@@ -158,12 +156,10 @@ fn ready() -> Result<Vec<String>> {
     let names: Vec<String> = VIEWS.iter().map(|view| view.name.to_string()).collect();
     let days: Vec<Option<i32>> = VIEWS.iter().map(|view| view.days.map(|days| days + 1)).collect();
     spi::query(
-        &format!(
-            "SELECT v.name FROM {SCHEMA}.public_view v
+        "SELECT v.name FROM litellm_spend.public_view v
              JOIN unnest($1::text[], $2::int[]) AS shown(name, days) ON shown.name = v.name
-             JOIN {SCHEMA}.rollup r ON r.name = v.rollup
-             WHERE v.installed IS NULL AND r.covered_from <= coalesce(CURRENT_DATE - shown.days, '-infinity')"
-        ),
+             JOIN litellm_spend.rollup r ON r.name = v.rollup
+             WHERE v.installed IS NULL AND r.covered_from <= coalesce(CURRENT_DATE - shown.days, '-infinity')",
         &[names.into(), days.into()],
         |r| spi::value(r, 1),
     )
@@ -191,14 +187,14 @@ pub fn restore(source: &Table) -> Result<Vec<Action>> {
         let action = unfit.unwrap_or_else(|| "LiteLLM's own definition restored".into());
         actions.push((format!("view {}", found.qualified()), action));
     }
-    spi::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
+    spi::run("DELETE FROM litellm_spend.public_view", &[])?;
     Ok(actions)
 }
 
 /// Whether any view is ours, or about to be.
 pub fn any_adopted() -> Result<bool> {
-    let sql = format!("SELECT FROM {SCHEMA}.public_view LIMIT 1");
-    spi::query(&sql, &[], |_| Ok(())).any()
+    let sql = "SELECT FROM litellm_spend.public_view LIMIT 1";
+    spi::query(sql, &[], |_| Ok(())).any()
 }
 
 /// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours. Ours reads
@@ -206,7 +202,7 @@ pub fn any_adopted() -> Result<bool> {
 /// view shows nothing, and what is returned says why.
 fn let_go(view: &PublicView, found: &Table) -> Result<Option<String>> {
     let original = spi::query(
-        &format!("SELECT original FROM {SCHEMA}.public_view WHERE name = $1 AND installed IS NOT NULL"),
+        "SELECT original FROM litellm_spend.public_view WHERE name = $1 AND installed IS NOT NULL",
         &[view.name.into()],
         |r| spi::value::<String>(r, 1),
     )?;
@@ -266,8 +262,8 @@ pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
 
 /// The adopted views, and whether each is live.
 fn noted() -> Result<Vec<(&'static PublicView, bool)>> {
-    let sql = format!("SELECT name, installed IS NOT NULL FROM {SCHEMA}.public_view");
-    let noted = spi::query(&sql, &[], |r| Ok((spi::value::<String>(r, 1)?, spi::value::<bool>(r, 2)?)))?;
+    let sql = "SELECT name, installed IS NOT NULL FROM litellm_spend.public_view";
+    let noted = spi::query(sql, &[], |r| Ok((spi::value::<String>(r, 1)?, spi::value::<bool>(r, 2)?)))?;
     let is_live = |view: &PublicView| noted.iter().find(|(name, _)| name == view.name).map(|(_, live)| *live);
     Ok(VIEWS.iter().filter_map(|view| Some((view, is_live(view)?))).collect())
 }
@@ -339,14 +335,13 @@ pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<
 }
 
 fn owner_noted(view: &PublicView) -> Result<Option<pg_sys::Oid>> {
-    let sql = format!("SELECT owner::oid FROM {SCHEMA}.public_view WHERE name = $1");
-    Ok(spi::query(&sql, &[view.name.into()], |r| Ok(r.get(1)?)).one()?.flatten())
+    let sql = "SELECT owner::oid FROM litellm_spend.public_view WHERE name = $1";
+    Ok(spi::query(sql, &[view.name.into()], |r| Ok(r.get(1)?)).one()?.flatten())
 }
 
 /// Forgets that the view was ours: somebody has replaced it, and it is theirs until the next attach.
 fn forget(view: &PublicView) -> Result<()> {
-    spi::execute(&format!("DELETE FROM {SCHEMA}.public_view WHERE name = $1"), &[view.name.into()])?;
-    Ok(())
+    spi::run("DELETE FROM litellm_spend.public_view WHERE name = $1", &[view.name.into()])
 }
 
 /// The table is gone and with it LiteLLM's definitions: what is left of our views shows nothing.
@@ -356,7 +351,7 @@ pub fn empty(schema: &str) -> Result<Vec<Action>> {
         show_nothing(view, &found)?;
         actions.push((format!("view {}", found.qualified()), "emptied: its table is gone".into()));
     }
-    spi::execute(&format!("DELETE FROM {SCHEMA}.public_view"), &[])?;
+    spi::run("DELETE FROM litellm_spend.public_view", &[])?;
     Ok(actions)
 }
 
@@ -392,11 +387,10 @@ fn grant(view: &PublicView, found: &Table, source: &Table) -> Result<()> {
         let grants = rollup.grant_columns(view.reads, builtin::log_column, &quoted(&found.owner));
         grants.iter().try_for_each(|grant| fence::grant(grant))?;
     }
-    spi::execute(
-        &format!("UPDATE {SCHEMA}.public_view SET owner = $2 WHERE name = $1"),
+    spi::run(
+        "UPDATE litellm_spend.public_view SET owner = $2 WHERE name = $1",
         &[view.name.into(), found.owner_oid.into()],
-    )?;
-    Ok(())
+    )
 }
 
 fn live(view: &PublicView, schema: &str) -> Result<String> {
@@ -418,7 +412,7 @@ pub fn make_live(definition: &Definition) -> Result<()> {
         fence::revoke_on_relation(&name)?;
     }
     for comment in definition.comments() {
-        spi::execute(&comment, &[])?;
+        spi::run(&comment, &[])?;
     }
     Ok(())
 }
@@ -427,7 +421,7 @@ pub fn make_live(definition: &Definition) -> Result<()> {
 
 fn installed(view: &PublicView) -> Result<Option<String>> {
     let installed = spi::query(
-        &format!("SELECT installed FROM {SCHEMA}.public_view WHERE name = $1"),
+        "SELECT installed FROM litellm_spend.public_view WHERE name = $1",
         &[view.name.into()],
         |r| Ok(r.get::<String>(1)?),
     )
@@ -440,11 +434,10 @@ fn install(view: &PublicView, name: &str, schema: &str) -> Result<()> {
     let query = live(view, schema)?;
     let found = Table::named(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
     rewrite::replace(guc::lock_timeout(), found.oid, &query)?;
-    spi::execute(
-        &format!("UPDATE {SCHEMA}.public_view SET installed = $2 WHERE name = $1"),
+    spi::run(
+        "UPDATE litellm_spend.public_view SET installed = $2 WHERE name = $1",
         &[view.name.into(), query.into()],
-    )?;
-    Ok(())
+    )
 }
 
 /// Why the relation cannot become ours.

@@ -256,12 +256,11 @@ fn suspend(state: &CaptureState) -> Result<()> {
 /// computed again.
 pub fn raise_sequence(source: &Source, to: i64) -> Result<()> {
     let sequence = relation::relation_name(source.sequence)?;
-    spi::execute(
+    spi::run(
         "SELECT pg_catalog.setval($1::regclass, $2)",
         &[sequence.into(), to.max(source.furthest).into()],
     )?;
-    spi::execute(&format!("SELECT pg_catalog.nextval('{SCHEMA}.capture_failures')"), &[])?;
-    Ok(())
+    spi::run("SELECT pg_catalog.nextval('litellm_spend.capture_failures')", &[])
 }
 
 /// Partitions that are new, or whose triggers were dropped: their rows may have been written past us.
@@ -296,14 +295,11 @@ fn note_days_of(table: &str, owner: Owner) -> Result<()> {
 }
 
 fn note_attached(first: Timestamp, end: Timestamp) -> Result<()> {
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-             VALUES ($1, $2, 'rebuild', 'ATTACH')"
-        ),
+    spi::run(
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES ($1, $2, 'rebuild', 'ATTACH')",
         &[first.into(), end.into()],
     )
-    .map(drop)
 }
 
 /// The replaced table is a partition of the captured one, whose rows are the truth without it. Rows that have
@@ -353,11 +349,9 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
         (None, Some(_)) => None,
         (None, None) => last_day_of(&builtin::rollups()[0].live_view(), "date")?,
     };
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.capture SET relation = $2, columns = $3, predecessor = $4, predecessor_end = $5
-             WHERE source = $1"
-        ),
+    spi::run(
+        "UPDATE litellm_spend.capture SET relation = $2, columns = $3, predecessor = $4, predecessor_end = $5
+             WHERE source = $1",
         &[
             state.source.as_str().into(),
             replacement.into(),
@@ -391,18 +385,15 @@ fn follow(state: &CaptureState, replacement: pg_sys::Oid) -> Result<()> {
         owner.run(capture.insert_gap(&table.qualified(), beside_name.as_deref()))?;
     }
     // 4. and the policy of the name goes along, unless the new table has got its own.
-    spi::execute(
-        &format!(
-            "DELETE FROM {SCHEMA}.policy
-             WHERE relation = $1 AND EXISTS (SELECT FROM {SCHEMA}.policy WHERE relation = $2)"
-        ),
+    spi::run(
+        "DELETE FROM litellm_spend.policy
+             WHERE relation = $1 AND EXISTS (SELECT FROM litellm_spend.policy WHERE relation = $2)",
         &[before.into(), replacement.into()],
     )?;
-    spi::execute(
-        &format!("UPDATE {SCHEMA}.policy SET relation = $2 WHERE relation = $1"),
+    spi::run(
+        "UPDATE litellm_spend.policy SET relation = $2 WHERE relation = $1",
         &[before.into(), replacement.into()],
-    )?;
-    Ok(())
+    )
 }
 
 /// Whether a table has rows that are no younger than its name: written by the transaction that made or
@@ -451,12 +442,12 @@ fn last_day_of(relation: &str, time: &str) -> Result<Option<Timestamp>> {
 /// The replaced table is gone: the days that it had rows of become history.
 fn forget_predecessor() -> Result<()> {
     let end =
-        spi::query(&format!("SELECT predecessor_end FROM {SCHEMA}.capture"), &[], |r| Ok(r.get(1)?)).one()?;
+        spi::query("SELECT predecessor_end FROM litellm_spend.capture", &[], |r| Ok(r.get(1)?)).one()?;
     frozen::note(end.flatten(), "DROP TABLE")?;
     unset_predecessor()
 }
 
 fn unset_predecessor() -> Result<()> {
-    let sql = format!("UPDATE {SCHEMA}.capture SET predecessor = NULL, predecessor_end = NULL");
-    spi::execute(&sql, &[]).map(drop)
+    let sql = "UPDATE litellm_spend.capture SET predecessor = NULL, predecessor_end = NULL";
+    spi::run(sql, &[])
 }

@@ -32,8 +32,8 @@ pub fn ensure(owner: Owner) -> Result<()> {
     fence::lock_grants()?;
     if !require_ours()? {
         let comment = "Detached partitions, what reversions left, and the copy of one that is under way";
-        spi::execute(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
-        spi::execute(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;
+        spi::run(&format!("CREATE SCHEMA {ARCHIVE}"), &[])?;
+        spi::run(&format!("COMMENT ON SCHEMA {ARCHIVE} IS '{comment}'"), &[])?;
     }
     let owner = quoted(&owner.name()?);
     fence::grant(&format!("GRANT USAGE, CREATE ON SCHEMA {ARCHIVE} TO {owner}"))

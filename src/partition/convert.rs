@@ -30,7 +30,7 @@ use crate::server::log;
 use crate::server::relation::{self, Table};
 use crate::server::session::advised;
 use crate::server::spi::{self, Found, value};
-use crate::server::text::{SCHEMA, literal, qualified, quoted, suffixed};
+use crate::server::text::{literal, qualified, quoted, suffixed};
 use crate::state::conversion::{self, Pending, Progress, has_worker, progress};
 use crate::state::definition::TIME_TYPES;
 use crate::state::step::{Runner, Subject, Task};
@@ -440,8 +440,8 @@ impl Conversion {
 
     /// Whom the build or drop of its index waits for.
     fn waits_for(&self) -> Result<Option<String>> {
-        let sql = format!("SELECT string_agg(waits_for, '; ') FROM {SCHEMA}.index_work WHERE relation = $1");
-        Ok(spi::query(&sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
+        let sql = "SELECT string_agg(waits_for, '; ') FROM litellm_spend.index_work WHERE relation = $1";
+        Ok(spi::query(sql, &[self.relation.into()], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
     }
 
     /// How far it is.

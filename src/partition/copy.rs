@@ -537,7 +537,7 @@ fn catch_up_some(reversion: &Reversion) -> Result<i64> {
         format!("DELETE FROM {changes} WHERE ctid = ANY ({batch})"),
     ] {
         if count > 0 {
-            spi::execute(&sql, &[notes.clone().into()])?;
+            spi::run(&sql, &[notes.clone().into()])?;
         }
     }
     Ok(count)

@@ -256,7 +256,7 @@ pub fn create_triggers(layout: &Layout, table: &str) -> Result<()> {
     {
         let keys = relation::partition_keys(&relation::relation_tree(layout.table.oid)?)?;
         for (_, operation) in missing_triggers_within(layout.table.oid, table.oid)? {
-            spi::execute(&Capture::trigger(&operation, &table.qualified(), &keys), &[])?;
+            spi::run(&Capture::trigger(&operation, &table.qualified(), &keys), &[])?;
         }
     }
     Ok(())
@@ -397,7 +397,7 @@ impl Trigger {
             return owner.run(sql);
         }
         // It calls nothing of the owner's. But the name could mean another table by now.
-        spi::execute(&sql, &[])?;
+        spi::run(&sql, &[])?;
         match relation::find_relation(&table)? == Some(self.table) {
             true => Ok(()),
             false => Err(Error::CameBetween(table)),

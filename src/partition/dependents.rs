@@ -17,7 +17,7 @@ use crate::server::relation::{
 };
 use crate::server::rewrite;
 use crate::server::session::Owner;
-use crate::server::spi::{Found, execute, query, value};
+use crate::server::spi::{Found, query, run, value};
 use crate::server::text::{literal, qualified, quoted};
 use crate::state::indexes::PREFIX;
 use pgrx::prelude::*;
@@ -59,7 +59,7 @@ enum Actor {
 impl Piece {
     pub fn give(&self, owner: Owner) -> Result<()> {
         self.sql.iter().try_for_each(|sql| match self.actor {
-            Actor::Ourselves => execute(sql, &[]).map(drop),
+            Actor::Ourselves => run(sql, &[]),
             Actor::Owner => owner.run(sql),
         })
     }

@@ -31,7 +31,7 @@ use crate::partition::times;
 use crate::server::locks::{self, Mode, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, quoted};
+use crate::server::text::quoted;
 use crate::state::captured;
 use crate::state::fence::Fence;
 use crate::state::frozen;
@@ -221,10 +221,8 @@ pub fn finish(
         let older_stays = now.partitions.iter().any(|other| other.range.to <= partition.range.from)
             || state.predecessor.is_some()
             || spi::exists(
-                &format!(
-                    "SELECT FROM {SCHEMA}.dirty_range
-                     WHERE repair = 'rebuild' AND repaired_at IS NULL AND range_start < $1"
-                ),
+                "SELECT FROM litellm_spend.dirty_range
+                     WHERE repair = 'rebuild' AND repaired_at IS NULL AND range_start < $1",
                 &[from.into()],
             )?;
         match from.filter(|_| older_stays) {
@@ -242,12 +240,10 @@ fn write_record(
     held: Held,
     (from, to): (Option<Timestamp>, Option<Timestamp>),
 ) -> Result<()> {
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.expired_partition
+    spi::run(
+        "INSERT INTO litellm_spend.expired_partition
                  (table_schema, table_name, partition, range_start, range_end, rows, spend, action, policy)
-             VALUES ($1::name, $2::name, $3, $4, $5, $6, $7, $8, $9)"
-        ),
+             VALUES ($1::name, $2::name, $3, $4, $5, $6, $7, $8, $9)",
         &[
             layout.table.schema.as_str().into(),
             layout.table.name.as_str().into(),
@@ -260,7 +256,6 @@ fn write_record(
             policy.to_string().into(),
         ],
     )
-    .map(drop)
 }
 
 // ---- who still needs it ----------------------------------------------------------------------------------
@@ -286,11 +281,9 @@ fn refuse_dependents(partition: &Partition) -> Result<()> {
 /// The rollups over the table, as they are now.
 fn rollups(layout: &Layout, relation: pg_sys::Oid) -> Result<Vec<Rollup>> {
     let found = spi::fresh(
-        &format!(
-            "SELECT r.name, r.watermark, s.relation::oid, s.sequence::oid
-             FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
-                 WHERE s.relation::oid IN ($1, $2)"
-        ),
+        "SELECT r.name, r.watermark, s.relation::oid, s.sequence::oid
+             FROM litellm_spend.rollup r JOIN litellm_spend.source s ON s.name = r.source
+                 WHERE s.relation::oid IN ($1, $2)",
         &[layout.table.oid.into(), relation.into()],
         |r| {
             Ok((
@@ -343,10 +336,8 @@ fn require_captured(layout: &Layout, partition: &Partition) -> Result<()> {
     };
     let (from, to) = (timestamp(partition.range.from), timestamp(partition.range.to));
     let dirty = spi::exists(
-        &format!(
-            "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
-             AND range_start < coalesce($2, 'infinity') AND range_end > coalesce($1, '-infinity')"
-        ),
+        "SELECT FROM litellm_spend.dirty_range WHERE repair = 'rebuild' AND repaired_at IS NULL
+             AND range_start < coalesce($2, 'infinity') AND range_end > coalesce($1, '-infinity')",
         &[from.into(), to.into()],
     )?;
     if dirty || state.has_unseen_failures()? {

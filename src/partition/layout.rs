@@ -9,7 +9,7 @@ use crate::server::locks;
 use crate::server::relation::{self, Table};
 use crate::server::session::Owner;
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, qualified, quoted};
+use crate::server::text::{qualified, quoted};
 use crate::state::definition::TIME_TYPES;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
@@ -166,13 +166,11 @@ impl Layout {
     pub fn periods_ahead(&self, interval: Interval, now: Moment) -> Result<i64> {
         let ranges = self.partitions.iter().filter(|p| !p.pending).map(|p| p.range);
         let (from, to): (Vec<_>, Vec<_>) = ranges.map(|r| (timestamp(r.from), timestamp(r.to))).unzip();
-        let sql = format!(
-            "SELECT coalesce({SCHEMA}.periods_ahead($1, (
+        let sql = "SELECT coalesce(litellm_spend.periods_ahead($1, (
                  SELECT range_agg(tsrange(r.from, r.to)) FROM unnest($2::timestamp[], $3::timestamp[]) AS r(\"from\", \"to\")
-             ), $4), 0)"
-        );
+             ), $4), 0)";
         let args = [interval.name().into(), from.into(), to.into(), timestamp(now).into()];
-        let counted = spi::query(&sql, &args, |r| spi::value::<i64>(r, 1)).one()?;
+        let counted = spi::query(sql, &args, |r| spi::value::<i64>(r, 1)).one()?;
         Ok(counted.unwrap_or_default())
     }
 

@@ -160,7 +160,7 @@ impl<R: Runner> Round<'_, R> {
         let outcome = self.run.step(subject, || {
             let Some(_work) = policy.lock()? else { return Ok(Outcome::Busy) };
             // Takes an XID, and with it every query of the step a fresh snapshot.
-            match attempt(|| spi::execute("SELECT 1", &[]).and_then(|_| work())) {
+            match attempt(|| spi::take_xid().and_then(|()| work())) {
                 Ok(value) => Ok(Outcome::Done(value)),
                 Err(failure) => Ok(Outcome::Failed(failure.unless_cancel())),
             }

@@ -12,7 +12,7 @@ use crate::partition::layout::{self, Layout};
 use crate::server::relation::Table;
 use crate::server::session::{Owner, advised};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, literal, qualified, quoted};
+use crate::server::text::{literal, qualified, quoted};
 use crate::state::fence::Work;
 use crate::state::restore::HERE;
 use pgrx::datum;
@@ -71,15 +71,13 @@ impl Policy {
     /// that was read any more. Retentions are compared as text: as intervals '30 days' equals '1 mon'.
     pub fn lock(&self) -> Result<Option<Work>> {
         let Some(work) = Work::begin(&format!("policy {}", self.relation.to_u32())) else { return Ok(None) };
-        let sql = format!(
-            "SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+        let sql = "SELECT FROM litellm_spend.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
                  AND c.relowner = p.owner
              WHERE p.relation = $1 AND p.owner = $2
                AND (p.time_column::text, p.\"interval\", p.precreate, p.retention::text, p.on_expire)
                    IS NOT DISTINCT FROM ($3, $4, $5, $6::interval::text, $7)
-             FOR UPDATE OF p SKIP LOCKED"
-        );
-        Ok((spi::fresh(&sql, &self.values(), |_| Ok(())).any()?).then_some(work))
+             FOR UPDATE OF p SKIP LOCKED";
+        Ok((spi::fresh(sql, &self.values(), |_| Ok(())).any()?).then_some(work))
     }
 
     /// Of which table it is, whose, and what it says.
@@ -104,9 +102,8 @@ impl Policy {
             Again::Soon => Some(retry().as_secs_f64()),
             Again::Later => None,
         };
-        spi::execute(
-            &format!(
-                "UPDATE {SCHEMA}.policy SET (maintained_at, retry_at) =
+        spi::run(
+            "UPDATE litellm_spend.policy SET (maintained_at, retry_at) =
                          (SELECT now, now + make_interval(secs => $2)
                              FROM (SELECT clock_timestamp() AS now OFFSET 0) t),
                      last_error = $3,
@@ -115,8 +112,7 @@ impl Policy {
                      blocked = $4,
                      blocked_since = CASE WHEN $4 IS NOT NULL THEN
                          coalesce(blocked_since, clock_timestamp()) END
-                 WHERE relation = $1"
-            ),
+                 WHERE relation = $1",
             &[
                 self.relation.into(),
                 wait.into(),
@@ -124,7 +120,6 @@ impl Policy {
                 blocked.map(str::to_string).into(),
             ],
         )
-        .map(drop)
     }
 }
 
@@ -175,7 +170,7 @@ pub fn due() -> Result<Vec<Policy>> {
     }
     let sql = format!(
         "{POLICIES}
-         WHERE NOT EXISTS (SELECT FROM {SCHEMA}.conversion AS v WHERE v.relation = policy.relation
+         WHERE NOT EXISTS (SELECT FROM litellm_spend.conversion AS v WHERE v.relation = policy.relation
              AND v.owner = policy.owner AND NOT v.stopped)
            AND (least(coalesce(retry_at, 'infinity'),
                    coalesce(maintained_at, '-infinity') + make_interval(secs => $1))
@@ -197,16 +192,16 @@ pub fn find(relation: pg_sys::Oid) -> Result<Option<Policy>> {
 /// not asked for it, that they rest.
 pub fn look_after() -> Result<()> {
     let sql = format!(
-        "DELETE FROM {SCHEMA}.policy p WHERE p.origin = {HERE}
+        "DELETE FROM litellm_spend.policy p WHERE p.origin = {HERE}
              AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = p.relation)
-             AND NOT EXISTS (SELECT FROM {SCHEMA}.capture c WHERE c.relation = p.relation)"
+             AND NOT EXISTS (SELECT FROM litellm_spend.capture c WHERE c.relation = p.relation)"
     );
-    spi::execute(&sql, &[])?;
+    spi::run(&sql, &[])?;
     let rest = format!(
         "SELECT n.nspname::text, c.relname::text, p.time_column::text, p.\"interval\", p.precreate,
              p.retention::text, p.on_expire, c.oid, p.owner::oid, p.owner::text, c.relowner::regrole::text,
              p.last_error
-         FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+         FROM litellm_spend.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE p.owner <> c.relowner AND p.origin = {HERE}"
     );
@@ -363,9 +358,9 @@ impl Policy {
     }
 
     fn store(&self) -> Result<()> {
-        spi::execute(
+        spi::run(
             &format!(
-                "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate,
+                "INSERT INTO litellm_spend.policy (relation, owner, time_column, \"interval\", precreate,
                      retention, on_expire,
                                               origin)
                  VALUES ($1, $2, $3::name, $4, $5, $6::interval, $7, {HERE})
@@ -377,7 +372,6 @@ impl Policy {
             ),
             &self.values(),
         )
-        .map(drop)
     }
 }
 
@@ -431,21 +425,18 @@ fn forget(table: &Table, before: Option<Policy>, dry_run: bool) -> Result<Change
         None => format!("{} has no policy", table.qualified()),
     };
     if !dry_run {
-        let sql = format!("DELETE FROM {SCHEMA}.policy WHERE relation = $1");
-        spi::execute(&sql, &[table.oid.into()])?;
+        let sql = "DELETE FROM litellm_spend.policy WHERE relation = $1";
+        spi::run(sql, &[table.oid.into()])?;
     }
     Ok(Change { policy: None, said: vec![said] })
 }
 
 /// Keeps what stopped a round.
 pub fn record_error(relation: pg_sys::Oid, message: Option<&str>) -> Result<()> {
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.policy SET last_error = $2,
+    spi::run(
+        "UPDATE litellm_spend.policy SET last_error = $2,
                  last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp() END
-             WHERE relation = $1 AND last_error IS DISTINCT FROM $2"
-        ),
+             WHERE relation = $1 AND last_error IS DISTINCT FROM $2",
         &[relation.into(), message.map(str::to_string).into()],
     )
-    .map(drop)
 }

@@ -32,7 +32,7 @@ use crate::server::locks::{self, Patience};
 use crate::server::proof;
 use crate::server::relation;
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, qualified, quoted, suffixed};
+use crate::server::text::{qualified, quoted, suffixed};
 use crate::state::fence;
 use crate::state::restore::HERE;
 use pgrx::prelude::*;
@@ -115,9 +115,9 @@ pub fn lock(
 
 /// A policy of the owner's that is there keeps its retention. A former owner's rests, and is replaced.
 fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
-    spi::execute(
+    spi::run(
         &format!(
-            "INSERT INTO {SCHEMA}.policy (relation, owner, time_column, \"interval\", precreate, on_expire,
+            "INSERT INTO litellm_spend.policy (relation, owner, time_column, \"interval\", precreate, on_expire,
                  origin)
              VALUES ($1, $2, $3::name, $4, $5, 'drop', {HERE})
              ON CONFLICT (relation) DO UPDATE SET owner = excluded.owner, time_column = excluded.time_column,
@@ -134,5 +134,4 @@ fn store_policy(conversion: &Conversion, relation: pg_sys::Oid) -> Result<()> {
             (conversion.options.precreate as i32).into(),
         ],
     )
-    .map(drop)
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::guc::{self, LockLimit};
 use crate::server::relation::{find_relation, relation_name, relation_tree};
 use crate::server::session;
-use crate::server::spi::{Found, execute, kept, query, value};
+use crate::server::spi::{self, Found, kept, query, run, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -161,7 +161,7 @@ pub fn lock(sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
 pub fn lock_named(sql: &str, name: &str) -> Result<()> {
     match find_relation(name)? {
         Some(oid) => lock(sql, name, oid),
-        None => execute(sql, &[]).map(drop),
+        None => run(sql, &[]),
     }
 }
 
@@ -169,7 +169,7 @@ pub fn lock_named(sql: &str, name: &str) -> Result<()> {
 pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid) -> Result<()> {
     let limit = or_callers(limit);
     let mode = pg_sys::AccessExclusiveLock;
-    within((limit, limit.time), relation, (oid, mode), || execute(sql, &[]).map(drop))
+    within((limit, limit.time), relation, (oid, mode), || run(sql, &[]))
 }
 
 /// How soon we look whether our wait is part of a deadlock. At once: if it is, others have waited for longer,
@@ -202,8 +202,7 @@ pub fn lock_all(limit: LockLimit, relations: &[(pg_sys::Oid, Mode)]) -> Result<(
     if unsafe { pg_sys::RecoveryInProgress() } {
         return Ok(());
     }
-    // Takes an XID, and with it every later query a fresh snapshot.
-    execute("SELECT 1", &[]).map(drop)
+    spi::take_xid()
 }
 
 /// The limit, or the caller's own lock_timeout, whichever is shorter.

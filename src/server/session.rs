@@ -320,13 +320,9 @@ impl Owner {
         self.act().with(c"search_path", path)
     }
 
-    pub fn execute(self, sql: &str) -> Result<i64> {
-        let _owner = self.act();
-        spi::execute(sql, &[])
-    }
-
     pub fn run(self, sql: impl AsRef<str>) -> Result<()> {
-        self.execute(sql.as_ref()).map(drop)
+        let _owner = self.act();
+        spi::run(sql.as_ref(), &[])
     }
 
     /// On the transaction's snapshot.

@@ -108,6 +108,16 @@ pub fn fetch<T>(cursor: &str, most: i64, row: impl Fn(&SpiHeapTupleData) -> Resu
     })
 }
 
+/// Runs a statement.
+pub fn run(sql: &str, args: Args) -> Result<()> {
+    execute(sql, args).map(drop)
+}
+
+/// Takes an XID, and with it every later query a fresh snapshot.
+pub fn take_xid() -> Result<()> {
+    run("SELECT 1", &[])
+}
+
 /// Runs a statement; returns the number of rows it processed.
 pub fn execute(sql: &str, args: Args) -> Result<i64> {
     require_safe(sql)?;

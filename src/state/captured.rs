@@ -3,8 +3,7 @@
 use crate::error::Result;
 use crate::server::relation::{find_relation, last_value, relation_name};
 use crate::server::session::Owner;
-use crate::server::spi::{Found, current, execute, query, value};
-use crate::server::text::SCHEMA;
+use crate::server::spi::{Found, current, query, run, value};
 use crate::state::restore::HERE;
 use crate::state::rollups::record;
 use crate::state::step::Task;
@@ -22,28 +21,28 @@ pub fn record_capture_error(message: Option<&str>) -> Result<()> {
 /// out of a dump is not written to: the marker must not be older.
 pub fn record_task_error(task: Task, message: Option<&str>) -> Result<()> {
     let sql = format!(
-        "UPDATE {SCHEMA}.capture SET last_error = now.error,
+        "UPDATE litellm_spend.capture SET last_error = now.error,
              last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp()
                                   WHEN now.error IS NOT NULL THEN last_error_at END
          FROM (SELECT source, nullif(concat_ws('\n', $2,
                    substring(last_error FROM '(?:^|\\n)(views? \".*)$')), '') AS error
-               FROM {SCHEMA}.capture) AS now
+               FROM litellm_spend.capture) AS now
          WHERE now.source = capture.source AND origin = {HERE} AND capture.last_error IS DISTINCT FROM now.error
            AND ($1 OR capture.last_error IS NULL OR capture.last_error NOT LIKE 'watch: %')"
     );
-    execute(&sql, &[(task == Task::Watch).into(), message.map(str::to_string).into()]).map(drop)
+    run(&sql, &[(task == Task::Watch).into(), message.map(str::to_string).into()])
 }
 
 /// What is noted of the captured table.
 pub fn capture_error() -> Result<Option<String>> {
-    let sql = format!("SELECT last_error FROM {SCHEMA}.capture");
-    Ok(query(&sql, &[], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
+    let sql = "SELECT last_error FROM litellm_spend.capture";
+    Ok(query(sql, &[], |r| Ok(r.get::<String>(1)?)).one()?.flatten())
 }
 
 /// Who wrote each capture trigger last, as it is noted: a jsonb of transactions by triggers' OIDs.
 pub fn noted_triggers() -> Result<String> {
-    let sql = format!("SELECT triggers::text FROM {SCHEMA}.capture");
-    Ok(query(&sql, &[], |r| value::<String>(r, 1)).one()?.unwrap_or_else(|| "{}".into()))
+    let sql = "SELECT triggers::text FROM litellm_spend.capture";
+    Ok(query(sql, &[], |r| value::<String>(r, 1)).one()?.unwrap_or_else(|| "{}".into()))
 }
 
 pub struct CaptureState {
@@ -73,7 +72,7 @@ impl CaptureState {
 
     /// Whether capture has failed, and nobody has looked yet what that has left to repair.
     pub fn has_unseen_failures(&self) -> Result<bool> {
-        let failures = find_relation(&format!("{SCHEMA}.capture_failures"))?;
+        let failures = find_relation("litellm_spend.capture_failures")?;
         let last = failures.map(last_value).transpose()?.flatten();
         Ok(last.unwrap_or(0) != self.failures_seen)
     }
@@ -86,10 +85,9 @@ impl CaptureState {
 
 /// As [`CaptureState::relations`], but of now, not as the transaction's snapshot has them.
 pub fn captured_relations() -> Result<Vec<pg_sys::Oid>> {
-    let sql = format!(
-        "SELECT oid::oid FROM {SCHEMA}.capture, unnest(ARRAY[relation, predecessor]) AS oid WHERE oid IS NOT NULL"
-    );
-    current(&sql, &[], |r| value(r, 1))
+    let sql = "SELECT oid::oid FROM litellm_spend.capture, unnest(ARRAY[relation, predecessor]) AS oid
+        WHERE oid IS NOT NULL";
+    current(sql, &[], |r| value(r, 1))
 }
 
 /// What is noted of this table, if it is the captured one.
@@ -103,7 +101,7 @@ pub fn capture() -> Result<Option<CaptureState>> {
             "SELECT source, table_schema::text, table_name::text, relation::oid, columns,
                  on_delete = 'subtract',
                     predecessor::oid, failures_seen, candidates::text, owner::oid
-             FROM {SCHEMA}.capture WHERE origin = {HERE}"
+             FROM litellm_spend.capture WHERE origin = {HERE}"
         ),
         &[],
         |r| {

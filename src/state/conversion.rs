@@ -9,7 +9,7 @@ use crate::server::locks::Patience;
 use crate::server::relation::Table;
 use crate::server::session::Owner;
 use crate::server::spi::{self, Found, value};
-use crate::server::text::{SCHEMA, qualified};
+use crate::server::text::qualified;
 use crate::state::restore::HERE;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -50,7 +50,7 @@ impl<T: Options> Pending<T> {
             &format!(
                 "SELECT table_schema::text, table_name::text, relation::oid, options::text, stopped,
                      last_error, owner::oid
-                 FROM {SCHEMA}.conversion WHERE direction = $1 AND origin = {HERE} ORDER BY 1, 2"
+                 FROM litellm_spend.conversion WHERE direction = $1 AND origin = {HERE} ORDER BY 1, 2"
             ),
             &[T::DIRECTION.into()],
             |r| {
@@ -126,7 +126,7 @@ impl<T: Options> Pending<T> {
         let [schema, table] = self.key();
         let other = spi::fresh(
             &format!(
-                "SELECT relation::text FROM {SCHEMA}.conversion
+                "SELECT relation::text FROM litellm_spend.conversion
                  JOIN pg_catalog.pg_class c ON c.oid = relation
                  WHERE table_schema = $1::name AND table_name = $2::name AND relation <> $3 AND origin = {HERE}"
             ),
@@ -137,9 +137,9 @@ impl<T: Options> Pending<T> {
             return Err(Error::Renamed { was: self.name(), now });
         }
         let [schema, table] = self.key();
-        spi::execute(
+        spi::run(
             &format!(
-                "INSERT INTO {SCHEMA}.conversion (table_schema, table_name, direction, relation, owner,
+                "INSERT INTO litellm_spend.conversion (table_schema, table_name, direction, relation, owner,
                      options, origin)
                  VALUES ($1::name, $2::name, $3, $4, $6, $5::jsonb, {HERE})
                  ON CONFLICT (table_schema, table_name) DO UPDATE SET direction = excluded.direction,
@@ -156,22 +156,19 @@ impl<T: Options> Pending<T> {
                 self.owner.oid().into(),
             ],
         )
-        .map(drop)
     }
 
     /// Takes the row until the transaction ends, and reads what it says now. `false`: somebody else has it,
     /// or it is gone, or is by now of another table or owner.
     pub fn lock(&mut self, patience: Patience) -> Result<bool> {
-        let sql = format!(
-            "SELECT options::text FROM {SCHEMA}.conversion
+        let sql = "SELECT options::text FROM litellm_spend.conversion
              WHERE table_schema = $1::name AND table_name = $2::name AND direction = $3
                  AND relation = $4 AND owner = $5
-                 FOR UPDATE SKIP LOCKED"
-        );
+                 FOR UPDATE SKIP LOCKED";
         loop {
             let [schema, table] = self.key();
             let args = [schema, table, T::DIRECTION.into(), self.relation.into(), self.owner.oid().into()];
-            let found = spi::fresh(&sql, &args, |r| value::<String>(r, 1))?;
+            let found = spi::fresh(sql, &args, |r| value::<String>(r, 1))?;
             if let Some(options) = found.first() {
                 self.options = serde_json::from_str(options)?;
                 return Ok(true);
@@ -189,59 +186,50 @@ impl<T: Options> Pending<T> {
 
     pub fn store(&self) -> Result<()> {
         let [schema, table] = self.key();
-        let sql = format!(
-            "UPDATE {SCHEMA}.conversion SET options = $3::jsonb WHERE table_schema = $1::name
-                 AND table_name = $2::name"
-        );
-        spi::execute(&sql, &[schema, table, serde_json::to_string(&self.options)?.into()]).map(drop)
+        let sql = "UPDATE litellm_spend.conversion SET options = $3::jsonb WHERE table_schema = $1::name
+                 AND table_name = $2::name";
+        spi::run(sql, &[schema, table, serde_json::to_string(&self.options)?.into()])
     }
 
     /// Lets it wait for a new call.
     pub fn halt(&self, reason: &str) -> Result<()> {
         let [schema, table] = self.key();
-        let sql = format!(
-            "UPDATE {SCHEMA}.conversion
+        let sql = "UPDATE litellm_spend.conversion
                  SET stopped = true, last_error = $3, last_error_at = clock_timestamp(), retry_at = NULL
-             WHERE table_schema = $1::name AND table_name = $2::name"
-        );
-        spi::execute(&sql, &[schema, table, reason.into()]).map(drop)
+             WHERE table_schema = $1::name AND table_name = $2::name";
+        spi::run(sql, &[schema, table, reason.into()])
     }
 
     pub fn forget(&self) -> Result<()> {
-        let sql = format!(
-            "DELETE FROM {SCHEMA}.conversion WHERE table_schema = $1::name AND table_name = $2::name"
-        );
-        spi::execute(&sql, &self.key()).map(drop)
+        let sql =
+            "DELETE FROM litellm_spend.conversion WHERE table_schema = $1::name AND table_name = $2::name";
+        spi::run(sql, &self.key())
     }
 }
 
 /// Whether any table is on its way: hardly ever.
 pub fn any() -> Result<bool> {
-    spi::query(&format!("SELECT FROM {SCHEMA}.conversion LIMIT 1"), &[], |_| Ok(())).any()
+    spi::query("SELECT FROM litellm_spend.conversion LIMIT 1", &[], |_| Ok(())).any()
 }
 
 /// Whether the table is on its way, and nothing keeps it from arriving. Whatever it is called by now: another
 /// may have its name. What a former owner asked for goes no further.
 pub fn is_under_way(relation: pg_sys::Oid) -> Result<bool> {
-    let sql = format!(
-        "SELECT FROM {SCHEMA}.conversion v JOIN pg_catalog.pg_class c ON c.oid = v.relation
+    let sql = "SELECT FROM litellm_spend.conversion v JOIN pg_catalog.pg_class c ON c.oid = v.relation
              AND c.relowner = v.owner
-         WHERE v.relation = $1 AND NOT v.stopped"
-    );
-    spi::query(&sql, &[relation.into()], |_| Ok(())).any()
+         WHERE v.relation = $1 AND NOT v.stopped";
+    spi::query(sql, &[relation.into()], |_| Ok(())).any()
 }
 
 /// Notes why the step at hand was not done, and how soon it is tried again; or that it was done.
 pub fn record_error(schema: &str, table: &str, message: Option<&str>, again: Option<Duration>) -> Result<()> {
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.conversion
+    spi::run(
+        "UPDATE litellm_spend.conversion
              SET last_error = $3, retry_at = clock_timestamp() + make_interval(secs => $4),
                  last_error_at = CASE WHEN $3 IS NULL THEN NULL WHEN last_error = $3 THEN last_error_at
                                       ELSE clock_timestamp() END
              WHERE table_schema = $1::name AND table_name = $2::name AND NOT stopped
-               AND (last_error IS DISTINCT FROM $3 OR $4 IS NOT NULL)"
-        ),
+               AND (last_error IS DISTINCT FROM $3 OR $4 IS NOT NULL)",
         &[
             schema.into(),
             table.into(),
@@ -249,7 +237,6 @@ pub fn record_error(schema: &str, table: &str, message: Option<&str>, again: Opt
             again.map(|again| again.as_secs_f64()).into(),
         ],
     )
-    .map(drop)
 }
 
 /// How far it is: step, state, detail. The steps before `next` are done.

@@ -14,7 +14,7 @@ use crate::guc::LockLimit;
 use crate::server::locks::{Mode, Patience, holders, lock_all, lock_within, try_lock};
 use crate::server::relation::{find_relation, relation_name, revocations, revocations_of_function};
 use crate::server::session::{Elevated, Owner, require_read_committed};
-use crate::server::spi::{Found, execute, exists, fresh, kept, value};
+use crate::server::spi::{Found, exists, fresh, kept, run, take_xid, value};
 use crate::server::text::{SCHEMA, qualified};
 use crate::state::definition::Definition;
 use crate::state::rollups::rollup_names;
@@ -73,11 +73,11 @@ impl Fence {
         require_read_committed()?;
         let Some(work) = Work::begin(name) else { return Ok(None) };
         loop {
-            let sql = format!("{} FOR UPDATE OF r SKIP LOCKED", Fence::state());
+            let sql = format!("{} FOR UPDATE OF r SKIP LOCKED", Fence::STATE);
             if let Some(fence) = fresh(&sql, &[name.into()], |r| Fence::read(name, r)).one()? {
                 return Ok(Some(Fence { _work: Some(work), ..fence }));
             }
-            if !exists(&format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1"), &[name.into()])? {
+            if !exists("SELECT FROM litellm_spend.rollup WHERE name = $1", &[name.into()])? {
                 return Err(Error::NoRollup(name.into()));
             }
             if !patience.try_again() {
@@ -108,7 +108,7 @@ impl Fence {
             Error::RollupBusy { rollup, holders }
         };
         let Some(work) = Work::begin(name) else { return Err(busy()) };
-        let sql = format!("{} FOR UPDATE OF r", Fence::state());
+        let sql = format!("{} FOR UPDATE OF r", Fence::STATE);
         let fences = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
             fresh(&sql, &[name.into()], |r| Fence::read(name, r))
         }))
@@ -130,21 +130,17 @@ impl Fence {
 
     /// Only looks at it, on the transaction's snapshot: the holder may not change anything.
     pub fn look(name: &str) -> Result<Fence> {
-        let state = kept(&Fence::state(), &[name.into()], |r| Fence::read(name, r)).one()?;
+        let state = kept(Fence::STATE, &[name.into()], |r| Fence::read(name, r)).one()?;
         state.ok_or_else(|| Error::NoRollup(name.into()))
     }
 
-    fn state() -> String {
-        format!(
-            "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark,
-                 r.covered_from,
-                    coalesce(r.owner::oid,
-                             (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
-                    coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
-             FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
-             WHERE r.name = $1"
-        )
-    }
+    const STATE: &str = "SELECT r.definition::text, r.source, coalesce(s.relation, 0::oid)::oid, r.watermark,
+             r.covered_from,
+                coalesce(r.owner::oid,
+                         (SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid),
+                coalesce((SELECT c.relowner FROM pg_catalog.pg_class c WHERE c.oid = s.relation), 0::oid)
+         FROM litellm_spend.rollup r LEFT JOIN litellm_spend.source s ON s.name = r.source
+         WHERE r.name = $1";
 
     fn read(name: &str, r: &SpiHeapTupleData) -> Result<Fence> {
         let definition = r.get::<String>(1)?;
@@ -198,14 +194,12 @@ impl Fence {
     /// are the source rows and groups, where we know them. What is merged of a distributed rollup before that
     /// is committed on all nodes.
     pub fn advance(&self, end: i64, counts: Option<(Option<i64>, i64)>, ms: f64) -> Result<()> {
-        execute(
-            &format!(
-                "UPDATE {SCHEMA}.rollup SET watermark = $2,
+        run(
+            "UPDATE litellm_spend.rollup SET watermark = $2,
                      committed_to = CASE WHEN committed_to IS NOT NULL THEN watermark END,
                      merged_at = clock_timestamp(), merged_rows = $3, merged_groups = $4, merged_ms = $5,
                      last_error = NULL, last_error_at = NULL
-                 WHERE name = $1"
-            ),
+                 WHERE name = $1",
             &[
                 self.name.as_str().into(),
                 end.into(),
@@ -213,24 +207,21 @@ impl Fence {
                 counts.map(|c| c.1).into(),
                 ms.into(),
             ],
-        )?;
-        Ok(())
+        )
     }
 
     /// Notes that a window was asked for and was empty, once in half an hour: `spend_health` has a row for a
     /// rollup of which nobody asks for an hour.
     pub fn note_call(&self) -> Result<()> {
-        let sql = format!(
-            "UPDATE {SCHEMA}.rollup SET merged_at = clock_timestamp()
-             WHERE name = $1 AND coalesce(merged_at, '-infinity') < clock_timestamp() - interval '30 minutes'"
-        );
-        execute(&sql, &[self.name.as_str().into()]).map(drop)
+        let sql = "UPDATE litellm_spend.rollup SET merged_at = clock_timestamp()
+             WHERE name = $1 AND coalesce(merged_at, '-infinity') < clock_timestamp() - interval '30 minutes'";
+        run(sql, &[self.name.as_str().into()])
     }
 
     /// Notes that all that is merged of a distributed rollup is committed on all nodes.
     pub fn note_committed(&self) -> Result<()> {
-        let sql = format!("UPDATE {SCHEMA}.rollup SET committed_to = watermark WHERE name = $1");
-        execute(&sql, &[self.name.as_str().into()]).map(drop)
+        let sql = "UPDATE litellm_spend.rollup SET committed_to = watermark WHERE name = $1";
+        run(sql, &[self.name.as_str().into()])
     }
 }
 
@@ -244,11 +235,9 @@ fn busy(names: &[String]) -> Result<Error> {
 fn kept_by(names: &[String]) -> Result<(String, String)> {
     // Who locks a row, or changes it, leaves the transaction's number there.
     let kept = fresh(
-        &format!(
-            "SELECT r.name, r.xmax::text FROM {SCHEMA}.rollup r JOIN pg_catalog.pg_locks l
+        "SELECT r.name, r.xmax::text FROM litellm_spend.rollup r JOIN pg_catalog.pg_locks l
                  ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xmax
-             WHERE r.name = ANY ($1) ORDER BY 1 LIMIT 1"
-        ),
+             WHERE r.name = ANY ($1) ORDER BY 1 LIMIT 1",
         &[names.to_vec().into()],
         |r| Ok((value::<String>(r, 1)?, value::<String>(r, 2)?)),
     )
@@ -271,11 +260,9 @@ pub fn require_attachment(patience: Patience) -> Result<()> {
     if lock_attachment(patience)? {
         return Ok(());
     }
-    let which = format!(
-        "l.locktype = 'relation' AND l.relation = '{SCHEMA}.capture'::regclass
-             AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')"
-    );
-    Err(Error::AttachmentBusy { holders: holders(&which, &[])? })
+    let which = "l.locktype = 'relation' AND l.relation = 'litellm_spend.capture'::regclass
+             AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')";
+    Err(Error::AttachmentBusy { holders: holders(which, &[])? })
 }
 
 /// The marker of restores stays until the transaction ends, or fails and says who changes it.
@@ -298,24 +285,21 @@ fn lock_marker(mode: Mode, patience: Patience) -> Result<()> {
     if lock_state("installation", mode, patience)? {
         return Ok(());
     }
-    let which = format!(
-        "l.locktype = 'relation' AND l.relation = '{SCHEMA}.installation'::regclass
-             AND l.mode <> 'AccessShareLock'"
-    );
-    Err(Error::MarkerBusy { holders: holders(&which, &[])? })
+    let which = "l.locktype = 'relation' AND l.relation = 'litellm_spend.installation'::regclass
+             AND l.mode <> 'AccessShareLock'";
+    Err(Error::MarkerBusy { holders: holders(which, &[])? })
 }
 
 /// Locks a table of ours until the transaction ends. `false`: another transaction keeps it.
 fn lock_state(table: &str, mode: Mode, patience: Patience) -> Result<bool> {
-    let name = format!("{SCHEMA}.{table}");
+    let name = format!("litellm_spend.{table}");
     let state = find_relation(&name)?.ok_or(Error::NoTable(name))?;
     while !try_lock(state, mode) {
         if !patience.try_again() {
             return Ok(false);
         }
     }
-    // Takes an XID, and with it every later query a fresh snapshot.
-    execute("SELECT 1", &[])?;
+    take_xid()?;
     Ok(true)
 }
 
@@ -324,7 +308,7 @@ fn lock_state(table: &str, mode: Mode, patience: Patience) -> Result<bool> {
 pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
     let patience = Patience::of_call();
     for (table, object) in [("source", relation.to_u32()), ("rollup", fnv(name))] {
-        let class = format!("{SCHEMA}.{table}");
+        let class = format!("litellm_spend.{table}");
         let class = find_relation(&class)?.ok_or(Error::NoTable(class))?;
         let busy = |holders| Error::RollupBusy { rollup: name.into(), holders };
         lock_object(class, object.into(), patience, busy)?;
@@ -336,7 +320,7 @@ pub fn lock_name(name: &str, relation: pg_sys::Oid) -> Result<()> {
 /// would let the second fail when the first has committed: so nobody else does until the transaction ends.
 pub fn grant(statement: &str) -> Result<()> {
     lock_grants()?;
-    execute(statement, &[]).map(drop)
+    run(statement, &[])
 }
 
 /// Takes a table, sequence or view that was just made from everybody but its owner: ALTER DEFAULT PRIVILEGES
@@ -373,8 +357,7 @@ fn lock_object(
             return Err(busy(holders(which, &[class.into(), object.into()])?));
         }
     }
-    // Takes an XID, and with it every later query a fresh snapshot.
-    execute("SELECT 1", &[]).map(drop)
+    take_xid()
 }
 
 /// A number for a name (FNV-1a): two names of one number wait for each other, no more.
@@ -404,8 +387,8 @@ pub fn lock_notes_of(limit: LockLimit, old: pg_sys::Oid) -> Result<()> {
 /// What is noted of a table is of another from now on, which takes its place.
 pub fn move_notes(old: pg_sys::Oid, new: pg_sys::Oid) -> Result<()> {
     for table in NOTES {
-        let sql = format!("UPDATE {SCHEMA}.{table} SET relation = $2 WHERE relation = $1");
-        execute(&sql, &[old.into(), new.into()])?;
+        let sql = format!("UPDATE litellm_spend.{table} SET relation = $2 WHERE relation = $1");
+        run(&sql, &[old.into(), new.into()])?;
     }
     Ok(())
 }

@@ -16,7 +16,7 @@
 
 use crate::error::{Error, Result};
 use crate::server::spi::{self, Found};
-use crate::server::text::{SCHEMA, next_midnight};
+use crate::server::text::next_midnight;
 use crate::state::sources::CHANGE_LOG;
 use pgrx::datum::Timestamp;
 
@@ -41,10 +41,10 @@ fn parts(range: Range, operator: &str) -> Result<Vec<Range>> {
     let sql = format!(
         "SELECT lower(part), upper(part)
          FROM (SELECT coalesce(range_agg(tsrange(first, nullif(last, 'infinity'))), '{{}}') AS days
-               FROM (SELECT '-infinity'::timestamp AS first, frozen_before AS last FROM {SCHEMA}.source
+               FROM (SELECT '-infinity'::timestamp AS first, frozen_before AS last FROM litellm_spend.source
                    WHERE name = $3
                      UNION ALL
-                     SELECT range_start, range_end FROM {SCHEMA}.dirty_range
+                     SELECT range_start, range_end FROM litellm_spend.dirty_range
                      WHERE repair = 'freeze' AND repaired_at IS NOT NULL) AS ranges) AS frozen,
               unnest(tsmultirange(tsrange($1, $2)) {operator} frozen.days) AS part"
     );
@@ -69,50 +69,41 @@ pub fn describe(ranges: &[Range]) -> String {
 
 /// Where the days begin that are not all history.
 pub fn frozen_before() -> Result<Timestamp> {
-    let sql = format!("SELECT frozen_before FROM {SCHEMA}.source WHERE name = $1");
-    let border = spi::query(&sql, &[CHANGE_LOG.into()], |r| spi::value::<Timestamp>(r, 1)).one()?;
+    let sql = "SELECT frozen_before FROM litellm_spend.source WHERE name = $1";
+    let border = spi::query(sql, &[CHANGE_LOG.into()], |r| spi::value::<Timestamp>(r, 1)).one()?;
     Ok(border.unwrap_or_else(Timestamp::negative_infinity))
 }
 
 /// Whether rows of the range may be gone and nobody has looked yet.
 pub fn is_pending(range: Range) -> Result<bool> {
     spi::exists(
-        &format!(
-            "SELECT FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL
-             AND ($2 IS NULL OR range_start < $2) AND (range_end > $1 OR range_end = 'infinity')"
-        ),
+        "SELECT FROM litellm_spend.dirty_range WHERE repair = 'freeze' AND repaired_at IS NULL
+             AND ($2 IS NULL OR range_start < $2) AND (range_end > $1 OR range_end = 'infinity')",
         &[range.start.into(), range.end.into()],
     )
 }
 
 /// Notes that rows before `end` are gone without a DELETE.
 pub fn note(end: Option<Timestamp>, operation: &str) -> Result<()> {
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation)
-             VALUES ('-infinity', coalesce($1, 'infinity'), 'freeze', $2)"
-        ),
+    spi::run(
+        "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES ('-infinity', coalesce($1, 'infinity'), 'freeze', $2)",
         &[end.into(), operation.into()],
     )
-    .map(drop)
 }
 
 /// Freezes the days of which a part is in `[start, end)`. They may continue a range.
 pub fn freeze(start: Timestamp, end: Timestamp, operation: &str) -> Result<()> {
     let (start, end) = (midnight_before(start)?, midnight_from(end)?);
     let continued = spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.dirty_range SET range_start = $1
-             WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_start = $2"
-        ),
+        "UPDATE litellm_spend.dirty_range SET range_start = $1
+             WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_start = $2",
         &[start.into(), end.into()],
     )?;
     if continued == 0 {
-        spi::execute(
-            &format!(
-                "INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, repaired_at)
-                 VALUES ($1, $2, 'freeze', $3, clock_timestamp())"
-            ),
+        spi::run(
+            "INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, repaired_at)
+                 VALUES ($1, $2, 'freeze', $3, clock_timestamp())",
             &[start.into(), end.into(), operation.into()],
         )?;
     }
@@ -122,58 +113,50 @@ pub fn freeze(start: Timestamp, end: Timestamp, operation: &str) -> Result<()> {
 /// Forgets what is on record of a range beyond its raw rows: the ledger, and that days of it are frozen. What
 /// could not be repaired there will be what the raw rows say.
 pub fn thaw(range: Range) -> Result<()> {
-    spi::execute(
-        &format!(
-            "UPDATE {SCHEMA}.dirty_range SET unrepairable = false
-             WHERE unrepairable AND range_start >= $1 AND ($2 IS NULL OR range_end <= $2)"
-        ),
+    spi::run(
+        "UPDATE litellm_spend.dirty_range SET unrepairable = false
+             WHERE unrepairable AND range_start >= $1 AND ($2 IS NULL OR range_end <= $2)",
         &[range.start.into(), range.end.into()],
     )?;
-    spi::execute(
-        &format!("DELETE FROM {SCHEMA}.retired WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)"),
+    spi::run(
+        "DELETE FROM litellm_spend.retired WHERE hour >= $1 AND ($2 IS NULL OR hour < $2)",
         &[range.start.into(), range.end.into()],
     )?;
     // What lies between the range and the border becomes a range of its own.
-    spi::execute(
-        &format!(
-            "WITH border AS (
-                 UPDATE {SCHEMA}.source s SET frozen_before = $1
-                 FROM (SELECT name, frozen_before AS before FROM {SCHEMA}.source WHERE name = $3) AS old
+    spi::run(
+        "WITH border AS (
+                 UPDATE litellm_spend.source s SET frozen_before = $1
+                 FROM (SELECT name, frozen_before AS before FROM litellm_spend.source WHERE name = $3) AS old
                  WHERE s.name = old.name AND old.before > $1 RETURNING old.before
              ), settled AS (
-                 DELETE FROM {SCHEMA}.dirty_range WHERE repair = 'freeze' AND repaired_at IS NOT NULL
+                 DELETE FROM litellm_spend.dirty_range WHERE repair = 'freeze' AND repaired_at IS NOT NULL
                  RETURNING range_start, range_end, operation
              ), ranges AS (
                  SELECT * FROM settled UNION ALL SELECT $1, before, 'FREEZE' FROM border
              )
-             INSERT INTO {SCHEMA}.dirty_range (range_start, range_end, repair, operation, repaired_at)
+             INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation, repaired_at)
              SELECT lower(part), coalesce(upper(part), 'infinity'), 'freeze', operation, clock_timestamp()
              FROM ranges, unnest(tsmultirange(tsrange(range_start, nullif(range_end, 'infinity')))
-                                 - tsmultirange(tsrange($1, $2))) AS part"
-        ),
+                                 - tsmultirange(tsrange($1, $2))) AS part",
         &[range.start.into(), range.end.into(), CHANGE_LOG.into()],
     )
-    .map(drop)
 }
 
 /// Freezes the days of which a part is before `border`: no raw row is older. What only helped to recompute
 /// them goes.
 pub fn freeze_before(border: Timestamp) -> Result<()> {
     let border = midnight_from(border)?;
-    spi::execute(
-        &format!("UPDATE {SCHEMA}.source SET frozen_before = greatest(frozen_before, $2) WHERE name = $1"),
+    spi::run(
+        "UPDATE litellm_spend.source SET frozen_before = greatest(frozen_before, $2) WHERE name = $1",
         &[CHANGE_LOG.into(), border.into()],
     )?;
-    spi::execute(&format!("DELETE FROM {SCHEMA}.retired WHERE hour < $1"), &[border.into()])?;
-    spi::execute(
-        &format!(
-            "DELETE FROM {SCHEMA}.dirty_range
+    spi::run("DELETE FROM litellm_spend.retired WHERE hour < $1", &[border.into()])?;
+    spi::run(
+        "DELETE FROM litellm_spend.dirty_range
              WHERE repair = 'freeze' AND repaired_at IS NOT NULL AND range_end <= $1
-                 AND range_end < 'infinity'"
-        ),
+                 AND range_end < 'infinity'",
         &[border.into()],
     )
-    .map(drop)
 }
 
 /// The midnight with which the day of a time begins.

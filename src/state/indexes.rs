@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::server::relation::{self, Table};
 use crate::server::session::{Failure, Owner};
 use crate::server::spi::{self, Found, value};
-use crate::server::text::{SCHEMA, qualified};
+use crate::server::text::qualified;
 use crate::state::restore::HERE;
 use pgrx::prelude::*;
 use std::time::Duration;
@@ -23,9 +23,9 @@ pub struct Wanted {
 
 /// Stores what was asked for. What failed is tried again.
 pub fn request(table: &Table, wanted: &Wanted) -> Result<()> {
-    spi::execute(
+    spi::run(
         &format!(
-            "INSERT INTO {SCHEMA}.index_set (relation, name, owner, hot, keys, included, origin)
+            "INSERT INTO litellm_spend.index_set (relation, name, owner, hot, keys, included, origin)
              VALUES ($1, $2, $3, $4, $5, $6, {HERE})
              ON CONFLICT (relation, name) DO UPDATE
                  SET owner = excluded.owner, hot = excluded.hot, dropped = false,
@@ -47,23 +47,22 @@ pub fn request(table: &Table, wanted: &Wanted) -> Result<()> {
 
 /// What failed on a table is tried at once. `None`: all of its indexes.
 fn forget_failures(table: &Table, names: Option<&[String]>) -> Result<()> {
-    let sql = format!(
-        "DELETE FROM {SCHEMA}.index_failure WHERE ($2 IS NULL OR name = ANY ($2)) AND partition IN (
-             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)"
-    );
-    spi::execute(&sql, &[table.oid.into(), names.map(<[String]>::to_vec).into()]).map(drop)
+    let sql =
+        "DELETE FROM litellm_spend.index_failure WHERE ($2 IS NULL OR name = ANY ($2)) AND partition IN (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1)";
+    spi::run(sql, &[table.oid.into(), names.map(<[String]>::to_vec).into()])
 }
 
 /// Has the worker look at once what has become of indexes: most of its looks do not ask.
 fn tell() -> Result<()> {
-    relation::tell_of(&format!("{SCHEMA}.index_set"))
+    relation::tell_of("litellm_spend.index_set")
 }
 
 /// Takes indexes of these names that are on the table or a partition, and that nobody has asked for, for ones
 /// that are to be dropped: their state was lost.
 pub fn adopt_to_drop(table: &Table, names: &[String]) -> Result<()> {
     let sql = format!(
-        "INSERT INTO {SCHEMA}.index_set (relation, name, owner, hot, dropped, keys, included, origin)
+        "INSERT INTO litellm_spend.index_set (relation, name, owner, hot, dropped, keys, included, origin)
          SELECT $1, wanted.name, $2, false, true, '{{}}', '{{}}', {HERE}
          FROM unnest($3::text[]) AS wanted(name)
          WHERE EXISTS (
@@ -72,7 +71,7 @@ pub fn adopt_to_drop(table: &Table, names: &[String]) -> Result<()> {
                  SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1))
          ON CONFLICT DO NOTHING"
     );
-    spi::execute(&sql, &[table.oid.into(), table.owner_oid.into(), names.to_vec().into()]).map(drop)
+    spi::run(&sql, &[table.oid.into(), table.owner_oid.into(), names.to_vec().into()])
 }
 
 /// Marks indexes of a table to be dropped, `None`: all. Returns their names, those that were marked before
@@ -81,11 +80,9 @@ pub fn request_drop(table: &Table, names: Option<&[String]>) -> Result<Vec<Strin
     tell()?;
     forget_failures(table, names)?;
     spi::fresh(
-        &format!(
-            "UPDATE {SCHEMA}.index_set SET dropped = true, owner = $3 WHERE relation = $1
+        "UPDATE litellm_spend.index_set SET dropped = true, owner = $3 WHERE relation = $1
                  AND ($2 IS NULL OR name = ANY ($2))
-             RETURNING name"
-        ),
+             RETURNING name",
         &[table.oid.into(), names.map(<[String]>::to_vec).into(), table.owner_oid.into()],
         |r| value(r, 1),
     )
@@ -121,7 +118,7 @@ fn subject(r: &pgrx::spi::SpiHeapTupleData) -> Result<Subject> {
 pub fn asked_for(table: &Table) -> Result<Vec<String>> {
     spi::query(
         &format!(
-            "SELECT name FROM {SCHEMA}.index_set
+            "SELECT name FROM litellm_spend.index_set
              WHERE relation = $1 AND owner = $2 AND NOT dropped AND origin = {HERE} ORDER BY 1"
         ),
         &[table.oid.into(), table.owner_oid.into()],
@@ -148,17 +145,15 @@ pub struct Place {
 pub fn survey(relation: pg_sys::Oid) -> Result<Vec<Place>> {
     spi::current(
         // What has an error and no time to try again is for somebody else to settle.
-        &format!(
-            "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error, missing,
+        "SELECT s.name, c.oid, n.nspname::text, c.relname::text, s.state, s.last_error, missing,
                     missing AND coalesce(
                         s.retry_at <= clock_timestamp() OR s.last_error_at > clock_timestamp(), true)
-             FROM {SCHEMA}.index_survey s CROSS JOIN LATERAL (
+             FROM litellm_spend.index_survey s CROSS JOIN LATERAL (
                  SELECT s.state IN ('waiting', 'failed')
                      AND (s.last_error IS NULL OR s.retry_at IS NOT NULL) AS missing) AS m
              JOIN pg_catalog.pg_class c ON c.oid = s.partition
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-             WHERE s.relation = $1 ORDER BY s.range_end DESC, c.relname, s.name"
-        ),
+             WHERE s.relation = $1 ORDER BY s.range_end DESC, c.relname, s.name",
         &[relation.into()],
         |r| {
             Ok(Place {
@@ -191,12 +186,11 @@ pub struct Leftover {
 /// done so until a moment ago.
 pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
     spi::current(
-        &format!(
-            "SELECT s.name, t.oid, t.relname::text, n.nspname::text, o.relname::text,
-                    EXISTS (SELECT FROM {SCHEMA}.index_failure f
+        "SELECT s.name, t.oid, t.relname::text, n.nspname::text, o.relname::text,
+                    EXISTS (SELECT FROM litellm_spend.index_failure f
                         WHERE f.partition = t.oid AND f.name = s.name AND f.dropping
                             AND clock_timestamp() BETWEEN f.last_error_at AND f.retry_at)
-             FROM {SCHEMA}.index_set s JOIN pg_catalog.pg_class t
+             FROM litellm_spend.index_set s JOIN pg_catalog.pg_class t
                  ON t.oid = s.relation
                      OR t.oid IN (SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = s.relation)
              JOIN pg_catalog.pg_index x ON x.indrelid = t.oid JOIN pg_catalog.pg_class o
@@ -205,8 +199,7 @@ pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
              WHERE s.relation = $1 AND t.relkind = 'r' AND t.relowner = s.owner
                AND starts_with(o.relname, 'litellm_spend_' || s.name || '_')
                    AND (s.dropped OR NOT x.indisvalid)
-             ORDER BY 1, 3, 5"
-        ),
+             ORDER BY 1, 3, 5",
         &[relation.into()],
         |r| {
             Ok(Leftover {
@@ -222,11 +215,9 @@ pub fn leftovers(relation: pg_sys::Oid) -> Result<Vec<Leftover>> {
 
 /// Whether an index of the table, or of a partition, is being built or dropped.
 pub fn is_at_work(relation: pg_sys::Oid) -> Result<bool> {
-    let sql = format!(
-        "SELECT FROM {SCHEMA}.index_work WHERE relation IN (
-             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1) LIMIT 1"
-    );
-    spi::current(&sql, &[relation.into()], |_| Ok(())).any()
+    let sql = "SELECT FROM litellm_spend.index_work WHERE relation IN (
+             SELECT $1 UNION SELECT inhrelid FROM pg_catalog.pg_inherits WHERE inhparent = $1) LIMIT 1";
+    spi::current(sql, &[relation.into()], |_| Ok(())).any()
 }
 
 /// How soon it is tried again when somebody was in the way, and when the build itself failed: it reads all of
@@ -239,12 +230,10 @@ pub fn record_build(partition: pg_sys::Oid, name: &str, failure: Option<&Failure
     if let Some(failure) = failure {
         return record(partition, name, failure, false);
     }
-    let sql = format!(
-        "DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND EXISTS (
-             SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = $1 AND s.name = $2
-                 AND s.state = 'built')"
-    );
-    spi::execute(&sql, &[partition.into(), name.into()]).map(drop)
+    let sql = "DELETE FROM litellm_spend.index_failure WHERE partition = $1 AND name = $2 AND EXISTS (
+             SELECT FROM litellm_spend.index_survey s WHERE s.partition = $1 AND s.name = $2
+                 AND s.state = 'built')";
+    spi::run(sql, &[partition.into(), name.into()])
 }
 
 /// Notes why an index was not dropped. `None`: it worked. What dropped the rest of a build that failed does
@@ -253,39 +242,34 @@ pub fn record_drop(partition: pg_sys::Oid, name: &str, failure: Option<&Failure>
     if let Some(failure) = failure {
         return record(partition, name, failure, true);
     }
-    let sql = format!("DELETE FROM {SCHEMA}.index_failure WHERE partition = $1 AND name = $2 AND dropping");
-    spi::execute(&sql, &[partition.into(), name.into()]).map(drop)
+    let sql = "DELETE FROM litellm_spend.index_failure WHERE partition = $1 AND name = $2 AND dropping";
+    spi::run(sql, &[partition.into(), name.into()])
 }
 
 fn record(partition: pg_sys::Oid, name: &str, failure: &Failure, dropping: bool) -> Result<()> {
     let rest = if failure.is_cancel() || failure.is_lock_timeout() { SOON } else { LATER };
-    spi::execute(
-        &format!(
-            "INSERT INTO {SCHEMA}.index_failure AS f
+    spi::run(
+        "INSERT INTO litellm_spend.index_failure AS f
                  (partition, name, last_error, last_error_at, retry_at, dropping)
              SELECT $1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $4), $5
              FROM pg_catalog.pg_class WHERE oid = $1
              ON CONFLICT (partition, name) DO UPDATE
                  SET last_error = excluded.last_error, retry_at = excluded.retry_at,
-                 last_error_at = excluded.last_error_at, dropping = excluded.dropping"
-        ),
+                 last_error_at = excluded.last_error_at, dropping = excluded.dropping",
         &[partition.into(), name.into(), failure.text().into(), rest.as_secs_f64().into(), dropping.into()],
     )
-    .map(drop)
 }
 
 /// Forgets the indexes of a table that are dropped by now.
 pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
-    let gone = format!(
-        "FROM {SCHEMA}.index_set AS s WHERE relation = $1 AND dropped
-         AND NOT EXISTS (SELECT FROM {SCHEMA}.index_survey v WHERE v.relation = s.relation
-             AND v.name = s.name)"
-    );
+    let gone = "FROM litellm_spend.index_set AS s WHERE relation = $1 AND dropped
+         AND NOT EXISTS (SELECT FROM litellm_spend.index_survey v WHERE v.relation = s.relation
+             AND v.name = s.name)";
     // A look that finds nothing writes nothing.
     if !spi::query(&format!("SELECT {gone} LIMIT 1"), &[relation.into()], |_| Ok(())).any()? {
         return Ok(());
     }
-    spi::execute(&format!("DELETE {gone}"), &[relation.into()]).map(drop)
+    spi::run(&format!("DELETE {gone}"), &[relation.into()])
 }
 
 /// Forgets what speaks of tables that are gone, and failures of indexes that nobody asks for any more, or
@@ -293,17 +277,16 @@ pub fn forget_dropped(relation: pg_sys::Oid) -> Result<()> {
 pub fn look_after() -> Result<()> {
     for sql in [
         format!(
-            "FROM {SCHEMA}.index_set WHERE origin = {HERE}
+            "FROM litellm_spend.index_set WHERE origin = {HERE}
              AND NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = relation)"
         ),
-        format!(
-            "FROM {SCHEMA}.index_failure AS f WHERE NOT EXISTS (
-                 SELECT FROM {SCHEMA}.index_survey s WHERE s.partition = f.partition AND s.name = f.name
-                     AND s.state NOT IN ('built', 'open partition'))"
-        ),
+        "FROM litellm_spend.index_failure AS f WHERE NOT EXISTS (
+             SELECT FROM litellm_spend.index_survey s WHERE s.partition = f.partition AND s.name = f.name
+                 AND s.state NOT IN ('built', 'open partition'))"
+            .into(),
     ] {
         if spi::query(&format!("SELECT {sql} LIMIT 1"), &[], |_| Ok(())).any()? {
-            spi::execute(&format!("DELETE {sql}"), &[])?;
+            spi::run(&format!("DELETE {sql}"), &[])?;
         }
     }
     Ok(())

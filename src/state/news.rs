@@ -4,7 +4,6 @@
 
 use crate::error::Result;
 use crate::server::spi::{self, value};
-use crate::server::text::SCHEMA;
 use crate::state::restore::HERE;
 
 /// How it stands with a source that has rollups for us to merge.
@@ -32,33 +31,33 @@ pub fn look() -> Result<News> {
     let sql = format!(
         "SELECT s.name, pg_catalog.pg_sequence_last_value(q.seqrelid), min(r.watermark),
                 s.name = 'change_log' AND s.trimmed_to < min(r.watermark), NULL::bool, NULL::bool, NULL::bool
-         FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
+         FROM litellm_spend.source s JOIN litellm_spend.rollup r ON r.source = s.name
          LEFT JOIN pg_catalog.pg_sequence q ON q.seqrelid = s.sequence
          WHERE r.definition IS NOT NULL AND s.origin = {HERE} GROUP BY s.name, q.seqrelid
          UNION ALL
          SELECT NULL, NULL, NULL, NULL,
-                EXISTS (SELECT FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+                EXISTS (SELECT FROM litellm_spend.policy p JOIN pg_catalog.pg_class c ON c.oid = p.relation
                     AND c.relowner = p.owner,
                                CAST (pg_catalog.current_setting('litellm_spend.maintain_interval') AS interval) AS every
                         WHERE every > '0' AND (
                             least(coalesce(p.retry_at, 'infinity'), coalesce(p.maintained_at, '-infinity') + every)
                                 <= clock_timestamp()
                             OR p.maintained_at > clock_timestamp())),
-                EXISTS (SELECT FROM {SCHEMA}.index_failure
+                EXISTS (SELECT FROM litellm_spend.index_failure
                         WHERE retry_at <= clock_timestamp() OR last_error_at > clock_timestamp()),
-                EXISTS (SELECT FROM {SCHEMA}.capture, {SCHEMA}.dirty_range WHERE repaired_at IS NULL)
-                OR EXISTS (SELECT FROM {SCHEMA}.capture c, {SCHEMA}.capture_failures f
+                EXISTS (SELECT FROM litellm_spend.capture, litellm_spend.dirty_range WHERE repaired_at IS NULL)
+                OR EXISTS (SELECT FROM litellm_spend.capture c, litellm_spend.capture_failures f
                            WHERE f.is_called AND c.failures_seen <> f.last_value)
-                OR EXISTS (SELECT FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
+                OR EXISTS (SELECT FROM litellm_spend.source s JOIN litellm_spend.rollup r ON r.source = s.name
                            WHERE s.name = 'change_log' AND r.covered_from > '-infinity')
-                OR EXISTS (SELECT FROM {SCHEMA}.public_view WHERE installed IS NULL)
-                OR EXISTS (SELECT FROM {SCHEMA}.conversion WHERE NOT stopped
+                OR EXISTS (SELECT FROM litellm_spend.public_view WHERE installed IS NULL)
+                OR EXISTS (SELECT FROM litellm_spend.conversion WHERE NOT stopped
                     OR options @> '{{\"aborted\": true}}')
-                OR EXISTS (SELECT origin FROM {SCHEMA}.source UNION ALL SELECT origin FROM {SCHEMA}.capture
-                           UNION ALL SELECT origin FROM {SCHEMA}.policy UNION ALL SELECT origin
-                               FROM {SCHEMA}.conversion
-                           UNION ALL SELECT origin FROM {SCHEMA}.index_set
-                           EXCEPT SELECT id FROM {SCHEMA}.installation)"
+                OR EXISTS (SELECT origin FROM litellm_spend.source UNION ALL SELECT origin FROM litellm_spend.capture
+                           UNION ALL SELECT origin FROM litellm_spend.policy UNION ALL SELECT origin
+                               FROM litellm_spend.conversion
+                           UNION ALL SELECT origin FROM litellm_spend.index_set
+                           EXCEPT SELECT id FROM litellm_spend.installation)"
     );
     let mut news = News::default();
     let rows = spi::kept(&sql, &[], |r| {

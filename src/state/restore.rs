@@ -25,8 +25,7 @@
 
 use crate::error::{Error, Result};
 use crate::server::locks::Patience;
-use crate::server::spi::{Found, execute, exists, query, value};
-use crate::server::text::SCHEMA;
+use crate::server::spi::{Found, exists, query, run, value};
 use crate::state::fence;
 
 /// The installation of this database, as SQL.
@@ -72,7 +71,7 @@ enum Restore {
 
 fn restored() -> Result<Option<Restore>> {
     let rows = WRITTEN
-        .map(|(table, _)| format!("SELECT origin, age(xmin) AS age FROM {SCHEMA}.{table}"))
+        .map(|(table, _)| format!("SELECT origin, age(xmin) AS age FROM litellm_spend.{table}"))
         .join(" UNION ");
     let sql = format!(
         "SELECT count(*) > 0, coalesce(bool_and(EXISTS (
@@ -96,7 +95,7 @@ fn restored() -> Result<Option<Restore>> {
 fn is_cut() -> Result<bool> {
     let sql = format!(
         "SELECT NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = '{MARKER}')
-             AND EXISTS (SELECT FROM {SCHEMA}.leftover)"
+             AND EXISTS (SELECT FROM litellm_spend.leftover)"
     );
     Ok(query(&sql, &[], |r| value::<bool>(r, 1))? == [true])
 }
@@ -124,17 +123,17 @@ const NO_ROLE: u32 = 1;
 fn forget_dropped_roles() -> Result<()> {
     for table in ["rollup", "capture"] {
         let gone = format!(
-            "SELECT t.ctid FROM {SCHEMA}.{table} t WHERE t.owner <> {NO_ROLE}
+            "SELECT t.ctid FROM litellm_spend.{table} t WHERE t.owner <> {NO_ROLE}
                  AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = t.owner)"
         );
         // Who keeps a row for long keeps nobody here: the next look comes.
         let forget = format!(
-            "UPDATE {SCHEMA}.{table} SET owner = {NO_ROLE}
+            "UPDATE litellm_spend.{table} SET owner = {NO_ROLE}
              WHERE ctid = ANY (ARRAY({gone} FOR UPDATE SKIP LOCKED))"
         );
         // An UPDATE would take an XID also where there is nothing to do.
         if query(&gone, &[], |_| Ok(())).any()? {
-            execute(&forget, &[])?;
+            run(&forget, &[])?;
         }
     }
     Ok(())
@@ -178,12 +177,12 @@ pub fn begin() -> Result<()> {
     if Marker::look()?.names_us {
         drop_marker()?;
     }
-    execute(&format!("UPDATE {SCHEMA}.installation SET id = gen_random_uuid()"), &[]).map(drop)
+    run("UPDATE litellm_spend.installation SET id = gen_random_uuid()", &[])
 }
 
 fn any_state() -> Result<bool> {
-    let tables = WRITTEN.map(|(table, _)| format!("SELECT FROM {SCHEMA}.{table}")).join(" UNION ALL ");
-    let others = format!("SELECT FROM {SCHEMA}.rollup UNION ALL SELECT FROM {SCHEMA}.leftover");
+    let tables = WRITTEN.map(|(table, _)| format!("SELECT FROM litellm_spend.{table}")).join(" UNION ALL ");
+    let others = "SELECT FROM litellm_spend.rollup UNION ALL SELECT FROM litellm_spend.leftover";
     exists(&format!("{tables} UNION ALL {others}"), &[])
 }
 
@@ -194,19 +193,19 @@ pub fn adopt(patience: Patience) -> Result<bool> {
         return Ok(false);
     }
     // The numbers of a source's columns are another table's here.
-    execute(
+    run(
         &format!(
-            "UPDATE {SCHEMA}.rollup r SET definition = definition - 'columns'
-             WHERE definition ? 'columns' AND EXISTS (SELECT FROM {SCHEMA}.source s
+            "UPDATE litellm_spend.rollup r SET definition = definition - 'columns'
+             WHERE definition ? 'columns' AND EXISTS (SELECT FROM litellm_spend.source s
                  WHERE s.name = r.source AND s.origin IS DISTINCT FROM {HERE})"
         ),
         &[],
     )?;
     for (table, reset) in WRITTEN {
-        execute(
+        run(
             &format!(
                 "WITH captured AS ({CAPTURED})
-                 UPDATE {SCHEMA}.{table} SET origin = {HERE}{reset} WHERE origin IS DISTINCT FROM {HERE}"
+                 UPDATE litellm_spend.{table} SET origin = {HERE}{reset} WHERE origin IS DISTINCT FROM {HERE}"
             ),
             &[],
         )?;
@@ -228,7 +227,7 @@ impl Marker {
         let sql = format!(
             "SELECT {NEEDS_MARKER}, t.oid IS NOT NULL,
                     coalesce(obj_description(t.oid, 'pg_event_trigger') = '{COMMENT}' || i.id, false), i.id::text
-             FROM {SCHEMA}.installation i LEFT JOIN pg_catalog.pg_event_trigger t ON t.evtname = '{MARKER}'"
+             FROM litellm_spend.installation i LEFT JOIN pg_catalog.pg_event_trigger t ON t.evtname = '{MARKER}'"
         );
         let found = query(&sql, &[], |r| {
             Ok(Marker {
@@ -239,7 +238,7 @@ impl Marker {
             })
         })
         .one()?;
-        found.ok_or_else(|| Error::NoTable(format!("{SCHEMA}.installation")))
+        found.ok_or_else(|| Error::NoTable("litellm_spend.installation".into()))
     }
 
     fn is_right(&self) -> bool {
@@ -267,14 +266,16 @@ pub fn mark(patience: Patience) -> Result<()> {
     fence::change_marker(patience)?;
     let Marker { exists, names_us, here, .. } = Marker::look()?;
     if !exists {
-        execute(
-            &format!("CREATE EVENT TRIGGER {MARKER} ON ddl_command_end EXECUTE FUNCTION {SCHEMA}.restored()"),
+        run(
+            &format!(
+                "CREATE EVENT TRIGGER {MARKER} ON ddl_command_end EXECUTE FUNCTION litellm_spend.restored()"
+            ),
             &[],
         )?;
-        execute(&format!("ALTER EVENT TRIGGER {MARKER} DISABLE"), &[])?;
+        run(&format!("ALTER EVENT TRIGGER {MARKER} DISABLE"), &[])?;
     }
     if !names_us {
-        execute(&format!("COMMENT ON EVENT TRIGGER {MARKER} IS '{COMMENT}{here}'"), &[])?;
+        run(&format!("COMMENT ON EVENT TRIGGER {MARKER} IS '{COMMENT}{here}'"), &[])?;
     }
     Ok(())
 }
@@ -286,7 +287,7 @@ fn drop_marker() -> Result<()> {
     }
     let marker = Marker::look()?;
     if marker.exists && !marker.wanted {
-        execute(&format!("DROP EVENT TRIGGER {MARKER}"), &[])?;
+        run(&format!("DROP EVENT TRIGGER {MARKER}"), &[])?;
     }
     Ok(())
 }

@@ -1,8 +1,7 @@
 //! What is noted of rollups: their names, how far they are covered, what failed.
 
 use crate::error::Result;
-use crate::server::spi::{Found, execute, query, value};
-use crate::server::text::SCHEMA;
+use crate::server::spi::{Found, query, run, value};
 use crate::state::frozen::Range;
 use crate::state::restore::HERE;
 use crate::state::sources::CHANGE_LOG;
@@ -11,11 +10,9 @@ use pgrx::prelude::*;
 /// Names of the rollups that we fill, of one source or of all.
 pub fn rollup_names(source: Option<&str>) -> Result<Vec<String>> {
     query(
-        &format!(
-            "SELECT name FROM {SCHEMA}.rollup
+        "SELECT name FROM litellm_spend.rollup
              WHERE ($1 IS NULL OR source = $1) AND source IS NOT NULL AND definition IS NOT NULL
-                 ORDER BY name"
-        ),
+                 ORDER BY name",
         &[source.map(str::to_string).into()],
         |r| value(r, 1),
     )
@@ -23,40 +20,37 @@ pub fn rollup_names(source: Option<&str>) -> Result<Vec<String>> {
 
 /// The rollups that we fill, and their sources.
 pub fn merged() -> Result<Vec<(String, String)>> {
-    let sql = format!(
-        "SELECT name, source FROM {SCHEMA}.rollup WHERE source IS NOT NULL AND definition IS NOT NULL"
-    );
-    query(&sql, &[], |r| Ok((value(r, 1)?, value(r, 2)?)))
+    let sql =
+        "SELECT name, source FROM litellm_spend.rollup WHERE source IS NOT NULL AND definition IS NOT NULL";
+    query(sql, &[], |r| Ok((value(r, 1)?, value(r, 2)?)))
 }
 
 /// Rollups that belong to `role`, or to one that it may act for; the first `most`.
 pub fn rollups_of(role: pg_sys::Oid, most: usize) -> Result<Vec<String>> {
     query(
-        &format!(
-            "SELECT r.name FROM {SCHEMA}.rollup r LEFT JOIN {SCHEMA}.source s ON s.name = r.source
-             LEFT JOIN {SCHEMA}.capture c ON c.source = r.source
+        "SELECT r.name FROM litellm_spend.rollup r LEFT JOIN litellm_spend.source s ON s.name = r.source
+             LEFT JOIN litellm_spend.capture c ON c.source = r.source
              LEFT JOIN pg_catalog.pg_class t ON t.oid = coalesce(c.relation, s.relation)
              WHERE pg_catalog.pg_has_role($1, coalesce(r.owner, t.relowner), 'USAGE')
-             ORDER BY r.name LIMIT $2"
-        ),
+             ORDER BY r.name LIMIT $2",
         &[role.into(), (most as i64).into()],
         |r| value(r, 1),
     )
 }
 
 pub fn any_rollup() -> Result<bool> {
-    query(&format!("SELECT FROM {SCHEMA}.rollup LIMIT 1"), &[], |_| Ok(())).any()
+    query("SELECT FROM litellm_spend.rollup LIMIT 1", &[], |_| Ok(())).any()
 }
 
 pub fn rollup_exists(name: &str) -> Result<bool> {
-    let sql = format!("SELECT FROM {SCHEMA}.rollup WHERE name = $1");
-    query(&sql, &[name.into()], |_| Ok(())).any()
+    let sql = "SELECT FROM litellm_spend.rollup WHERE name = $1";
+    query(sql, &[name.into()], |_| Ok(())).any()
 }
 
 /// Whether rollups of the source wait for backfill.
 pub fn is_uncovered(source: &str) -> Result<bool> {
     let sql = format!(
-        "SELECT FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source AND s.origin = {HERE}
+        "SELECT FROM litellm_spend.rollup r JOIN litellm_spend.source s ON s.name = r.source AND s.origin = {HERE}
          WHERE r.source = $1 AND r.covered_from > '-infinity' LIMIT 1"
     );
     query(&sql, &[source.into()], |_| Ok(())).any()
@@ -64,55 +58,46 @@ pub fn is_uncovered(source: &str) -> Result<bool> {
 
 /// It knows nothing, and is to be computed.
 pub fn forget(name: &str) -> Result<()> {
-    execute(
-        &format!(
-            "UPDATE {SCHEMA}.rollup
-             SET unknown_days = '{{(,)}}', covered_from = 'infinity', backfill_first = NULL,
+    run(
+        "UPDATE litellm_spend.rollup
+             SET unknown_days = '{(,)}', covered_from = 'infinity', backfill_first = NULL,
                  backfill_last = NULL, backfill_began = NULL
-             WHERE name = $1"
-        ),
+             WHERE name = $1",
         &[name.into()],
     )
-    .map(drop)
 }
 
 /// Notes whose the built-in rollups are while no table is captured, or with `None` that one is.
 pub fn keep_for(owner: Option<pg_sys::Oid>) -> Result<()> {
-    let sql = format!("UPDATE {SCHEMA}.rollup SET owner = $2 WHERE source = $1");
-    execute(&sql, &[CHANGE_LOG.into(), owner.into()]).map(drop)
+    let sql = "UPDATE litellm_spend.rollup SET owner = $2 WHERE source = $1";
+    run(sql, &[CHANGE_LOG.into(), owner.into()])
 }
 
 /// As it was noted. `None`: it is not known.
 pub fn kept_for() -> Result<Option<pg_sys::Oid>> {
-    let sql =
-        format!("SELECT owner::oid FROM {SCHEMA}.rollup WHERE source = $1 AND owner IS NOT NULL LIMIT 1");
-    query(&sql, &[CHANGE_LOG.into()], |r| value(r, 1)).one()
+    let sql = "SELECT owner::oid FROM litellm_spend.rollup WHERE source = $1 AND owner IS NOT NULL LIMIT 1";
+    query(sql, &[CHANGE_LOG.into()], |r| value(r, 1)).one()
 }
 
 /// These know a range from now on: it was computed, or nobody knows of a row there.
 pub fn know(names: &[String], range: Range) -> Result<()> {
-    execute(
-        &format!(
-            "UPDATE {SCHEMA}.rollup
-             SET unknown_days = nullif(unknown_days - tsmultirange(tsrange(nullif($2, '-infinity'), $3)), '{{}}')
-             WHERE name = ANY ($1) AND unknown_days && tsrange(nullif($2, '-infinity'), $3)"
-        ),
+    run(
+        "UPDATE litellm_spend.rollup
+             SET unknown_days = nullif(unknown_days - tsmultirange(tsrange(nullif($2, '-infinity'), $3)), '{}')
+             WHERE name = ANY ($1) AND unknown_days && tsrange(nullif($2, '-infinity'), $3)",
         &[names.to_vec().into(), range.start.into(), range.end.into()],
     )
-    .map(drop)
 }
 
 /// How far the backfill of the built-in rollups is: the day, and how many are left. `None`: all is covered.
 pub fn backfill_progress() -> Result<Option<String>> {
-    let sql = format!(
-        "SELECT CASE WHEN isfinite(covered_from)
+    let sql = "SELECT CASE WHEN isfinite(covered_from)
                     THEN covered_from::date || coalesce(': ' || days_covered || ' of ' || days || ' days',
                         '') END,
                 extract(epoch FROM time_left)::float8
-         FROM {SCHEMA}.backfill JOIN {SCHEMA}.rollup USING (name, covered_from)
-         WHERE source = $1 AND covered_from > '-infinity' ORDER BY covered_from DESC LIMIT 1"
-    );
-    let found = query(&sql, &[CHANGE_LOG.into()], |r| Ok((r.get::<String>(1)?, r.get::<f64>(2)?))).one()?;
+         FROM litellm_spend.backfill JOIN litellm_spend.rollup USING (name, covered_from)
+         WHERE source = $1 AND covered_from > '-infinity' ORDER BY covered_from DESC LIMIT 1";
+    let found = query(sql, &[CHANGE_LOG.into()], |r| Ok((r.get::<String>(1)?, r.get::<f64>(2)?))).one()?;
     Ok(found.map(|(days, left)| {
         let days = days.unwrap_or_else(|| "no day is covered yet".into());
         match left {
@@ -137,13 +122,12 @@ pub fn record_error(rollup: &str, message: Option<&str>) -> Result<()> {
 
 /// Keeps the time of the first occurrence: a failure that repeats in each round is written once.
 pub fn record(table: &str, condition: &str, name: &str, message: Option<&str>) -> Result<()> {
-    execute(
+    run(
         &format!(
-            "UPDATE {SCHEMA}.{table}
+            "UPDATE litellm_spend.{table}
                  SET last_error = $2, last_error_at = CASE WHEN $2 IS NOT NULL THEN clock_timestamp() END
              WHERE {condition} AND last_error IS DISTINCT FROM $2"
         ),
         &[name.into(), message.map(str::to_string).into()],
-    )?;
-    Ok(())
+    )
 }

@@ -2,8 +2,7 @@
 
 use crate::error::Result;
 use crate::server::relation::{FAMILY, is_open_here};
-use crate::server::spi::{Args, Found, current, execute, query, value};
-use crate::server::text::SCHEMA;
+use crate::server::spi::{Args, Found, current, query, run, value};
 use crate::state::restore::HERE;
 use crate::state::window::{Holder, Window};
 use pgrx::prelude::*;
@@ -51,7 +50,7 @@ pub fn sources_on(relation: pg_sys::Oid) -> Result<Vec<Source>> {
 /// A rollup over the table that its owner fills.
 pub fn filled_by_hand(relation: pg_sys::Oid) -> Result<Option<String>> {
     let sql = format!(
-        "SELECT r.name FROM {SCHEMA}.rollup r JOIN {SCHEMA}.source s ON s.name = r.source
+        "SELECT r.name FROM litellm_spend.rollup r JOIN litellm_spend.source s ON s.name = r.source
          WHERE r.definition IS NULL AND s.relation = $1 AND s.origin = {HERE} ORDER BY r.name LIMIT 1"
     );
     query(&sql, &[relation.into()], |r| value(r, 1)).one()
@@ -60,11 +59,10 @@ pub fn filled_by_hand(relation: pg_sys::Oid) -> Result<Option<String>> {
 /// The relation of a source as it is now: another session may have put a partitioned table in its place.
 /// `None`: it was dropped, or another sequence numbers it now.
 pub fn relation_of(source: &Source) -> Result<Option<pg_sys::Oid>> {
-    let sql = format!(
-        "SELECT s.relation::oid FROM {SCHEMA}.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
-         WHERE s.name = $1 AND s.sequence = $2"
-    );
-    current(&sql, &[source.name.as_str().into(), source.sequence.into()], |r| value(r, 1)).one()
+    let sql =
+        "SELECT s.relation::oid FROM litellm_spend.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
+         WHERE s.name = $1 AND s.sequence = $2";
+    current(sql, &[source.name.as_str().into(), source.sequence.into()], |r| value(r, 1)).one()
 }
 
 fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
@@ -73,7 +71,7 @@ fn sources_where(condition: &str, args: Args) -> Result<Vec<Source>> {
             "SELECT s.name, s.relation::oid, s.sequence::oid, s.candidates::text, s.node_candidates::text,
                  s.trimmed_to, min(r.watermark), max(r.watermark),
                     array_agg(r.name ORDER BY r.name)
-             FROM {SCHEMA}.source s JOIN {SCHEMA}.rollup r ON r.source = s.name
+             FROM litellm_spend.source s JOIN litellm_spend.rollup r ON r.source = s.name
              WHERE {condition} AND s.origin = {HERE} GROUP BY s.name ORDER BY s.name"
         ),
         args,
@@ -110,15 +108,14 @@ fn store_candidates(table: &str, key: &str, name: &str, windows: &[(&str, &Windo
         args.push(serde_json::to_string(window)?.into());
         columns.push(format!("{column} = ${}::jsonb", args.len()));
     }
-    execute(
+    run(
         &format!(
-            "UPDATE {SCHEMA}.{table} SET {}
-             WHERE {key} = (SELECT {key} FROM {SCHEMA}.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)",
+            "UPDATE litellm_spend.{table} SET {}
+             WHERE {key} = (SELECT {key} FROM litellm_spend.{table} WHERE {key} = $1 FOR UPDATE SKIP LOCKED)",
             columns.join(", ")
         ),
         &args,
     )
-    .map(drop)
 }
 
 /// The relations of which an inserter locks one before it draws a number for a row of `relation`: those from

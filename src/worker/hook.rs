@@ -10,7 +10,7 @@ use crate::server::hint;
 use crate::server::relation;
 use crate::server::session::{Elevated, Failure, attempt, callable};
 use crate::server::spi;
-use crate::server::text::{EXTENSION, SCHEMA, qualified};
+use crate::server::text::{EXTENSION, qualified};
 use crate::worker::launcher::announce;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -270,14 +270,12 @@ fn attached_to_what_stays(dropped: &Dropped) -> Result<Option<String>> {
         _ => vec![],
     };
     let _ourselves = Elevated::enter()?.impatient(guc::lock_timeout().time);
-    let sql = format!(
-        "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
+    let sql = "SELECT c.table_schema::text, c.table_name::text, n.nspname::text, e.extowner,
                 (SELECT relowner FROM pg_catalog.pg_class WHERE oid = c.relation)
-         FROM {SCHEMA}.capture c, pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n
+         FROM litellm_spend.capture c, pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n
              ON n.oid = e.extnamespace
-         WHERE e.extname = 'litellm_spend'"
-    );
-    let found = spi::query(&sql, &[], |r| {
+         WHERE e.extname = 'litellm_spend'";
+    let found = spi::query(sql, &[], |r| {
         let (schema, table) = (spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?);
         let goes = match dropped {
             Dropped::Extensions(_) => true,

@@ -342,13 +342,13 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         literal(Failure::ENDLESS)
     );
     let rollups = spi::query(
-        &format!("SELECT name, source FROM {SCHEMA}.rollup WHERE {recent}"),
+        &format!("SELECT name, source FROM litellm_spend.rollup WHERE {recent}"),
         &[since.into()],
         |r| Ok((spi::value::<String>(r, 1)?, r.get::<String>(2)?)),
     )?;
     let policies = spi::query(
         &format!(
-            "SELECT c.oid, c.relname::text FROM {SCHEMA}.policy p JOIN pg_catalog.pg_class c
+            "SELECT c.oid, c.relname::text FROM litellm_spend.policy p JOIN pg_catalog.pg_class c
                  ON c.oid = p.relation
              WHERE {recent}"
         ),
@@ -356,12 +356,12 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         |r| Ok(Subject::Policy(spi::value::<pg_sys::Oid>(r, 1)?.to_u32(), spi::value(r, 2)?)),
     )?;
     let conversions = spi::query(
-        &format!("SELECT table_schema::text, table_name::text FROM {SCHEMA}.conversion WHERE {recent}"),
+        &format!("SELECT table_schema::text, table_name::text FROM litellm_spend.conversion WHERE {recent}"),
         &[since.into()],
         |r| Ok((spi::value::<String>(r, 1)?, spi::value::<String>(r, 2)?)),
     )?;
     let captured = spi::query(
-        &format!("SELECT last_error FROM {SCHEMA}.capture WHERE {recent}"),
+        &format!("SELECT last_error FROM litellm_spend.capture WHERE {recent}"),
         &[since.into()],
         |r| spi::value::<String>(r, 1),
     )?;

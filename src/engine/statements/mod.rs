@@ -12,7 +12,7 @@ mod days;
 mod merge;
 mod rebuild;
 
-use crate::server::text::{SCHEMA, literal, quoted};
+use crate::server::text::{literal, quoted};
 use crate::state::definition::{
     Bucket, Column, Combine, Definition, Dimension, Key, Measure, ONE_ROW, TIMESTAMPTZ,
 };
@@ -174,7 +174,7 @@ impl Definition {
 
     fn state(&self, column: &str) -> String {
         let name = literal(&self.name);
-        format!("(SELECT {column} FROM {SCHEMA}.rollup WHERE rollup.name = {name}::text)")
+        format!("(SELECT {column} FROM litellm_spend.rollup WHERE rollup.name = {name}::text)")
     }
 
     /// What has not been merged yet, in the statement's own snapshot. Of a distributed rollup each shard says
@@ -309,7 +309,7 @@ impl Definition {
         let of_source = of_source.chain([presence, self.source_sequence.as_str()]);
         let (columns, of_source) = (distinct(columns), distinct(of_source));
         [
-            format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {role}"),
+            format!("GRANT USAGE ON SCHEMA litellm_spend TO {role}"),
             format!("GRANT SELECT ({columns}) ON {} TO {role}", self.table()),
             format!("GRANT SELECT ({of_source}) ON {} TO {role}", self.source),
             self.grant_watermark(role),
@@ -318,7 +318,7 @@ impl Definition {
 
     /// What the owner of a live view needs apart from the source and the rollup's table.
     pub fn grant_watermark(&self, role: &str) -> String {
-        format!("GRANT SELECT (name, watermark, committed_to) ON {SCHEMA}.rollup TO {role}")
+        format!("GRANT SELECT (name, watermark, committed_to) ON litellm_spend.rollup TO {role}")
     }
 }
 
