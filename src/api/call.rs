@@ -110,14 +110,6 @@ impl Runner for Subtransactions {
     fn may_watch(&self) -> bool {
         self.watching
     }
-
-    fn converts(&self) -> bool {
-        false
-    }
-
-    fn watch_is_due(&mut self) -> bool {
-        true
-    }
 }
 
 /// How long a step may take in a call that works for one owner after the other.

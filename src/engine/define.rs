@@ -83,7 +83,7 @@ pub fn define(request: &Request, table: &Table, numbering: &Numbering) -> Result
         distribute(&mut definition, table, &scalars, request.distributed, &mut notices)?;
     }
     if let Some(column) = &request.time_column
-        && !table.columns.iter().any(|(name, _)| name == column)
+        && table.type_of(column).is_none()
     {
         return Err(Error::NoTimeColumn { relation: table.name.clone(), column: column.clone() });
     }

@@ -153,15 +153,8 @@ pub fn require_spend_log(table: &Table) -> Result<()> {
 
 fn require_columns(table: &Table, columns: &[(&str, &str)]) -> Result<()> {
     for (column, expected) in columns {
-        let relation = table.name.clone();
-        let column = column.to_string();
-        match table.columns.iter().find(|(name, _)| *name == column) {
-            None => return Err(Error::NoColumn { relation, column }),
-            Some((_, found)) if found != expected => {
-                let (found, expected) = (found.clone(), expected.to_string());
-                return Err(Error::ColumnType { relation, column, found, expected });
-            }
-            Some(_) => {}
+        if !table.has(column, expected)? {
+            return Err(Error::NoColumn { relation: table.name.clone(), column: column.to_string() });
         }
     }
     Ok(())

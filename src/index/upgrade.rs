@@ -119,9 +119,8 @@ fn parse(version: &str) -> Result<Version> {
 // ---- what comes ------------------------------------------------------------------------------------------
 
 fn new_columns(table: &Table, wanted: Version, tables: usize) -> Vec<Row> {
-    let missing = COLUMNS.iter().filter(|column| {
-        column.since <= wanted && !table.columns.iter().any(|(name, _)| name == column.name)
-    });
+    let missing =
+        COLUMNS.iter().filter(|column| column.since <= wanted && table.type_of(column.name).is_none());
     missing
         .map(|column| Row {
             change: format!("column {}", quoted(column.name)),

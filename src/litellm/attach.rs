@@ -227,7 +227,7 @@ fn ensure_rollup(definition: &Definition, history: bool) -> Result<(Action, bool
         }
         Some(found) => {
             for measure in &definition.measures {
-                if !found.columns.iter().any(|(name, _)| *name == measure.column.name) {
+                if found.type_of(&measure.column.name).is_none() {
                     let column = measure.table_column();
                     spi::run(&format!("ALTER TABLE {table} ADD COLUMN {column}"), &[])?;
                     action = "columns added";

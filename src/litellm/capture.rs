@@ -100,20 +100,10 @@ fn attach_one<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
 pub fn captured_columns(table: &Table) -> Result<Vec<String>> {
     let mut found = vec![];
     for expected in spend_log::source_columns() {
-        match table.columns.iter().find(|(name, _)| name == expected.name) {
-            Some((name, r#type)) if r#type == expected.r#type => found.push(name.clone()),
-            Some((column, r#type)) => {
-                return Err(Error::ColumnType {
-                    relation: table.name.clone(),
-                    column: column.clone(),
-                    found: r#type.clone(),
-                    expected: expected.r#type.into(),
-                });
-            }
-            None if expected.required => {
-                return Err(Error::NoColumn { relation: table.name.clone(), column: expected.name.into() });
-            }
-            None => {}
+        if table.has(expected.name, expected.r#type)? {
+            found.push(expected.name.into());
+        } else if expected.required {
+            return Err(Error::NoColumn { relation: table.name.clone(), column: expected.name.into() });
         }
     }
     Ok(found)

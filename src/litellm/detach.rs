@@ -59,7 +59,7 @@ pub fn detach(drop_history: bool) -> Result<Vec<Action>> {
     if drop_history {
         locked.extend(relations_of_log()?);
     }
-    lock_exclusively(&locked)?;
+    locks::lock_exclusively(guc::lock_timeout(), locked.iter().copied())?;
     // 3. the rest, so that the rollups say what the live views said.
     if !drop_history {
         merge_rest()?;
@@ -165,7 +165,7 @@ pub fn forget_history() -> Result<Vec<Action>> {
         return Err(Error::CameBetween(relation::relation_name(*relation)?));
     }
     let locked: Vec<_> = relations_of_rollups()?.into_iter().chain(relations_of_log()?).collect();
-    lock_exclusively(&locked)?;
+    locks::lock_exclusively(guc::lock_timeout(), locked.iter().copied())?;
     drop_rollups()
 }
 
@@ -181,7 +181,7 @@ pub fn drop_report(caller: pg_sys::Oid, name: &str) -> Result<()> {
     require_right()?;
     let report = reports::rollups()?.into_iter().find(|rollup| rollup.optional && rollup.name == name);
     let report = report.ok_or_else(|| Error::ReportNotMade(name.into()))?;
-    lock_exclusively(&relations_of(std::slice::from_ref(&report))?)?;
+    locks::lock_exclusively(guc::lock_timeout(), relations_of(std::slice::from_ref(&report))?)?;
     spi::unless_needed(|| drop_rollup(&report))?;
     spi::run("DELETE FROM litellm_spend.rollup WHERE name = $1", &[name.into()])
 }
@@ -195,11 +195,6 @@ fn hold() -> Result<Elevated> {
         .into_iter()
         .try_for_each(|(table, condition)| fence::lock_rows(guc::lock_timeout(), table, condition))?;
     Ok(impatient)
-}
-
-fn lock_exclusively(relations: &[pg_sys::Oid]) -> Result<()> {
-    let locks: Vec<_> = relations.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
-    locks::lock_all(guc::lock_timeout(), &locks)
 }
 
 /// The relations of those names that there are.

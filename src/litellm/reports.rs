@@ -82,7 +82,7 @@ pub fn grant(caller: pg_sys::Oid, role: pg_sys::Oid, schema: &str) -> Result<Vec
     let mut found = vec![];
     for (table, columns) in NAMES {
         let Some(table) = Table::named(&qualified(schema, table))? else { continue };
-        let has = |column: &&str| table.columns.iter().any(|(name, _)| name == column);
+        let has = |column: &&str| table.type_of(column).is_some();
         let columns: Vec<String> = columns.iter().copied().filter(has).map(quoted).collect();
         if !columns.is_empty() && ["r", "p"].contains(&table.kind.as_str()) {
             let privilege = format!("SELECT ({})", columns.join(", "));

@@ -35,11 +35,11 @@ pub fn adopt(source: &Table) -> Result<Vec<Action>> {
     let mut changed = vec![];
     for (view, found) in in_place(&source.schema)? {
         if installed(view)? != Some(live(view, &source.schema)?) {
-            changed.push((found.oid, pg_sys::AccessExclusiveLock));
+            changed.push(found.oid);
         }
     }
     if !changed.is_empty() {
-        locks::lock_all(guc::lock_timeout(), &changed)?;
+        locks::lock_exclusively(guc::lock_timeout(), changed)?;
     }
     VIEWS.iter().map(|view| adopt_one(view, source)).collect()
 }
@@ -71,7 +71,7 @@ fn adopt_one(view: &PublicView, source: &Table) -> Result<Action> {
                 return action(&format!("not made: there is no \"{table}\""));
             }
             if let Some(column) = view.needs
-                && !source.columns.iter().any(|(name, _)| name == column)
+                && source.type_of(column).is_none()
             {
                 return action(&format!("not made: there is no column \"{column}\""));
             }
@@ -145,7 +145,7 @@ fn switch(view: &PublicView, source: &Table, schema: &str, waits: bool) -> Resul
 
 /// Somebody may have given the view another query since it was adopted: what is given back is that one.
 fn note_original(view: &PublicView, found: &Table) -> Result<()> {
-    locks::lock_all(guc::lock_timeout(), &[(found.oid, pg_sys::AccessExclusiveLock)])?;
+    locks::lock_exclusively(guc::lock_timeout(), [found.oid])?;
     let sql = "UPDATE litellm_spend.public_view SET original = $2 WHERE name = $1";
     spi::run(sql, &[view.name.into(), definition(found)?.into()])
 }

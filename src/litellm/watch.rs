@@ -205,8 +205,7 @@ fn mend() -> Result<bool> {
             if !free.is_empty() {
                 tables = free;
             }
-            let locks: Vec<_> = tables.iter().map(|oid| (*oid, mode)).collect();
-            locks::lock_all(guc::lock_timeout(), &locks)?;
+            locks::lock_exclusively(guc::lock_timeout(), tables.iter().copied())?;
             let left: Vec<_> = left.into_iter().filter(|(relation, _)| tables.contains(relation)).collect();
             drop_triggers(&left, &tables)?;
             for name in relation::relation_names(&tables)?.values() {

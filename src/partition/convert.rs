@@ -301,7 +301,7 @@ impl Conversion {
             return Ok(());
         }
         let name = relation::relation_name(self.relation)?;
-        locks::lock_all(guc::swap_lock_timeout(), &[(self.relation, pg_sys::AccessExclusiveLock)])?;
+        locks::lock_exclusively(guc::swap_lock_timeout(), [self.relation])?;
         self.owner.run(format!("ALTER TABLE {name} DROP CONSTRAINT {CHECK}"))
     }
 

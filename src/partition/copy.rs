@@ -226,11 +226,9 @@ pub fn begin_anew(reversion: &mut Reversion) -> Result<()> {
 
 /// Locks what is ours, which nobody uses but an autovacuum: that gives way.
 pub fn lock(reversion: &Reversion) -> Result<()> {
-    let mut locks = vec![];
-    for table in [reversion.plain(), reversion.duplicates()] {
-        locks.extend(relation::find_relation(&table)?.map(|oid| (oid, pg_sys::AccessExclusiveLock)));
-    }
-    locks::lock_all(guc::lock_timeout(), &locks)
+    let (plain, duplicates) = (reversion.plain(), reversion.duplicates());
+    let found = [relation::find_relation(&plain)?, relation::find_relation(&duplicates)?];
+    locks::lock_exclusively(guc::lock_timeout(), found.into_iter().flatten())
 }
 
 /// The plain table's primary key, until it has the name.
@@ -579,8 +577,7 @@ pub fn drop_triggers(reversion: &Reversion) -> Result<()> {
             tables.push(*table);
         }
     }
-    let locks: Vec<_> = tables.iter().map(|oid| (*oid, pg_sys::AccessExclusiveLock)).collect();
-    locks::lock_all(guc::swap_lock_timeout(), &locks)?;
+    locks::lock_exclusively(guc::swap_lock_timeout(), tables.iter().copied())?;
     let names = relation::relation_names(&tables)?;
     for (table, trigger, owner) in &triggers {
         if let Some(name) = names.get(table) {
@@ -595,8 +592,7 @@ pub fn clean_up(reversion: &Reversion) -> Result<()> {
     let [changes, failures, function] = [CHANGES, FAILURES, FUNCTION].map(|suffix| beside(reversion, suffix));
     let made = made(reversion)?;
     for (name, owner) in made.iter().filter(|(name, _)| *name == changes) {
-        let oid = relation::find_relation(name)?.map(|oid| (oid, pg_sys::AccessExclusiveLock));
-        locks::lock_all(guc::lock_timeout(), oid.as_slice())?;
+        locks::lock_exclusively(guc::lock_timeout(), relation::find_relation(name)?)?;
         drop_as(*owner, reversion, &format!("TABLE {name}"))?;
     }
     let beside_it = spi::query(

@@ -103,10 +103,7 @@ pub fn adopt(layout: &Layout, interval: Interval, range: Range, horizon: Moment)
     refuse_references_to(layout)?;
     // 1. nobody reads or writes from here on; then what was seen before is looked at again.
     lock_capture(layout)?;
-    locks::lock_all(
-        guc::lock_timeout(),
-        &[(layout.table.oid, pg_sys::AccessExclusiveLock), (default.oid, pg_sys::AccessExclusiveLock)],
-    )?;
+    locks::lock_exclusively(guc::lock_timeout(), [layout.table.oid, default.oid])?;
     let layout = layout.again()?;
     if layout.default.as_ref().map(|d| d.oid) != Some(default.oid) {
         return Ok(None);

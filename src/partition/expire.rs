@@ -28,7 +28,7 @@ use crate::partition::create::{detach, finish_detach, refuse_references};
 use crate::partition::layout::{Layout, Partition, timestamp};
 use crate::partition::policy::{OnExpire, Policy};
 use crate::partition::times;
-use crate::server::locks::{self, Mode, Patience};
+use crate::server::locks::{self, Patience};
 use crate::server::relation::{self, Table};
 use crate::server::spi::{self, Found};
 use crate::server::text::quoted;
@@ -108,9 +108,8 @@ fn add_up(
     merged: &str,
     locked: &[pg_sys::Oid],
 ) -> Result<(i64, Option<AnyNumeric>, bool)> {
-    let columns = &layout.table.columns;
     let is_number = |t: &str| ["double precision", "real", "numeric", "integer", "bigint"].contains(&t);
-    let spend = if columns.iter().any(|(name, r#type)| name == "spend" && is_number(r#type)) {
+    let spend = if layout.table.type_of("spend").is_some_and(is_number) {
         // NaN and the infinities count as 0, as in the rollups.
         "sum(CASE WHEN spend::numeric > '-Infinity' AND spend::numeric < 'Infinity'
                  THEN spend::numeric ELSE 0 END)"
@@ -188,9 +187,8 @@ pub fn finish(
     if policy.on_expire == OnExpire::Detach {
         archive::ensure(layout.owner)?;
     }
-    let mut locks: Vec<(pg_sys::Oid, Mode)> = vec![(layout.table.oid, pg_sys::AccessExclusiveLock)];
-    locks.extend(layout.default.iter().chain([partition]).map(|p| (p.oid, pg_sys::AccessExclusiveLock)));
-    locks::lock_all(guc::lock_timeout(), &locks)?;
+    let partitions = layout.default.iter().chain([partition]).map(|p| p.oid);
+    locks::lock_exclusively(guc::lock_timeout(), [layout.table.oid].into_iter().chain(partitions))?;
     let now = layout.again()?;
     layout.require_usable(require_same(&now, partition)?)?;
     let has_all =

@@ -255,10 +255,10 @@ fn check_time_column(table: &Table, column: &str) -> Result<()> {
         let times = table.columns.iter().filter(|(_, r#type)| is_time(r#type));
         times.map(|(name, _)| name.clone()).collect()
     };
-    match table.columns.iter().find(|(name, _)| name == column) {
+    match table.type_of(column) {
         None => Err(Error::NoPartitionColumn { relation, column: column.into(), times: times() }),
-        Some((_, found)) if !is_time(found) => {
-            let (column, found) = (column.into(), found.clone());
+        Some(found) if !is_time(found) => {
+            let (column, found) = (column.into(), found.into());
             Err(Error::PartitionColumnType { relation, column, found, times: times() })
         }
         Some(_) => Ok(()),

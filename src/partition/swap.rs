@@ -104,8 +104,7 @@ pub fn lock(
     let oids = |dependents: &Dependents| dependents.views.iter().map(|view| view.oid).collect::<Vec<_>>();
     relations.iter().take(1).try_for_each(|oid| fence::lock_notes_of(guc::swap_lock_timeout(), *oid))?;
     let views = oids(&read()?);
-    let all = views.iter().chain(relations).map(|oid| (*oid, pg_sys::AccessExclusiveLock));
-    locks::lock_all(guc::swap_lock_timeout(), &all.collect::<Vec<_>>())?;
+    locks::lock_exclusively(guc::swap_lock_timeout(), views.iter().chain(relations).copied())?;
     let dependents = read()?;
     if oids(&dependents) != views {
         return Err(Error::CameBetween(name));

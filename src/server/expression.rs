@@ -11,6 +11,7 @@
 //! after everything that could have changed them.
 
 use crate::error::{Error, Result};
+use crate::server::parse::{self, is, nodes, text};
 use crate::server::session::{Elevated, Owner, attempt};
 use crate::server::spi::{current, value};
 use pgrx::{FromDatum, pg_guard, pg_sys};
@@ -121,8 +122,7 @@ pub const COMPUTED: &str = "It computes with aggregates; a measure is one aggreg
 unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr, what: &str) -> std::result::Result<Analyzed, Reason> {
     // SAFETY: the server's functions on the trees that they make; each node is read as what its tag says.
     unsafe {
-        let target = only_target(pg_sys::raw_parser(sql.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT))
-            .ok_or("It is not one expression.")?;
+        let target = only_target(&parse::statements(sql)).ok_or("It is not one expression.")?;
         if is_star((*target).val) {
             return Err("It is a star, which stands for several columns.".into());
         }
@@ -162,23 +162,11 @@ unsafe fn analyze(relation: pg_sys::Oid, sql: &CStr, what: &str) -> std::result:
     }
 }
 
-unsafe fn is(node: *const pg_sys::Node, tag: pg_sys::NodeTag) -> bool {
-    !node.is_null() && unsafe { (*node).type_ } == tag
-}
-
-pub fn nodes(list: *mut pg_sys::List) -> Vec<*mut pg_sys::Node> {
-    // SAFETY: a list of nodes, or null for an empty one.
-    let Some(list) = (unsafe { list.as_ref() }) else { return vec![] };
-    let cells = unsafe { std::slice::from_raw_parts(list.elements, list.length as usize) };
-    cells.iter().map(|cell| unsafe { cell.ptr_value }.cast()).collect()
-}
-
 /// The target of `SELECT target`, if that is all that was parsed.
-unsafe fn only_target(statements: *mut pg_sys::List) -> Option<*mut pg_sys::ResTarget> {
-    let statements = nodes(statements);
-    let [statement] = statements[..] else { return None };
-    // SAFETY: what raw_parser returns are RawStmts.
-    let select = unsafe { (*statement.cast::<pg_sys::RawStmt>()).stmt };
+unsafe fn only_target(statements: &[*mut pg_sys::RawStmt]) -> Option<*mut pg_sys::ResTarget> {
+    let [statement] = *statements else { return None };
+    // SAFETY: the parser's tree; each node is read as what its tag says.
+    let select = unsafe { (*statement).stmt };
     if !unsafe { is(select, pg_sys::NodeTag::T_SelectStmt) } {
         return None;
     }
@@ -221,20 +209,6 @@ unsafe fn column_name(raw: *mut pg_sys::Node) -> Option<String> {
             return None;
         }
         text(nodes((*raw.cast::<pg_sys::ColumnRef>()).fields).pop()?)
-    }
-}
-
-/// What a node of a name says.
-pub unsafe fn text(node: *mut pg_sys::Node) -> Option<String> {
-    unsafe {
-        if !is(node, pg_sys::NodeTag::T_String) {
-            return None;
-        }
-        #[cfg(feature = "pg14")]
-        let text = (*node.cast::<pg_sys::Value>()).val.str_;
-        #[cfg(not(feature = "pg14"))]
-        let text = (*node.cast::<pg_sys::String>()).sval;
-        Some(CStr::from_ptr(text).to_string_lossy().into_owned())
     }
 }
 

@@ -5,7 +5,7 @@
 //! | [`lock_against_writers`] | the user's table, SHARE ROW EXCLUSIVE | its writers |
 //! | [`lock_against_dropping`] | the user's table, ACCESS SHARE | who truncates, renames or drops it |
 //! | [`lock_against_changes`] | the same, its partitions and indexes, ACCESS SHARE | who changes one of them |
-//! | [`lock_all`] | a partitioned table, its partitions | as the mode says |
+//! | [`lock_all`], [`lock_exclusively`] | a partitioned table, its partitions | as the mode says, ACCESS EXCLUSIVE |
 //! | [`database_is_wanted`] | this database, ROW EXCLUSIVE, for a moment | who drops, renames, moves or copies it |
 //! | [`lock`] | whatever the statement needs | as the statement says |
 //!
@@ -179,6 +179,12 @@ const DEADLOCK_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// A lock mode, as the server numbers it.
 pub type Mode = u32;
+
+/// As [`lock_all`], ACCESS EXCLUSIVE on each.
+pub fn lock_exclusively(limit: LockLimit, relations: impl IntoIterator<Item = pg_sys::Oid>) -> Result<()> {
+    let locks = relations.into_iter().map(|oid| (oid, pg_sys::AccessExclusiveLock)).collect::<Vec<_>>();
+    lock_all(limit, &locks)
+}
 
 /// Locks relations until the transaction ends, in the order given, all within one limit: while we wait for
 /// the second, others wait for the first. A partitioned table comes before its partitions, as for its users.

@@ -11,6 +11,7 @@ pub mod keyed;
 pub mod limit;
 pub mod locks;
 pub mod log;
+pub mod parse;
 pub mod proof;
 pub mod relation;
 pub mod rewrite;

@@ -11,6 +11,7 @@
 //! word for it: we parse `NOT VALID`, which means not to look, and set the flag that says the rest.
 
 use crate::error::Result;
+use crate::server::parse;
 use crate::server::session::Owner;
 use pgrx::prelude::*;
 use std::ffi::CString;
@@ -35,33 +36,12 @@ fn add(relation: &str, condition: &str) -> Result<()> {
     // SAFETY: the shape of the tree is that of the text above: one statement, with one command, that adds a
     // constraint.
     unsafe {
-        let parsed = pg_sys::raw_parser(sql.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
-        let statement = (*(first(parsed) as *mut pg_sys::RawStmt)).stmt as *mut pg_sys::AlterTableStmt;
-        let command = first((*statement).cmds) as *mut pg_sys::AlterTableCmd;
-        let constraint = (*command).def as *mut pg_sys::Constraint;
+        let statement = (*parse::statements(&sql)[0]).stmt;
+        let commands = parse::nodes((*statement.cast::<pg_sys::AlterTableStmt>()).cmds);
+        let constraint = (*commands[0].cast::<pg_sys::AlterTableCmd>()).def.cast::<pg_sys::Constraint>();
         (*constraint).initially_valid = true;
-        let mut planned = PgBox::<pg_sys::PlannedStmt>::alloc_node(pg_sys::NodeTag::T_PlannedStmt);
-        planned.commandType = pg_sys::CmdType::CMD_UTILITY;
-        planned.canSetTag = true;
-        planned.utilityStmt = statement as *mut pg_sys::Node;
-        planned.stmt_location = -1;
-        pg_sys::ProcessUtility(
-            planned.into_pg(),
-            sql.as_ptr(),
-            false,
-            pg_sys::ProcessUtilityContext::PROCESS_UTILITY_QUERY,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            pg_sys::None_Receiver,
-            std::ptr::null_mut(),
-        );
+        parse::run_utility(statement, &sql, pg_sys::ProcessUtilityContext::PROCESS_UTILITY_QUERY);
         pg_sys::CommandCounterIncrement();
     }
     Ok(())
-}
-
-/// # Safety
-/// A list of pointers that is not empty.
-unsafe fn first(list: *mut pg_sys::List) -> *mut std::ffi::c_void {
-    unsafe { (*(*list).elements).ptr_value }
 }

@@ -187,6 +187,20 @@ pub struct Table {
 }
 
 impl Table {
+    /// The type of a column, if there is one of that name.
+    pub fn type_of(&self, column: &str) -> Option<&str> {
+        self.columns.iter().find(|(name, _)| name == column).map(|(_, r#type)| r#type.as_str())
+    }
+
+    /// Whether there is such a column; an error says that it has another type than `expected`.
+    pub fn has(&self, column: &str, expected: &str) -> Result<bool> {
+        let Some(found) = self.type_of(column).filter(|found| *found != expected) else {
+            return Ok(self.type_of(column).is_some());
+        };
+        let (relation, column) = (self.name.clone(), column.to_string());
+        Err(Error::ColumnType { relation, column, found: found.into(), expected: expected.into() })
+    }
+
     pub fn find(oid: pg_sys::Oid) -> Result<Option<Table>> {
         let tables = current(
             "SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text,

@@ -11,6 +11,7 @@
 use crate::error::{Error, Result};
 use crate::guc::LockLimit;
 use crate::server::locks;
+use crate::server::parse;
 use crate::server::relation::relation_name;
 use crate::server::session::Owner;
 use crate::server::spi::{self, Found};
@@ -24,18 +25,15 @@ unsafe extern "C-unwind" {
 
 /// Replaces the query of `view`, which has the same columns. Fails if it is no view any more.
 pub fn replace(limit: LockLimit, view: pg_sys::Oid, sql: &str) -> Result<()> {
-    locks::lock_all(limit, &[(view, pg_sys::AccessExclusiveLock)])?;
+    locks::lock_exclusively(limit, [view])?;
     let name = relation_name(view)?;
     let owner = owner(view, &name)?;
     let text = CString::new(sql).map_err(|_| Error::SeveralStatements)?;
     let _owner = owner.act();
     // SAFETY: the server's functions, on the trees that they make. Errors of theirs are thrown as everywhere.
     unsafe {
-        let statements = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
-        let [statement] = statements.as_ref().map_or(&[][..], |list| cells(list)) else {
-            return Err(Error::SeveralStatements);
-        };
-        let query = analyze(statement.ptr_value.cast(), &text);
+        let [statement] = parse::statements(&text)[..] else { return Err(Error::SeveralStatements) };
+        let query = analyze(statement, &text);
         if (*query).commandType != pg_sys::CmdType::CMD_SELECT || (*query).hasModifyingCTE {
             return Err(Error::SeveralStatements);
         }
@@ -44,10 +42,6 @@ pub fn replace(limit: LockLimit, view: pg_sys::Oid, sql: &str) -> Result<()> {
         pg_sys::CommandCounterIncrement();
     }
     Ok(())
-}
-
-unsafe fn cells(list: &pg_sys::List) -> &[pg_sys::ListCell] {
-    unsafe { std::slice::from_raw_parts(list.elements, list.length as usize) }
 }
 
 unsafe fn analyze(statement: *mut pg_sys::RawStmt, text: &std::ffi::CStr) -> *mut pg_sys::Query {

@@ -8,6 +8,7 @@
 //! had (`Owner::current`): an ALTER TABLE that rewrites the table leaves nothing of it to older snapshots.
 
 use crate::error::{Error, Result};
+use crate::server::parse;
 use crate::server::session::{self, Failure};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -30,12 +31,7 @@ pub fn require_safe(sql: &str) -> Result<()> {
         return Ok(());
     }
     let text = std::ffi::CString::new(sql).map_err(|_| Error::SeveralStatements)?;
-    // SAFETY: the parser reads the text, and returns a list or null.
-    let statements = unsafe {
-        let list = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
-        list.as_ref().map_or(0, |list| list.length)
-    };
-    if statements == 1 { Ok(()) } else { Err(Error::SeveralStatements) }
+    if parse::statements(&text).len() == 1 { Ok(()) } else { Err(Error::SeveralStatements) }
 }
 
 /// Runs a query on the transaction's snapshot.

@@ -65,39 +65,25 @@ pub enum Task {
 }
 
 impl Task {
-    pub const ALL: [Task; 13] = [
-        Task::Restore,
-        Task::Sources,
-        Task::Watch,
-        Task::Merge,
-        Task::Repair,
-        Task::Backfill,
-        Task::SwitchViews,
-        Task::Freeze,
-        Task::Hours,
-        Task::Conversions,
-        Task::Reversions,
-        Task::Maintain,
-        Task::Indexes,
+    /// In the order of the variants, each with how what is noted of its failure begins.
+    pub const NAMES: [(Task, &str); 13] = [
+        (Task::Restore, "restore"),
+        (Task::Sources, "sources"),
+        (Task::Watch, "watch"),
+        (Task::Merge, "merge"),
+        (Task::Repair, "repair"),
+        (Task::Backfill, "backfill"),
+        (Task::SwitchViews, "switch views"),
+        (Task::Freeze, "freeze"),
+        (Task::Hours, "hours"),
+        (Task::Conversions, "conversions"),
+        (Task::Reversions, "reversions"),
+        (Task::Maintain, "maintain"),
+        (Task::Indexes, "indexes"),
     ];
 
-    /// As it begins what is noted of its failure.
     pub fn name(self) -> &'static str {
-        match self {
-            Task::Restore => "restore",
-            Task::Sources => "sources",
-            Task::Watch => "watch",
-            Task::Merge => "merge",
-            Task::Repair => "repair",
-            Task::Backfill => "backfill",
-            Task::SwitchViews => "switch views",
-            Task::Freeze => "freeze",
-            Task::Hours => "hours",
-            Task::Conversions => "conversions",
-            Task::Reversions => "reversions",
-            Task::Maintain => "maintain",
-            Task::Indexes => "indexes",
-        }
+        Task::NAMES[self as usize].1
     }
 }
 
@@ -134,10 +120,6 @@ pub trait Runner {
     fn may_fill(&self, _rollup: &str) -> bool {
         true
     }
-    /// Whether it goes on with conversions.
-    fn converts(&self) -> bool {
-        true
-    }
     /// Whether it may work on the captured table and what belongs to it.
     fn may_watch(&self) -> bool {
         true
@@ -147,7 +129,9 @@ pub trait Runner {
         true
     }
     /// Whether it is time to look at the captured table again, which takes more queries than all the rest.
-    fn watch_is_due(&mut self) -> bool;
+    fn watch_is_due(&mut self) -> bool {
+        true
+    }
     /// That look found nothing wrong.
     fn end_watch(&mut self) {}
     /// A subject that may have failed has nothing to do any more.
@@ -175,6 +159,18 @@ impl fmt::Display for Subject {
             }
             Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
             Subject::Statistics(_, table) => write!(f, "statistics of {table}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_task_has_its_own_name() {
+        for (place, (task, name)) in Task::NAMES.into_iter().enumerate() {
+            assert_eq!((task as usize, task.name()), (place, name));
         }
     }
 }

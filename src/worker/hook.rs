@@ -5,8 +5,8 @@
 use crate::error::{Error, Result};
 use crate::guc;
 use crate::litellm::triggers;
-use crate::server::expression::{nodes, text};
 use crate::server::hint;
+use crate::server::parse::{nodes, text};
 use crate::server::relation;
 use crate::server::session::{Elevated, Failure, attempt, callable};
 use crate::server::spi;

@@ -1,6 +1,7 @@
 //! What each of our processes needs: settings, signals, transactions, and what pg_stat_activity says of it.
 
 use crate::error::Result;
+use crate::server::parse;
 use crate::server::session::{self, Elevated, Failure, Owner, attempt};
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
@@ -176,22 +177,8 @@ pub fn utility(owner: Owner, sql: &str) -> std::result::Result<(), Failure> {
         pg_sys::MemoryContextSwitchTo(context);
         let outcome = PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
             pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
-            let mode = pg_sys::RawParseMode::RAW_PARSE_DEFAULT;
-            let statement = (*(*pg_sys::raw_parser(text.as_ptr(), mode)).elements).ptr_value;
-            let planned = pg_sys::palloc0(size_of::<pg_sys::PlannedStmt>()).cast::<pg_sys::PlannedStmt>();
-            (*planned).type_ = pg_sys::NodeTag::T_PlannedStmt;
-            (*planned).commandType = pg_sys::CmdType::CMD_UTILITY;
-            (*planned).utilityStmt = (*statement.cast::<pg_sys::RawStmt>()).stmt;
-            pg_sys::ProcessUtility(
-                planned,
-                text.as_ptr(),
-                false,
-                pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL,
-                std::ptr::null_mut(),
-                std::ptr::null_mut(),
-                pg_sys::CreateDestReceiver(pg_sys::CommandDest::DestNone),
-                std::ptr::null_mut(),
-            );
+            let statement = (*parse::statements(&text)[0]).stmt;
+            parse::run_utility(statement, &text, pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL);
             Ok(())
         }))
         .catch_others(|caught| Err(Failure::from(caught)))

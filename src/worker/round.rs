@@ -70,7 +70,8 @@ pub fn round(run: &mut impl Runner) -> Round {
         more |= run.step(Subject::Task(Task::Backfill), || backfill::step(patience)).unwrap_or(false);
         run.step(Subject::Task(Task::SwitchViews), || views::switch_covered(patience));
     }
-    if run.converts() && run.step(Subject::Task(Task::Conversions), conversion::any).unwrap_or(false) {
+    if run.commits_each_step() && run.step(Subject::Task(Task::Conversions), conversion::any).unwrap_or(false)
+    {
         more |= convert::round(run);
         more |= revert::round(run, build::for_copy);
     }
@@ -365,9 +366,11 @@ pub fn endless_within(time: Duration) -> Result<Vec<Subject>> {
         &[since.into()],
         |r| spi::value::<String>(r, 1),
     )?;
-    let task =
-        |error: String| Task::ALL.into_iter().find(|task| error.starts_with(&format!("{}: ", task.name())));
-    let tasks = captured.into_iter().filter_map(task).map(Subject::Task);
+    let task = |error: String| {
+        let found = Task::NAMES.into_iter().find(|(_, name)| error.starts_with(&format!("{name}: ")));
+        found.map(|(task, _)| Subject::Task(task))
+    };
+    let tasks = captured.into_iter().filter_map(task);
     // What was recorded does not say which of a subject's steps it was.
     let rollups = rollups.into_iter().flat_map(|(name, source)| {
         let of_rollup = [Subject::Stray(name.clone()), Subject::Rollup(name)];
