@@ -18,21 +18,28 @@ pub struct Failure {
     pub message: String,
     detail: Option<String>,
     hint: Option<String>,
-    /// Whether it is an error of ours. What others raise may say anything, also what a DBA should type.
-    ours: bool,
-    cancel: bool,
-    timed_out: bool,
+    origin: Origin,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Origin {
+    Ourselves,
+    /// They may say anything, also what a DBA should type.
+    Others,
+    /// The server's own interrupt, not an error of that SQLSTATE which somebody's function has raised.
+    Cancel,
+    /// The step's own limit of time.
+    Limit,
 }
 
 impl Failure {
-    /// The server's own interrupt, not an error of that SQLSTATE which somebody's function has raised.
     pub fn is_cancel(&self) -> bool {
-        self.cancel
+        self.origin == Origin::Cancel
     }
 
     /// The step's own limit of time was reached.
     pub fn is_timeout(&self) -> bool {
-        self.timed_out
+        self.origin == Origin::Limit
     }
 
     pub const ENDLESS: &str = "it went on after its time was over, and its process was terminated";
@@ -44,16 +51,14 @@ impl Failure {
             message: Failure::ENDLESS.into(),
             detail: None,
             hint: None,
-            ours: true,
-            cancel: false,
-            timed_out: true,
+            origin: Origin::Limit,
         }
     }
 
     /// As the status views show it: the message, and if it is ours its DETAIL and its HINT, each in a line of
     /// its own.
     pub fn text(&self) -> String {
-        let ours = |more: &Option<String>| more.clone().filter(|_| self.ours);
+        let ours = |more: &Option<String>| more.clone().filter(|_| self.origin == Origin::Ourselves);
         in_lines(&self.message, ours(&self.detail), ours(&self.hint))
     }
 
@@ -168,7 +173,7 @@ impl From<Error> for Failure {
             error => {
                 let Told { sqlstate, message, detail, hint } = error.tell();
                 let hint = hint.map(callable);
-                Failure { sqlstate, message, detail, hint, ours: true, cancel: false, timed_out: false }
+                Failure { sqlstate, message, detail, hint, origin: Origin::Ourselves }
             }
         }
     }
@@ -182,20 +187,21 @@ impl From<pg_sys::panic::CaughtError> for Failure {
         let sqlstate = report.sql_error_code();
         let interrupt = report.function_name() == Some(INTERRUPT);
         let interrupted = sqlstate == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && interrupt;
-        let timed_out = interrupted && limit::expired();
-        let message = match timed_out {
-            true => "it took longer than a step may take, and was cancelled".into(),
-            false => report.message().to_string(),
+        let (origin, message) = match interrupted {
+            true if limit::expired() => {
+                (Origin::Limit, "it took longer than a step may take, and was cancelled")
+            }
+            true => (Origin::Cancel, report.message()),
+            false => (Origin::Others, report.message()),
         };
+        let told = origin != Origin::Limit;
         Failure {
             sqlstate,
-            message,
+            message: message.into(),
             // Of a panic it would be a backtrace.
-            detail: report.detail().filter(|_| of_server && !timed_out).map(str::to_string),
-            hint: report.hint().filter(|_| !timed_out).map(str::to_string),
-            ours: false,
-            cancel: interrupted && !timed_out,
-            timed_out,
+            detail: report.detail().filter(|_| of_server && told).map(str::to_string),
+            hint: report.hint().filter(|_| told).map(str::to_string),
+            origin,
         }
     }
 }

@@ -169,21 +169,9 @@ fn merge_source(run: &mut impl Runner, mut source: Source, outcomes: &mut Vec<Ou
         if last_value == source.merged_to {
             run.forget_failure(&Subject::Rollup(rollup.clone()));
         }
-        let (merge, end) = match together.next() {
-            _ if !news => (None, End::Done),
-            Some(merge) if merge.window_end == safe_end => (Some(merge), End::Done),
-            Some(merge) if run.commits_each_step() => (Some(merge), End::More),
-            Some(merge) => {
-                let (rest, end) = merge_windows(run, rollup, safe_end);
-                (
-                    Some(match rest {
-                        Some(rest) => joined(Some(merge), rest),
-                        None => merge,
-                    }),
-                    end,
-                )
-            }
-            None => merge_windows(run, rollup, safe_end),
+        let (merge, end) = match news {
+            true => merge_windows(run, rollup, safe_end, together.next()),
+            false => (None, End::Done),
         };
         more |= matches!(end, End::More);
         all &= matches!(end, End::Done);
@@ -242,30 +230,33 @@ fn merge_together(run: &mut impl Runner, source: &Source, safe_end: i64) -> Vec<
     merged
 }
 
-/// Merges windows up to `safe_end`, each in a step of its own: all of them for a SQL call, one for the
-/// worker, so that no rollup keeps the others waiting.
-fn merge_windows(run: &mut impl Runner, rollup: &str, safe_end: i64) -> (Option<Merge>, End) {
+/// Goes on after what is merged already, up to `safe_end`, each window in a step of its own: all of them for
+/// a SQL call, one for the worker, so that no rollup keeps the others waiting.
+fn merge_windows(
+    run: &mut impl Runner,
+    rollup: &str,
+    safe_end: i64,
+    mut merged: Option<Merge>,
+) -> (Option<Merge>, End) {
     let patience = run.patience();
-    let mut merged = None;
     loop {
+        match &merged {
+            Some(merge) if merge.window_end == safe_end => return (merged, End::Done),
+            // The nodes merge the next one when this is committed.
+            Some(merge) if run.commits_each_step() || merge.rows.is_none() => return (merged, End::More),
+            _ => {}
+        }
         let (subject, started) = (Subject::Rollup(rollup.into()), Instant::now());
         let most = run.most_merged(&subject);
         let step = run.step(subject.clone(), || rollup::merge(rollup, safe_end, most, patience));
         match step {
             Some(Merged::Window(next)) => {
                 run.note_window(&subject, next.window_end - next.window_start + 1, started.elapsed());
-                let (last, by_nodes) = (next.window_end == safe_end, next.rows.is_none());
-                merged = Some(joined(merged, next));
-                if last && by_nodes && run.commits_each_step() {
+                let by_nodes = next.rows.is_none();
+                if next.window_end == safe_end && by_nodes && run.commits_each_step() {
                     run.step(subject, || rollup::note_committed(rollup));
                 }
-                if last {
-                    return (merged, End::Done);
-                }
-                // The nodes merge the next one when this is committed.
-                if run.commits_each_step() || by_nodes {
-                    return (merged, End::More);
-                }
+                merged = Some(joined(merged, next));
             }
             Some(Merged::Nothing) => return (merged, End::Done),
             Some(Merged::Busy) => return (merged, End::Busy),
