@@ -168,9 +168,8 @@ fn ready() -> Result<Vec<String>> {
 /// The views that are ours, by our notes and in fact.
 pub fn in_place(schema: &str) -> Result<Vec<(&'static PublicView, Table)>> {
     let mut views = vec![];
-    for view in &VIEWS {
-        if installed(view)?.is_some()
-            && let Some(found) = Table::named(&qualified(schema, view.name))?
+    for Adopted { view, .. } in adopted()?.into_iter().filter(|adopted| adopted.installed.is_some()) {
+        if let Some(found) = Table::named(&qualified(schema, view.name))?
             && is_ours(view, &found)?
         {
             views.push((view, found));
@@ -191,25 +190,15 @@ pub fn restore(source: &Table) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// Whether any view is ours, or about to be.
-pub fn any_adopted() -> Result<bool> {
-    let sql = "SELECT FROM litellm_spend.public_view LIMIT 1";
-    spi::query(sql, &[], |_| Ok(())).any()
-}
-
 /// Gives LiteLLM's definition of a view back, as the view's owner, and forgets that it was ours. Ours reads
 /// no column of the table, so by now those that LiteLLM's names may be gone, or have another type. Then the
 /// view shows nothing, and what is returned says why.
 fn let_go(view: &PublicView, found: &Table) -> Result<Option<String>> {
-    let original = spi::query(
-        "SELECT original FROM litellm_spend.public_view WHERE name = $1 AND installed IS NOT NULL",
-        &[view.name.into()],
-        |r| spi::value::<String>(r, 1),
-    )?;
     let mut unfit = None;
-    for original in original {
-        let given_back = attempt(|| rewrite::replace(guc::lock_timeout(), found.oid, &original));
-        let Err(failure) = given_back.map_err(Failure::unless_cancel) else { continue };
+    if let Some(Adopted { original, installed: Some(_), .. }) = noted(view)?
+        && let Err(failure) = attempt(|| rewrite::replace(guc::lock_timeout(), found.oid, &original))
+            .map_err(Failure::unless_cancel)
+    {
         if failure.is_lock_timeout() {
             return Err(Error::Failed(failure));
         }
@@ -234,38 +223,60 @@ fn show_nothing(view: &PublicView, found: &Table) -> Result<()> {
     rewrite::replace(guc::lock_timeout(), found.oid, &nothing)
 }
 
-/// Why a view that is ours by our notes, or is to be, is not, in fact.
-pub enum Stray {
-    /// Somebody has replaced or dropped it.
-    Gone,
-    /// It has another owner, or may not be ours any more.
-    Changed,
+/// What is noted of a view that is ours, or waits to be.
+pub struct Adopted {
+    pub view: &'static PublicView,
+    /// LiteLLM's own query.
+    original: String,
+    /// Ours, once it is in place.
+    installed: Option<String>,
+    owner: Option<pg_sys::Oid>,
 }
 
-/// Views that are ours by our notes, or wait to be, and cannot be.
-pub fn strays(source: &Table) -> Result<Vec<(&'static PublicView, Stray)>> {
+impl Adopted {
+    /// What somebody has done to it, if it is not ours any more.
+    fn fate(&self, found: Option<&Table>) -> Result<Option<&'static str>> {
+        let [replaced, dropped] = FATES;
+        let Some(found) = found else { return Ok(Some(dropped)) };
+        Ok((self.installed.is_some() && !is_ours(self.view, found)?).then_some(replaced))
+    }
+}
+
+/// In the order of [`VIEWS`].
+pub fn adopted() -> Result<Vec<Adopted>> {
+    let sql = "SELECT name, original, installed, owner::oid FROM litellm_spend.public_view";
+    let found = spi::query(sql, &[], |r| {
+        let name = spi::value::<String>(r, 1)?;
+        let place = VIEWS.iter().position(|view| view.name == name);
+        let (original, installed, owner) = (spi::value(r, 2)?, r.get(3)?, r.get(4)?);
+        Ok(place.map(|place| (place, Adopted { view: &VIEWS[place], original, installed, owner })))
+    })?;
+    let mut found: Vec<_> = found.into_iter().flatten().collect();
+    found.sort_by_key(|(place, _)| *place);
+    Ok(found.into_iter().map(|(_, adopted)| adopted).collect())
+}
+
+fn noted(view: &PublicView) -> Result<Option<Adopted>> {
+    Ok(adopted()?.into_iter().find(|adopted| adopted.view.name == view.name))
+}
+
+/// Those that somebody has replaced or dropped, that have another owner, or that may not be ours any more.
+pub fn strays(source: &Table) -> Result<Vec<Adopted>> {
     let mut strays = vec![];
-    for (view, is_live) in noted()? {
-        let Some(found) = Table::named(&qualified(&source.schema, view.name))? else {
-            strays.push((view, Stray::Gone));
-            continue;
+    for adopted in adopted()? {
+        let found = Table::named(&qualified(&source.schema, adopted.view.name))?;
+        let is_stray = match &found {
+            Some(found) if adopted.fate(Some(found))?.is_none() => {
+                adopted.installed.is_some() && adopted.owner != Some(found.owner_oid)
+                    || unusable(adopted.view, found, source)?.is_some()
+            }
+            _ => true,
         };
-        let changed = || Ok::<_, Error>(unusable(view, &found, source)?.is_some());
-        if is_live && !is_ours(view, &found)? {
-            strays.push((view, Stray::Gone));
-        } else if is_live && owner_noted(view)? != Some(found.owner_oid) || changed()? {
-            strays.push((view, Stray::Changed));
+        if is_stray {
+            strays.push(adopted);
         }
     }
     Ok(strays)
-}
-
-/// The adopted views, and whether each is live.
-fn noted() -> Result<Vec<(&'static PublicView, bool)>> {
-    let sql = "SELECT name, installed IS NOT NULL FROM litellm_spend.public_view";
-    let noted = spi::query(sql, &[], |r| Ok((spi::value::<String>(r, 1)?, spi::value::<bool>(r, 2)?)))?;
-    let is_live = |view: &PublicView| noted.iter().find(|(name, _)| name == view.name).map(|(_, live)| *live);
-    Ok(VIEWS.iter().filter_map(|view| Some((view, is_live(view)?))).collect())
 }
 
 /// A view that is not ours any more.
@@ -309,34 +320,26 @@ pub fn tell_lost(lost: &[Lost], noted: Option<&str>) -> String {
 }
 
 /// Deals with one of them. Returns what is to be said of it.
-pub fn settle(view: &PublicView, stray: Stray, source: &Table) -> Result<Option<Lost>> {
+pub fn settle(adopted: &Adopted, source: &Table) -> Result<Option<Lost>> {
+    let view = adopted.view;
     let found = Table::named(&qualified(&source.schema, view.name))?;
-    match (stray, found) {
-        (Stray::Changed, Some(found)) => match unusable(view, &found, source)? {
-            None => {
-                grant(view, &found, source)?;
-                Ok(None)
-            }
-            Some(reason) if installed(view)?.is_none() => {
-                forget(view)?;
-                Ok(Some(Lost::LetGo(format!("view \"{}\" is {reason}", view.name))))
-            }
-            Some(reason) => {
-                let what = let_go(view, &found)?.unwrap_or(format!("LiteLLM's own again: {reason}"));
-                Ok(Some(Lost::LetGo(format!("view \"{}\" is {what}", view.name))))
-            }
-        },
-        (_, found) => {
-            forget(view)?;
-            let [replaced, dropped] = FATES;
-            Ok(Some(Lost::Gone(view.name, if found.is_some() { replaced } else { dropped })))
-        }
+    if let Some(fate) = adopted.fate(found.as_ref())? {
+        forget(view)?;
+        return Ok(Some(Lost::Gone(view.name, fate)));
     }
-}
-
-fn owner_noted(view: &PublicView) -> Result<Option<pg_sys::Oid>> {
-    let sql = "SELECT owner::oid FROM litellm_spend.public_view WHERE name = $1";
-    Ok(spi::query(sql, &[view.name.into()], |r| Ok(r.get(1)?)).one()?.flatten())
+    let Some(found) = found else { return Ok(None) };
+    let Some(reason) = unusable(view, &found, source)? else {
+        grant(view, &found, source)?;
+        return Ok(None);
+    };
+    let what = match adopted.installed {
+        None => {
+            forget(view)?;
+            reason
+        }
+        Some(_) => let_go(view, &found)?.unwrap_or(format!("LiteLLM's own again: {reason}")),
+    };
+    Ok(Some(Lost::LetGo(format!("view \"{}\" is {what}", view.name))))
 }
 
 /// Forgets that the view was ours: somebody has replaced it, and it is theirs until the next attach.
@@ -420,13 +423,7 @@ pub fn make_live(definition: &Definition) -> Result<()> {
 // ---- in place --------------------------------------------------------------------------------------------
 
 fn installed(view: &PublicView) -> Result<Option<String>> {
-    let installed = spi::query(
-        "SELECT installed FROM litellm_spend.public_view WHERE name = $1",
-        &[view.name.into()],
-        |r| Ok(r.get::<String>(1)?),
-    )
-    .one()?;
-    Ok(installed.flatten())
+    Ok(noted(view)?.and_then(|adopted| adopted.installed))
 }
 
 /// Puts our query in place, and notes it.

@@ -23,7 +23,7 @@ use crate::litellm::triggers::{
     foreign_partition, give_functions, missing_triggers, note_triggers, require_all_rows_seen, silence,
     triggers,
 };
-use crate::litellm::views::{self, PublicView, Stray};
+use crate::litellm::views::{self, Adopted};
 use crate::server::locks::{self, Patience};
 use crate::server::log;
 use crate::server::relation::{self, Table, open};
@@ -63,7 +63,7 @@ enum Damage {
     /// Triggers are on what is a partition no more.
     Detached(Vec<(pg_sys::Oid, String)>),
     /// Views of ours were replaced, or have another owner.
-    Views(Vec<(&'static PublicView, Stray)>),
+    Views(Vec<Adopted>),
     /// A superuser, for whom capture does not go on, has got the table, and with it the trigger functions.
     /// They belong to the role of before, whose code they may run.
     Functions(Owner),
@@ -84,7 +84,7 @@ fn damage() -> Result<Option<Damage>> {
     require_all_rows_seen(&table)?;
     if let Some(error) = foreign_partition(state.relation)? {
         let settled = failing_triggers(state.relation)?.is_empty()
-            && !views::any_adopted()?
+            && views::adopted()?.is_empty()
             && captured::capture_error()?.is_some_and(|noted| noted.contains(&error.to_string()));
         return Ok((!settled).then_some(Damage::Foreign));
     }
@@ -215,8 +215,8 @@ fn mend() -> Result<bool> {
         Damage::Views(strays) => {
             let Some(table) = Table::find(state.relation)? else { return Ok(false) };
             let mut lost = vec![];
-            for (view, stray) in strays {
-                lost.extend(views::settle(view, stray, &table)?);
+            for adopted in &strays {
+                lost.extend(views::settle(adopted, &table)?);
             }
             if !lost.is_empty() {
                 let said = views::tell_lost(&lost, captured::capture_error()?.as_deref());
