@@ -12,6 +12,7 @@ import capture
 import citus
 import citus_dashboard
 import groups
+import idle
 import late
 import logs_page
 import merge
@@ -28,6 +29,7 @@ TITLES = {
     "views": "Each of LiteLLM's views, 470,000 rows, at the client",
     "capture": "Capture and merge, per row inserted",
     "whole": "All that a server pays: 100 rows a statement, until all is merged; with and without the reports",
+    "idle": "A worker that has nothing to do",
     "months": "Disk of a year of requests, month by month",
     "stall": "A single-row insert beside a write transaction that stays open for 20 s",
     "backfill": "Attach and backfill of 470,000 rows",
@@ -70,6 +72,7 @@ RATIOS = {
         (metric, [f"{kind} {variant}"], f"{kind} plain")
         for variant in whole.ATTACHED for kind in whole.KINDS for metric in ("cpu", "wal", "disk")
     ],
+    "idle": [("cpu", [f"{variant}, {idle.LATER}"], f"{variant}, {idle.FIRST}") for variant in whole.ATTACHED],
     "months": [("disk", [f"month {month}: {what}"], f"month {month}: spend log")
                for what in ("by default", "reports", "reports, hours for 90 days")
                for month in ("01", "06", "12")],
