@@ -6,6 +6,13 @@
 -- schema before.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
+-- The tables are heaps in the database's own tablespace, whatever a session has for its own. The end of this
+-- file puts back what is set here, which would else hold until the end of the transaction.
+SELECT set_config('litellm_spend_script.' || name, current_setting(name), true)
+FROM unnest(ARRAY['default_tablespace', 'default_table_access_method']) AS name;
+SET LOCAL default_tablespace = '';
+SET LOCAL default_table_access_method = heap;
+
 CREATE SCHEMA litellm_spend;
 
 -- Names this database among those that its dumps are restored to: it is not dumped. State that another
@@ -245,6 +252,9 @@ SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.dirty_range', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture_failures', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.public_view', '');
+
+SELECT set_config(name, current_setting('litellm_spend_script.' || name), true)
+FROM unnest(ARRAY['default_tablespace', 'default_table_access_method']) AS name;
 
 -- Functions of the library go to the extension's schema.
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -37,7 +37,7 @@ SELECT left(t.relname::text COLLATE "default", -length('_rollup')) AS rollup
 FROM pg_depend d JOIN pg_class t ON t.oid = d.objid
 -- What is in our schema depends on it, of which there is an index.
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_namespace'::regclass AND d.refobjid = 'litellm_spend'::regnamespace
-  AND t.relkind = 'r' AND t.relname LIKE '%\_rollup'
+  AND t.relkind = 'r' AND t.relname ~ '_rollup$'
   AND NOT EXISTS (SELECT FROM litellm_spend.rollup r WHERE r.name = left(t.relname, -length('_rollup')))
   -- What Citus distributes is on each of its nodes, and its state on the coordinator.
   AND NOT EXISTS (SELECT FROM pg_trigger g
@@ -189,7 +189,7 @@ WITH parts AS MATERIALIZED (
         SELECT FROM pg_partitioned_table k
         WHERE k.partrelid = t.oid AND k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = a.attnum)
 ), bounds AS MATERIALIZED (
-    SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM \(''?(.*?)''?\) TO \(''?(.*?)''?\)$') AS b FROM parts
+    SELECT parts.*, regexp_match(bound, '^FOR VALUES FROM [(]''?(.*?)''?[)] TO [(]''?(.*?)''?[)]$') AS b FROM parts
 ), ranges AS (
     SELECT bounds.*, is_partition AND bound = 'DEFAULT' AS is_default,
            -- In UTC, also where that is written behind them. A date can be beyond every timestamp.
@@ -300,7 +300,7 @@ WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND a.datn
 CREATE VIEW litellm_spend.index_survey AS
 WITH parts AS MATERIALIZED (
     SELECT s.*, t.relkind = 'p' AS partitioned, t.relowner AS owner_now, c.oid AS partition_oid, c.relkind AS kind,
-           c.relowner AS partition_owner, substring(litellm_spend.bound(c.oid) FROM ' TO \((.*)\)$') AS bound
+           c.relowner AS partition_owner, substring(litellm_spend.bound(c.oid) FROM ' TO [(](.*)[)]$') AS bound
     FROM litellm_spend.index_set s
     JOIN pg_class t ON t.oid = s.relation
     LEFT JOIN pg_inherits i ON i.inhparent = t.oid AND t.relkind = 'p'
@@ -362,8 +362,7 @@ CROSS JOIN LATERAL (
         WHEN f.origin IS DISTINCT FROM (SELECT id FROM litellm_spend.installation)
             THEN E'it came out of a dump, and the end of its restore was not seen\nHINT:  When all is there: SELECT spend_restored();'
         WHEN f.owner <> f.owner_now
-            THEN format(E'it was asked for by %s, and the table is %s''s now'
-                        '\nHINT:  SELECT * FROM %s);',
+            THEN format(E'it was asked for by %s, and the table is %s''s now\nHINT:  SELECT * FROM %s);',
                         f.owner, f.owner_now::regrole,
                         CASE WHEN f.dropped THEN format('spend_index_drop(%L, %L', f.relation, ARRAY[f.name])
                              ELSE format('spend_index_set(%L, indexes => %L, hot => %s', f.relation, ARRAY[f.name], f.hot) END)
@@ -435,7 +434,7 @@ CROSS JOIN LATERAL (
             CASE WHEN v.options ->> 'shape' IS NULL THEN 'prepare' WHEN NOT (v.options ->> 'copied_all')::boolean THEN 'copy'
                  WHEN v.options ->> 'indexes' IS NULL THEN 'indexes' ELSE 'swap' END
         WHEN EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-                     WHERE i.indrelid = v.relation AND i.indisvalid AND c.relname LIKE '%\_legacy\_pkey') THEN 'swap'
+                     WHERE i.indrelid = v.relation AND i.indisvalid AND c.relname ~ '_legacy_pkey$') THEN 'swap'
         ELSE 'index' END AS step
 ) AS s
 -- The copy's bytes, of those that there are to copy.
@@ -481,7 +480,7 @@ WITH status AS MATERIALIZED (
     WHERE backend_type = 'litellm_spend worker' AND datname = current_database()
 ), served AS (
     -- Without the library preloaded, calls do what a worker would.
-    SELECT current_setting('shared_preload_libraries') LIKE '%litellm\_spend%' AS preloaded, EXISTS (SELECT FROM worker) AS has_worker,
+    SELECT current_setting('shared_preload_libraries') ~ 'litellm_spend' AS preloaded, EXISTS (SELECT FROM worker) AS has_worker,
            EXISTS (SELECT origin FROM litellm_spend.source WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.policy WHERE origin IS DISTINCT FROM i.id
                    UNION ALL SELECT origin FROM litellm_spend.conversion WHERE origin IS DISTINCT FROM i.id
@@ -537,7 +536,7 @@ WITH status AS MATERIALIZED (
     -- Who is in the way of maintenance now, the oldest transaction first; not who is there for a moment.
     SELECT relation::regclass AS "table", string_agg(who, '; ' ORDER BY since) AS who, (array_agg(remedy ORDER BY since))[1] AS remedy
     FROM (SELECT DISTINCT relation, who, remedy, since FROM holder
-          WHERE since < clock_timestamp() - interval '1 second' AND kind NOT LIKE 'litellm\_spend %') AS holder
+          WHERE since < clock_timestamp() - interval '1 second' AND kind !~ '^litellm_spend ') AS holder
     GROUP BY relation
 ), readers AS (
     -- Who may read the live views that a detach has kept, but for their owner: roles, and other views.
@@ -581,8 +580,8 @@ SELECT CASE WHEN is_lock THEN 'warning' ELSE 'error' END,
        coalesce(CASE WHEN is_lock THEN (
                     -- If it is the same process still.
                     SELECT remedy FROM party p
-                    WHERE pid = substring(message FROM E'\nDETAIL:  [^\n]*?It is held by process (\\d{1,9}) \\(')::integer AND p.since < errors.since
-                       OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  [^\n]*It is held by prepared transaction (''.*'')\\.\n')
+                    WHERE pid = substring(message FROM E'\nDETAIL:  [^\n]*?It is held by process ([0-9]{1,9}) [(]')::integer AND p.since < errors.since
+                       OR quote_literal(gid) = substring(message FROM E'\nDETAIL:  [^\n]*It is held by prepared transaction (''.*'')[.]\n')
                 ) END,
                 substring(message FROM E'\nHINT:  ([^\n]*)'), 'it is tried again by itself; a cause that stays is for you to remove')
 FROM served, errors
@@ -599,7 +598,7 @@ SELECT 'warning', 'detached: nothing is captured, and the report views stand sti
        'SELECT * FROM spend_attach();  -- or drop them: SELECT * FROM spend_detach(drop_history => true);'
 FROM status WHERE kind = 'built-in' AND last_error LIKE 'nothing is captured:%'
 -- Somebody has asked for the hourly ones.
-HAVING count(*) > 0 AND (EXISTS (SELECT FROM readers) OR bool_or(rollup LIKE 'hourly\_%'))
+HAVING count(*) > 0 AND (EXISTS (SELECT FROM readers) OR bool_or(rollup ~ '^hourly_'))
 UNION ALL
 SELECT 'warning',
        format('rows of %s are not merged: %s rows, the oldest %s s old; its views are exact, and slower', source, tail_rows, round(lag_seconds)),
@@ -689,7 +688,7 @@ FROM status WHERE kind = 'by hand' AND tail_rows > 0 AND coalesce(last_merge_at,
 SELECT severity, problem, since, caused_by,
        -- Calls of ours as they can be typed; public is on most paths.
        CASE '@extschema@' WHEN 'public' THEN remedy
-           ELSE regexp_replace(remedy, '(?<![.\w])(spend_[a-z_]+\()', '@extschema@.\1', 'g') END AS remedy
+           ELSE regexp_replace(remedy, '(?<![.[:alnum:]_])(spend_[a-z_]+[(])', E'@extschema@.\\1', 'g') END AS remedy
 FROM fault;
 
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -85,3 +85,41 @@ fn a_comment_is_no_wider_than_the_code() {
 
 /// `max_width` of rustfmt.toml.
 const WIDTH: usize = 110;
+
+/// Whoever has standard_conforming_strings off, or a dump of such a database, installs the same: a backslash
+/// stands in E'…' only.
+#[test]
+fn a_backslash_means_the_same_in_every_session_that_installs() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut scripts, mut misread) = (0, vec![]);
+    for path in files_below(&root.join("sql")) {
+        let text = fs::read_to_string(&path).unwrap();
+        scripts += 1;
+        // Only psql reads this line.
+        let script = text.lines().map(|line| if line.starts_with("\\echo ") { "" } else { line });
+        // Whether a quote is open, and whether it, or the last one, is E's: '' within it closes and opens it.
+        let (mut open, mut escapes, mut before) = (false, false, [' '; 2]);
+        for (number, line) in script.enumerate() {
+            let mut letters = line.chars();
+            while let Some(letter) = letters.next() {
+                let is_word = |c: char| c.is_alphanumeric() || c == '_';
+                match letter {
+                    '-' if !open && before[1] == '-' => break,
+                    '\'' => {
+                        open = !open;
+                        if open && before[1] != '\'' {
+                            escapes = before[1] == 'E' && !is_word(before[0]);
+                        }
+                    }
+                    '\\' if open && escapes => _ = letters.next(),
+                    '\\' => misread.push(format!("{}:{}", path.display(), number + 1)),
+                    _ => {}
+                }
+                before = [before[1], letter];
+            }
+            before = [' '; 2];
+        }
+    }
+    assert!(scripts >= 4, "{scripts} scripts");
+    assert!(misread.is_empty(), "a backslash in no E'…': {misread:#?}");
+}

@@ -321,20 +321,72 @@ const MEMBERS: &str = "
     FROM pg_extension, unnest(extconfig, extcondition) AS c(oid, condition) WHERE extname = 'litellm_spend'
     ORDER BY 1";
 
-#[test]
-fn an_updated_database_is_like_a_new_one() {
-    let (_old, mut old) = of_0_1_0(false);
-    old.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+/// All that belongs to the extension is there as in a new database.
+fn assert_like_a_new_one(client: &mut Client) {
     let new = shared().database();
     let members = |client: &mut Client| -> Vec<String> {
         client.query(MEMBERS, &[]).unwrap().iter().map(|row| row.get(0)).collect()
     };
-    let (old, new) = (members(&mut old), members(&mut new.connect()));
+    let (old, new) = (members(client), members(&mut new.connect()));
     assert!(new.len() > 150, "{} members", new.len());
     for (old, new) in old.iter().zip(&new) {
         assert_eq!(old, new);
     }
     assert_eq!(old.len(), new.len());
+}
+
+#[test]
+fn an_updated_database_is_like_a_new_one() {
+    let (_old, mut old) = of_0_1_0(false);
+    old.batch_execute("ALTER EXTENSION litellm_spend UPDATE").unwrap();
+    assert_like_a_new_one(&mut old);
+}
+
+/// A dump of a database with standard_conforming_strings off is restored with it off.
+#[test]
+fn what_a_session_has_set_decides_nothing_about_what_it_installs() {
+    let mut admin = shared().connect("postgres");
+    admin.batch_execute("SET allow_in_place_tablespaces = on").unwrap();
+    admin.batch_execute("CREATE TABLESPACE elsewhere LOCATION ''").unwrap();
+    for (before, install) in [
+        ("", "CREATE EXTENSION litellm_spend"),
+        ("CREATE EXTENSION litellm_spend VERSION '0.1.0'", "ALTER EXTENSION litellm_spend UPDATE"),
+    ] {
+        let db = shared().litellm_database();
+        let mut client = db.connect();
+        client
+            .batch_execute(&format!(
+                "CREATE ACCESS METHOD other TYPE TABLE HANDLER heap_tableam_handler;
+                 SET standard_conforming_strings = off; SET escape_string_warning = off; {before};
+                 BEGIN; SET default_tablespace = elsewhere; SET LOCAL default_table_access_method = other; {install}"
+            ))
+            .unwrap();
+        // Its transaction goes on with what it has set.
+        for (name, value_of) in
+            [("default_tablespace", "elsewhere"), ("default_table_access_method", "other")]
+        {
+            assert_eq!(value::<String>(&mut client, &format!("SELECT current_setting('{name}')")), value_of);
+        }
+        client.batch_execute("COMMIT").unwrap();
+        let mut client = db.connect();
+        assert_like_a_new_one(&mut client);
+        let odd = "SELECT string_agg(oid::regclass::text, ', ') FROM pg_class
+                   WHERE relnamespace = 'litellm_spend'::regnamespace
+                     AND (reltablespace <> 0 OR relkind = 'r' AND relam <> (SELECT oid FROM pg_am WHERE amname = 'heap'))";
+        assert_eq!(value::<Option<String>>(&mut client, odd), None, "{install}");
+        client
+            .batch_execute(
+                "SET ROLE litellm; CREATE TABLE logs (id bigint, at timestamp NOT NULL) PARTITION BY RANGE (at);
+                 CREATE INDEX ON logs (at);
+                 CREATE TABLE logs_old PARTITION OF logs FOR VALUES FROM ('2026-11-01') TO ('2026-11-02'); RESET ROLE;
+                 SELECT spend_partition_set('logs', retention => '10 years')",
+            )
+            .unwrap();
+        let range = "SELECT range_start || ' ' || range_end FROM spend_partition_status WHERE partition = 'logs_old'::regclass";
+        assert_eq!(value::<String>(&mut client, range), "2026-11-01 00:00:00 2026-11-02 00:00:00");
+        client.batch_execute("TABLE spend_health; TABLE spend_index_status; TABLE spend_progress").unwrap();
+    }
+    admin.batch_execute("DROP TABLESPACE elsewhere").unwrap();
 }
 
 /// A state table that somebody may write to makes him a superuser: the worker does what it says.
