@@ -105,6 +105,7 @@ COMMENT ON FUNCTION litellm_spend.maintain_at(regclass, "any") IS 'spend_partiti
 COMMENT ON FUNCTION @extschema@.spend_partition_set(regclass, text, integer, interval, text, text, boolean) IS 'Sets how a table is partitioned and how long its rows stay; what is not passed stays as it is';
 COMMENT ON FUNCTION @extschema@.spend_partition_maintain(regclass) IS 'Creates the partitions that are due, drains DEFAULT, lets what has expired go; says what it did';
 COMMENT ON FUNCTION litellm_spend.bound(oid) IS 'The bound of a partition, whatever DateStyle and TimeZone of the session';
+COMMENT ON FUNCTION litellm_spend.qualified(oid) IS 'The name of a relation in a statement that is to be typed, whatever the search_path';
 COMMENT ON FUNCTION litellm_spend.periods_ahead(text, tsmultirange, timestamp) IS 'How many periods are covered without a gap from the one after a time on, at most 366';
 COMMENT ON FUNCTION litellm_spend.served_until() IS 'Until when a worker has looked at this database, or since when one is awaited; NULL: not known';
 COMMENT ON FUNCTION litellm_spend.is_free(oid) IS 'Whether nobody keeps a reader from a relation, its indexes or its TOAST table at the moment';
@@ -174,7 +175,7 @@ BEGIN
     END IF;
 END $$;
 GRANT EXECUTE ON FUNCTION litellm_spend.tail(text), litellm_spend.served_until(), litellm_spend.periods_ahead(text, tsmultirange, timestamp),
-    litellm_spend.bound(oid), litellm_spend.is_free(oid) TO pg_monitor;
+    litellm_spend.bound(oid), litellm_spend.qualified(oid), litellm_spend.is_free(oid) TO pg_monitor;
 GRANT SELECT ON @extschema@.spend_rollup_status, @extschema@.spend_worker_status, @extschema@.spend_partition_status, @extschema@.spend_progress, @extschema@.spend_index_status, @extschema@.spend_health TO pg_monitor;
 
 -- Of a table that was never analyzed the planner expects ten pages, and a status over many of them looks so

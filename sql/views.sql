@@ -158,6 +158,11 @@ STABLE STRICT PARALLEL SAFE SET datestyle = 'ISO' SET timezone = 'UTC'
 -- No column is in it. With the number of the relation that would be locked.
 RETURN (SELECT pg_get_expr(c.relpartbound, 0) FROM pg_class c WHERE c.oid = bound.relation);
 
+-- Its name in a statement that is to be typed, whatever the search_path there.
+CREATE FUNCTION litellm_spend.qualified(relation oid) RETURNS text
+STABLE STRICT PARALLEL SAFE
+RETURN (pg_identify_object('pg_class'::regclass, qualified.relation, 0)).identity;
+
 -- How many periods are covered without a gap from the one after now on; at most 366.
 CREATE FUNCTION litellm_spend.periods_ahead("interval" text, covered tsmultirange, now timestamp) RETURNS bigint
 STABLE PARALLEL SAFE
@@ -364,13 +369,13 @@ CROSS JOIN LATERAL (
         WHEN f.owner <> f.owner_now
             THEN format(E'it was asked for by %s, and the table is %s''s now\nHINT:  SELECT * FROM %s);',
                         f.owner, f.owner_now::regrole,
-                        CASE WHEN f.dropped THEN format('spend_index_drop(%L, %L', f.relation, ARRAY[f.name])
-                             ELSE format('spend_index_set(%L, indexes => %L, hot => %s', f.relation, ARRAY[f.name], f.hot) END)
+                        CASE WHEN f.dropped THEN format('spend_index_drop(%L, %L', litellm_spend.qualified(f.relation), ARRAY[f.name])
+                             ELSE format('spend_index_set(%L, indexes => %L, hot => %s', litellm_spend.qualified(f.relation), ARRAY[f.name], f.hot) END)
         WHEN f.kind <> 'r'
             THEN E'the partition is partitioned itself, or foreign\nHINT:  Index it by hand.'
         WHEN f.partition_owner <> f.owner
             THEN format(E'the partition belongs to %s\nHINT:  ALTER TABLE %s OWNER TO %s;', f.partition_owner::regrole,
-                        f.partition_oid::regclass, f.owner)
+                        litellm_spend.qualified(f.partition_oid), f.owner)
         END AS message
 ) AS wrong
 LEFT JOIN litellm_spend.index_failure e
@@ -432,7 +437,7 @@ CROSS JOIN LATERAL (
         WHEN (v.options ->> 'aborted')::boolean THEN 'take back'
         WHEN v.direction = 'revert' THEN
             CASE WHEN v.options ->> 'shape' IS NULL THEN 'prepare' WHEN NOT (v.options ->> 'copied_all')::boolean THEN 'copy'
-                 WHEN v.options ->> 'indexes' IS NULL THEN 'indexes' ELSE 'swap' END
+                 WHEN NOT coalesce((v.options ->> 'indexed')::boolean, false) THEN 'indexes' ELSE 'swap' END
         WHEN EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
                      WHERE i.indrelid = v.relation AND i.indisvalid AND c.relname ~ '_legacy_pkey$') THEN 'swap'
         ELSE 'index' END AS step
@@ -621,20 +626,23 @@ UNION ALL
 -- Days side by side are one fault. To have them computed again by force would forget what was counted of
 -- rows that are gone.
 SELECT 'error', format('totals of %s do not count all: a statement there was not captured, and some of its raw rows are gone',
-                       CASE WHEN upper_inf(part) THEN 'all days from ' || lower(part)
-                            WHEN upper(part) < '4000-01-01 BC' OR upper(part) > '294000-01-01' THEN part::text
-                            WHEN upper(part) > lower(part) + interval '1 day' THEN format('%s to %s', lower(part)::date, upper(part)::date - 1)
-                            ELSE lower(part)::date::text END),
+                       CASE WHEN upper_inf(part) THEN 'all days from ' || first
+                            WHEN upper(part) < '4000-01-01 BC' OR upper(part) > '294000-01-01' THEN format('%s until %s', first, after)
+                            WHEN upper(part) > lower(part) + interval '1 day'
+                                THEN format('%s to %s', to_jsonb(lower(part)::date) #>> '{}', to_jsonb(upper(part)::date - 1) #>> '{}')
+                            ELSE to_jsonb(lower(part)::date) #>> '{}' END),
        min(noticed_at), string_agg(DISTINCT CASE WHEN message IS NOT NULL THEN operation || ': ' || message
                                              WHEN operation = 'ATTACH' THEN 'a partition that came with rows'
                                              ELSE 'a MERGE that moved rows' END, '; '),
        format('UPDATE litellm_spend.dirty_range SET unrepairable = false WHERE range_start >= %L AND range_end <= %L;'
               '  -- as a superuser: keeps the totals as they are; or with all rows back in the table: '
-              'SELECT spend_rollup_rebuild(NULL, %1$L, %2$L, force => true);', lower(part), coalesce(upper(part), 'infinity'))
+              'SELECT spend_rollup_rebuild(NULL, %1$L, %2$L, force => true);', first, after)
 FROM (SELECT unnest(range_agg(tsrange(range_start, nullif(range_end, 'infinity')))) AS part
       FROM litellm_spend.dirty_range WHERE unrepairable) AS parts
+-- As every session reads them, whatever its DateStyle.
+CROSS JOIN LATERAL (SELECT to_jsonb(lower(part)) #>> '{}' AS first, to_jsonb(coalesce(upper(part), 'infinity')) #>> '{}' AS after) AS words
 JOIN litellm_spend.dirty_range ON unrepairable AND tsrange(range_start, nullif(range_end, 'infinity')) <@ part
-GROUP BY part
+GROUP BY part, first, after
 UNION ALL
 SELECT 'warning', 'days before the attachment are not covered yet, and there is no worker to go on', NULL, NULL, 'CALL spend_backfill();'
 FROM served
@@ -653,7 +661,7 @@ WHERE state = 'building' AND waits_for IS NOT NULL AND started_at < clock_timest
 UNION ALL
 -- Not where statistics do not reach back so far.
 SELECT 'warning', format('nothing has used index %s of %s for 30 days', name, relation), min(asked_at), NULL,
-       format('SELECT * FROM spend_index_drop(%L, ARRAY[%L]);', relation, name)
+       format('SELECT * FROM spend_index_drop(%L, ARRAY[%L]);', litellm_spend.qualified(relation), name)
 FROM indexes
 WHERE asked_at < clock_timestamp() - interval '30 days'
   AND NOT EXISTS (SELECT FROM pg_stat_database WHERE datname = current_database()
@@ -662,18 +670,18 @@ GROUP BY relation, name HAVING bool_or(state = 'built') AND sum(pg_stat_get_nums
 UNION ALL
 SELECT 'error', format('%s expired partitions of %s are still there', partitions, "table"), expired.since AT TIME ZONE 'UTC',
        coalesce(holders.who, blocked),
-       coalesce(holders.remedy, format('SELECT * FROM spend_partition_maintain(%L);', "table"))
+       coalesce(holders.remedy, format('SELECT * FROM spend_partition_maintain(%L);', litellm_spend.qualified("table")))
 FROM expired LEFT JOIN holders USING ("table")
 UNION ALL
 SELECT 'warning', 'maintenance of ' || "table" || ' is held up', min(blocked_since), blocked,
-       coalesce(min(holders.remedy), format('SELECT * FROM spend_partition_maintain(%L);', "table"))
+       coalesce(min(holders.remedy), format('SELECT * FROM spend_partition_maintain(%L);', litellm_spend.qualified("table")))
 FROM partitions LEFT JOIN holders USING ("table")
 WHERE blocked_since < clock_timestamp() - interval '1 hour' AND last_error IS NULL AND "table" NOT IN (SELECT "table" FROM expired)
 GROUP BY "table", blocked
 UNION ALL
 SELECT 'error', format('only %s of %s periods of %s are ready', partitions_ahead, precreate, "table"), max(last_maintained_at),
        CASE WHEN current_setting('litellm_spend.maintain_interval', true) IN ('0', '0s') THEN 'litellm_spend.maintain_interval is 0' END,
-       format('SELECT * FROM spend_partition_maintain(%L);', "table")
+       format('SELECT * FROM spend_partition_maintain(%L);', litellm_spend.qualified("table"))
 FROM partitions, served
 WHERE partitions_ahead < precreate AND last_error IS NULL AND blocked IS NULL AND NOT restored AND (has_worker OR NOT preloaded)
   -- A worker comes to a new policy within a second, or says what it met.

@@ -1298,7 +1298,7 @@ fn a_reversion_that_is_killed_goes_on_and_one_that_is_aborted_leaves_nothing() {
     eventually("it waits for the reader", || {
         holds(
             &mut client,
-            "SELECT options ->> 'indexes' IS NOT NULL AND last_error IS NOT NULL FROM litellm_spend.conversion",
+            "SELECT (options ->> 'indexed')::boolean AND last_error IS NOT NULL FROM litellm_spend.conversion",
         )
     });
     // Readers lock the table, aborting needs it: somebody who attaches keeps the swap away, too.

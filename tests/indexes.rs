@@ -918,7 +918,7 @@ fn what_belongs_to_another_role_is_left_alone_and_named() {
     let health = "SELECT problem || ' / ' || remedy FROM spend_health";
     assert_eq!(
         value::<String>(&mut client, health),
-        "index team of p1: the partition belongs to heir / ALTER TABLE p1 OWNER TO litellm;"
+        "index team of p1: the partition belongs to heir / ALTER TABLE public.p1 OWNER TO litellm;"
     );
     client
         .batch_execute(r#"ALTER TABLE "LiteLLM_SpendLogs" OWNER TO heir; ALTER TABLE p0 OWNER TO heir"#)

@@ -183,18 +183,31 @@ fn a_reversion_says_its_step_and_how_much_is_copied() {
         .batch_execute(
             "CREATE TABLE t (id bigint, at timestamp, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
              CREATE INDEX ON t (at);
+             CREATE FUNCTION slow(bigint) RETURNS bigint IMMUTABLE LANGUAGE plpgsql AS
+                 'BEGIN IF $1 = 1 THEN PERFORM pg_catalog.pg_sleep(1.1); END IF; RETURN $1; END';
+             CREATE INDEX ON t (slow(id)); CREATE INDEX ON t (slow(id), at);
              CREATE TABLE t_1 PARTITION OF t DEFAULT; INSERT INTO t SELECT i, '2026-11-01' FROM generate_series(1, 5000) i",
         )
         .unwrap();
     let steps = |client: &mut Client| {
         progress(client).into_iter().map(|w| (w.0, w.1.unwrap(), w.2)).collect::<Vec<_>>()
     };
-    // A call copies for a second.
+    // A call copies for a second, or makes indexes for a second.
+    let call = "SELECT spend_partition_revert('t')";
     eventually("it is copied", || {
-        client.batch_execute("SELECT spend_partition_revert('t')").unwrap();
+        client.batch_execute(call).unwrap();
         steps(&mut client)[0].1 != "copy"
     });
     assert_eq!(steps(&mut client), [("reversion".into(), "indexes".into(), None)]);
+    client.batch_execute(call).unwrap();
+    let made =
+        "SELECT jsonb_array_length(options -> 'indexes') BETWEEN 1 AND 2 FROM litellm_spend.conversion";
+    assert!(holds(&mut client, made));
+    assert_eq!(steps(&mut client), [("reversion".into(), "indexes".into(), None)]);
+    eventually("it has all indexes", || {
+        client.batch_execute(call).unwrap();
+        steps(&mut client) == [("reversion".into(), "swap".into(), None)]
+    });
     client
         .batch_execute(
             "UPDATE litellm_spend.conversion SET options = jsonb_set(options, '{copied_all}', 'false')",
