@@ -421,6 +421,12 @@ errors! {
         "The rollup would still count its rows, and could take the numbers of new ones for merged ones.";
         "ALTER TABLE {relation} SET LOGGED;";
 
+    UnloggedRollup(table: String):
+        ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        "{table} is unlogged: a crash would empty it";
+        "What is merged would be gone, and the watermark would say that it is there.";
+        "ALTER TABLE {table} SET LOGGED;";
+
     OtherColumn { relation: String, rollup: String, column: String, now: Option<String> }:
         ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         "column \"{column}\" of {relation} is not the one that rollup \"{rollup}\" reads";

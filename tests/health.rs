@@ -69,8 +69,28 @@ fn a_rollups_table_that_a_crash_would_empty_is_named() {
         (severity.as_str(), remedy.as_str()),
         ("error", "ALTER TABLE litellm_spend.by_k_rollup SET LOGGED;")
     );
+    // Nothing is merged into it meanwhile.
+    let watermark = |name: &str| format!("SELECT watermark FROM litellm_spend.rollup WHERE name = '{name}'");
+    client.batch_execute("INSERT INTO ev (k) VALUES (1)").unwrap();
+    let told = db.notices("SELECT spend_rollup_run('by_k')");
+    assert!(told.contains(r#""litellm_spend"."by_k_rollup" is unlogged: a crash would empty it"#), "{told}");
+    assert!(told.contains(r#"HINT:  ALTER TABLE "litellm_spend"."by_k_rollup" SET LOGGED;"#), "{told}");
+    wait_for_a_round(&mut client);
+    assert_eq!(value::<i64>(&mut client, &watermark("by_k")), 0);
     client.batch_execute(&remedy).unwrap();
     none(&mut client);
+    eventually("it is merged", || value::<i64>(&mut client, &watermark("by_k")) > 0);
+    // Nor by the merge of all built-in ones together.
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    wait_until_live(&mut client);
+    client.batch_execute("ALTER TABLE litellm_spend.daily_spend_rollup SET UNLOGGED").unwrap();
+    client.batch_execute(&insert_rows("a", 20, 1)).unwrap();
+    eventually("another is merged", || value::<i64>(&mut client, &watermark("daily_spend_by_key")) > 0);
+    wait_for_a_round(&mut client);
+    assert_eq!(value::<i64>(&mut client, &watermark("daily_spend")), 0);
+    client.batch_execute("ALTER TABLE litellm_spend.daily_spend_rollup SET LOGGED").unwrap();
+    wait_until_merged(&mut client);
+    assert_verified(&mut client);
 }
 
 #[test]

@@ -156,6 +156,9 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     if !locks::try_lock_against_dropping(fence.relation)? {
         return Ok(Merged::Busy);
     }
+    if let Some(table) = unlogged_table(definition)? {
+        return Err(Error::UnloggedRollup(table));
+    }
     columns::require_same(&fence)?;
     columns::note_unless_known(&fence)?;
     let note_merged = definition.note_merged();
@@ -180,6 +183,16 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     // 4. the watermark, in the same transaction.
     fence.advance(end, Some((rows, groups)), started.elapsed().as_secs_f64() * 1000.0)?;
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
+}
+
+/// A table of the rollup's own that a crash empties, while its watermark stays.
+fn unlogged_table(definition: &Definition) -> Result<Option<String>> {
+    for table in definition.tables() {
+        if relation::find_relation(&table)?.is_some_and(relation::is_unlogged) {
+            return Ok(Some(table));
+        }
+    }
+    Ok(None)
 }
 
 /// Notes that what is merged of a distributed rollup is committed on all nodes, if it is: its live view then
@@ -219,6 +232,11 @@ pub fn merge_together(
         return Ok(None);
     }
     let definitions = fences.iter().map(Fence::filled).collect::<Result<Vec<_>>>()?;
+    for definition in &definitions {
+        if unlogged_table(definition)?.is_some() {
+            return Ok(None);
+        }
+    }
     // 2. the window, which takes about as long for all as one of `most` for one.
     let mut end = window_end(start, safe_end, (most / names.len() as i64).max(1));
     if !locks::try_lock_against_dropping(fences[0].relation)? {

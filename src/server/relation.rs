@@ -281,6 +281,12 @@ pub fn cached_name(relation: pg_sys::Oid) -> Option<String> {
     (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
 }
 
+/// Whether a crash empties it.
+pub fn is_unlogged(relation: pg_sys::Oid) -> bool {
+    // SAFETY: looks it up; of a relation that is gone it is 0.
+    unsafe { pg_sys::get_rel_persistence(relation) as u8 == pg_sys::RELPERSISTENCE_UNLOGGED }
+}
+
 /// Has all sessions of this database told, once the transaction has committed, that the relation has changed.
 pub fn tell_of(name: &str) -> Result<()> {
     let relation = find_relation(name)?.ok_or_else(|| Error::NoTable(name.into()))?;
