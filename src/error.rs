@@ -154,7 +154,7 @@ errors! {
         "rows of {relation} were numbered on another node than the coordinator";
         "There is one with {column} {number}: each node of Citus's draws from a range of its own, and those rows would \
          never be merged.";
-        "Insert through the coordinator; delete those rows and insert them there. Then ALTER SEQUENCE … RESTART on that \
+        "Insert through the coordinator; delete those rows and insert them there. Then ALTER SEQUENCE ... RESTART on that \
          node: until then each look searches all rows for more.";
 
     NotOwner(relation: String):
@@ -266,7 +266,7 @@ errors! {
         ERRCODE_INVALID_PARAMETER_VALUE;
         "{what} must not be empty";
         "A rollup groups by one dimension at least, and computes one measure at least.";
-        "Pass a {what} such as ARRAY['…'].";
+        "Pass a {what} such as ARRAY['...'].";
 
     TooManyDimensions { given: usize, most: usize }:
         ERRCODE_TOO_MANY_COLUMNS;
@@ -454,7 +454,7 @@ errors! {
         ERRCODE_NOT_NULL_VIOLATION;
         "dimension \"{dimension}\" of rollup \"{rollup}\" is NULL in a row of {relation}";
         "Its column was NOT NULL when the rollup was declared, so the key of the rollup's table takes no NULL.";
-        "UPDATE the rows in which it is NULL, and ALTER TABLE {relation} ALTER COLUMN … SET NOT NULL; or drop \
+        "UPDATE the rows in which it is NULL, and ALTER TABLE {relation} ALTER COLUMN ... SET NOT NULL; or drop \
          the rollup and make it anew.";
 
     Temporary(object: String):
@@ -607,8 +607,8 @@ errors! {
 
     NotATimeText { given: String, example: String }:
         ERRCODE_INVALID_DATETIME_FORMAT;
-        "\"{given}\" is no time";
-        "A text is read as the server reads a timestamp; without a time zone it is in UTC.";
+        "\"{given}\" is no time that every session reads alike";
+        "A text is read as the server reads a timestamp, whatever DateStyle; without a time zone it is in UTC.";
         "Pass one such as {example}.";
 
     TimeBeyond { example: String }:
@@ -749,7 +749,7 @@ errors! {
          exclusive lock.";
         (
             "CREATE INDEX CONCURRENTLY ON {relation} ({0}); if it is partitioned, CREATE INDEX ON ONLY {relation} \
-             ({0}), then CONCURRENTLY on each partition, and ALTER INDEX … ATTACH PARTITION.",
+             ({0}), then CONCURRENTLY on each partition, and ALTER INDEX ... ATTACH PARTITION.",
             quoted(column)
         );
 
@@ -759,7 +759,7 @@ errors! {
         "The rows that change while it is copied are found by that: without an index the whole table would be \
          read for each, also while everybody waits for the swap.";
         (
-            "CREATE INDEX ON ONLY {relation} ({0}), then CONCURRENTLY on each partition, and ALTER INDEX … ATTACH \
+            "CREATE INDEX ON ONLY {relation} ({0}), then CONCURRENTLY on each partition, and ALTER INDEX ... ATTACH \
              PARTITION.",
             columns.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(", ")
         );

@@ -331,8 +331,8 @@ fn who_passes_something_else_is_told_what_to_pass() {
             &format!("SELECT spend_partition_plan(cutover => {cutover})"),
             [
                 "22007",
-                &format!("\"{time}\" is no time"),
-                "A text is read as the server reads a timestamp; without a time zone it is in UTC.",
+                &format!("\"{time}\" is no time that every session reads alike"),
+                "A text is read as the server reads a timestamp, whatever DateStyle; without a time zone it is in UTC.",
                 "Pass one such as '…'.",
             ],
         );
@@ -341,6 +341,24 @@ fn who_passes_something_else_is_told_what_to_pass() {
         let plan = format!("SELECT spend_partition_plan(cutover => {})", proposed.trim_end_matches('.'));
         client.batch_execute(&plan).unwrap();
     }
+    // Which day that is depends on DateStyle; of one whose year comes first it does not.
+    for time in ["05/12/2097", "12/12/11", "31/12/2097"] {
+        let call =
+            format!("SELECT spend_partition_plan('t', cutover => '{time}', time_column => 'created_at')");
+        client.batch_execute("SET DateStyle = 'ISO, DMY'").unwrap();
+        let refused = error(&mut client, &call);
+        assert_eq!(refused.message(), format!("\"{time}\" is no time that every session reads alike"));
+    }
+    for time in ["2097-12-05", "2097/12/05 08:00+01", "Dec 5 2097", "20971205T120000"] {
+        for style in ["ISO, MDY", "German", "SQL, DMY", "ISO, YMD"] {
+            client
+                .batch_execute(&format!(
+                    "SET DateStyle = '{style}'; SELECT spend_partition_plan('t', cutover => '{time}', time_column => 'created_at')"
+                ))
+                .unwrap();
+        }
+    }
+    client.batch_execute("RESET DateStyle").unwrap();
     for call in ["rebuild", "verify"] {
         assert_says(
             &mut client,
@@ -350,7 +368,7 @@ fn who_passes_something_else_is_told_what_to_pass() {
                 &format!("function spend_rollup_{call}(unknown, timestamp with time zone, …) does not exist"),
                 "",
                 &format!(
-                    "Its times are timestamps in UTC, as in spend_rollup_{call}(…, '2026-11-01', now() AT TIME ZONE 'UTC')."
+                    "Its times are timestamps in UTC, as in spend_rollup_{call}(..., '2026-11-01', now() AT TIME ZONE 'UTC')."
                 ),
             ],
         );

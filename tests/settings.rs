@@ -94,6 +94,25 @@ fn a_declared_rollup_says_the_same_whoever_computes_it() {
 }
 
 #[test]
+fn who_declares_a_text_that_depends_on_settings_is_told() {
+    let db = shared().database();
+    db.connect().batch_execute("CREATE TABLE ev (id bigserial, b bytea, x double precision)").unwrap();
+    let create = |dimension: &str| {
+        let call =
+            format!("SELECT spend_rollup_create('r', 'ev', ARRAY['{dimension} AS d'], '{{count(*) AS n}}')");
+        db.notices(&format!("{call}; SELECT spend_rollup_drop('r')"))
+    };
+    for dimension in ["b::text", "x::text", "coalesce(x::varchar, ''none'')"] {
+        let said = create(dimension);
+        assert!(said.contains("depends on settings such as TimeZone"), "{dimension}: {said}");
+    }
+    for dimension in ["encode(b, ''hex'')", "x::numeric::text", "x", "b"] {
+        let said = create(dimension);
+        assert!(!said.contains("depends on settings"), "{dimension}: {said}");
+    }
+}
+
+#[test]
 fn a_view_that_shows_what_row_security_lets_its_owner_see_stays_litellms_own() {
     let db = shared().database();
     let mut client = db.connect();

@@ -4,6 +4,7 @@ use crate::error::{self, Error};
 use crate::partition::calendar::Interval;
 use crate::partition::convert;
 use crate::server::relation;
+use crate::server::session::Elevated;
 use crate::server::spi;
 use pgrx::AnyElement;
 use pgrx::datum::Timestamp;
@@ -66,7 +67,7 @@ impl TimeArgument {
         convert::default_cutover(Interval::Day, AHEAD).to_string()
     }
 
-    /// In UTC. The session's time zone must be pinned.
+    /// In UTC. A text must be the same time whatever DateStyle of the session, which is one of these orders.
     pub fn timestamp(self) -> error::Result<Timestamp> {
         use pg_sys::{DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID};
         let known = [DATEOID, TEXTOID, TIMESTAMPOID, TIMESTAMPTZOID, UNKNOWNOID, VARCHAROID];
@@ -81,17 +82,22 @@ impl TimeArgument {
             CStr::from_ptr(pg_sys::OidOutputFunctionCall(output, self.0.datum())).to_string_lossy()
         };
         let read = || {
-            let sql = "SELECT $1::timestamptz AT TIME ZONE 'UTC'";
-            spi::query(sql, &[text.as_ref().into()], |r| spi::value::<Timestamp>(r, 1))
+            let mut times = vec![];
+            for style in [c"ISO, MDY", c"ISO, DMY", c"ISO, YMD"] {
+                let _settings = Elevated::pinned().with(c"DateStyle", style);
+                let sql = "SELECT $1::timestamptz AT TIME ZONE 'UTC'";
+                times.extend(spi::query(sql, &[text.as_ref().into()], |r| spi::value::<Timestamp>(r, 1))?);
+            }
+            times.dedup();
+            Ok(times)
         };
         use PgSqlErrorCode::{ERRCODE_DATETIME_FIELD_OVERFLOW, ERRCODE_INVALID_DATETIME_FORMAT};
-        let refused =
-            |_| Err(Error::NotATimeText { given: text.to_string(), example: TimeArgument::example() });
+        let refused = || Error::NotATimeText { given: text.to_string(), example: TimeArgument::example() };
         let times = PgTryBuilder::new(std::panic::AssertUnwindSafe(read))
-            .catch_when(ERRCODE_INVALID_DATETIME_FORMAT, refused)
-            .catch_when(ERRCODE_DATETIME_FIELD_OVERFLOW, refused)
+            .catch_when(ERRCODE_INVALID_DATETIME_FORMAT, |_| Err(refused()))
+            .catch_when(ERRCODE_DATETIME_FIELD_OVERFLOW, |_| Err(refused()))
             .execute()?;
-        times.into_iter().next().ok_or(Error::Null("time"))
+        if let [time] = times[..] { Ok(time) } else { Err(refused()) }
     }
 }
 

@@ -238,7 +238,9 @@ fn require_steady(scalar: &Scalar, refuse: impl Fn(&str) -> Error) -> Result<Opt
         }
         Volatility::Stable => Ok(Some(Notice {
             message: format!("{} depends on settings such as TimeZone", scalar.text),
-            hint: "Rows are merged with TimeZone UTC; until then they appear as the reader's settings say. AT TIME ZONE makes an expression independent.".into(),
+            hint: "Rows are merged with TimeZone UTC, bytea_output hex and so on; until then they appear as the reader's \
+                   settings say. AT TIME ZONE, encode() or a cast to numeric makes an expression independent."
+                .into(),
         })),
     }
 }

@@ -113,7 +113,7 @@ fn beyond(role: pg_sys::Oid, grantee: &str) -> Result<Vec<Action>> {
         }
     }
     let superusers = [
-        "CREATE EXTENSION, ALTER EXTENSION … UPDATE",
+        "CREATE EXTENSION, ALTER EXTENSION ... UPDATE",
         "shared_preload_libraries",
         "spend_restored(), spend_grant_admin(), spend_revoke_admin(), litellm_spend.maintain_at()",
         "spend_detach() of a table that was dropped, or of kept history",

@@ -235,6 +235,7 @@ impl Analyzed {
                 pg_sys::expression_planner(pg_sys::copyObjectImpl(node.cast()).cast()).cast()
             };
             match (pg_sys::contain_mutable_functions(planned), pg_sys::contain_volatile_functions(planned)) {
+                (false, _) if writes_by_settings(planned, std::ptr::null_mut()) => Volatility::Stable,
                 (false, _) => Volatility::Immutable,
                 (true, true) => Volatility::Volatile,
                 (true, false) if asks_session(planned, std::ptr::null_mut()) => Volatility::OfSession,
@@ -338,6 +339,42 @@ unsafe extern "C-unwind" fn asks_session(node: *mut pg_sys::Node, context: *mut 
             Some(_) if call(node).is_some_and(|(function, _)| OF_SESSION.contains(&function)) => true,
             Some(_) => pg_sys::expression_tree_walker(node, Some(asks_session), context),
         }
+    }
+}
+
+/// Types whose texts depend on bytea_output or extra_float_digits, which the server calls immutable all the
+/// same.
+const WRITTEN_BY_SETTINGS: [pg_sys::Oid; 10] = [
+    pg_sys::BYTEAOID,
+    pg_sys::FLOAT4OID,
+    pg_sys::FLOAT8OID,
+    pg_sys::POINTOID,
+    pg_sys::LINEOID,
+    pg_sys::LSEGOID,
+    pg_sys::BOXOID,
+    pg_sys::PATHOID,
+    pg_sys::POLYGONOID,
+    pg_sys::CIRCLEOID,
+];
+
+/// Whether a text in an expression depends on settings although nothing in it is called stable. `true` ends
+/// the walk.
+#[pg_guard]
+unsafe extern "C-unwind" fn writes_by_settings(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    // SAFETY: nodes of an analyzed expression, each read as what its tag says.
+    unsafe {
+        if node.is_null() {
+            return false;
+        }
+        if is(node, pg_sys::NodeTag::T_CoerceViaIO) {
+            let of = pg_sys::exprType((*node.cast::<pg_sys::CoerceViaIO>()).arg.cast());
+            if WRITTEN_BY_SETTINGS.contains(&pg_sys::getBaseType(of)) {
+                return true;
+            }
+        }
+        // The server does not ask about these; xmlbinary and xmloption have a say in them.
+        is(node, pg_sys::NodeTag::T_XmlExpr)
+            || pg_sys::expression_tree_walker(node, Some(writes_by_settings), context)
     }
 }
 

@@ -154,7 +154,7 @@ const MOST_KEPT: usize = 2000;
 fn in_lines(message: &str, detail: Option<String>, hint: Option<String>) -> String {
     let line = |text: &str| {
         let end = text.char_indices().nth(MOST_KEPT).map_or(text.len(), |(at, _)| at);
-        let more = if end < text.len() { "…" } else { "" };
+        let more = if end < text.len() { "..." } else { "" };
         text[..end].replace(['\n', '\r'], " ") + more
     };
     let mut text = line(message);
@@ -214,7 +214,7 @@ mod tests {
     fn a_text_is_lines_of_a_bounded_length() {
         let long = "ü".repeat(MOST_KEPT + 1);
         let text = in_lines(&long, Some("a\nb".into()), Some(long.clone()));
-        let cut = "ü".repeat(MOST_KEPT) + "…";
+        let cut = "ü".repeat(MOST_KEPT) + "...";
         assert_eq!(text, format!("{cut}\nDETAIL:  a b\nHINT:  {cut}"));
     }
 }

@@ -108,7 +108,7 @@ fn advise(error: &pg_sys::ErrorData) -> Option<String> {
             let name = words(&message).nth(1)?;
             let takes_times = ["spend_rollup_rebuild", "spend_rollup_verify"].contains(&name);
             (takes_times && message.contains("with time zone")).then(|| {
-                format!("Its times are timestamps in UTC, as in {name}(…, '2026-11-01', now() AT TIME ZONE 'UTC').")
+                format!("Its times are timestamps in UTC, as in {name}(..., '2026-11-01', now() AT TIME ZONE 'UTC').")
             })
         }
         "cannot drop %s because other objects depend on it" => {
