@@ -1627,6 +1627,26 @@ fn a_range_is_rebuilt_and_what_differs_is_found() {
 }
 
 #[test]
+fn rows_that_are_deleted_while_a_rebuild_is_under_way_stay_counted() {
+    let (db, mut client) = page_views_with_rollup();
+    client.batch_execute(&views(0, 2000)).unwrap();
+    merged(&mut client, "views");
+    let rebuild = "SELECT spend_rollup_rebuild('views')";
+    client.batch_execute(rebuild).unwrap();
+    // It has looked whether all rows are there, and waits for somebody's lock of a row that it takes away.
+    let mut holder = db.connect();
+    holder.batch_execute("BEGIN; SELECT FROM litellm_spend.views_rollup LIMIT 1 FOR UPDATE").unwrap();
+    let error = error_after_waiting(&db, rebuild, |client, _| {
+        client.batch_execute("DELETE FROM page_views WHERE view_time < '2026-03-28 12:00Z'").unwrap();
+        holder.batch_execute("COMMIT").unwrap();
+    });
+    assert_eq!(error.unwrap().code().code(), "55000");
+    assert_eq!(value::<i64>(&mut client, "SELECT sum(views)::bigint FROM litellm_spend.views"), 2000);
+    client.batch_execute("SELECT spend_rollup_rebuild('views', force => true)").unwrap();
+    assert_views_exact(&mut client);
+}
+
+#[test]
 fn a_lost_bucket_is_named_whatever_time_it_is() {
     let db = shared().database();
     let mut client = db.connect();

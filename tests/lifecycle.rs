@@ -1435,6 +1435,7 @@ fn a_standby_answers_and_a_promoted_one_merges() {
     let db = cluster.database().attached_with_reports();
     let mut client = db.connect();
     client.batch_execute(&insert_rows("a", 100, 5)).unwrap();
+    wait_until_live(&mut client);
     let standby = cluster.standby();
     let total = r#"SELECT sum(spend) FROM "MonthlyGlobalSpend""#;
     let expected: f64 = value(&mut client, total);
@@ -1458,6 +1459,15 @@ fn a_standby_answers_and_a_promoted_one_merges() {
         assert!(value::<i64>(&mut reader, &rows) > 0, "{view}");
         assert_eq!(value::<i64>(&mut reader, &rows), value::<i64>(&mut client, &rows), "{view}");
     }
+    for view in ["spend_health", "spend_partition_status", "spend_index_status", "spend_progress"] {
+        reader.batch_execute(&format!("SELECT * FROM {view}")).unwrap();
+    }
+    // Totals are compared there, too, also where there are frozen days.
+    assert_verified(&mut reader);
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    let frozen = "SELECT frozen_before > '-infinity' FROM litellm_spend.source WHERE name = 'change_log'";
+    eventually("days are frozen", || holds(&mut reader, frozen));
+    assert_verified(&mut reader);
     for call in [
         "SELECT spend_rollup_create('x', '\"LiteLLM_SpendLogs\"', '{model}', '{count(*) AS n}')",
         "SELECT spend_rollup_window('daily_spend')",

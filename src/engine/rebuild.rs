@@ -19,6 +19,7 @@ use crate::engine::rollup;
 use crate::engine::source::Notice;
 use crate::error::{Error, Result};
 use crate::litellm::capture::{attached, columns_of_predecessor};
+use crate::litellm::raw;
 use crate::litellm::spend_log::Capture;
 use crate::server::jsonb::Jsonb;
 use crate::server::locks::{self, Patience};
@@ -110,6 +111,10 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         Shrink::IfRawReachesBack => check_raw_reaches_back(known, range)?,
         Shrink::Allow => {}
     }
+    let counted = match shrink == Shrink::Refuse && !first.is_built_in() {
+        true => Some(Counts::read(first, range)?),
+        false => None,
+    };
     // 3. the range's rows go; readers still see them.
     let (start, end) = (range.start, range.end);
     let mut rollups = vec![];
@@ -127,6 +132,7 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         let refill = rollup.refill(None, watermark);
         let groups = rollup::naming_nulls(rollup, || spi::execute(&refill, &[start.into(), end.into()]))?;
         drop(rights);
+        counted.map_or(Ok(()), |counted| counted.require_all_there(first, range))?;
         return first.note_committed().map(|()| groups);
     }
     let groups = rollup::naming_nulls(first.filled()?, || {
@@ -138,8 +144,10 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         }
         refill(&rollups, truth, range)
     })?;
-    // 5. now its partitions are locked too. Was one of them truncated before? Then the rollup was the only
-    //    record.
+    // 5. was a row deleted between the look of step 2 and that of the refill? Of the captured table that is
+    // on    record, and its partitions are locked now: was one of them truncated before? Else the rollup was
+    // the    only record.
+    counted.map_or(Ok(()), |counted| counted.require_all_there(first, range))?;
     if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
         return Err(Error::RawVanished(first.name.clone()));
     }
@@ -148,6 +156,63 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         rollups::know(&fences.iter().map(|fence| fence.name.clone()).collect::<Vec<_>>(), range)?;
     }
     Ok(groups)
+}
+
+/// How many source rows a rollup knows, by bucket. There may be many: they are read while they are compared.
+struct Counts {
+    cursor: Option<String>,
+    batch: std::vec::IntoIter<(Option<String>, i64)>,
+}
+
+impl Counts {
+    /// As they are now, whatever becomes of them before they are compared.
+    fn read(fence: &Fence, range: Range) -> Result<Counts> {
+        let _rights = fence.act()?;
+        let cursor = spi::open_cursor(&fence.filled()?.counts(), &[range.start.into(), range.end.into()])?;
+        let mut counts = Counts { cursor: Some(cursor), batch: vec![].into_iter() };
+        // From here on it is the executor's: on other nodes it has run.
+        counts.read_batch()?;
+        Ok(counts)
+    }
+
+    fn read_batch(&mut self) -> Result<()> {
+        let Some(cursor) = &self.cursor else { return Ok(()) };
+        let batch = spi::fetch(cursor, BATCH, |r| Ok((r.get(1)?, spi::value(r, 2)?)))?;
+        if batch.is_empty() {
+            self.cursor = None;
+        }
+        self.batch = batch.into_iter();
+        Ok(())
+    }
+
+    fn next(&mut self) -> Result<Option<(Option<String>, i64)>> {
+        if self.batch.len() == 0 {
+            self.read_batch()?;
+        }
+        Ok(self.batch.next())
+    }
+
+    /// Refuses what has fewer rows of a bucket by now.
+    fn require_all_there(mut self, fence: &Fence, range: Range) -> Result<()> {
+        let mut now = Counts::read(fence, range)?;
+        let _rights = fence.act()?;
+        let mut found = now.next()?;
+        while let Some((bucket, known)) = self.next()? {
+            // Both are in the order of the buckets, and there may be new ones.
+            while found.as_ref().is_some_and(|(other, _)| *other != bucket) {
+                found = now.next()?;
+            }
+            if found.as_ref().is_none_or(|(_, found)| *found < known) {
+                return Err(lost(fence, bucket));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lost(fence: &Fence, bucket: Option<String>) -> Error {
+    let bucket = bucket.unwrap_or_else(|| "some time".into());
+    Error::RawRowsLost { rollup: fence.name.clone(), bucket }
 }
 
 /// What nodes have merged beyond our watermark is not in the tail: it would be in neither.
@@ -178,19 +243,19 @@ fn refill(rollups: &[(&Definition, i64)], truth: Truth, range: Range) -> Result<
 /// Refuses to recompute a bucket of which one of `known` knows more rows than there are.
 fn check_nothing_lost(fences: &[&Fence], known: &[&Fence], truth: &Truth, range: Range) -> Result<()> {
     let Some((fence, definition)) = smallest(known.iter().copied()) else { return Ok(()) };
-    // On its own first backfill a rollup has next to no rows, and the days need to be read only once.
+    // On its own first backfill a rollup knows next to nothing, and the days need to be read only once. What
+    // is only in the change log is known, too: where the rows are gone, nothing would be left after the
+    // merge. Where the source itself is the truth, its rows above the watermark are in both.
     if fences.iter().any(|computed| computed.name == fence.name) {
+        let known = if fence.is_built_in() { definition.knows_rows() } else { definition.has_rows() };
         let _owner = truth.owner.act();
-        if !spi::exists(&definition.has_rows(), &[range.start.into(), range.end.into()])? {
+        if !spi::exists(&known, &[range.start.into(), range.end.into()])? {
             return Ok(());
         }
     }
     match last_lost_bucket(fence, definition, truth, range)? {
         None => Ok(()),
-        Some(bucket) => {
-            let bucket = bucket.unwrap_or_else(|| "some time".into());
-            Err(Error::RawRowsLost { rollup: fence.name.clone(), bucket })
-        }
+        Some(bucket) => Err(lost(fence, bucket)),
     }
 }
 
@@ -237,27 +302,14 @@ pub fn is_exact(fences: &[Fence], range: Range) -> Result<bool> {
 
 /// Refuses to recompute days that the rollups know and that are older than every raw row.
 fn check_raw_reaches_back(fences: &[&Fence], range: Range) -> Result<()> {
-    let first = start_of_raw(&attached()?)?.unwrap_or_else(Timestamp::positive_infinity);
+    let first = raw::first_day(&attached()?)?.unwrap_or_else(Timestamp::positive_infinity);
     let end = range.end.filter(|end| *end < first).unwrap_or(first);
     for fence in fences {
-        if spi::exists(&fence.filled()?.has_rows(), &[range.start.into(), end.into()])? {
+        if spi::exists(&fence.filled()?.knows_rows(), &[range.start.into(), end.into()])? {
             return Err(frozen::error(&fence.name, &[Range { start: range.start, end: Some(end) }]));
         }
     }
     Ok(())
-}
-
-/// The first day that has raw rows.
-pub fn start_of_raw(capture: &CaptureState) -> Result<Option<Timestamp>> {
-    let relations = capture.relations();
-    relation::lock_for_reading(&relations)?;
-    let firsts = relations
-        .iter()
-        .map(|r| Ok(format!("SELECT min(\"startTime\") AS first FROM {}", relation::relation_name(*r)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let sql = format!("SELECT date_trunc('day', min(first)) FROM ({}) AS firsts", firsts.join(" UNION ALL "));
-    let _owner = capture.owner()?.act();
-    Ok(spi::current(&sql, &[], |r| Ok(r.get::<Timestamp>(1)?)).one()?.flatten())
 }
 
 // ---- SQL calls -------------------------------------------------------------------------------------------
@@ -347,10 +399,11 @@ fn frozen_parts(fence: &Fence, range: Range) -> Result<Vec<Range>> {
     let all = rollups::rollup_names(fence.source.as_deref())?;
     let all = all.iter().map(|name| Fence::look(name)).collect::<Result<Vec<_>>>()?;
     let Some((_, definition)) = smallest(all.iter()) else { return Ok(vec![]) };
-    let knows_rows = definition.knows_rows();
+    let knows_rows = format!("{} LIMIT 1", definition.knows_rows());
     let mut parts = vec![];
     for part in frozen::frozen_in(range)? {
-        if spi::exists(&knows_rows, &[part.start.into(), part.end.into()])? {
+        // Without an XID, which a standby does not give.
+        if spi::current(&knows_rows, &[part.start.into(), part.end.into()], |_| Ok(())).any()? {
             parts.push(part);
         }
     }
@@ -384,7 +437,7 @@ pub struct Differences {
 }
 
 /// Rows that are in memory at a time: two million took 6.2 GB at once (debug build, PostgreSQL 15, 2026-11).
-const DIFFERENCES: i64 = 1000;
+const BATCH: i64 = 1000;
 
 impl Differences {
     fn next_batch(&mut self) -> Result<()> {
@@ -401,7 +454,7 @@ impl Differences {
                 },
             };
             // As text: a jsonb would be read in the transaction's memory, and leave 200 bytes there.
-            let batch = spi::fetch(&cursor, DIFFERENCES, |r| {
+            let batch = spi::fetch(&cursor, BATCH, |r| {
                 Ok((Jsonb(spi::value(r, 1)?), r.get(2)?.map(Jsonb), r.get(3)?.map(Jsonb)))
             })?;
             self.cursor = Some(cursor).filter(|_| !batch.is_empty());

@@ -3,11 +3,11 @@
 use crate::engine::rebuild::{Shrink, rebuild_some};
 use crate::error::{Error, Result};
 use crate::litellm::capture::attached;
+use crate::litellm::raw;
 use crate::litellm::repair;
 use crate::litellm::triggers::require_no_foreign_partition;
 use crate::server::locks::Patience;
 use crate::server::log;
-use crate::server::relation;
 use crate::server::spi::{self, Found};
 use crate::server::text::next_midnight;
 use crate::state::captured;
@@ -137,10 +137,6 @@ pub fn days_with_rows(fences: &[Fence], end: Timestamp) -> Result<Option<Days>> 
         let bucket = definition.bucket.as_ref().map(|b| format!("\"{}\"::timestamp", b.dimension));
         parts.extend(bucket.map(|time| (time, definition.table())));
     }
-    let capture = attached()?;
-    for relation in capture.relations() {
-        parts.push(("\"startTime\"".into(), relation::relation_name(relation)?));
-    }
     let ends: Vec<String> = parts
         .iter()
         .map(|(time, relation)| {
@@ -151,10 +147,10 @@ pub fn days_with_rows(fences: &[Fence], end: Timestamp) -> Result<Option<Days>> 
         "SELECT date_trunc('day', min(first)), date_trunc('day', max(last)) FROM ({}) AS ends",
         ends.join(" UNION ALL ")
     );
-    let ends = capture
-        .owner()?
-        .fresh(&sql, &[end.into()], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)))?;
-    Ok(ends.into_iter().next().flatten().map(|(first, last)| Days { first, last }))
+    let known = spi::fresh(&sql, &[end.into()], |r| Ok(r.get::<Timestamp>(1)?.zip(r.get::<Timestamp>(2)?)));
+    let days = known.one()?.flatten().into_iter().chain(raw::days_before(&attached()?, end)?);
+    let days = days.map(|(first, last)| Days { first, last });
+    Ok(days.reduce(|a, b| Days { first: a.first.min(b.first), last: a.last.max(b.last) }))
 }
 
 /// Everything has to be computed again: capture was interrupted and nobody can say for which rows.

@@ -9,6 +9,7 @@ pub mod capture;
 pub mod detach;
 pub mod functions;
 pub mod hours;
+pub mod raw;
 pub mod repair;
 pub mod reports;
 pub mod spend_log;

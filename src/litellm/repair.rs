@@ -8,10 +8,11 @@
 //! A note says of which range. A partition that came with its rows is a note of a year: its days are split
 //! off one after the other, the newest first, each in a transaction of its own, so that merges come between.
 
-use crate::engine::rebuild::{Shrink, has_lost_rows, is_exact, rebuild, smallest, start_of_raw};
+use crate::engine::rebuild::{Shrink, has_lost_rows, is_exact, rebuild, smallest};
 use crate::error::{Error, Result};
 use crate::litellm::backfill::{day_after, days_with_rows, recompute_all};
 use crate::litellm::capture::attached;
+use crate::litellm::raw;
 use crate::server::locks::Patience;
 use crate::server::relation;
 use crate::server::spi::{self, Found};
@@ -216,7 +217,7 @@ pub fn settle_lost(fences: &[Fence]) -> Result<bool> {
                  WHERE repair = 'freeze' AND repaired_at IS NOT NULL
                      AND range_end <= least($1, {TODAY} + interval '1 day', ({FIRST_TO_REPAIR}))"
             ),
-            &[start_of_raw(&capture)?.into()],
+            &[raw::first_day(&capture)?.into()],
             |r| Ok(r.get::<Timestamp>(1)?),
         )?;
         border.into_iter().flatten().try_for_each(frozen::freeze_before)?;
@@ -296,7 +297,6 @@ pub fn freeze_expired(patience: Patience) -> Result<bool> {
 
 /// Up to where days can be frozen that are not, by now.
 fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
-    let Some(first) = start_of_raw(capture)? else { return Ok(None) };
     if capture.has_unseen_failures()? {
         return Ok(None);
     }
@@ -305,5 +305,12 @@ fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
              LATERAL (SELECT least($2, {TODAY}, ({FIRST_TO_REPAIR})) AS border) AS days
          WHERE name = $1 AND frozen_before < border"
     );
-    spi::current(&sql, &[capture.source.as_str().into(), first.into()], |r| spi::value(r, 1)).one()
+    let up_to = |first: Option<Timestamp>| -> Result<Option<Timestamp>> {
+        spi::current(&sql, &[capture.source.as_str().into(), first.into()], |r| spi::value(r, 1)).one()
+    };
+    // The raw rows are read last, and only where that can matter.
+    if up_to(None)?.is_none() {
+        return Ok(None);
+    }
+    raw::first_day(capture)?.map_or(Ok(None), |first| up_to(Some(first)))
 }

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::server::spi::{Args, Found, current, fresh, query, value};
 use crate::server::text::{qualified, suffixed};
+use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -59,13 +60,16 @@ macro_rules! tree {
 /// it as one.
 pub fn lock_for_reading(relations: &[pg_sys::Oid]) -> Result<()> {
     for relation in relations {
-        // SAFETY: waits for a lock, of which the transaction's end is the end.
-        unsafe { pg_sys::LockRelationOid(*relation, pg_sys::AccessShareLock as i32) };
-        for part in relation_tree(*relation)? {
-            unsafe { pg_sys::LockRelationOid(part, pg_sys::AccessShareLock as i32) };
-        }
+        lock_alone_for_reading(*relation);
+        relation_tree(*relation)?.into_iter().for_each(lock_alone_for_reading);
     }
     Ok(())
+}
+
+/// The same, without what inherits from it.
+pub fn lock_alone_for_reading(relation: pg_sys::Oid) {
+    // SAFETY: waits for a lock, of which the transaction's end is the end.
+    unsafe { pg_sys::LockRelationOid(relation, pg_sys::AccessShareLock as i32) };
 }
 
 /// The relation and all that inherit from it: partitions and their partitions.
@@ -92,6 +96,26 @@ pub fn partition_keys(tree: &[pg_sys::Oid]) -> Result<Vec<String>> {
         |r| Ok(r.get::<String>(1)?),
     )?;
     Ok(keys.into_iter().collect::<Option<_>>().unwrap_or_default())
+}
+
+/// The partitions of a relation that is partitioned by ranges of this column alone, a timestamp, in order,
+/// and where each ends: DEFAULT, and what has no end, come last. Of any other relation there are none.
+pub fn ends_of_partitions(
+    relation: pg_sys::Oid,
+    column: &str,
+) -> Result<Vec<(pg_sys::Oid, Option<Timestamp>)>> {
+    current(
+        "SELECT c.oid, (pg_catalog.regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid),
+                ' TO [(]''([^'']+)''[)]$'))[1]::timestamp AS next
+         FROM pg_catalog.pg_partitioned_table p
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = p.partattrs[0]
+         JOIN pg_catalog.pg_inherits i ON i.inhparent = p.partrelid
+         JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
+         WHERE p.partrelid = $1 AND p.partstrat = 'r' AND p.partnatts = 1 AND a.attname = $2::name
+         ORDER BY next",
+        &[relation.into(), column.into()],
+        |r| Ok((value(r, 1)?, r.get(2)?)),
+    )
 }
 
 /// A foreign table among those that inherit from a relation.

@@ -121,6 +121,19 @@ impl Definition {
         )
     }
 
+    /// How many source rows the merged rows of each bucket in `[$1, $2)` stand for, in the order of the
+    /// buckets; those as text, as [`Definition::last_lost_bucket`] has it.
+    pub fn counts(&self) -> String {
+        format!(
+            "SELECT nullif(bucket::text, '-infinity'), sum(n)::bigint
+             FROM (SELECT {} AS bucket, {} AS n FROM {} WHERE {}) AS merged GROUP BY bucket ORDER BY bucket",
+            self.bucket_name(),
+            quoted(&self.presence),
+            self.table(),
+            self.bucket_in_range(),
+        )
+    }
+
     /// Whether `$1` is a border between two buckets. Where rows are looked up by the column itself, those
     /// before it have to be in buckets before it, and those from it on in later ones. As a rule that is the
     /// time that a bucket has. Not so where the clock of a zone is set back across midnight: the day has that
