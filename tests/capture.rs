@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use postgres::Client;
+use std::time::Duration;
 
 /// Rows of the first test statement, whose spend adds up to what the view must show.
 fn insert(client: &mut Client, prefix: &str) -> u64 {
@@ -692,6 +693,145 @@ fn partitioned_by(client: &mut Client, partitions: &str) {
 }
 
 #[test]
+fn a_day_that_is_only_in_the_change_log_is_kept_though_its_partition_is_gone() {
+    not_at_midnight();
+    let (db, mut client) = without_worker();
+    let mut holder = db.connect();
+    let partitions = day_partition("next", 5) + &day_partition("oldest", -50);
+    client.batch_execute(&(UPSTREAM_SCRIPT.to_string() + ";" + &partitions)).unwrap();
+    client.batch_execute(&insert_rows("a", 20, 2)).unwrap();
+    attach_by_hand(&mut client);
+    // As an open writer does, it keeps the watermark where it is.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute(&row("gone", "CURRENT_DATE + 5 + time '12:00'", 1.0)).unwrap();
+    client.batch_execute("DROP TABLE next").unwrap();
+    for rollup in ["NULL", "'daily_spend'", "'daily_spend_by_key'"] {
+        let rebuild = format!("SELECT spend_rollup_rebuild({rollup}, CURRENT_DATE + 5, CURRENT_DATE + 6)");
+        assert_refused(&mut client, &rebuild, "55000");
+    }
+    // Nor does a backfill compute it again,
+    client.batch_execute("UPDATE litellm_spend.rollup SET covered_from = 'infinity'").unwrap();
+    client.batch_execute("SELECT spend_rollup_run(); SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 21);
+    holder.batch_execute("COMMIT").unwrap();
+    run_until_computed(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 21);
+    // or a repair.
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute(&row("old", "CURRENT_DATE - 50 + time '12:00'", 1.0)).unwrap();
+    client
+        .batch_execute(
+            "DROP TABLE oldest;
+             INSERT INTO litellm_spend.dirty_range (range_start, range_end, repair, operation)
+             VALUES (CURRENT_DATE - 50, CURRENT_DATE - 49, 'rebuild', 'UPDATE');
+             SELECT spend_rollup_run()",
+        )
+        .unwrap();
+    assert!(holds(&mut client, "SELECT bool_and(unrepairable) FROM litellm_spend.dirty_range"));
+    holder.batch_execute("COMMIT").unwrap();
+    run_until_computed(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 22);
+}
+
+#[test]
+fn who_looks_for_the_oldest_raw_row_locks_no_newer_partition() {
+    not_at_midnight();
+    let (_db, mut client) = without_worker();
+    let partitions: String = (0..6).map(|day| day_partition(&format!("p{day}"), day - 9)).collect();
+    client.batch_execute(&(UPSTREAM_SCRIPT.to_string() + ";" + &partitions)).unwrap();
+    // One row is older than whatever a retention takes.
+    for (id, time) in [("never", "'-infinity'"), ("today", TODAY)] {
+        client.batch_execute(&row(id, time, 1.0)).unwrap();
+    }
+    for day in 1..6 {
+        client.batch_execute(&row(&format!("d{day}"), &format!("CURRENT_DATE - {}", 9 - day), 1.0)).unwrap();
+    }
+    attach_by_hand(&mut client);
+    client.batch_execute(r#"DELETE FROM "LiteLLM_SpendLogs" WHERE request_id = 'd1'"#).unwrap();
+    client.batch_execute("SELECT spend_rollup_run()").unwrap();
+    let frozen =
+        "SELECT frozen_before = CURRENT_DATE - 7 FROM litellm_spend.source WHERE name = 'change_log'";
+    assert!(holds(&mut client, frozen));
+    let locked = "SELECT coalesce(string_agg(relation::regclass::text, ' ' ORDER BY relation::regclass::text), '') FROM pg_locks
+                  WHERE pid = pg_backend_pid() AND relation::regclass::text ~ '^p[0-9]$'";
+    client.batch_execute("BEGIN; SELECT spend_rollup_run()").unwrap();
+    assert_eq!(value::<String>(&mut client, locked), "p0 p1 p2");
+    client.batch_execute("COMMIT").unwrap();
+    // As does a step of a backfill, from both ends: here that of the newest day.
+    client
+        .batch_execute(
+            "BEGIN; UPDATE litellm_spend.rollup SET covered_from = CURRENT_DATE - 4; SELECT spend_rollup_run()",
+        )
+        .unwrap();
+    assert_eq!(value::<String>(&mut client, locked), "p0 p1 p2 p4");
+    client.batch_execute("COMMIT").unwrap();
+    run_until_computed(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 7);
+    assert_verified(&mut client);
+}
+
+#[test]
+fn a_watch_does_not_read_what_an_old_snapshot_keeps_of_the_change_log() {
+    let (db, mut client) = without_worker();
+    let mut reader = db.connect();
+    attach_by_hand(&mut client);
+    reader.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1").unwrap();
+    client.batch_execute(&insert_rows("a", 5000, 3)).unwrap();
+    eventually("all is merged, and trimmed", || {
+        client.batch_execute("SELECT spend_rollup_run()").unwrap();
+        holds(&mut client, "SELECT NOT EXISTS (SELECT FROM litellm_spend.change_log)")
+    });
+    // The statistics of a session are there at the latest when it has ended.
+    client = db.connect();
+    let read = "SELECT idx_tup_read FROM pg_stat_user_indexes
+                WHERE schemaname = 'litellm_spend' AND indexrelname = 'change_log_pkey'";
+    let mut settled = 0;
+    eventually("the statistics are there", || {
+        let before = std::mem::replace(&mut settled, value::<i64>(&mut client, read));
+        std::thread::sleep(Duration::from_millis(500));
+        settled > 0 && settled == before
+    });
+    db.connect().batch_execute("SELECT spend_rollup_run()").unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let more = value::<i64>(&mut client, read) - settled;
+    assert!(more < 1000, "{more} entries of the change log's index were read");
+    reader.batch_execute("COMMIT").unwrap();
+}
+
+#[test]
+fn a_client_whose_encoding_has_no_letter_for_a_message_is_captured_nevertheless() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute(&insert_rows("a", 20, 2)).unwrap();
+    attach_by_hand(&mut client);
+    let fails = |tables: [&str; 2]| {
+        let triggers = tables.map(|table| {
+            format!(
+                "CREATE TRIGGER no BEFORE INSERT ON litellm_spend.{table} FOR EACH ROW EXECUTE FUNCTION no();"
+            )
+        });
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql
+             AS $$ BEGIN RAISE EXCEPTION 'нет'; END $$;"
+            .to_string()
+            + &triggers.concat()
+    };
+    client.batch_execute(&fails(["change_log", "dirty_range"])).unwrap();
+    client.batch_execute("SET client_encoding = 'LATIN1'").unwrap();
+    assert_eq!(insert(&mut client, "b"), 20);
+    client.batch_execute(r#"TRUNCATE "LiteLLM_SpendLogs""#).unwrap();
+    client.batch_execute("RESET client_encoding; DROP FUNCTION no CASCADE").unwrap();
+    // A call, too, goes on after a step that failed.
+    assert_eq!(insert(&mut client, "c"), 20);
+    client.batch_execute(&fails(["daily_spend_rollup", "daily_spend_by_key_rollup"])).unwrap();
+    client
+        .batch_execute("SET client_encoding = 'LATIN1'; SELECT spend_rollup_run(); RESET client_encoding")
+        .unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT bool_or(last_error LIKE '%нет%') FROM litellm_spend.rollup WHERE name = 'daily_spend'"
+    ));
+}
+
+#[test]
 fn a_partition_that_is_rewritten_meanwhile_freezes_nothing() {
     let (db, mut client) = without_worker();
     partitioned_by(
@@ -778,6 +918,19 @@ fn truncate_of_a_partition_freezes_its_days_only() {
     client.batch_execute("SELECT spend_rollup_rebuild('daily_spend', '2024-01-01', force => true)").unwrap();
     assert_eq!(value::<i64>(&mut client, REQUESTS), 5, "what is there");
     assert_verified(&mut client);
+}
+
+#[test]
+fn truncate_notes_the_days_of_its_partition_whatever_a_backslash_means() {
+    let (_db, mut client) = without_worker();
+    client.batch_execute(&(UPSTREAM_SCRIPT.to_string() + ";" + &day_partition("p", -2))).unwrap();
+    attach_by_hand(&mut client);
+    client.batch_execute("SET standard_conforming_strings = off; TRUNCATE p").unwrap();
+    assert!(holds(
+        &mut client,
+        "SELECT bool_and(range_start = CURRENT_DATE - 2 AND range_end = CURRENT_DATE - 1)
+         FROM litellm_spend.dirty_range"
+    ));
 }
 
 #[test]

@@ -328,6 +328,21 @@ fn a_writer_whose_note_failed_has_ended_before_the_copy_begins_anew() {
 }
 
 #[test]
+fn a_writer_does_not_wait_for_who_has_locked_the_notes_of_a_reversion() {
+    let db = cluster().database();
+    let (mut client, mut holder) = (db.connect(), db.connect());
+    make_table(&mut client, "t");
+    steps_until(&mut client, "t", "swap");
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend_archive.t_plain_changes").unwrap();
+    client
+        .batch_execute("SET statement_timeout = '10s'; INSERT INTO t VALUES (1000, '2026-01-25', 'late', 1)")
+        .unwrap();
+    holder.batch_execute("COMMIT").unwrap();
+    steps_until(&mut client, "t", "done");
+    assert_eq!(rows(&mut client, "t"), 301);
+}
+
+#[test]
 fn the_swap_of_a_reversion_leaves_what_comes_in_bulk_to_a_step_without_its_locks() {
     let db = cluster().database();
     let mut client = db.connect();

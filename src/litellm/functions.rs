@@ -122,11 +122,14 @@ EXCEPTION WHEN OTHERS THEN
     EXCEPTION WHEN OTHERS THEN
         NULL;
     END;
-    RAISE WARNING 'litellm_spend could not capture % on %: %', TG_OP, TG_TABLE_NAME, SQLERRM
-        USING HINT = 'The statement itself is not affected; the days concerned are rebuilt.';
+    {}
     RETURN NULL;
 END
-"
+",
+            warning(
+                "'litellm_spend could not capture % on %: %', TG_OP, TG_TABLE_NAME, SQLERRM",
+                "The statement itself is not affected; the days concerned are rebuilt."
+            )
         );
         (name, text)
     }
@@ -220,8 +223,9 @@ fn beside((oid, name): &(u32, String), statements: &dyn Fn(&[String]) -> String)
 /// as they are.
 pub const EXPIRING: &str = "litellm_spend_internal.expiring";
 
-/// How long capture waits for a lock on the change log, which nothing of ours locks: a DBA's VACUUM FULL may.
-const LOCK_TIMEOUT: &str = "1s";
+/// How long a trigger waits for a lock on what it writes to, which nothing of ours locks: a DBA's VACUUM FULL
+/// may.
+pub const LOCK_TIMEOUT: &str = "1s";
 
 /// What triggers capture.
 pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOVE];
@@ -242,6 +246,19 @@ pub fn trigger_name(operation: &str) -> String {
 
 pub fn function_name(operation: &str) -> String {
     format!("litellm_spend.capture_{operation}")
+}
+
+/// The statement that tells a writer of a failure. That can fail itself: the encoding of the client may have
+/// no letter for what the server's message names.
+fn warning(message: &str, hint: &str) -> String {
+    format!(
+        "BEGIN
+        RAISE WARNING {message} USING HINT = {};
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;",
+        literal(hint)
+    )
 }
 
 /// TRUNCATE never subtracts: what was counted becomes history. Which days that concerns is found later; to
@@ -265,7 +282,7 @@ BEGIN
                 WHERE k.partstrat = 'r' AND k.partnatts = 1 AND k.partattrs[0] = t.attnum
             ), partitions AS (
                 SELECT i.inhparent, c.oid, regexp_match(pg_get_expr(c.relpartbound, c.oid),
-                    '^FOR VALUES FROM \\(''?(.*?)''?\\) TO \\(''?(.*?)''?\\)$') AS bounds
+                    '^FOR VALUES FROM [(]''?(.*?)''?[)] TO [(]''?(.*?)''?[)]$') AS bounds
                 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
                 WHERE i.inhparent IN (SELECT inhparent FROM levels)
             ), ranges AS (
@@ -296,12 +313,15 @@ BEGIN
     FROM unnest(days) AS part;
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
-    RAISE WARNING 'litellm_spend could not record TRUNCATE of %: %', TG_TABLE_NAME, SQLERRM
-        USING HINT = 'Do not call spend_rollup_rebuild() for days that were truncated.';
+    {warning}
     RETURN NULL;
 END
 ",
-        time = literal(TIME)
+        time = literal(TIME),
+        warning = warning(
+            "'litellm_spend could not record TRUNCATE of %: %', TG_TABLE_NAME, SQLERRM",
+            "Do not call spend_rollup_rebuild() for days that were truncated."
+        )
     )
 }
 
@@ -339,11 +359,14 @@ BEGIN
     RETURN NEW;
 EXCEPTION WHEN OTHERS THEN
     PERFORM set_config({MOVED}, 'lost', true);
-    RAISE WARNING 'litellm_spend could not note a row that moves in %: %', TG_TABLE_NAME, SQLERRM
-        USING HINT = 'The statement itself is not affected; the totals are computed again.';
+    {}
     RETURN NEW;
 END
-"
+",
+        warning(
+            "'litellm_spend could not note a row that moves in %: %', TG_TABLE_NAME, SQLERRM",
+            "The statement itself is not affected; the totals are computed again."
+        )
     )
 }
 

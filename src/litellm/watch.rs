@@ -151,11 +151,16 @@ fn left_behind(state: &CaptureState) -> Result<Vec<(pg_sys::Oid, String)>> {
 /// The change log holds rows numbered above its sequence: it was set back, or a restore did not bring it.
 /// `None`: it does not.
 fn log_above_sequence(log: &str, sequence: pg_sys::Oid) -> Result<Option<i64>> {
-    // The log first: whatever it shows was drawn before the sequence is read.
-    let top =
-        spi::query(&format!("SELECT max(seq) FROM {log}"), &[], |r| Ok(r.get::<i64>(1)?)).one()?.flatten();
+    // Only what is above the sequence is read: below, an old snapshot may keep millions of dead rows.
     let last = relation::last_value(sequence)?;
-    Ok(top.filter(|top| last.is_none_or(|last| last < *top)))
+    let sql = format!("SELECT max(seq) FROM {log} WHERE seq > $1");
+    let above = [last.unwrap_or(i64::MIN).into()];
+    let Some(top) = spi::query(&sql, &above, |r| Ok(r.get::<i64>(1)?)).one()?.flatten() else {
+        return Ok(None);
+    };
+    // Whatever the log shows was drawn before the sequence is read again.
+    let last = relation::last_value(sequence)?;
+    Ok(Some(top).filter(|top| last.is_none_or(|last| last < *top)))
 }
 
 /// Whoever else could take the name, and with it LiteLLM's views would show rows of theirs.

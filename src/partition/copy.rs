@@ -21,6 +21,7 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
+use crate::litellm::functions::LOCK_TIMEOUT;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::create::storage;
 use crate::partition::dependents::{revoke_default_privileges, revoke_execute};
@@ -322,7 +323,7 @@ END
     let owner = reversion.owner;
     owner.run(format!(
         "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-         SET search_path = pg_catalog, pg_temp AS {}",
+         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
         literal(&body)
     ))?;
     // It runs as the owner for whoever may make a trigger of it.

@@ -8,7 +8,7 @@ use crate::litellm::triggers;
 use crate::server::hint;
 use crate::server::parse::{nodes, text};
 use crate::server::relation;
-use crate::server::session::{Elevated, Failure, attempt, callable};
+use crate::server::session::{Elevated, Failure, attempt, callable, warn};
 use crate::server::spi;
 use crate::server::text::{EXTENSION, qualified};
 use crate::worker::launcher::announce;
@@ -176,11 +176,12 @@ unsafe extern "C-unwind" fn make_way() {
             "litellm_spend could not look for foreign partitions: {}",
             failure.unless_cancel().message
         );
-        ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message, "make_way")
+        let warning = ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message, "make_way")
             .set_hint(callable(
-                "Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it.".into(),
-            ))
-            .report(PgLogLevel::WARNING);
+            "Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it."
+                .into(),
+        ));
+        warn(warning);
     }
 }
 
