@@ -145,8 +145,8 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
         refill(&rollups, truth, range)
     })?;
     // 5. was a row deleted between the look of step 2 and that of the refill? Of the captured table that is
-    // on    record, and its partitions are locked now: was one of them truncated before? Else the rollup was
-    // the    only record.
+    //    on record, and its partitions are locked now: was one of them truncated before? Else the rollup was
+    //    the only record.
     counted.map_or(Ok(()), |counted| counted.require_all_there(first, range))?;
     if first.is_built_in() && shrink != Shrink::Allow && frozen::is_pending(range)? {
         return Err(Error::RawVanished(first.name.clone()));
