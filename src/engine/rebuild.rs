@@ -206,6 +206,10 @@ impl Counts {
                 return Err(lost(fence, bucket));
             }
         }
+        // A cursor that is read to its end is closed: the next statement may be a DROP TABLE.
+        while found.is_some() {
+            found = now.next()?;
+        }
         Ok(())
     }
 }
