@@ -2693,3 +2693,28 @@ fn the_first_rollups_of_two_owners_are_made_one_after_the_other() {
             .unwrap();
     }
 }
+
+#[test]
+fn a_merge_that_lacks_temporary_space_goes_on_with_smaller_windows() {
+    let db = shared().database();
+    let mut client = db.connect();
+    for setting in ["maintenance_work_mem = '1MB'", "work_mem = '64kB'", "temp_file_limit = '1MB'"] {
+        client.batch_execute(&format!("ALTER DATABASE {} SET {setting}", db.name)).unwrap();
+    }
+    client
+        .batch_execute(
+            "CREATE TABLE many (id bigserial, g int);
+             SELECT spend_rollup_create('many', 'many', '{g}', '{count(*) AS n}');
+             SELECT pg_terminate_backend(pid) FROM spend_worker_status WHERE database = current_database();
+             INSERT INTO many (g) SELECT generate_series(1, 300000)",
+        )
+        .unwrap();
+    let failed = "SELECT last_error LIKE 'temporary file size exceeds%' FROM spend_rollup_status WHERE rollup = 'many'";
+    eventually("there is not enough for the first window", || holds(&mut client, failed));
+    wait_until_merged(&mut client);
+    assert_same(
+        &mut client,
+        "SELECT count(*), sum(n) FROM litellm_spend.many_rollup",
+        "VALUES (300000, 300000)",
+    );
+}

@@ -229,7 +229,8 @@ impl<R: Runner> Round<'_, R> {
                 return;
             }
             let (policy, patience) = (self.policy.clone(), self.run.patience());
-            let rows = self.step(&partition.name, || {
+            let subject = Subject::Expiry(policy.relation.to_u32(), partition.name.clone());
+            let rows = self.step_of(subject, &partition.name, || {
                 let held = expire::count(layout, &partition, &policy, &[])?;
                 expire::finish(layout, &partition, &policy, held, patience)
             });

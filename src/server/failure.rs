@@ -104,6 +104,19 @@ impl Failure {
         pg_sys::panic::ErrorReport::new(self.sqlstate, self.message.clone(), INTERRUPT)
     }
 
+    /// It wanted more memory, temporary files or disk than there is, or than a limit of the server's allows.
+    pub fn lacks_resources(&self) -> bool {
+        use PgSqlErrorCode::*;
+        [
+            ERRCODE_INSUFFICIENT_RESOURCES,
+            ERRCODE_DISK_FULL,
+            ERRCODE_OUT_OF_MEMORY,
+            ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+            ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+        ]
+        .contains(&self.sqlstate)
+    }
+
     /// Somebody was in the way; it may work the next time.
     pub fn is_lock_timeout(&self) -> bool {
         use PgSqlErrorCode::*;

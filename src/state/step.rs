@@ -41,6 +41,9 @@ pub enum Subject {
     /// A step of a table's maintenance: the table's Oid, and what the table or partition is called. Each
     /// rests for itself.
     Policy(u32, String),
+    /// The end of a partition that has expired, and that is counted before: the same. It takes as long as it
+    /// takes.
+    Expiry(u32, String),
     /// The statistics of a table that has a policy: its Oid, and what it is called.
     Statistics(u32, String),
 }
@@ -157,7 +160,7 @@ impl fmt::Display for Subject {
             Subject::Index(_, index, partition) | Subject::IndexDrop(_, index, partition) => {
                 write!(f, "index {index} of {partition}")
             }
-            Subject::Policy(_, table) => write!(f, "maintenance of {table}"),
+            Subject::Policy(_, table) | Subject::Expiry(_, table) => write!(f, "maintenance of {table}"),
             Subject::Statistics(_, table) => write!(f, "statistics of {table}"),
         }
     }

@@ -30,6 +30,8 @@ struct Window {
     most: i64,
     /// How long the last one took.
     took: Duration,
+    /// How many they may have at all, while rows come faster than they are merged.
+    bound: i64,
 }
 
 #[derive(Default)]
@@ -58,13 +60,28 @@ impl Pace {
 
     /// A window of so many values, of the `most` that were allowed, took so long.
     pub fn note(&mut self, subject: &Subject, most: i64, values: i64, took: Duration) {
-        self.0.insert(subject.clone(), Window { most: next_window(most, values, took), took });
+        let bound = if values < most { i64::MAX } else { next_bound(self.bound(subject)) };
+        let most = next_window(most, values, took).min(bound);
+        self.0.insert(subject.clone(), Window { most, took, bound });
     }
 
     /// After a window that took too long.
     pub fn make_easier(&mut self, subject: &Subject, most: i64) {
-        let most = (most / 8).max(SMALLEST_WINDOW);
-        self.0.insert(subject.clone(), Window { most, took: Duration::ZERO });
+        let (most, bound) = ((most / 8).max(SMALLEST_WINDOW), self.bound(subject));
+        self.0.insert(subject.clone(), Window { most, took: Duration::ZERO, bound });
+    }
+
+    /// After a window for which there was not enough memory or disk. The time that smaller ones take says
+    /// nothing of that: they would grow to the same size at once.
+    pub fn stay_below(&mut self, subject: &Subject, most: i64) {
+        self.make_easier(subject, most);
+        if let Some(window) = self.0.get_mut(subject) {
+            window.bound = (most / 2).max(SMALLEST_WINDOW);
+        }
+    }
+
+    fn bound(&self, subject: &Subject) -> i64 {
+        self.0.get(subject).map_or(i64::MAX, |window| window.bound)
     }
 }
 
@@ -78,9 +95,35 @@ fn next_window(most: i64, values: i64, took: Duration) -> i64 {
     (fits as i64).clamp(most / 2, most.saturating_mul(GROWTH.into())).max(SMALLEST_WINDOW)
 }
 
+/// After each full window it is a little higher: what was lacking may be there again. It doubles in twelve.
+fn next_bound(bound: i64) -> i64 {
+    bound.saturating_add(bound / 16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn windows_stay_below_the_size_for_which_there_was_no_memory() {
+        let (mut pace, subject) = (Pace::default(), Subject::Rollup("r".into()));
+        let mut sizes = vec![];
+        pace.stay_below(&subject, 1_600_000);
+        for _ in 0..4 {
+            sizes.push(pace.most(&subject));
+            pace.note(&subject, pace.most(&subject), pace.most(&subject), Duration::from_millis(100));
+        }
+        assert_eq!(sizes, [200_000, 850_000, 903_125, 959_570]);
+        (0..200).for_each(|_| pace.stay_below(&subject, 1_600_000));
+        (0..100).for_each(|_| {
+            pace.note(&subject, pace.most(&subject), pace.most(&subject), Duration::from_millis(100));
+        });
+        assert!(pace.most(&subject) > 100_000_000, "they grow again");
+        pace.stay_below(&subject, 1_600_000);
+        pace.note(&subject, 200_000, 10, Duration::from_millis(100));
+        pace.note(&subject, 200_000, 200_000, Duration::from_millis(100));
+        assert_eq!(pace.most(&subject), 3_200_000, "all was merged since");
+    }
 
     #[test]
     fn a_window_grows_while_there_is_time_and_shrinks_when_there_is_not() {

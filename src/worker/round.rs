@@ -297,7 +297,7 @@ pub fn record(subject: &Subject, failure: Option<&Failure>, again: Option<Durati
         Subject::IndexDrop(partition, name, _) => indexes::record_drop((*partition).into(), name, failure),
         // It only reads catalogs: the server's log has what failed.
         Subject::Indexes(..) | Subject::Builder(..) => Ok(()),
-        Subject::Policy(relation, _) | Subject::Statistics(relation, _) => {
+        Subject::Policy(relation, _) | Subject::Expiry(relation, _) | Subject::Statistics(relation, _) => {
             policy::record_error((*relation).into(), message)
         }
         // It stops no merge: the server's log has it. A worker that it has ended tells the next one so.
@@ -319,7 +319,7 @@ pub fn record_waits_for_nobody(subject: &Subject) -> Result<bool> {
         Subject::Rollup(_) | Subject::Stray(_) | Subject::Summary(_) | Subject::Source(_) => "rollup",
         Subject::Conversion(..) | Subject::CopysIndex(..) | Subject::Look(..) => "conversion",
         Subject::Index(..) | Subject::IndexDrop(..) => "index_failure",
-        Subject::Policy(..) | Subject::Statistics(..) => "policy",
+        Subject::Policy(..) | Subject::Expiry(..) | Subject::Statistics(..) => "policy",
         Subject::Together(_) | Subject::Indexes(..) | Subject::Builder(..) => return Ok(true),
     };
     let table = relation::find_relation(&qualified(SCHEMA, table))?;

@@ -127,6 +127,8 @@ impl Steps {
                 let rest = self.rest(&subject, failure.is_timeout());
                 if failure.is_timeout() {
                     self.make_easier(&subject);
+                } else if failure.lacks_resources() && is_merged_in_windows(&subject) {
+                    self.pace.stay_below(&subject, self.most_merged(&subject));
                 }
                 log::failure(format_args!("{subject} failed, next try in {rest:?}"), &failure);
                 self.resting.insert(subject, (Instant::now() + jittered(rest), rest));
@@ -137,19 +139,20 @@ impl Steps {
 
     /// A smaller window for a merge, a longer limit for what cannot be divided.
     fn make_easier(&mut self, subject: &Subject) {
-        match subject {
-            Subject::Rollup(_) | Subject::Together(_) | Subject::Summary(_) => {
-                self.pace.make_easier(subject, self.most_merged(subject));
-            }
-            _ => {
-                let limit = match subject {
-                    Subject::CopysIndex(..) => (self.limit(subject) * 8).min(LIMIT_OF_INDEX),
-                    _ => (self.limit(subject) * 2).min(LONGEST_LIMIT),
-                };
-                self.limits.insert(subject.clone(), limit);
-            }
+        if is_merged_in_windows(subject) {
+            return self.pace.make_easier(subject, self.most_merged(subject));
         }
+        let limit = match subject {
+            Subject::CopysIndex(..) => (self.limit(subject) * 8).min(LIMIT_OF_WHOLE),
+            Subject::Expiry(..) => (self.limit(subject) * 2).min(LIMIT_OF_WHOLE),
+            _ => (self.limit(subject) * 2).min(LONGEST_LIMIT),
+        };
+        self.limits.insert(subject.clone(), limit);
     }
+}
+
+fn is_merged_in_windows(subject: &Subject) -> bool {
+    matches!(subject, Subject::Rollup(_) | Subject::Together(_) | Subject::Summary(_))
 }
 
 /// Shorter than the second between two rounds by default, so that each of those looks.
@@ -170,8 +173,9 @@ const LONGEST_LIMIT: Duration = Duration::from_secs(1200);
 
 /// An index of the copy that a reversion makes takes hours, of hundreds of millions of rows, and the swap
 /// would never come without it: it begins with as long as others have at most, and has eight times as long at
-/// each further try, up to a day.
-const LIMIT_OF_INDEX: Duration = LONGEST_LIMIT.saturating_mul(64);
+/// each further try, up to a day. Without the count of an expired partition its disk space would never come
+/// back: its time grows as that of others does, and goes on to.
+const LIMIT_OF_WHOLE: Duration = LONGEST_LIMIT.saturating_mul(64);
 
 impl Runner for Steps {
     fn forget_failure(&mut self, subject: &Subject) {
@@ -288,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_limit_of_a_copys_index_grows_to_a_day_and_no_other_does() {
+    fn the_limits_of_a_copys_index_and_of_a_count_grow_to_a_day_and_no_others_do() {
         let limits = |subject: Subject, tries: usize| {
             let mut steps = Steps::default();
             (0..tries).for_each(|_| steps.make_easier(&subject));
@@ -297,7 +301,12 @@ mod tests {
         let index = || Subject::CopysIndex("s".into(), "t".into());
         assert_eq!(limits(index(), 0), LONGEST_LIMIT);
         assert_eq!(limits(index(), 1), LONGEST_LIMIT * 8);
-        assert_eq!(limits(index(), 20), LIMIT_OF_INDEX);
+        assert_eq!(limits(index(), 20), LIMIT_OF_WHOLE);
+        let count = || Subject::Expiry(1, "p".into());
+        assert_eq!(limits(count(), 0), SHORTEST_LIMIT);
+        assert_eq!(limits(count(), 8), SHORTEST_LIMIT * 256);
+        assert_eq!(limits(count(), 20), LIMIT_OF_WHOLE);
+        assert_eq!(limits(Subject::Policy(1, "p".into()), 20), LONGEST_LIMIT);
         assert_eq!(limits(Subject::Conversion("s".into(), "t".into()), 0), SHORTEST_LIMIT);
         assert_eq!(limits(Subject::Conversion("s".into(), "t".into()), 20), LONGEST_LIMIT);
     }
