@@ -700,6 +700,24 @@ fn that_there_is_no_slot_for_a_build_is_not_said_each_second() {
     assert!(said() <= 6, "{} times", said());
 }
 
+#[test]
+fn an_index_goes_where_its_table_is_whatever_tablespace_the_database_prefers() {
+    let cluster = own_cluster(&[]);
+    let db = cluster.database();
+    let mut client = db.connect();
+    if value::<i32>(&mut client, "SELECT current_setting('server_version_num')::int") < 150_000 {
+        return; // It has no tablespaces in place.
+    }
+    client.batch_execute("SET allow_in_place_tablespaces = on").unwrap();
+    client.batch_execute("CREATE TABLESPACE fast LOCATION ''").unwrap();
+    client.batch_execute(&format!("ALTER DATABASE {} SET default_tablespace = 'fast'", db.name)).unwrap();
+    client.batch_execute(&format!("{ROWS}; SELECT spend_index_set(indexes => '{{team}}')")).unwrap();
+    wait_for(&mut client, "team", r#""LiteLLM_SpendLogs""#, "built");
+    let elsewhere =
+        "SELECT count(*) FROM pg_class WHERE reltablespace <> 0 AND relkind = 'i' AND NOT relisshared";
+    assert_eq!(value::<i64>(&mut client, elsewhere), 0);
+}
+
 /// Whether one stands for ours cannot be seen while nobody may look: then none is built.
 #[test]
 fn an_index_that_stands_for_ours_is_not_doubled_because_somebody_locks_the_table() {

@@ -1170,6 +1170,84 @@ fn databases_without_the_extension_take_no_worker_slot() {
     wait_until_merged(&mut client);
 }
 
+/// The pid of the worker of a database.
+fn worker_of(db: &Database) -> String {
+    let is_ours = format!("datname = '{}' AND backend_type = 'litellm_spend worker'", db.name);
+    format!("SELECT min(pid) FROM pg_stat_activity WHERE {is_ours}")
+}
+
+#[test]
+fn without_a_slot_only_databases_with_the_extension_are_said_to_lack_a_worker() {
+    let settings = ["max_worker_processes = 3", "litellm_spend.discovery_interval = '1h'"];
+    let cluster = own_cluster(&settings);
+    let other = cluster.litellm_database();
+    let db = cluster.database();
+    let mut admin = cluster.connect("postgres");
+    eventually("the one slot is taken", || value::<Option<i32>>(&mut admin, &worker_of(&db)).is_some());
+    other.connect().batch_execute("CREATE EXTENSION litellm_spend").unwrap();
+    eventually("it is said", || cluster.log().contains("no slot to look for the extension in database"));
+    std::thread::sleep(Duration::from_secs(8));
+    assert!(
+        !cluster.log().contains("no slot for the worker of database \"postgres\""),
+        "{}",
+        cluster.log_tail()
+    );
+    db.connect().batch_execute("DROP EXTENSION litellm_spend").unwrap();
+    let freed = Instant::now();
+    eventually("the other gets the slot", || {
+        assert!(freed.elapsed() < Duration::from_secs(60), "{}", cluster.log_tail());
+        value::<Option<i32>>(&mut admin, &worker_of(&other)).is_some()
+    });
+}
+
+#[test]
+fn a_worker_that_fails_while_it_starts_is_started_again() {
+    let cluster = own_cluster(&["litellm_spend.discovery_interval = '1h'"]);
+    let db = cluster.database().attached();
+    let mut client = db.connect();
+    wait_until_live(&mut client);
+    let version =
+        "SELECT format('data/base/%s/PG_VERSION', oid) FROM pg_database WHERE datname = current_database()";
+    let version = cluster.dir.join(value::<String>(&mut client, version));
+    let aside = version.with_extension("aside");
+    std::fs::rename(&version, &aside).unwrap();
+    client
+        .batch_execute(&format!("SELECT pg_terminate_backend(pid) FROM ({}) AS w (pid)", worker_of(&db)))
+        .unwrap();
+    eventually("a worker fails", || cluster.log().contains("is not a valid data directory"));
+    std::fs::rename(&aside, &version).unwrap();
+    let mended = Instant::now();
+    eventually("another comes", || {
+        assert!(mended.elapsed() < Duration::from_secs(60), "{}", cluster.log_tail());
+        value::<Option<i32>>(&mut client, &worker_of(&db)).is_some()
+    });
+}
+
+#[test]
+fn a_full_lock_table_ends_neither_the_launcher_nor_a_worker() {
+    let settings =
+        ["max_locks_per_transaction = 10", "max_connections = 20", "litellm_spend.discovery_interval = '1s'"];
+    let cluster = own_cluster(&settings);
+    let db = cluster.database().attached();
+    let mut client = db.connect();
+    wait_until_live(&mut client);
+    let ours =
+        "SELECT array_agg(pid ORDER BY pid) FROM pg_stat_activity WHERE backend_type LIKE 'litellm_spend %'";
+    let processes = |client: &mut Client| value::<Vec<i32>>(client, ours);
+    eventually("all is quiet", || processes(&mut client).len() == 2);
+    let before = processes(&mut client);
+    // Again and again: what others give back is taken, too.
+    for from in (0..8_000_000).step_by(100_000) {
+        let fill = format!("SELECT pg_advisory_lock(i) FROM generate_series({from}, {}) AS i", from + 99_999);
+        assert_eq!(error(&mut client, &fill).code().code(), "53200");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    client.batch_execute("SELECT pg_advisory_unlock_all()").unwrap();
+    assert_eq!(processes(&mut client), before, "{}", cluster.log_tail());
+    client.batch_execute(&insert_rows("a", 10, 2)).unwrap();
+    wait_until_merged(&mut client);
+}
+
 #[test]
 fn what_an_interrupted_drop_has_left_of_a_database_gets_no_worker() {
     let cluster = own_cluster(&["litellm_spend.discovery_interval = '1s'"]);

@@ -55,6 +55,42 @@ fn texts_mean_the_same_whatever_settings_say() {
     ]);
 }
 
+/// It is connected to no database, and sees what the whole server has.
+#[test]
+fn the_launcher_waits_for_no_transaction_of_a_server_that_is_serializable_and_read_only() {
+    let cluster = own_cluster(&[]);
+    let db = cluster.database().attached();
+    let (mut client, mut writer) = (db.connect(), db.connect());
+    wait_until_live(&mut client);
+    let settings = [("isolation", "serializable"), ("read_only", "on"), ("deferrable", "on")];
+    for (name, value) in settings {
+        let own = if value == "on" { "off" } else { "read committed" };
+        client.batch_execute(&format!("SET default_transaction_{name} = '{own}'")).unwrap();
+        client.batch_execute(&format!("ALTER SYSTEM SET default_transaction_{name} = '{value}'")).unwrap();
+    }
+    writer
+        .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE; SELECT count(*) FROM pg_class")
+        .unwrap();
+    let pids = "SELECT array_agg(pid) FROM pg_stat_activity WHERE backend_type LIKE 'litellm_spend %'";
+    let before: Vec<i32> = value(&mut client, pids);
+    client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    client.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", &[&before]).unwrap();
+    let ended = std::time::Instant::now();
+    eventually("a launcher and a worker come", || {
+        assert!(ended.elapsed() < std::time::Duration::from_secs(60), "{}", cluster.log_tail());
+        let now: Option<Vec<i32>> = value(&mut client, pids);
+        now.is_some_and(|now| now.len() == 2 && now.iter().all(|pid| !before.contains(pid)))
+    });
+    writer.batch_execute("COMMIT").unwrap();
+    // Else the database cannot be dropped.
+    for name in ["isolation", "read_only", "deferrable"] {
+        client.batch_execute(&format!("ALTER SYSTEM RESET default_transaction_{name}")).unwrap();
+    }
+    client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    let writes = "SELECT current_setting('default_transaction_read_only') = 'off'";
+    eventually("it can be written to again", || holds(&mut db.connect(), writes));
+}
+
 /// The texts of values, and what a text means, depend on more than TimeZone.
 #[test]
 fn a_declared_rollup_says_the_same_whoever_computes_it() {

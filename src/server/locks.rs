@@ -56,10 +56,11 @@ impl Patience {
 
 /// Whether somebody drops, renames, moves or copies this database, or waits to: such a statement gives up
 /// after five seconds if anybody is still connected. Its lock is asked for as a new connection asks for it,
-/// and given back with the transaction.
+/// and given back with the transaction. `false` also where the table of locks is full: that passes, and ends
+/// no worker.
 pub fn database_is_wanted() -> bool {
     // SAFETY: reads a variable of this process; the tag is that of SET_LOCKTAG_OBJECT for a shared object.
-    unsafe {
+    let ask = || unsafe {
         let tag = pg_sys::LOCKTAG {
             locktag_field1: 0,
             locktag_field2: pg_sys::DatabaseRelationId.to_u32(),
@@ -69,8 +70,9 @@ pub fn database_is_wanted() -> bool {
             locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
         };
         let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-        pg_sys::LockAcquire(&tag, mode, false, true) == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
-    }
+        Ok(pg_sys::LockAcquire(&tag, mode, false, true) == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL)
+    };
+    session::attempt(ask).unwrap_or(false)
 }
 
 /// Takes SHARE ROW EXCLUSIVE on a user's tables until the transaction ends: writers wait, readers do not.

@@ -31,9 +31,10 @@ pub extern "C-unwind" fn litellm_spend_worker(argument: pg_sys::Datum) {
     BackgroundWorker::connect_worker_to_spi_by_oid(database, None);
     pin_settings();
     in_transaction(log::learn_database);
-    if in_transaction(extension_exists) {
-        launcher::found_extension();
+    if !in_transaction(extension_exists) {
+        return launcher::found_none();
     }
+    launcher::found_extension();
     let mut steps = Steps::default();
     // SAFETY: in a worker that has a database; runs once, when it ends.
     unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0)) };

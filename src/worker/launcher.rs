@@ -6,8 +6,9 @@
 
 use crate::guc;
 use crate::server::log;
+use crate::server::session::{Failure, attempt};
 use crate::worker::give_way;
-use crate::worker::process::{attach_signals, in_transaction, reload_settings};
+use crate::worker::process::{attach_signals, in_transaction, pin_settings, reload_settings};
 use crate::worker::service;
 use pgrx::bgworkers::*;
 use pgrx::prelude::*;
@@ -27,6 +28,10 @@ static ANNOUNCEMENTS: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spe
 // SAFETY: as above.
 static FOUND: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend workers") };
 
+/// Counts the workers that found none. One that failed while it started has found nothing out.
+// SAFETY: as above.
+static FOUND_NONE: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend workers that left") };
+
 /// Counts the launchers that there have been. A worker leaves when the one that started it is gone: nobody
 /// else knows of it, and the next launcher starts its own.
 // SAFETY: as above.
@@ -36,6 +41,7 @@ static LAUNCHES: PgAtomic<AtomicU32> = unsafe { PgAtomic::new(c"litellm_spend la
 pub fn register() {
     pg_shmem_init!(ANNOUNCEMENTS);
     pg_shmem_init!(FOUND);
+    pg_shmem_init!(FOUND_NONE);
     pg_shmem_init!(LAUNCHES);
     service::register();
     give_way::register();
@@ -57,6 +63,11 @@ pub fn launch() -> u32 {
 /// Says, in a new worker, that it found the extension.
 pub fn found_extension() {
     FOUND.get().fetch_add(1, Ordering::Relaxed);
+}
+
+/// Says, in a new worker, that there is no extension.
+pub fn found_none() {
+    FOUND_NONE.get().fetch_add(1, Ordering::Relaxed);
 }
 
 /// Tells the launcher, once the transaction has committed, that this database may have the extension.
@@ -158,24 +169,38 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     LAUNCHES.get().fetch_add(1, Ordering::Relaxed);
     service::launched();
     BackgroundWorker::connect_worker_to_spi(None, None);
+    pin_settings();
     let mut tenants: HashMap<u32, Tenant> = HashMap::new();
     // Databases for whose worker there was no slot, and when that was said.
     let mut noted = HashMap::new();
     let mut announcements = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
     let mut searched: Option<Instant> = None;
+    // Whether the last search ended for want of a slot.
+    let mut unfinished = false;
     loop {
         reload_settings();
         let announced = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
-        let search =
-            announced != announcements || searched.is_none_or(|at| at.elapsed() >= guc::discovery_interval());
-        if search {
-            announcements = announced;
-            searched = Some(Instant::now());
+        let mut interval = guc::discovery_interval();
+        if unfinished {
+            interval = interval.min(RESTART_AFTER);
         }
+        let search = announced != announcements || searched.is_none_or(|at| at.elapsed() >= interval);
         tenants.values_mut().for_each(Tenant::note_end);
-        if search || tenants.values().any(Tenant::is_due) {
-            let databases = databases();
+        // Where the table of locks is full they are looked for again a second later.
+        if (search || tenants.values().any(Tenant::is_due))
+            && let Ok(databases) = databases()
+        {
+            if search {
+                (announcements, searched, unfinished) = (announced, Some(Instant::now()), false);
+            }
             tenants.retain(|oid, tenant| databases.contains_key(oid) || tenant.leaves());
+            let mut databases: Vec<_> = databases.into_iter().collect();
+            // Those that had a worker come first: others may take the last slot.
+            databases.sort_by_key(|(oid, _)| match tenants.get(oid) {
+                Some(Tenant::Unserved(_)) => 0,
+                None => 1,
+                Some(_) => 2,
+            });
             for (oid, name) in databases {
                 let probe = match tenants.get(&oid) {
                     None => true,
@@ -183,9 +208,25 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
                     Some(tenant) => tenant.is_due(),
                 };
                 // One after the other, so that databases without the extension never hold more than one slot.
-                if probe {
-                    tenants.insert(oid, serve(oid, &name, &mut noted));
+                if !probe {
+                    continue;
                 }
+                if let Some(tenant) = serve(oid) {
+                    tenants.insert(oid, tenant);
+                    continue;
+                }
+                let is_empty = matches!(tenants.get(&oid), Some(Tenant::Empty));
+                // Once an hour: it is tried again every few seconds.
+                if noted.get(&oid).is_none_or(|at: &Instant| at.elapsed() > NOTED_FOR) {
+                    noted.insert(oid, Instant::now());
+                    let what = if is_empty { "to look for the extension in" } else { "for the worker of" };
+                    log::now(format_args!("no slot {what} database \"{name}\"; raise max_worker_processes"));
+                }
+                if is_empty {
+                    unfinished = true;
+                    break;
+                }
+                tenants.insert(oid, Tenant::Unserved(Instant::now()));
             }
         }
         give_way::look();
@@ -196,9 +237,11 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     }
 }
 
-/// Starts a worker in a database and waits until it has found the extension there, or has left.
-fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant {
+/// Starts a worker in a database and waits until it has found the extension there, or has left. `None`: there
+/// is no slot.
+fn serve(database: u32) -> Option<Tenant> {
     let found = FOUND.get().load(Ordering::Relaxed);
+    let found_none = FOUND_NONE.get().load(Ordering::Relaxed);
     let memory = Memory::new();
     let builder = BackgroundWorkerBuilder::new("litellm_spend worker")
         .set_type("litellm_spend worker")
@@ -209,17 +252,7 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
         // SAFETY: reads this process's pid.
         .set_notify_pid(unsafe { pg_sys::MyProcPid })
         .set_restart_time(None);
-    let worker = memory.within(|| builder.load_dynamic());
-    let Ok(worker) = worker else {
-        // Once an hour: it is tried again every few seconds.
-        if noted.get(&database).is_none_or(|at| at.elapsed() > NOTED_FOR) {
-            noted.insert(database, Instant::now());
-            log::now(format_args!(
-                "no slot for the worker of database \"{name}\"; raise max_worker_processes"
-            ));
-        }
-        return Tenant::Unserved(Instant::now());
-    };
+    let worker = memory.within(|| builder.load_dynamic()).ok()?;
     let (started, mut looked) = (Instant::now(), Instant::now());
     while started.elapsed() < PROBE_LIMIT {
         if looked.elapsed() > LOOK_INTERVAL {
@@ -227,17 +260,20 @@ fn serve(database: u32, name: &str, noted: &mut HashMap<u32, Instant>) -> Tenant
             looked = Instant::now();
         }
         if FOUND.get().load(Ordering::Relaxed) != found {
-            return Tenant::Served { worker, _memory: memory };
+            break;
         }
         if matches!(worker.pid(), Err(BackgroundWorkerStatus::Stopped)) {
-            return Tenant::Empty;
+            return Some(match FOUND_NONE.get().load(Ordering::Relaxed) == found_none {
+                true => Tenant::Unserved(Instant::now()),
+                false => Tenant::Empty,
+            });
         }
         if !BackgroundWorker::wait_latch(Some(Duration::from_millis(5))) {
             break;
         }
         pgrx::check_for_interrupts!();
     }
-    Tenant::Served { worker, _memory: memory }
+    Some(Tenant::Served { worker, _memory: memory })
 }
 
 /// The limit of connections by which the server marks what an interrupted DROP DATABASE has left.
@@ -245,9 +281,9 @@ const HALF_DROPPED: i32 = -2;
 
 /// The databases that accept connections, by Oid. The launcher has no database, so this scans the shared
 /// catalog itself.
-fn databases() -> BTreeMap<u32, String> {
-    let mut found = BTreeMap::new();
-    in_transaction(|| {
+fn databases() -> std::result::Result<BTreeMap<u32, String>, Failure> {
+    let read = || {
+        let mut found = BTreeMap::new();
         // SAFETY: an ordinary scan of a shared catalog inside a transaction; the tuple is read before the
         // next call.
         unsafe {
@@ -269,6 +305,7 @@ fn databases() -> BTreeMap<u32, String> {
             pg_sys::heap_endscan(scan);
             pg_sys::table_close(relation, lock);
         }
-    });
-    found
+        Ok(found)
+    };
+    in_transaction(|| attempt(read))
 }

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Settings of the database or of all roles that are meant for its users: with them a worker would find other
-/// operators than the server's, or never merge. Set before the first transaction, for the life of the
-/// process, as autovacuum does.
+/// operators than the server's, or never merge, and a launcher would wait for the end of other transactions.
+/// Set before the first transaction, for the life of the process, as autovacuum does.
 pub fn pin_settings() {
     let settings = [
         (c"search_path", session::PINNED_PATH),
@@ -25,6 +25,7 @@ pub fn pin_settings() {
         #[cfg(any(feature = "pg17", feature = "pg18"))]
         (c"transaction_timeout", c"0"),
         (c"zero_damaged_pages", c"off"),
+        (c"default_tablespace", c""),
     ];
     for (name, value) in settings {
         let (context, source) = (pg_sys::GucContext::PGC_SUSET, pg_sys::GucSource::PGC_S_OVERRIDE);

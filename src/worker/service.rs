@@ -11,9 +11,9 @@ use pgrx::{PgAtomic, pg_shmem_init};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
-/// As many databases as a server may have workers, and some. Of one that has no place it is only known since
-/// when the launcher is there.
-const PLACES: usize = 128;
+/// More databases than a server has workers: each worker is a process. Of one that has no place it is only
+/// known since when the launcher is there.
+const PLACES: usize = 1024;
 
 struct Served {
     /// When the first launcher came; 0: none has.
