@@ -12,6 +12,7 @@ use crate::state::rollups;
 use crate::state::step::{Runner, Subject};
 use crate::worker::round;
 use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
 use std::time::Duration;
 
 pub fn report<T>(work: impl FnOnce() -> error::Result<T>) -> Result<T, ErrorReport> {
@@ -91,7 +92,7 @@ impl Runner for Subtransactions {
             }
             Err(failure) => {
                 let message = format!("litellm_spend: {subject} failed: {}", failure.message);
-                session::warn(failure.explain(message));
+                session::tell(PgLogLevel::WARNING, failure.explain(message));
                 drop(attempt(|| round::record(&subject, Some(&failure), None)));
                 None
             }

@@ -275,7 +275,12 @@ fn spend_partition_set(
         Ok(said)
     })
     // After the call, under the caller's own client_min_messages.
-    .map(|said| said.iter().for_each(|sentence| notice!("{sentence}")))
+    .map(|said| {
+        for sentence in said {
+            let code = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
+            session::tell(PgLogLevel::NOTICE, ErrorReport::new(code, sentence, "litellm_spend"));
+        }
+    })
 }
 
 /// Creates the partitions that are due, drains DEFAULT, lets what has expired go.

@@ -232,9 +232,9 @@ pub struct Notice {
 
 impl Notice {
     pub fn report(self) {
-        ErrorReport::new(PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, self.message, "litellm_spend")
-            .set_hint(session::callable(self.hint))
-            .report(PgLogLevel::NOTICE);
+        let code = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
+        let report = ErrorReport::new(code, self.message, "litellm_spend");
+        session::tell(PgLogLevel::NOTICE, report.set_hint(session::callable(self.hint)));
     }
 }
 

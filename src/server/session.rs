@@ -491,12 +491,12 @@ pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Fa
     outcome
 }
 
-/// Tells the caller of a failure. That can fail itself: the client's encoding may have no letter for what the
-/// message names.
-pub fn warn(report: pg_sys::panic::ErrorReport) {
+/// Tells the caller something, as a NOTICE or a WARNING. That can fail: the client's encoding may have no
+/// letter for what the message names. Then nothing is told, and the call goes on.
+pub fn tell(level: PgLogLevel, report: pg_sys::panic::ErrorReport) {
     let tell = || {
         // SAFETY: pgrx does not guard it. What an error jumps over there has nothing to undo.
-        unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| report.report(PgLogLevel::WARNING)) };
+        unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| report.report(level)) };
         Ok(())
     };
     drop(attempt(tell));

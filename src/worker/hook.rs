@@ -8,7 +8,7 @@ use crate::litellm::triggers;
 use crate::server::hint;
 use crate::server::parse::{nodes, text};
 use crate::server::relation;
-use crate::server::session::{Elevated, Failure, attempt, callable, warn};
+use crate::server::session::{Elevated, Failure, attempt, callable, tell};
 use crate::server::spi;
 use crate::server::text::{EXTENSION, qualified};
 use crate::worker::launcher::announce;
@@ -181,7 +181,7 @@ unsafe extern "C-unwind" fn make_way() {
             "Statements that reach rows of one fail until spend_rollup_run(), or the worker, has seen it."
                 .into(),
         ));
-        warn(warning);
+        tell(PgLogLevel::WARNING, warning);
     }
 }
 
