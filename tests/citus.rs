@@ -969,6 +969,7 @@ fn a_node_that_cannot_prepare_fails_the_merge_and_not_the_worker() {
         )
         .unwrap();
     let worker = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'litellm_spend worker' AND datname = current_database()";
+    eventually("a worker has come", || holds(&mut other, &format!("SELECT EXISTS ({worker})")));
     let pid: i32 = value(&mut other, worker);
     // To one shard, which takes no second phase.
     eventually("a row is there", || {

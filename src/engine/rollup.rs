@@ -245,6 +245,8 @@ pub fn merge_together(
     // 3. its rows, on a snapshot that is newer than the fences and the look. All that is mentioned is ours.
     let counts = match attempt(|| groups::merge(&definitions, start, end)).map_err(Failure::unless_cancel) {
         Ok(Some(counts)) => counts,
+        // A smaller window may do.
+        Err(failure) if failure.lacks_resources() => return Err(Error::Failed(failure)),
         // Whose fault it is will be found, and recorded, when each is merged alone.
         Ok(None) | Err(_) => return Ok(None),
     };

@@ -307,7 +307,7 @@ pub fn cached_name(relation: pg_sys::Oid) -> Option<String> {
 
 /// Whether a crash empties it.
 pub fn is_unlogged(relation: pg_sys::Oid) -> bool {
-    // SAFETY: looks it up; of a relation that is gone it is 0.
+    // SAFETY: looks it up; that a relation is gone is an error, as in any query of it.
     unsafe { pg_sys::get_rel_persistence(relation) as u8 == pg_sys::RELPERSISTENCE_UNLOGGED }
 }
 

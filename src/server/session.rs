@@ -499,5 +499,6 @@ pub fn tell(level: PgLogLevel, report: pg_sys::panic::ErrorReport) {
         unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| report.report(level)) };
         Ok(())
     };
-    drop(attempt(tell));
+    // A client that does not read keeps us until a limit of its own ends the wait.
+    drop(attempt(tell).map_err(Failure::unless_cancel));
 }

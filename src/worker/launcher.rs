@@ -171,7 +171,8 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
     BackgroundWorker::connect_worker_to_spi(None, None);
     pin_settings();
     let mut tenants: HashMap<u32, Tenant> = HashMap::new();
-    // Databases for whose worker there was no slot, and when that was said.
+    // Databases for whose worker there was no slot, and when that was said; of 0, that they could not be
+    // read.
     let mut noted = HashMap::new();
     let mut announcements = ANNOUNCEMENTS.get().load(Ordering::Relaxed);
     let mut searched: Option<Instant> = None;
@@ -186,16 +187,22 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
         }
         let search = announced != announcements || searched.is_none_or(|at| at.elapsed() >= interval);
         tenants.values_mut().for_each(Tenant::note_end);
-        // Where the table of locks is full they are looked for again a second later.
-        if (search || tenants.values().any(Tenant::is_due))
-            && let Ok(databases) = databases()
-        {
+        let due = search || tenants.values().any(Tenant::is_due);
+        // Where the table of locks is full, for instance, they are looked for again a second later.
+        let found = due.then(databases).map(|found| {
+            found.inspect_err(|failure| {
+                if is_news(&mut noted, pg_sys::InvalidOid.to_u32()) {
+                    log::failure("the databases could not be read", failure);
+                }
+            })
+        });
+        if let Some(Ok(databases)) = found {
             if search {
                 (announcements, searched, unfinished) = (announced, Some(Instant::now()), false);
             }
             tenants.retain(|oid, tenant| databases.contains_key(oid) || tenant.leaves());
             let mut databases: Vec<_> = databases.into_iter().collect();
-            // Those that lack a worker come first, who has waited longest before the others: it may be the
+            // Those that lack a worker come first, whose last try is longest ago before the others: it may be the
             // last slot.
             databases.sort_by_key(|(oid, _)| match tenants.get(oid) {
                 Some(Tenant::Unserved(since)) => (0, Some(*since)),
@@ -216,10 +223,9 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
                     tenants.insert(oid, tenant);
                     continue;
                 }
-                let is_empty = matches!(tenants.get(&oid), Some(Tenant::Empty));
-                // Once an hour: it is tried again every few seconds.
-                if noted.get(&oid).is_none_or(|at: &Instant| at.elapsed() > NOTED_FOR) {
-                    noted.insert(oid, Instant::now());
+                // Nobody knows of one that is new whether it has the extension.
+                let is_empty = matches!(tenants.get(&oid), None | Some(Tenant::Empty));
+                if is_news(&mut noted, oid) {
                     let what = if is_empty { "to look for the extension in" } else { "for the worker of" };
                     log::now(format_args!("no slot {what} database \"{name}\"; raise max_worker_processes"));
                 }
@@ -236,6 +242,15 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
         }
         pgrx::check_for_interrupts!();
     }
+}
+
+/// Whether to say what is tried again every few seconds: once an hour.
+fn is_news(noted: &mut HashMap<u32, Instant>, database: u32) -> bool {
+    let is_news = noted.get(&database).is_none_or(|at| at.elapsed() > NOTED_FOR);
+    if is_news {
+        noted.insert(database, Instant::now());
+    }
+    is_news
 }
 
 /// Starts a worker in a database and waits until it has found the extension there, or has left. `None`: there

@@ -11,8 +11,7 @@ use pgrx::{PgAtomic, pg_shmem_init};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
-/// More databases than a server has workers: each worker is a process. Of one that has no place it is only
-/// known since when the launcher is there.
+/// As many databases are known: each has a worker, which is a process, so hardly a server has more.
 const PLACES: usize = 1024;
 
 struct Served {
