@@ -202,8 +202,8 @@ pub extern "C-unwind" fn litellm_spend_launcher(_argument: pg_sys::Datum) {
             }
             tenants.retain(|oid, tenant| databases.contains_key(oid) || tenant.leaves());
             let mut databases: Vec<_> = databases.into_iter().collect();
-            // Those that lack a worker come first, whose last try is longest ago before the others: it may be the
-            // last slot.
+            // Those that lack a worker come first, whose last try is longest ago before the others: it may be
+            // the last slot.
             databases.sort_by_key(|(oid, _)| match tenants.get(oid) {
                 Some(Tenant::Unserved(since)) => (0, Some(*since)),
                 None => (1, None),
