@@ -1282,8 +1282,11 @@ ANALYZE litellm_spend.installation, litellm_spend.source, litellm_spend.rollup, 
     litellm_spend.public_view, litellm_spend.policy, litellm_spend.conversion, litellm_spend.index_set, litellm_spend.index_failure,
     litellm_spend.expired_partition;
 
-SELECT set_config(name, current_setting('litellm_spend_script.' || name), true)
-FROM unnest(ARRAY['default_tablespace', 'default_table_access_method']) AS name;
+-- One that is not there, which a configuration may name, cannot be set: it means the same as none.
+SELECT set_config(name, value, true)
+FROM unnest(ARRAY['default_tablespace', 'default_table_access_method']) AS name,
+    current_setting('litellm_spend_script.' || name) AS value
+WHERE name <> 'default_tablespace' OR value = '' OR value IN (SELECT spcname FROM pg_tablespace);
 DO $$ BEGIN
     PERFORM set_config('role', current_setting('litellm_spend_update.role'), true);
 END $$;

@@ -253,8 +253,11 @@ SELECT pg_catalog.pg_extension_config_dump('litellm_spend.dirty_range', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.capture_failures', '');
 SELECT pg_catalog.pg_extension_config_dump('litellm_spend.public_view', '');
 
-SELECT set_config(name, current_setting('litellm_spend_script.' || name), true)
-FROM unnest(ARRAY['default_tablespace', 'default_table_access_method']) AS name;
+-- One that is not there, which a configuration may name, cannot be set: it means the same as none.
+SELECT set_config(name, value, true)
+FROM unnest(ARRAY['default_tablespace', 'default_table_access_method']) AS name,
+    current_setting('litellm_spend_script.' || name) AS value
+WHERE name <> 'default_tablespace' OR value = '' OR value IN (SELECT spcname FROM pg_tablespace);
 
 -- Functions of the library go to the extension's schema.
 SET LOCAL search_path = @extschema@, pg_temp;

@@ -734,6 +734,24 @@ fn a_day_that_is_only_in_the_change_log_is_kept_though_its_partition_is_gone() {
 }
 
 #[test]
+fn a_first_backfill_computes_the_days_before_one_that_is_only_in_the_change_log() {
+    not_at_midnight();
+    let (db, mut client) = without_worker();
+    let mut holder = db.connect();
+    client.batch_execute(&(UPSTREAM_SCRIPT.to_string() + ";" + &day_partition("next", 5))).unwrap();
+    client.batch_execute(&insert_rows("a", 20, 2)).unwrap();
+    client.batch_execute("SELECT spend_attach()").unwrap();
+    holder.batch_execute("BEGIN; LOCK TABLE litellm_spend.change_log IN ROW EXCLUSIVE MODE").unwrap();
+    client.batch_execute(&row("gone", "CURRENT_DATE + 5 + time '12:00'", 1.0)).unwrap();
+    client.batch_execute("DROP TABLE next").unwrap();
+    client.batch_execute("CALL spend_backfill()").unwrap();
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 21);
+    holder.batch_execute("COMMIT").unwrap();
+    run_until_computed(&mut client);
+    assert_eq!(value::<i64>(&mut client, REQUESTS), 21);
+}
+
+#[test]
 fn who_looks_for_the_oldest_raw_row_locks_no_newer_partition() {
     not_at_midnight();
     let (_db, mut client) = without_worker();

@@ -389,6 +389,21 @@ fn what_a_session_has_set_decides_nothing_about_what_it_installs() {
     admin.batch_execute("DROP TABLESPACE elsewhere").unwrap();
 }
 
+#[test]
+fn a_tablespace_that_is_not_there_stops_no_installation() {
+    let cluster = own_cluster(&["default_tablespace = 'gone'"]);
+    for install in [
+        "CREATE EXTENSION litellm_spend",
+        "CREATE EXTENSION litellm_spend VERSION '0.1.0'; ALTER EXTENSION litellm_spend UPDATE",
+    ] {
+        let db = cluster.litellm_database();
+        let mut client = db.connect();
+        assert_eq!(value::<String>(&mut client, "SELECT current_setting('default_tablespace')"), "gone");
+        client.batch_execute(install).unwrap();
+        client.batch_execute("TABLE spend_health").unwrap();
+    }
+}
+
 /// A state table that somebody may write to makes him a superuser: the worker does what it says.
 #[test]
 fn an_update_takes_default_privileges_from_what_it_makes_and_writing_from_what_there_was() {

@@ -156,9 +156,7 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     if !locks::try_lock_against_dropping(fence.relation)? {
         return Ok(Merged::Busy);
     }
-    if let Some(table) = unlogged_table(definition)? {
-        return Err(Error::UnloggedRollup(table));
-    }
+    require_logged(definition)?;
     columns::require_same(&fence)?;
     columns::note_unless_known(&fence)?;
     let note_merged = definition.note_merged();
@@ -183,6 +181,11 @@ pub fn merge(name: &str, safe_end: i64, most: i64, patience: Patience) -> Result
     // 4. the watermark, in the same transaction.
     fence.advance(end, Some((rows, groups)), started.elapsed().as_secs_f64() * 1000.0)?;
     Ok(Merged::Window(Merge { window_start: start + 1, window_end: end, rows, groups }))
+}
+
+/// Refuses to write to a rollup whose table a crash would empty, while what says how far it is stays.
+pub fn require_logged(definition: &Definition) -> Result<()> {
+    unlogged_table(definition)?.map_or(Ok(()), |table| Err(Error::UnloggedRollup(table)))
 }
 
 /// A table of the rollup's own that a crash empties, while its watermark stays.

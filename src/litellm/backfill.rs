@@ -129,9 +129,12 @@ pub struct Days {
     pub last: Timestamp,
 }
 
-/// The first and the last day before `end` that has raw, retired or merged rows.
+/// The first and the last day before `end` that has raw, retired, merged or captured rows.
 pub fn days_with_rows(fences: &[Fence], end: Timestamp) -> Result<Option<Days>> {
-    let mut parts = vec![("\"hour\"".to_string(), "litellm_spend.retired".into())];
+    let merged = fences.iter().map(|fence| fence.watermark).min().unwrap_or_default();
+    let tail = format!("(SELECT hour FROM litellm_spend.change_log WHERE seq > {merged}) AS tail");
+    let mut parts =
+        vec![("\"hour\"".to_string(), "litellm_spend.retired".into()), ("\"hour\"".to_string(), tail)];
     for fence in fences {
         let definition = fence.filled()?;
         let bucket = definition.bucket.as_ref().map(|b| format!("\"{}\"::timestamp", b.dimension));

@@ -17,11 +17,20 @@ use crate::state::captured::CaptureState;
 use pgrx::datum::Timestamp;
 use pgrx::prelude::*;
 
-/// The first day that has raw rows. That of `-infinity` is none: no retention ever comes to it.
+/// The first day that has raw rows.
 pub fn first_day(capture: &CaptureState) -> Result<Option<Timestamp>> {
+    first_day_of(capture, "IS NOT NULL")
+}
+
+/// The same without that of `-infinity`, to which no retention ever comes.
+pub fn first_finite_day(capture: &CaptureState) -> Result<Option<Timestamp>> {
+    first_day_of(capture, "> '-infinity'")
+}
+
+fn first_day_of(capture: &CaptureState, which: &str) -> Result<Option<Timestamp>> {
     let mut days = vec![];
     for relation in capture.relations() {
-        days.extend(Log::of(capture, relation)?.first("> '-infinity'")?);
+        days.extend(Log::of(capture, relation)?.first(which)?);
     }
     Ok(days.into_iter().min())
 }

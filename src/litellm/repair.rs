@@ -312,5 +312,7 @@ fn freezable(capture: &CaptureState) -> Result<Option<Timestamp>> {
     if up_to(None)?.is_none() {
         return Ok(None);
     }
-    raw::first_day(capture)?.map_or(Ok(None), |first| up_to(Some(first)))
+    let Some(first) = raw::first_finite_day(capture)? else { return Ok(None) };
+    // What failed until then may have moved rows.
+    if capture.has_unseen_failures()? { Ok(None) } else { up_to(Some(first)) }
 }
