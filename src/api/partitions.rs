@@ -275,12 +275,7 @@ fn spend_partition_set(
         Ok(said)
     })
     // After the call, under the caller's own client_min_messages.
-    .map(|said| {
-        for sentence in said {
-            let code = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
-            session::tell(PgLogLevel::NOTICE, ErrorReport::new(code, sentence, "litellm_spend"));
-        }
-    })
+    .map(|said| said.into_iter().for_each(|sentence| session::notice(sentence, None)))
 }
 
 /// Creates the partitions that are due, drains DEFAULT, lets what has expired go.

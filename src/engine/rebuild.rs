@@ -35,6 +35,7 @@ use crate::state::rollups;
 use pgrx::datum::Timestamp;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::spi::SpiHeapTupleData;
 
 /// What rollups of one source must equal.
 struct Truth {
@@ -161,38 +162,56 @@ pub fn rebuild_some(fences: &[&Fence], known: &[&Fence], range: Range, shrink: S
     Ok(groups)
 }
 
-/// How many source rows a rollup knows, by bucket. There may be many: they are read while they are compared.
-struct Counts {
+/// The rows of a query, so many in memory at a time.
+struct Rows<T> {
+    /// `None`: it is read to its end, which closes it.
     cursor: Option<String>,
-    batch: std::vec::IntoIter<(Option<String>, i64)>,
+    batch: std::vec::IntoIter<T>,
 }
 
-impl Counts {
-    /// As they are now, whatever becomes of them before they are compared.
-    fn read(fence: &Fence, range: Range) -> Result<Counts> {
-        let _rights = fence.act()?;
-        let cursor = spi::open_cursor(&fence.filled()?.counts(), &[range.start.into(), range.end.into()])?;
-        let mut counts = Counts { cursor: Some(cursor), batch: vec![].into_iter() };
-        // From here on it is the executor's: on other nodes it has run.
-        counts.read_batch()?;
-        Ok(counts)
+impl<T> Rows<T> {
+    fn none() -> Rows<T> {
+        Rows { cursor: None, batch: vec![].into_iter() }
     }
 
-    fn read_batch(&mut self) -> Result<()> {
+    fn open(sql: &str, range: Range) -> Result<Rows<T>> {
+        let cursor = spi::open_cursor(sql, &[range.start.into(), range.end.into()])?;
+        Ok(Rows { cursor: Some(cursor), ..Rows::none() })
+    }
+
+    fn read_batch(&mut self, row: impl Fn(&SpiHeapTupleData) -> Result<T>) -> Result<()> {
         let Some(cursor) = &self.cursor else { return Ok(()) };
-        let batch = spi::fetch(cursor, BATCH, |r| Ok((r.get(1)?, spi::value(r, 2)?)))?;
+        let batch = spi::fetch(cursor, BATCH, row)?;
         if batch.is_empty() {
             self.cursor = None;
         }
         self.batch = batch.into_iter();
         Ok(())
     }
+}
+
+/// How many source rows a rollup knows, by bucket. There may be many: they are read while they are compared.
+struct Counts(Rows<(Option<String>, i64)>);
+
+impl Counts {
+    /// As they are now, whatever becomes of them before they are compared.
+    fn read(fence: &Fence, range: Range) -> Result<Counts> {
+        let _rights = fence.act()?;
+        let mut counts = Counts(Rows::open(&fence.filled()?.counts(), range)?);
+        // From here on it is the executor's: on other nodes it has run.
+        counts.read_batch()?;
+        Ok(counts)
+    }
+
+    fn read_batch(&mut self) -> Result<()> {
+        self.0.read_batch(|r| Ok((r.get(1)?, spi::value(r, 2)?)))
+    }
 
     fn next(&mut self) -> Result<Option<(Option<String>, i64)>> {
-        if self.batch.len() == 0 {
+        if self.0.batch.len() == 0 {
             self.read_batch()?;
         }
-        Ok(self.batch.next())
+        Ok(self.0.batch.next())
     }
 
     /// Refuses what has fewer rows of a bucket by now.
@@ -443,8 +462,7 @@ pub struct Differences {
     relations: Vec<pg_sys::Oid>,
     owner: Owner,
     parts: std::vec::IntoIter<Range>,
-    cursor: Option<String>,
-    batch: std::vec::IntoIter<Difference>,
+    rows: Rows<Difference>,
 }
 
 /// Rows that are in memory at a time: two million took 6.2 GB at once (debug build, PostgreSQL 15, 2026-11).
@@ -453,23 +471,17 @@ const BATCH: i64 = 1000;
 impl Differences {
     fn next_batch(&mut self) -> Result<()> {
         let _owner = self.owner.act();
-        if self.cursor.is_none() {
+        if self.rows.cursor.is_none() {
             relation::lock_for_reading(&self.relations)?;
         }
-        while self.batch.len() == 0 {
-            let cursor = match (self.cursor.take(), &mut self.parts) {
-                (Some(cursor), _) => cursor,
-                (None, parts) => match parts.next() {
-                    None => break,
-                    Some(part) => spi::open_cursor(&self.comparison, &[part.start.into(), part.end.into()])?,
-                },
-            };
+        while self.rows.batch.len() == 0 {
+            if self.rows.cursor.is_none() {
+                let Some(part) = self.parts.next() else { break };
+                self.rows = Rows::open(&self.comparison, part)?;
+            }
             // As text: a jsonb would be read in the transaction's memory, and leave 200 bytes there.
-            let batch = spi::fetch(&cursor, BATCH, |r| {
-                Ok((Jsonb(spi::value(r, 1)?), r.get(2)?.map(Jsonb), r.get(3)?.map(Jsonb)))
-            })?;
-            self.cursor = Some(cursor).filter(|_| !batch.is_empty());
-            self.batch = batch.into_iter();
+            self.rows
+                .read_batch(|r| Ok((Jsonb(spi::value(r, 1)?), r.get(2)?.map(Jsonb), r.get(3)?.map(Jsonb))))?;
         }
         Ok(())
     }
@@ -479,12 +491,12 @@ impl Iterator for Differences {
     type Item = Difference;
 
     fn next(&mut self) -> Option<Difference> {
-        if self.batch.len() == 0
+        if self.rows.batch.len() == 0
             && let Err(error) = self.next_batch()
         {
             ErrorReport::from(error).report(PgLogLevel::ERROR);
         }
-        self.batch.next()
+        self.rows.batch.next()
     }
 }
 
@@ -516,8 +528,7 @@ pub fn verify(
         relations: truth.relations.iter().copied().chain(tables).collect(),
         owner: truth.owner,
         parts: parts.into_iter(),
-        cursor: None,
-        batch: vec![].into_iter(),
+        rows: Rows::none(),
     };
     let not_compared = (!frozen.is_empty()).then(|| Notice {
         message: format!("frozen days of rollup \"{name}\" were not compared: {}", frozen::describe(&frozen)),

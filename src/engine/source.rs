@@ -12,7 +12,6 @@ use crate::server::session;
 use crate::server::spi::{self, Found};
 use crate::server::text::{SCHEMA, quoted};
 use crate::state::restore::HERE;
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 /// A column that a sequence feeds.
@@ -232,9 +231,7 @@ pub struct Notice {
 
 impl Notice {
     pub fn report(self) {
-        let code = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
-        let report = ErrorReport::new(code, self.message, "litellm_spend");
-        session::tell(PgLogLevel::NOTICE, report.set_hint(session::callable(self.hint)));
+        session::notice(self.message, Some(session::callable(self.hint)));
     }
 }
 

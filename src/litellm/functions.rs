@@ -1,6 +1,7 @@
 //! The texts of the triggers that capture and of their functions. Pure text, like `spend_log`.
 
 use crate::litellm::spend_log::{Capture, TIME, not_in, only, write_rows, write_sums};
+use crate::server::locks::TRIGGERS_LOCK_TIMEOUT;
 use crate::server::text::{literal, next_midnight, quoted};
 
 impl Capture<'_> {
@@ -223,10 +224,6 @@ fn beside((oid, name): &(u32, String), statements: &dyn Fn(&[String]) -> String)
 /// as they are.
 pub const EXPIRING: &str = "litellm_spend_internal.expiring";
 
-/// How long a trigger waits for a lock on what it writes to, which nothing of ours locks: a DBA's VACUUM FULL
-/// may.
-pub const LOCK_TIMEOUT: &str = "1s";
-
 /// What triggers capture.
 pub const OPERATIONS: [&str; 5] = ["insert", "update", "delete", "truncate", MOVE];
 
@@ -403,7 +400,7 @@ pub fn create_function(name: &str, body: &str) -> String {
     };
     format!(
         "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY {whose}
-         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
+         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{TRIGGERS_LOCK_TIMEOUT}' AS {}",
         literal(body)
     )
 }

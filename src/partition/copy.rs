@@ -21,12 +21,11 @@
 
 use crate::error::{Error, Result};
 use crate::guc;
-use crate::litellm::functions::LOCK_TIMEOUT;
 use crate::partition::archive::{self, ARCHIVE};
 use crate::partition::create::storage;
 use crate::partition::dependents::{revoke_default_privileges, revoke_execute};
 use crate::partition::revert::Reversion;
-use crate::server::locks;
+use crate::server::locks::{self, TRIGGERS_LOCK_TIMEOUT};
 use crate::server::relation::{self, Table, free_name};
 use crate::server::session::Owner;
 use crate::server::spi::{self, Found, value};
@@ -323,7 +322,7 @@ END
     let owner = reversion.owner;
     owner.run(format!(
         "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{LOCK_TIMEOUT}' AS {}",
+         SET search_path = pg_catalog, pg_temp SET lock_timeout = '{TRIGGERS_LOCK_TIMEOUT}' AS {}",
         literal(&body)
     ))?;
     // It runs as the owner for whoever may make a trigger of it.

@@ -179,6 +179,10 @@ pub fn lock_within(limit: LockLimit, sql: &str, relation: &str, oid: pg_sys::Oid
 /// after they came (deadlock_timeout): by then our lock_timeout has ended our wait.
 const DEADLOCK_TIMEOUT: Duration = Duration::from_millis(10);
 
+/// How long a trigger waits for a lock on what it writes to, which nothing of ours locks: a DBA's VACUUM FULL
+/// may.
+pub const TRIGGERS_LOCK_TIMEOUT: &str = "1s";
+
 /// A lock mode, as the server numbers it.
 pub type Mode = u32;
 

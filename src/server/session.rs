@@ -491,6 +491,13 @@ pub fn attempt<T>(work: impl FnOnce() -> Result<T>) -> std::result::Result<T, Fa
     outcome
 }
 
+/// Tells the caller what is no failure.
+pub fn notice(message: String, hint: Option<String>) {
+    let code = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
+    let report = pg_sys::panic::ErrorReport::new(code, message, "litellm_spend");
+    tell(PgLogLevel::NOTICE, if let Some(hint) = hint { report.set_hint(hint) } else { report });
+}
+
 /// Tells the caller something, as a NOTICE or a WARNING. That can fail: the client's encoding may have no
 /// letter for what the message names. Then nothing is told, and the call goes on.
 pub fn tell(level: PgLogLevel, report: pg_sys::panic::ErrorReport) {
