@@ -235,10 +235,10 @@ impl Analyzed {
                 pg_sys::expression_planner(pg_sys::copyObjectImpl(node.cast()).cast()).cast()
             };
             match (pg_sys::contain_mutable_functions(planned), pg_sys::contain_volatile_functions(planned)) {
-                (false, _) if writes_by_settings(planned, std::ptr::null_mut()) => Volatility::Stable,
+                (false, _) if any(planned, writes_by_settings) => Volatility::Stable,
                 (false, _) => Volatility::Immutable,
                 (true, true) => Volatility::Volatile,
-                (true, false) if asks_session(planned, std::ptr::null_mut()) => Volatility::OfSession,
+                (true, false) if any(planned, asks_session) => Volatility::OfSession,
                 (true, false) => Volatility::Stable,
             }
         };
@@ -327,18 +327,28 @@ const OF_SESSION: [u32; 20] = [
     pg_sys::F_PG_POSTMASTER_START_TIME,
 ];
 
-/// Whether something in an expression has its value from the session or the moment. `true` ends the walk.
+type Test = unsafe fn(*mut pg_sys::Node) -> bool;
+
+/// Whether the test is true of a node of an analyzed expression.
+unsafe fn any(expression: *mut pg_sys::Node, mut test: Test) -> bool {
+    unsafe { visit(expression, (&raw mut test).cast()) }
+}
+
+/// `true` ends the walk.
 #[pg_guard]
-unsafe extern "C-unwind" fn asks_session(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
-    // SAFETY: nodes of an analyzed expression, each read as what its tag says.
+unsafe extern "C-unwind" fn visit(node: *mut pg_sys::Node, test: *mut c_void) -> bool {
+    // SAFETY: the server's own walk, over nodes of an expression; what it passes on is a test.
     unsafe {
-        match node.as_ref() {
-            None => false,
-            // CURRENT_DATE, CURRENT_USER and their like.
-            Some(_) if is(node, pg_sys::NodeTag::T_SQLValueFunction) => true,
-            Some(_) if call(node).is_some_and(|(function, _)| OF_SESSION.contains(&function)) => true,
-            Some(_) => pg_sys::expression_tree_walker(node, Some(asks_session), context),
-        }
+        !node.is_null()
+            && ((*test.cast::<Test>())(node) || pg_sys::expression_tree_walker(node, Some(visit), test))
+    }
+}
+
+/// Whether a node has its value from the session or the moment: CURRENT_DATE, CURRENT_USER and their like.
+unsafe fn asks_session(node: *mut pg_sys::Node) -> bool {
+    unsafe {
+        is(node, pg_sys::NodeTag::T_SQLValueFunction)
+            || call(node).is_some_and(|(function, _)| OF_SESSION.contains(&function))
     }
 }
 
@@ -357,24 +367,15 @@ const WRITTEN_BY_SETTINGS: [pg_sys::Oid; 10] = [
     pg_sys::CIRCLEOID,
 ];
 
-/// Whether a text in an expression depends on settings although nothing in it is called stable. `true` ends
-/// the walk.
-#[pg_guard]
-unsafe extern "C-unwind" fn writes_by_settings(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
-    // SAFETY: nodes of an analyzed expression, each read as what its tag says.
+/// Whether the text that a node makes depends on settings although nothing in it is called stable.
+unsafe fn writes_by_settings(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: each node is read as what its tag says.
     unsafe {
-        if node.is_null() {
-            return false;
-        }
-        if is(node, pg_sys::NodeTag::T_CoerceViaIO) {
-            let of = pg_sys::exprType((*node.cast::<pg_sys::CoerceViaIO>()).arg.cast());
-            if WRITTEN_BY_SETTINGS.contains(&pg_sys::getBaseType(of)) {
-                return true;
-            }
-        }
-        // The server does not ask about these; xmlbinary and xmloption have a say in them.
+        let of = || pg_sys::exprType((*node.cast::<pg_sys::CoerceViaIO>()).arg.cast());
+        // The server does not ask about XmlExpr; xmlbinary and xmloption have a say in it.
         is(node, pg_sys::NodeTag::T_XmlExpr)
-            || pg_sys::expression_tree_walker(node, Some(writes_by_settings), context)
+            || is(node, pg_sys::NodeTag::T_CoerceViaIO)
+                && WRITTEN_BY_SETTINGS.contains(&pg_sys::getBaseType(of()))
     }
 }
 
